@@ -1,0 +1,58 @@
+"""airstream: run language models bigger than your GPU or RAM by streaming their layers from disk, exactly.
+
+    from airstream import AutoModel
+    model = AutoModel.from_pretrained("some/model", max_memory={0: "4GiB", "cpu": "8GiB"})
+
+Importing the package is silent and cheap: torch and transformers are imported when `AutoModel` is first asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from airstream.errors import (
+    AirstreamError,
+    ArgumentError,
+    BudgetError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    ClosedError,
+    ReadError,
+    UnsupportedError,
+)
+
+if TYPE_CHECKING:
+    from airstream.auto import AutoModel
+    from airstream.plan import Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AirstreamError",
+    "ArgumentError",
+    "AutoModel",
+    "BudgetError",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "ClosedError",
+    "Plan",
+    "ReadError",
+    "UnsupportedError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "AutoModel":
+        from airstream.auto import AutoModel
+
+        return AutoModel
+    if name == "Plan":
+        from airstream.plan import Plan
+
+        return Plan
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,128 @@
+"""What the streamer asks of a device, and what the accelerator backend asks of a runtime.
+
+Two seams, on purpose. A `Backend` moves the bytes of a layer batch into memory the model computes from and keeps
+copies and computation from overtaking each other. A `Runtime` is the handful of device operations (memory, streams,
+events, asynchronous copies) that the accelerator backend is written in, so that a test can put a simulated device
+under the very code that drives CUDA.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from airstream.backend.host_memory import HostBuffer
+    from airstream.checkpoint.reader import Landing
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How tensors must lie in a slab.
+
+    Attributes:
+        follows_file: a tensor lies at the same place within a page as in its file, so that a direct read lands in place.
+        alignment: bytes; the start of every tensor is a multiple of it. 0 stands for the tensor's own element size.
+    """
+
+    follows_file: bool
+    alignment: int
+
+
+class Backend(ABC):
+    """Memory of one device and the order of what happens to it.
+
+    The life of a layer batch: `begin_fill` (the ring's bytes may be overwritten from here on), reads that land through
+    `landing`, `end_fill` when the last of them has landed, `wait_filled` before the model computes with it, and
+    `release` once its last computation has been submitted. None of these blocks the host.
+    """
+
+    device: torch.device
+    packing: Packing
+    """How tensors must lie in a slab so that reads land without a detour and kernels find them aligned."""
+
+    @abstractmethod
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """A uint8 tensor of `nbytes` on the device, touched, so that the token loop neither faults nor allocates."""
+
+    @abstractmethod
+    def landing(self, memory: torch.Tensor) -> Landing:
+        """Where reads into `memory`, a part of what `allocate` gave, land."""
+
+    @abstractmethod
+    def new_fence(self) -> Any:
+        """Something to be given to `end_fill` and `wait_filled`, any number of times. Made outside the token loop."""
+
+    @abstractmethod
+    def begin_fill(self) -> None:
+        """Order all copies that follow behind the computations released so far."""
+
+    @abstractmethod
+    def end_fill(self, fence: Any) -> None:
+        """Put `fence` behind all copies so far."""
+
+    @abstractmethod
+    def wait_filled(self, fence: Any) -> None:
+        """Order the computation that follows in the calling thread behind `fence`."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Mark the computation submitted so far, by the calling thread, as the last reader of what it has read."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block until the device has done all that was submitted. Never called in the token loop."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back everything but the tensors handed out. Idempotent."""
+
+
+class Event(Protocol):
+    """A point in a stream, as `torch.Event`."""
+
+    def synchronize(self) -> None:
+        """Block the host until the stream has reached this point; at once if it was never recorded."""
+
+
+class Stream(Protocol):
+    """An ordered queue of device work, as `torch.Stream`."""
+
+    def record_event(self, event: Any) -> Any:
+        """Move `event` to the end of this stream's queue."""
+
+    def wait_event(self, event: Any) -> None:
+        """Let what is queued from now on wait for `event`, without blocking the host."""
+
+
+class Runtime(Protocol):
+    """The device operations that the accelerator backend is written in."""
+
+    device: torch.device
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised uint8 device memory of `nbytes`."""
+
+    def pin(self, buffer: HostBuffer) -> bool:
+        """Make host memory ready for asynchronous copies; False where the system refuses, and it stays pageable."""
+
+    def unpin(self, buffer: HostBuffer) -> None:
+        """Undo `pin`."""
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        """Queue a copy of a host uint8 tensor to the device on `stream`; `source` must stay as it is until it ran."""
+
+    def new_stream(self) -> Stream:
+        """A stream of its own, for copies."""
+
+    def new_event(self) -> Event:
+        """An event that has not been recorded yet."""
+
+    def compute_stream(self) -> Stream:
+        """The stream on which the calling thread submits computations."""
+
+    def synchronize(self) -> None:
+        """Block until every stream of the device is empty."""

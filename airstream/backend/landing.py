@@ -1,0 +1,63 @@
+"""Reads that land in host memory: in place where possible, through a staging buffer where not.
+
+In place is possible if the tensor lies at the same spot within a page as in its file (direct reads demand that) and is
+stored in the dtype it is wanted in.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from airstream.backend.host_memory import HostBuffer
+from airstream.checkpoint.files import PAGE_BYTES
+from airstream.checkpoint.reader import Cast, Piece
+
+
+class Staging:
+    """One staging buffer per reader thread, made when a thread first needs one."""
+
+    def __init__(self, chunk_bytes: int) -> None:
+        self._nbytes = chunk_bytes + PAGE_BYTES
+        self._buffers: dict[int, HostBuffer] = {}
+
+    def buffer(self, worker: int) -> HostBuffer:
+        if worker not in self._buffers:
+            self._buffers[worker] = HostBuffer(self._nbytes)
+        return self._buffers[worker]
+
+
+class HostLanding:
+    """Lands pieces in `memory`, a uint8 host tensor; `piece.target` counts from its start."""
+
+    def __init__(self, memory: torch.Tensor, staging: Staging) -> None:
+        self._memory = memory
+        self._view = memoryview(memory.numpy())
+        self._staging = staging
+        self._address = memory.data_ptr()
+
+    def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
+        if self._in_place(piece, direct):
+            return self._view[piece.target : piece.target + piece.nbytes]
+        phase = piece.offset % PAGE_BYTES
+        return self._staging.buffer(worker).view[phase : phase + piece.nbytes]
+
+    def landed(self, worker: int, piece: Piece, direct: bool) -> None:
+        if self._in_place(piece, direct):
+            return
+        phase = piece.offset % PAGE_BYTES
+        raw = self._staging.buffer(worker).tensor[phase : phase + piece.nbytes]
+        cast_into(self._memory[piece.target : piece.target + piece.target_bytes], raw, piece.cast)
+
+    def _in_place(self, piece: Piece, direct: bool) -> bool:
+        congruent = (self._address + piece.target - piece.offset) % PAGE_BYTES == 0
+        return piece.cast is None and (congruent or not direct)
+
+
+def cast_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast | None) -> None:
+    """Copy the bytes `raw` to the bytes `target`, element by element through `cast` if there is one."""
+    if cast is None:
+        target.copy_(raw)
+        return
+    if raw.storage_offset() % cast.source_item_bytes:
+        raw = raw.clone()  # a view of another dtype must start on an element
+    target.view(getattr(torch, cast.target)).copy_(raw.view(getattr(torch, cast.source)))

@@ -1,0 +1,44 @@
+"""The runtime of real accelerators, in the device-agnostic terms of torch: CUDA, ROCm, XPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from airstream.backend.host_memory import HostBuffer
+
+
+class TorchRuntime:
+    """Streams, events and memory of one `torch.accelerator` device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def pin(self, buffer: HostBuffer) -> bool:
+        if self.device.type != "cuda":
+            return False  # registering foreign memory is a CUDA (and ROCm) notion
+        code = torch.cuda.cudart().cudaHostRegister(buffer.tensor.data_ptr(), buffer.nbytes, 0)
+        return int(code) == 0
+
+    def unpin(self, buffer: HostBuffer) -> None:
+        torch.cuda.cudart().cudaHostUnregister(buffer.tensor.data_ptr())
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        with stream:
+            destination.copy_(source, non_blocking=True)
+
+    def new_stream(self) -> Any:
+        return torch.Stream(self.device)
+
+    def new_event(self) -> Any:
+        return torch.Event(self.device)
+
+    def compute_stream(self) -> Any:
+        return torch.accelerator.current_stream(self.device)
+
+    def synchronize(self) -> None:
+        torch.accelerator.synchronize(self.device)

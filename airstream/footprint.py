@@ -1,0 +1,93 @@
+"""What a forward pass needs besides weights: KV cache, activations, logits. Arithmetic on a model's config.
+
+Formulas, with B sequences of T new tokens each, C tokens of context, s bytes per element:
+
+    KV cache        B * C * s * sum over layers of (kv heads) * (key width + value width)
+                    (for one layer of LLaMA-7B in fp16: 2 * 4096 * 2 = 16 KiB a token, 512 KiB for its 32 layers)
+    activations     B * T * (a few hidden states + the widest MLP + queries, keys and values), freed layer by layer
+    attention       B * T * C for the mask; times the heads, in float32 too, where attention is computed eagerly
+    logits          B * V * (s + 4): the model's and generate()'s float32 copy, for as many positions as are asked for
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+HIDDEN_COPIES = 8
+"""Hidden states alive at once in the widest part of a layer: input, residual, norm (one in float32: two), q, k, v, out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """The sizes that the formulas need, read from a config. All counts are per token unless they say otherwise."""
+
+    item_bytes: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    kv_elements: int
+    """Elements of keys and values of one token, all layers together."""
+    kv_elements_per_layer: int
+    vocab_size: int
+    max_position: int
+    eager_attention: bool
+
+    def kv_bytes(self, batch_size: int, context: int) -> int:
+        """The KV cache at its largest, with the moment at which one layer's tensors are being extended."""
+        return batch_size * context * self.item_bytes * (self.kv_elements + self.kv_elements_per_layer)
+
+    def activation_bytes(self, batch_size: int, tokens: int, context: int, logits: int = 1) -> int:
+        """Peak bytes of one pass over `tokens` new tokens per sequence that keeps `logits` positions of each."""
+        per_token = self.item_bytes * (HIDDEN_COPIES * self.hidden_size + 3 * self.intermediate_size)
+        scores = self.num_heads * (self.item_bytes + 4) if self.eager_attention else self.item_bytes
+        attention = tokens * context * scores
+        heads = 2 * context * self.item_bytes * self.num_heads * (self.hidden_size // self.num_heads)
+        layers = tokens * per_token + attention + heads
+        head = logits * self.vocab_size * (self.item_bytes + 4)
+        return batch_size * max(layers, head + tokens * self.hidden_size * self.item_bytes)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def footprint(config: Any, item_bytes: int, eager_attention: bool) -> Footprint:
+    """The footprint of a model with this transformers config, computing in elements of `item_bytes`."""
+    text = config.get_text_config(decoder=True)
+    hidden = _first(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
+    heads = _first(text, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1)
+    layers = _first(text, "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1)
+    intermediate = _first(text, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden)
+    routed = _first(text, "num_experts_per_tok", default=0) * _first(text, "moe_intermediate_size", default=intermediate)
+    per_layer = _kv_elements_per_layer(text, hidden, heads)
+    return Footprint(
+        item_bytes=item_bytes,
+        hidden_size=hidden,
+        intermediate_size=max(intermediate, routed),
+        num_heads=heads,
+        kv_elements=layers * per_layer,
+        kv_elements_per_layer=per_layer,
+        vocab_size=_first(text, "vocab_size", "n_words", default=1),
+        max_position=_first(text, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", default=1 << 20),
+        eager_attention=eager_attention,
+    )
+
+
+def _kv_elements_per_layer(text: Any, hidden: int, heads: int) -> int:
+    if _first(text, "kv_lora_rank", default=0):  # multi-head latent attention; transformers caches it expanded
+        key = _first(text, "qk_head_dim", default=0) or (
+            _first(text, "qk_nope_head_dim", default=0) + _first(text, "qk_rope_head_dim", default=0)
+        )
+        return heads * (key + _first(text, "v_head_dim", default=key))
+    head_dim = _first(text, "head_dim", "kv_channels", default=hidden // heads)
+    kv_heads = _first(text, "num_key_value_heads", "num_kv_heads", default=heads)
+    return 2 * kv_heads * head_dim
+
+
+def _first(config: Any, *names: str, default: int) -> int:
+    """The first of the attributes that is a positive number; configs name the same thing differently, or leave it None."""
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return default

@@ -1,0 +1,71 @@
+"""How much memory there is to use: of the host, of the control group this process lives in, of a device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import torch
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+def default_device() -> torch.device:
+    """The accelerator if there is one that can be streamed to, else the CPU.
+
+    Apple's MPS has no streams in torch, and shares its memory with the host anyway: there, the CPU is the better choice.
+    """
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None or accelerator.type == "mps":
+        return torch.device("cpu")
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+
+
+def available_host_bytes() -> int:
+    """Host memory that could be used now without swapping, within every limit of this process's control groups."""
+    return min([psutil.virtual_memory().available, *_cgroup_room()])
+
+
+def available_device_bytes(device: torch.device) -> int:
+    """Free memory of an accelerator, in bytes."""
+    free, _ = torch.accelerator.get_memory_info(device)
+    return int(free)
+
+
+def process_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _cgroup_room(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> Iterator[int]:
+    """What each limit above this process leaves. Page cache counts as free: the kernel gives it up for memory."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return  # not Linux
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            yield from _rooms_upwards(root, path, "memory.max", "memory.current", ("active_file", "inactive_file"))
+        elif "memory" in controllers.split(","):
+            names = ("total_active_file", "total_inactive_file")
+            yield from _rooms_upwards(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", names)
+
+
+def _rooms_upwards(root: Path, path: str, limit_name: str, usage_name: str, cache_names: tuple[str, ...]) -> Iterator[int]:
+    parts = Path(path.lstrip("/")).parts
+    for depth in range(len(parts), -1, -1):
+        folder = root.joinpath(*parts[:depth])
+        try:
+            limit = (folder / limit_name).read_text().strip()
+            if limit != "max":
+                cached = sum(_memory_stat(folder).get(name, 0) for name in cache_names)
+                yield max(0, int(limit) - int((folder / usage_name).read_text()) + cached)
+        except (OSError, ValueError):
+            continue  # no limit at this level: the root of the hierarchy, or a container that hides it
+
+
+def _memory_stat(folder: Path) -> dict[str, int]:
+    pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    return {name: int(value) for name, value in pairs}

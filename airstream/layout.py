@@ -1,0 +1,348 @@
+"""Which bytes of which file make which tensor of the model, and how tensors lie together in a slab.
+
+A `TensorSpec` is the byte plan of one tensor: the pieces of files it consists of. Most tensors are one piece. Where
+transformers merges, splits or reorders checkpoint tensors while loading (all experts of a layer into one tensor, say),
+its own converters are run once on tensors of row numbers: what comes out says which row of which source lies where,
+so that at run time there is nothing left to do but read. Where a converter does more than move rows (it transposes, or
+computes), its sources are read raw and it runs on them each time: a `Conversion`. A `Slab` places tensors side by side
+in one run of bytes.
+
+Knows nothing of devices, budgets or the order of execution.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from airstream.backend.base import Packing
+from airstream.checkpoint.files import PAGE_BYTES
+from airstream.checkpoint.index import CheckpointIndex, StoredTensor
+from airstream.checkpoint.reader import Cast, Piece
+from airstream.compat import DtypePlan, KeyConversion, may_be_missing, natural_order, tied_names
+from airstream.errors import CheckpointError
+from airstream.units import round_up
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+MAX_GAP_BYTES = 1 << 20
+"""Bytes nobody needs that are read along when they lie between two tensors of a slab: cheaper than a second read."""
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One parameter or buffer of the model, and the pieces of the checkpoint it is made of.
+
+    Attributes:
+        pieces: their `target` counts from the first byte of this tensor. Empty if `made_by` makes it.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    made_by: Conversion | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A converter of transformers that has to see values, to be run on raw tensors after they have been read.
+
+    Attributes:
+        name: the name it is looked up by.
+        patterns: for each source, the pattern by which transformers knows it.
+        sources: the raw tensors, named by their checkpoint keys.
+    """
+
+    name: str
+    patterns: tuple[str, ...]
+    sources: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Tensors that travel together: one run of `nbytes` bytes, the reads that fill it, and where each tensor starts."""
+
+    nbytes: int
+    pieces: tuple[Piece, ...]
+    offsets: Mapping[str, int]
+    specs: tuple[TensorSpec, ...]
+    conversions: tuple[Conversion, ...] = ()
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that leave the disk to fill the slab."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """The byte plan of every tensor of `model` that the checkpoint provides, tied names included.
+
+    Args:
+        model: on the meta device.
+        dtype: what floating-point parameters are to be, as `from_pretrained(dtype=...)`.
+
+    Raises:
+        CheckpointError: a tensor is missing or has another shape than the model.
+    """
+    targets = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
+    dtype_plan = DtypePlan(model, dtype)
+    wanted = {name: dtype_plan(name, tensor.dtype) for name, tensor in targets.items()}
+    specs: dict[str, TensorSpec] = {}
+    conversion = KeyConversion(model)
+    converted: dict[str, list[tuple[str, str]]] = {}
+    for key in natural_order(index):
+        name, pattern = conversion.rename(key)
+        if name not in targets:
+            continue  # weights of parts that this class does not have (a multi-token-prediction head, say)
+        if pattern is None:
+            stored = index[key]
+            _check_shape(name, stored.shape, tuple(targets[name].shape), key)
+            specs[name] = TensorSpec(name, wanted[name], stored.shape, (_piece(stored, 0, stored.nbytes, 0, wanted[name]),))
+        else:
+            converted.setdefault(name, []).append((key, pattern))
+    for name, sources in converted.items():
+        for spec in _trace(conversion, name, sources, index, targets, wanted):
+            specs[spec.name] = spec
+    _resolve_ties(model, specs, targets)
+    _check_complete(model, specs, targets)
+    return specs
+
+
+def pack(specs: Iterable[TensorSpec], packing: Packing) -> Slab:
+    """Lay `specs` out in one slab, neighbours in a file side by side, so that few large reads fill it."""
+    specs = tuple(specs)
+    conversions = tuple(dict.fromkeys(spec.made_by for spec in specs if spec.made_by is not None))
+    stored = [spec for spec in specs if spec.made_by is None]
+    stored += [source for conversion in conversions for source in conversion.sources]
+    builder = _SlabBuilder(packing)
+    for spec in sorted(stored, key=lambda spec: (spec.pieces[0].file, spec.pieces[0].offset)):
+        builder.add(spec)
+    for spec in specs:
+        if spec.made_by is not None:
+            builder.reserve(spec)
+    return Slab(round_up(builder.end, PAGE_BYTES), tuple(builder.pieces), builder.offsets, specs, conversions)
+
+
+class _SlabBuilder:
+    """The slab so far: where it ends, and the read that the next tensor may be able to join."""
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        self.end = 0
+        self.pieces: list[Piece] = []
+        self.offsets: dict[str, int] = {}
+
+    def add(self, spec: TensorSpec) -> None:
+        base = self._joined(spec)
+        if base is None:
+            base = self._fresh(spec)
+        self.offsets[spec.name] = base
+        for piece in spec.pieces:
+            self._append(replace(piece, target=base + piece.target))
+        self.end = max(self.end, base + spec.nbytes)
+
+    def reserve(self, spec: TensorSpec) -> None:
+        """Room for a tensor that is computed, not read."""
+        self.offsets[spec.name] = base = round_up(self.end, max(self.packing.alignment, 64))
+        self.end = base + spec.nbytes
+
+    def _alignment(self, spec: TensorSpec) -> int:
+        return self.packing.alignment or spec.dtype.itemsize
+
+    def _joined(self, spec: TensorSpec) -> int | None:
+        """Where `spec` lies if it continues the last read, gaps included; None if it cannot."""
+        piece = spec.pieces[0]
+        if not self.pieces or len(spec.pieces) > 1 or piece.cast is not None:
+            return None
+        last = self.pieces[-1]
+        gap = piece.offset - (last.offset + last.nbytes)
+        base = last.target + piece.offset - last.offset
+        joins = last.cast is None and last.file == piece.file and 0 <= gap <= MAX_GAP_BYTES
+        return base if joins and base >= self.end and base % self._alignment(spec) == 0 else None
+
+    def _fresh(self, spec: TensorSpec) -> int:
+        """Where `spec` lies if it starts a read of its own."""
+        piece = spec.pieces[0]
+        if not self.packing.follows_file:
+            return round_up(self.end, max(self._alignment(spec), 64))
+        base = round_up(self.end, PAGE_BYTES)
+        if piece.cast is None:
+            phase = (piece.offset - piece.target) % PAGE_BYTES
+            if phase % self._alignment(spec) == 0:
+                return base + phase
+        return base
+
+    def _append(self, piece: Piece) -> None:
+        last = self.pieces[-1] if self.pieces else None
+        if last is not None and last.cast is None and piece.cast is None and last.file == piece.file:
+            gap = piece.offset - (last.offset + last.nbytes)
+            if 0 <= gap <= MAX_GAP_BYTES and piece.target - last.target == piece.offset - last.offset:
+                self.pieces[-1] = replace(last, nbytes=piece.offset + piece.nbytes - last.offset)
+                return
+        self.pieces.append(piece)
+
+
+def _piece(stored: StoredTensor, start: int, nbytes: int, target: int, dtype: torch.dtype) -> Piece:
+    """`nbytes` of `stored` from byte `start` on, landing at `target` bytes of a tensor of `dtype` (counted as stored)."""
+    source = TORCH_DTYPES[stored.dtype]
+    if source == dtype:
+        return Piece(stored.file, stored.offset + start, nbytes, target)
+    cast = Cast(str(source).removeprefix("torch."), str(dtype).removeprefix("torch."), source.itemsize, dtype.itemsize)
+    return Piece(stored.file, stored.offset + start, nbytes, target // source.itemsize * dtype.itemsize, cast)
+
+
+def _check_shape(name: str, stored: Sequence[int], expected: Sequence[int], key: str) -> None:
+    if tuple(stored) != tuple(expected):
+        raise CheckpointError(
+            f"tensor {key!r} has shape {list(stored)}, the model's {name!r} needs {list(expected)}: "
+            "config.json and the weights do not belong together"
+        )
+
+
+def _trace(
+    conversion: KeyConversion,
+    name: str,
+    sources: Sequence[tuple[str, str]],
+    index: CheckpointIndex,
+    targets: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.dtype],
+) -> list[TensorSpec]:
+    """What one converter makes of `sources`: byte plans if it only moves rows, else specs that it has to make.
+
+    It is run on row numbers, every row collapsed to a single one, which costs a thousandth of running it on weights.
+    """
+    stored = [index[key] for key, _ in sources]
+    width = _common_width(stored)
+    outputs = _try_convert(conversion, name, sources, _numbered(stored, width))
+    if outputs is not None:
+        specs = _specs_of_rows(outputs, stored, width, targets, wanted)
+        if specs is not None:
+            return specs
+    shapes = [torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta") for tensor in stored]
+    outputs = _try_convert(conversion, name, sources, shapes)
+    if outputs is None or any(_shape_of(targets, output) != tuple(outputs[output].shape) for output in outputs):
+        listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
+        raise CheckpointError(
+            f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's {len(stored)} tensors "
+            f"({listed}, ...): one of them is missing or has the wrong shape"
+        )
+    raw = tuple(_raw_spec(tensor, wanted[name]) for tensor in stored)
+    made_by = Conversion(name, tuple(pattern for _, pattern in sources), raw)
+    return [TensorSpec(output, wanted[output], _shape_of(targets, output), (), made_by) for output in outputs]
+
+
+def _try_convert(
+    conversion: KeyConversion, name: str, sources: Sequence[tuple[str, str]], tensors: Sequence[torch.Tensor]
+) -> dict[str, torch.Tensor] | None:
+    try:
+        return conversion.convert(name, [(*source, tensor) for source, tensor in zip(sources, tensors, strict=True)])
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
+        return None  # it needs real shapes or values, or a source is missing: the caller finds out which
+
+
+def _shape_of(targets: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
+    return tuple(targets[name].shape) if name in targets else ()
+
+
+def _raw_spec(stored: StoredTensor, dtype: torch.dtype) -> TensorSpec:
+    """`stored` as the converters of transformers get it: in its own shape, already cast."""
+    return TensorSpec(stored.name, dtype, stored.shape, (_piece(stored, 0, stored.nbytes, 0, dtype),))
+
+
+def _common_width(stored: Sequence[StoredTensor]) -> int:
+    """The length of the rows if all tensors have rows of one length, else 1."""
+    widths = {tensor.shape[-1] if len(tensor.shape) > 1 else 1 for tensor in stored}
+    return widths.pop() if len(widths) == 1 else 1
+
+
+def _numbered(stored: Sequence[StoredTensor], width: int) -> list[torch.Tensor]:
+    """Tensors shaped like `stored`, rows of `width` collapsed to one element, numbered through across all of them."""
+    numbered, start = [], 0
+    for tensor in stored:
+        shape = (*tensor.shape[:-1], 1) if width > 1 else tensor.shape
+        count = math.prod(shape)
+        numbered.append(torch.arange(start, start + count).view(shape))
+        start += count
+    return numbered
+
+
+def _specs_of_rows(
+    outputs: Mapping[str, torch.Tensor],
+    stored: Sequence[StoredTensor],
+    width: int,
+    targets: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.dtype],
+) -> list[TensorSpec] | None:
+    """Byte plans from what a converter made of numbered tensors; None if it did more than move rows."""
+    counts = [math.prod(tensor.shape) // width for tensor in stored]
+    starts = [0, *itertools.accumulate(counts[:-1])]
+    everything = torch.cat([ids.reshape(-1) for ids in outputs.values()])
+    if everything.dtype != torch.int64 or not torch.equal(everything.sort().values, torch.arange(sum(counts))):
+        return None
+    specs = []
+    for name, ids in outputs.items():
+        shape = (*ids.shape[:-1], width) if width > 1 else tuple(ids.shape)
+        if name not in targets or tuple(targets[name].shape) != tuple(shape) or (width > 1 and ids.shape[-1] != 1):
+            return None
+        pieces = []
+        for begin, first, count in _runs(ids.reshape(-1), starts):
+            number = bisect.bisect_right(starts, first) - 1
+            row_bytes = width * TORCH_DTYPES[stored[number].dtype].itemsize
+            start = (first - starts[number]) * row_bytes
+            pieces.append(_piece(stored[number], start, count * row_bytes, begin * row_bytes, wanted[name]))
+        specs.append(TensorSpec(name, wanted[name], tuple(shape), tuple(pieces)))
+    return specs
+
+
+def _runs(ids: torch.Tensor, starts: Sequence[int]) -> list[tuple[int, int, int]]:
+    """Runs of consecutive numbers in `ids` within one source: (position in `ids`, first number, how many)."""
+    breaks = ids[1:] != ids[:-1] + 1
+    breaks |= torch.isin(ids[1:], torch.tensor(starts))
+    edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), ids.numel()]
+    firsts = ids[edges[:-1]].tolist()
+    return [(begin, first, end - begin) for begin, end, first in zip(edges, edges[1:], firsts, strict=False)]
+
+
+def _resolve_ties(model: PreTrainedModel, specs: dict[str, TensorSpec], targets: Mapping[str, torch.Tensor]) -> None:
+    """Give a name without weights of its own the bytes of the name it is tied to, whichever of the two is stored."""
+    groups: dict[str, list[str]] = {}
+    for name, source in tied_names(model).items():
+        groups.setdefault(source, [source]).append(name)
+    for names in groups.values():
+        present = next((specs[name] for name in names if name in specs), None)
+        for name in names:
+            if present is not None and name not in specs and name in targets:
+                specs[name] = replace(present, name=name)
+
+
+def _check_complete(
+    model: PreTrainedModel, specs: Mapping[str, TensorSpec], targets: Mapping[str, torch.Tensor]
+) -> None:
+    optional = [re.compile(pattern) for pattern in may_be_missing(model)]
+    missing = [name for name in targets if name not in specs and not any(p.search(name) for p in optional)]
+    if missing:
+        names = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the {len(targets)} tensors of {type(model).__name__}: {names}. "
+            "Download it again, or check that config.json belongs to it"
+        )

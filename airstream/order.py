@@ -1,0 +1,46 @@
+"""In which order the layers will be asked for, judged by the order in which they were.
+
+Most models visit every layer once per pass, always in the same order. Some call layers several times, skip a vision
+tower on text, or run an encoder once and a decoder per token. All of them repeat themselves, so the prediction is what
+followed the last time, found by a cursor that walks the history a period behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class AccessOrder:
+    """Predicts the next batches from those observed. It starts with the order in which the model lists them."""
+
+    def __init__(self, batches: Iterable[int]) -> None:
+        self._history = list(batches)
+        self._cursor = 0
+        # Long enough for the longest period there is (a recurrent model's passes over a few layers), twice.
+        self._limit = max(4096, 8 * len(self._history))
+
+    def observe(self, batch: int) -> bool:
+        """`batch` is being asked for. Returns whether that had been predicted."""
+        predicted = self._history[self._cursor] == batch
+        if not predicted:
+            self._cursor = self._last_seen(batch)
+        self._history.append(batch)
+        self._cursor += 1
+        if len(self._history) > self._limit:
+            self._forget()
+        return predicted
+
+    def upcoming(self, count: int) -> list[int]:
+        """The next `count` different batches, nearest first."""
+        return list(dict.fromkeys(self._history[self._cursor :]))[:count]
+
+    def _last_seen(self, batch: int) -> int:
+        """Where `batch` was asked for last, preferably after the same predecessor as now."""
+        history, previous = self._history, self._history[-1]
+        places = [place for place in range(len(history) - 1, -1, -1) if history[place] == batch]
+        return next((place for place in places if place and history[place - 1] == previous), places[0])
+
+    def _forget(self) -> None:
+        drop = min(self._cursor, len(self._history) // 2)
+        del self._history[:drop]
+        self._cursor -= drop

@@ -1,0 +1,58 @@
+"""Bytes and seconds as people write them. Knows nothing of models or devices."""
+
+from __future__ import annotations
+
+import re
+
+from airstream.errors import ArgumentError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+_SUFFIXES = {"": 1, "b": 1} | {
+    prefix + ending: base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for ending, base in (("ib", 1024), ("b", 1000))
+}
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
+
+
+def parse_bytes(size: int | str, name: str = "size") -> int:
+    """The number of bytes in `size`: an int, or a string such as `"4GiB"`, `"512 MB"`, `"1.5GiB"` (as accelerate reads them).
+
+    Raises:
+        ArgumentError: `size` is not a size; the message calls it `name`.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        number, factor = float(size), 1
+    else:
+        match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+        if match is None or match[2].lower() not in _SUFFIXES:
+            raise ArgumentError(f'{name}={size!r} is not a size: use bytes as an int, or a string such as "4GiB" or "512MB"')
+        number, factor = float(match[1]), _SUFFIXES[match[2].lower()]
+    if number * factor < 1:
+        raise ArgumentError(f"{name}={size!r} must be at least one byte")
+    return int(number * factor)
+
+
+def format_bytes(nbytes: float) -> str:
+    """`nbytes` in binary units, three digits: `"1.63 GiB"`, `"512 KiB"`, `"17 B"`."""
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1023.95:
+            return f"{size:.0f} {unit}" if unit == "B" or abs(size) >= 99.95 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """`seconds` for people: `"850 ms"`, `"3.42 s"`, `"2 min 05 s"`."""
+    if seconds < 0.9995:
+        return f"{seconds * 1000:.0f} ms"
+    if seconds < 119.5:
+        return f"{seconds:.2f} s"
+    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is at least `value`."""
+    return -(-value // multiple) * multiple

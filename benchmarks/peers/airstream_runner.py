@@ -1,0 +1,35 @@
+"""airstream on the CPU, told the memory budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from airstream import AutoModel
+from benchmarks.peers.measure import Request, Runner, generate_with_transformers, main
+
+
+def load(request: Request) -> Any:
+    """The streamed model; it reads the checkpoint as it lies, so there is nothing to prepare."""
+    return AutoModel.from_pretrained(
+        request.checkpoint,
+        dtype="auto",
+        device="cpu",
+        max_memory={"cpu": request.budget_bytes},
+        max_context=len(request.prompt) + request.num_tokens,
+    )
+
+
+def details(model: Any) -> dict[str, Any]:
+    """What the plan promised and where the time went."""
+    stats = model.stats
+    return {
+        "planned_peak_bytes": model.plan.peak_bytes["cpu"],
+        "streamed_bytes": stats.streamed_bytes,
+        "stall_seconds": stats.stall_seconds,
+        "read_seconds": stats.read_seconds,
+    }
+
+
+if __name__ == "__main__":
+    packages = ("airstream", "transformers", "torch")
+    main(Runner("airstream", packages, load, generate_with_transformers, details=details))

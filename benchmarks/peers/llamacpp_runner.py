@@ -1,0 +1,46 @@
+"""llama.cpp through its Python bindings: a bf16 GGUF mapped into memory, every core used."""
+
+from __future__ import annotations
+
+import os
+from itertools import islice
+from typing import Any
+
+from llama_cpp import Llama
+
+from benchmarks.peers.gguf_export import write_gguf
+from benchmarks.peers.measure import Request, Runner, TokenClock, main
+
+GGUF_NAME = "model.gguf"
+
+
+def prepare(request: Request) -> None:
+    """Convert the checkpoint to GGUF."""
+    write_gguf(request.checkpoint, request.work / GGUF_NAME)
+
+
+def load(request: Request) -> Any:
+    """The mapped model. Its default is half of the cores; all of them is what the other systems use."""
+    context = len(request.prompt) + request.num_tokens
+    return Llama(
+        str(request.work / GGUF_NAME),
+        n_ctx=context,
+        n_batch=context,
+        n_threads=os.cpu_count(),
+        n_threads_batch=os.cpu_count(),
+        use_mmap=True,
+        verbose=False,
+    )
+
+
+def generate(model: Any, request: Request, clock: TokenClock) -> list[int]:
+    """Greedy decoding. `Llama.generate` goes on past end-of-sequence by itself."""
+    tokens = []
+    for token in islice(model.generate(request.prompt, temp=0.0), request.num_tokens):
+        clock.tick()
+        tokens.append(int(token))
+    return tokens
+
+
+if __name__ == "__main__":
+    main(Runner("llamacpp", ("llama_cpp_python", "gguf"), load, generate, prepare))

@@ -1,0 +1,51 @@
+"""Packaging of airstream; tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+EXTRAS = {
+    "demo": ["accelerate>=1.1", "gguf>=0.17"],
+    "quant": ["bitsandbytes>=0.46; platform_system != 'Darwin'", "optimum>=2.0"],
+    "test": [
+        "accelerate>=1.1",
+        "gguf>=0.17",
+        "hypothesis>=6.100",
+        "mypy>=1.15",
+        "nbclient>=0.10",
+        "ipykernel>=6.29",
+        "pytest>=8.3",
+        "pytest-timeout>=2.3",
+        "ruff>=0.12",
+        "types-psutil",
+    ],
+}
+
+setup(
+    name="airstream",
+    version="0.1.0",
+    description="Run language models bigger than your GPU or RAM by streaming their layers from disk, exactly.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["airstream", "airstream.*"]),
+    package_data={"airstream": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17",
+        "safetensors>=0.5",
+        "huggingface_hub>=1.0",
+        "psutil>=5.9",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["airstream = airstream.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

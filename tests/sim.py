@@ -1,0 +1,588 @@
+"""A simulated accelerator: the device `sim:0`, in pure Python, for tests of code that drives a real one.
+
+    with SimDevice(memory_limit=1 << 20) as sim:
+        runtime = SimRuntime(sim)
+        model.to("sim").generate(ids.to("sim"))
+
+It knows whose memory is whose (`SimTensor`; mixing devices is an error) and how much there is of it, that asynchronous
+copies are late (`SimRuntime.copy` moves nothing until somebody waits), and which accesses are ordered behind which
+(vector clocks; two that are not ordered, one of them a write, are a race). It refuses to know time, autograd and
+airstream.
+
+Computations run at once, in the calling thread, yet count as unfinished work of the compute stream until an event
+recorded behind them has been waited for: that is how a slot overwritten too early is caught although its reader is long
+done. Memory belongs to the compute stream, as with torch's caching allocator: allocating and freeing it count as writes
+on that stream. Transfers made by torch itself (`.to()`, `.cpu()`, `.item()`) also run at once and, unless
+`non_blocking`, block the host until the compute stream is done, as on CUDA.
+
+There is one device, one compute stream and one logical host: what any thread has waited for counts as known to all,
+because the locks between threads cannot be seen from here. A strided view counts as all bytes from its first to its
+last.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+import weakref
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_map
+from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
+
+if TYPE_CHECKING:
+    from airstream.backend.base import Stream
+    from airstream.backend.host_memory import HostBuffer
+
+__all__ = ["RaceError", "SimDevice", "SimEvent", "SimRuntime", "SimStream", "SimTensor"]
+
+aten = torch.ops.aten
+
+_POISON = (
+    0xFF  # fills uninitialised and freed memory: NaN as float16, bfloat16, float32, float64, float8_e4m3fn and _e5m2
+)
+_UNINITIALISED = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided}
+_TRANSFERS = {aten.copy_.default, aten._to_copy.default}
+_TAKE_HOST_INDICES = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+_FACTORIES = (
+    aten.empty.memory_format,
+    aten.empty_strided.default,
+    aten.arange.default,  # torch would make these three by resizing an empty tensor; the shape of a wrapper is fixed
+    aten.arange.start,
+    aten.arange.start_step,
+)
+
+
+class RaceError(RuntimeError):
+    """Two accesses to the same device bytes, one of them a write, that nothing orders."""
+
+
+Clock = Mapping[int, int]
+"""By index of a stream, its last epoch that is known to be done. Never changed, only replaced."""
+
+
+def _join(clock: Clock, other: Clock) -> Clock:
+    """What both know together."""
+    return {stream: max(clock.get(stream, 0), other.get(stream, 0)) for stream in clock.keys() | other.keys()}
+
+
+class Access(NamedTuple):
+    """Something that a stream did to device memory. An epoch is what a stream does between two records of an event."""
+
+    stream: SimStream
+    epoch: int
+    what: object
+
+    def is_known_to(self, clock: Clock) -> bool:
+        return clock.get(self.stream.index, 0) >= self.epoch
+
+    def __str__(self) -> str:
+        return f"{self.what} on the {self.stream.name} stream"
+
+
+@dataclass
+class _Span:
+    """Bytes [start, stop) with one history: the last write, and by stream the last read since."""
+
+    start: int
+    stop: int
+    write: Access
+    reads: dict[int, Access] = field(default_factory=dict)
+
+
+class History:
+    """Who wrote and read which bytes of one allocation last.
+
+    Spans tile the allocation. A write melts those it covers into one, so there are never more of them than there are
+    ends of ranges in use.
+    """
+
+    def __init__(self, nbytes: int, write: Access) -> None:
+        self.nbytes = nbytes
+        self._spans = [_Span(0, nbytes, write)]
+
+    def read(self, start: int, stop: int, access: Access, clock: Clock) -> Access | None:
+        """Note a read made at `clock`; returns a write that it is not ordered behind, if there is one."""
+        spans = self._spans[self._cut(start, stop)]
+        for span in spans:
+            span.reads[access.stream.index] = access
+        return next((span.write for span in spans if not span.write.is_known_to(clock)), None)
+
+    def write(self, start: int, stop: int, access: Access, clock: Clock) -> Access | None:
+        """Note a write made at `clock`; returns an access that it is not ordered behind, if there is one."""
+        where = self._cut(start, stop)
+        earlier = [each for span in self._spans[where] for each in (span.write, *span.reads.values())]
+        self._spans[where] = [_Span(start, stop, access)]
+        return next((each for each in earlier if not each.is_known_to(clock)), None)
+
+    def _cut(self, start: int, stop: int) -> slice:
+        """The spans that make up [start, stop), after cutting those that stick out."""
+        return slice(self._boundary(start), self._boundary(stop))
+
+    def _boundary(self, at: int) -> int:
+        """The index of the span that starts at `at`, after cutting the one that reaches across."""
+        index = bisect_left(self._spans, at, key=lambda span: span.start)
+        if index and self._spans[index - 1].stop > at:
+            head = self._spans[index - 1]
+            self._spans.insert(index, _Span(at, head.stop, head.write, dict(head.reads)))
+            head.stop = at
+        return index
+
+
+class _Point(NamedTuple):
+    """A place in a stream's queue, and what is known to be done once the stream has reached it."""
+
+    stream: SimStream
+    position: int
+    clock: Clock
+
+    def reach(self) -> None:
+        self.stream.advance(self.position)
+
+
+class SimStream:
+    """An ordered queue of device work, done only as far as somebody waits for it; at once if it is eager.
+
+    It knows the order of its work, not what the work is. Virtual time would belong here: `submit` sees all work come
+    and `advance` sees it done. Both, like `mark` and `access`, are called with the device's lock held.
+    """
+
+    def __init__(self, sim: SimDevice, index: int, name: str, is_eager: bool) -> None:
+        self.index = index
+        self.name = name
+        self.clock: Clock = {index: 1}
+        self._sim = sim
+        self._is_eager = is_eager
+        self._queue: deque[Callable[[], None]] = deque()
+        self._num_submitted = 0
+        self._num_done = 0
+
+    def record_event(self, event: SimEvent) -> SimEvent:
+        """Move `event` to the end of this stream's queue."""
+        with self._sim.lock:
+            event.point = self.mark()
+        return event
+
+    def wait_event(self, event: SimEvent) -> None:
+        """Order what is submitted from now on behind `event`, as it was recorded last."""
+        with self._sim.lock:
+            if event.point is not None:
+                self.clock = _join(self.clock, event.point.clock)
+                self.submit(event.point.reach)
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self._queue.append(work)
+        self._num_submitted += 1
+        if self._is_eager:
+            self.advance(self._num_submitted)
+
+    def advance(self, position: int) -> None:
+        """Do the work up to `position`."""
+        while self._num_done < position:
+            self._num_done += 1
+            self._queue.popleft()()
+
+    def mark(self) -> _Point:
+        """The end of the queue. Ends the epoch, so that the point does not cover what comes behind it."""
+        self._follow_host()
+        point = _Point(self, self._num_submitted, self.clock)
+        self.clock = {**self.clock, self.index: self.clock[self.index] + 1}
+        return point
+
+    def access(self, what: object) -> Access:
+        """An access submitted now."""
+        self._follow_host()
+        return Access(self, self.clock[self.index], what)
+
+    def _follow_host(self) -> None:
+        """What is submitted now is ordered behind all that the host has waited for."""
+        self.clock = _join(self.clock, self._sim.host_clock)
+
+
+class SimEvent:
+    """A point in a stream, once one has recorded it."""
+
+    def __init__(self, sim: SimDevice) -> None:
+        self.point: _Point | None = None
+        self._sim = sim
+
+    def synchronize(self) -> None:
+        """Have the stream's work done up to this point."""
+        with self._sim.lock:
+            if self.point is not None:
+                self._sim.wait_on_host(self.point)
+
+
+class Memory:
+    """One allocation on the device; lives as long as a tensor that aliases it."""
+
+    def __init__(self, sim: SimDevice, storage: torch.UntypedStorage, write: Access) -> None:
+        self.sim = sim
+        self.history = History(storage.nbytes(), write)
+        weakref.finalize(self, sim.free, storage, self.history).atexit = False
+
+
+class SimDevice:
+    """The memory and the streams of `sim:0`, and the races found there, while in use as a context manager.
+
+    The first one registers `sim` with torch, which cannot be undone. Leaving the context raises what `check` would,
+    unless an exception is on its way already.
+
+    Args:
+        memory_limit: device bytes that may be allocated at once; more raises `torch.OutOfMemoryError`.
+        raise_races: raise `RaceError` where a race is found, if on the main thread. The others wait for `check`.
+    """
+
+    def __init__(self, memory_limit: int | None = None, raise_races: bool = True) -> None:
+        _register()
+        self.device = torch.device("sim", 0)
+        self.memory_limit = memory_limit
+        self.allocated_bytes = 0
+        self.peak_bytes = 0
+        self.h2d_bytes = 0
+        self.races: list[str] = []
+        self.lock = threading.RLock()  # reentrant, because the collector may free a tensor anywhere
+        self.host_clock: Clock = {}
+        self._streams: list[SimStream] = []
+        self.compute_stream = self.new_stream("compute", is_eager=True)
+        self._raise_races = raise_races
+        self._unraised: list[str] = []
+
+    def __enter__(self) -> SimDevice:
+        module = torch.get_device_module("sim")
+        if module.active is not None:
+            raise RuntimeError("another SimDevice is in use: there is one sim:0 at a time")
+        module.active = self
+        return self
+
+    def __exit__(self, exc_type: object, *_: object) -> None:
+        torch.get_device_module("sim").active = None
+        if exc_type is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise `RaceError` if races were found that have not been raised yet."""
+        with self.lock:
+            unraised, self._unraised = self._unraised, []
+        if unraised:
+            raise RaceError("\n".join(unraised))
+
+    def new_stream(self, name: str, is_eager: bool = False) -> SimStream:
+        """A stream that begins now; `name` is for messages."""
+        with self.lock:
+            stream = SimStream(self, len(self._streams), name, is_eager)
+            self._streams.append(stream)
+        return stream
+
+    def synchronize(self) -> None:
+        """Have all work done that was submitted."""
+        with self.lock:
+            for stream in self._streams:
+                self.wait_on_host(stream.mark())
+
+    def wait_on_host(self, point: _Point) -> None:
+        """Reach `point`, and let the host know. The caller holds the lock."""
+        point.reach()
+        self.host_clock = _join(self.host_clock, point.clock)
+
+    def copy(self, destination: SimTensor, source: torch.Tensor, stream: SimStream) -> None:
+        """Queue a copy of the bytes that `source` will have when it runs."""
+        self.touch(destination, stream, "a copy", is_write=True)
+        with self.lock:
+            stream.submit(functools.partial(self._move, destination.raw, source))
+
+    def _move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        ctypes.memmove(destination.data_ptr(), source.data_ptr(), source.nbytes)
+        self.h2d_bytes += source.nbytes
+
+    def adopt(self, raw: torch.Tensor, func: OpOverload[..., Any]) -> SimTensor:
+        """The device tensor over what `func` has made on the CPU: new memory, written by the compute stream."""
+        storage = raw.untyped_storage()
+        with self.lock:
+            self._charge(storage.nbytes())
+            if func.overloadpacket in _UNINITIALISED:
+                ctypes.memset(storage.data_ptr(), _POISON, storage.nbytes())
+            return SimTensor(raw, Memory(self, storage, self.compute_stream.access(f"the allocation by {func}")))
+
+    def _charge(self, nbytes: int) -> None:
+        if self.memory_limit is not None and self.allocated_bytes + nbytes > self.memory_limit:
+            raise torch.OutOfMemoryError(
+                f"sim:0 has {self.allocated_bytes} of {self.memory_limit} bytes allocated; {nbytes} more do not fit"
+            )
+        self.allocated_bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.allocated_bytes)
+
+    def free(self, storage: torch.UntypedStorage, history: History) -> None:
+        """Give memory back to the compute stream, which may use it at once. Finalizers call this: it never raises."""
+        with self.lock:
+            self.allocated_bytes -= history.nbytes
+            ctypes.memset(storage.data_ptr(), _POISON, history.nbytes)
+            if torch.get_device_module("sim").active is self:
+                clock = _join(self.compute_stream.clock, self.host_clock)
+                access = Access(self.compute_stream, clock[self.compute_stream.index], "the freeing")
+                self._note_race(access, history.write(0, history.nbytes, access, clock), 0, history.nbytes)
+
+    def touch(self, tensor: SimTensor, stream: SimStream, what: object, is_write: bool) -> None:
+        """Account for an access to the bytes of `tensor`, submitted to `stream` now.
+
+        Raises:
+            RaceError: it races with an earlier access, and `raise_races` asks to raise here.
+        """
+        start, stop = _byte_range(tensor.raw)
+        if start == stop:
+            return
+        with self.lock:
+            access = stream.access(what)
+            note = tensor.memory.history.write if is_write else tensor.memory.history.read
+            is_race = self._note_race(access, note(start, stop, access, stream.clock), start, stop)
+        if is_race and self._raise_races and threading.current_thread() is threading.main_thread():
+            self.check()
+
+    def _note_race(self, access: Access, earlier: Access | None, start: int, stop: int) -> bool:
+        if earlier is not None:
+            race = f"race: {access} touches bytes [{start}, {stop}) of an allocation, not ordered behind {earlier}"
+            self.races.append(race)
+            self._unraised.append(race)
+        return earlier is not None
+
+
+def _byte_range(raw: torch.Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor extends over, holes included."""
+    if raw.numel() == 0:
+        return 0, 0
+    first = int(raw.storage_offset())
+    last = first + sum((size - 1) * stride for size, stride in zip(raw.shape, raw.stride(), strict=True))
+    return first * raw.itemsize, (last + 1) * raw.itemsize
+
+
+class SimTensor(torch.Tensor):
+    """A tensor on `sim:0`: a wrapper in the shape of `raw`, the CPU tensor that holds the bytes."""
+
+    raw: torch.Tensor
+    memory: Memory
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, raw: torch.Tensor, memory: Memory) -> SimTensor:
+        # the stubs lack this constructor, the documented one for wrappers
+        tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            raw.size(),
+            strides=raw.stride(),
+            storage_offset=raw.storage_offset(),
+            dtype=raw.dtype,
+            device=memory.sim.device,
+        )
+        tensor.raw, tensor.memory = raw, memory
+        return cast(SimTensor, tensor)
+
+    @classmethod
+    # the stub says that a class method has no class
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return _run(func, args, kwargs or {})
+
+    def __repr__(self) -> str:  # type: ignore[override]  # torch's has an argument of its own
+        return f"SimTensor({self.raw!r})"
+
+    def data_ptr(self) -> int:
+        return self.raw.data_ptr()
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise NotImplementedError("sim: assigning to .data would leave `raw` behind; assign a new Parameter instead")
+
+
+Operands = list[tuple[torch.Tensor, bool]]
+"""The tensors that go into an operation, each with whether it is written."""
+
+
+def _run(func: OpOverload[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation that has a `SimTensor` among its operands: on the CPU, as work of the compute stream."""
+    operands = list(_operands(func, args, kwargs))
+    sim = next(tensor.memory.sim for tensor, _ in operands if isinstance(tensor, SimTensor))
+    _refuse_mixed_devices(func, operands)
+    for tensor, is_write in operands:
+        if isinstance(tensor, SimTensor) and not func.is_view:
+            sim.touch(tensor, sim.compute_stream, func, is_write)
+    leaves = kwargs.get("device") is not None and torch.device(kwargs["device"]).type != "sim"
+    raw_args, raw_kwargs = tree_map(
+        _raw, (args, {**kwargs, "device": "cpu"} if "device" in kwargs and not leaves else kwargs)
+    )
+    result = _STAND_INS.get(func, func)(*raw_args, **raw_kwargs)
+    _account_transfer(sim, func, args, kwargs, leaves)
+    return result if leaves else tree_map(lambda raw: _wrap(raw, sim, func, operands), result)
+
+
+def _operands(
+    func: OpOverload[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[torch.Tensor, bool]]:
+    by_name = {name: value for (name, _), value in zip(_parameters(func), args, strict=False)} | kwargs
+    for name, is_write in _parameters(func):
+        value = by_name.get(name)
+        for item in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(item, torch.Tensor):
+                yield item, is_write
+
+
+@functools.cache
+def _parameters(func: OpOverload[..., Any]) -> list[tuple[str, bool]]:
+    """The names of the parameters of `func`, each with whether `func` writes to what is passed."""
+    return [(each.name, each.alias_info is not None and each.alias_info.is_write) for each in func._schema.arguments]
+
+
+def _refuse_mixed_devices(func: OpOverload[..., Any], operands: Operands) -> None:
+    """As CUDA does: but for transfers, only scalars and indices may be elsewhere."""
+    if func in _TRANSFERS or func.overloadpacket in _TAKE_HOST_INDICES:
+        return
+    if any(tensor.dim() and not isinstance(tensor, SimTensor) for tensor, _ in operands):
+        devices = sorted({str(tensor.device) for tensor, _ in operands})
+        raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {' and '.join(devices)}")
+
+
+def _account_transfer(
+    sim: SimDevice, func: OpOverload[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], leaves: bool
+) -> None:
+    """Count what came from the host, and block the host where CUDA would: for a value, or for a blocking transfer."""
+    is_copy = func is aten.copy_.default
+    comes = is_copy and not isinstance(args[1], SimTensor)
+    goes = is_copy and not isinstance(args[0], SimTensor) or leaves and func is aten._to_copy.default
+    is_async = kwargs.get("non_blocking", args[2:] == (True,))
+    with sim.lock:
+        if comes:
+            sim.h2d_bytes += args[1].nbytes
+        if (comes or goes) and not is_async or torch.Tag.data_dependent_output in func.tags:
+            sim.wait_on_host(sim.compute_stream.mark())
+
+
+def _raw(value: Any) -> Any:
+    return value.raw if isinstance(value, SimTensor) else value
+
+
+def _wrap(raw: Any, sim: SimDevice, func: OpOverload[..., Any], operands: Operands) -> Any:
+    """A result as the device has it: the operand that it is, a view of an operand's memory, or new memory."""
+    if not isinstance(raw, torch.Tensor):
+        return raw
+    for tensor, _ in operands:
+        if _raw(tensor) is raw:
+            return _unresized(tensor, func)
+    for tensor, _ in operands:
+        if isinstance(tensor, SimTensor) and torch._C._is_alias_of(raw, tensor.raw):
+            return SimTensor(raw, tensor.memory)
+    return sim.adopt(raw, func)
+
+
+def _unresized(tensor: torch.Tensor, func: OpOverload[..., Any]) -> torch.Tensor:
+    """`tensor`, unless `func` has changed more of it than bytes."""
+    raw = _raw(tensor)
+    if (tensor.shape, tensor.stride()) != (raw.shape, raw.stride()):
+        raise NotImplementedError(f"sim: {func} changes the shape of a tensor in place, which a wrapper cannot follow")
+    return tensor
+
+
+def _integer_histc(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return torch.histc(tensor.double(), *args, **kwargs).to(tensor.dtype)
+
+
+_STAND_INS: dict[Any, Callable[..., Any]] = {aten.histc.default: _integer_histc}
+"""For what transformers calls on any accelerator and the CPU cannot do."""
+
+
+class _DeviceModule(_DummyBackendModule):
+    """What torch finds as `torch.sim`; knows the `SimDevice` in use, whichever copy of this module it comes from."""
+
+    active: SimDevice | None = None
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+
+def _register() -> None:
+    """Make `sim` a device of torch; once per process, even if this module is imported twice."""
+    if hasattr(torch, "sim"):
+        return
+    _setup_privateuseone_for_python_backend("sim", backend_module=_DeviceModule())
+    for factory in _FACTORIES:
+        torch.library.impl(factory.name(), "PrivateUse1")(functools.partial(_create, factory))
+    torch.library.impl("aten::_copy_from", "PrivateUse1")(_copy_from)
+    torch.library.impl("aten::scaled_dot_product_attention", "PrivateUse1")(_never_called)
+
+
+def _create(func: OpOverload[..., Any], *args: Any, device: Any, pin_memory: Any = None, **kwargs: Any) -> SimTensor:
+    """What a factory function does when its device is `sim`."""
+    sim: SimDevice | None = torch.get_device_module("sim").active
+    if sim is None:
+        raise RuntimeError("sim:0 has no memory outside of `with SimDevice():`")
+    return sim.adopt(func(*args, device="cpu", **kwargs), func)
+
+
+def _copy_from(source: torch.Tensor, destination: SimTensor, non_blocking: bool = False) -> SimTensor:
+    """The copy inside `torch.tensor(..., device="sim")`, which comes past `__torch_dispatch__`."""
+    copy = aten.copy_.default
+    return cast(SimTensor, destination.__torch_dispatch__(copy, (), (destination, source, non_blocking)))
+
+
+def _never_called(*_: Any, **__: Any) -> torch.Tensor:
+    """Registered so that torch leaves attention whole: the CPU's own kernel then gives the CPU's own bits."""
+    raise NotImplementedError("__torch_dispatch__ comes first")
+
+
+class SimRuntime:
+    """The `Runtime` of a `SimDevice`.
+
+    Args:
+        pinnable: whether host memory can be pinned. Copies are late either way.
+    """
+
+    def __init__(self, sim: SimDevice, pinnable: bool = True) -> None:
+        self.device = sim.device
+        self._sim = sim
+        self._pinnable = pinnable
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+
+    def pin(self, buffer: HostBuffer) -> bool:
+        return self._pinnable
+
+    def unpin(self, buffer: HostBuffer) -> None:
+        """Nothing to undo."""
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
+        """Queue a copy, which reads `source` when it runs: when somebody waits for it.
+
+        Raises:
+            ValueError: these are not as many contiguous bytes on the CPU as on the device.
+        """
+        if not isinstance(destination, SimTensor) or source.device.type != "cpu":
+            raise ValueError(f"copies go from cpu to sim:0, not from {source.device} to {destination.device}")
+        for tensor in (destination, source):
+            if tensor.dtype != torch.uint8 or not tensor.is_contiguous() or tensor.nbytes != source.nbytes:
+                raise ValueError(f"{tuple(tensor.shape)} of {tensor.dtype} is not {source.nbytes} contiguous bytes")
+        self._sim.copy(destination, source, cast(SimStream, stream))
+
+    def new_stream(self) -> SimStream:
+        return self._sim.new_stream("copy")
+
+    def new_event(self) -> SimEvent:
+        return SimEvent(self._sim)
+
+    def compute_stream(self) -> SimStream:
+        return self._sim.compute_stream
+
+    def synchronize(self) -> None:
+        self._sim.synchronize()
