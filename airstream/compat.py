@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,24 +25,28 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from airstream.errors import UnsupportedError
 
 
-def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The causal language model class of `config`.
+def model_class(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """The causal language model class of `config`: the checkpoint's own code if it has some and it is trusted.
 
     Raises:
         UnsupportedError: transformers has no such class for this type of model.
     """
+    own = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
+    if own is not None and trust_remote_code:
+        return get_class_from_dynamic_module(own, str(folder))
     try:
         return AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise UnsupportedError(
-            f"{config.model_type!r} is not a causal language model of this transformers version. "
-            "Upgrade transformers if the model is new"
+            f"{config.model_type!r} is not a causal language model of this transformers version. Upgrade transformers if "
+            "the model is new; if it brings its own code, and you trust it, pass trust_remote_code=True"
         ) from None
 
 

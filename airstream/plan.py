@@ -17,6 +17,7 @@ from airstream.ring import ring_bytes
 from airstream.units import MIB, format_bytes
 
 HOST = "cpu"
+KV_CACHE, ACTIVATIONS = "KV cache", "activations"
 
 HOST_RUNTIME_BYTES = 64 * MIB
 """What a first forward pass adds to the host process on its own: lazily imported code, thread stacks, kernel caches."""
@@ -53,7 +54,9 @@ class ModelFacts:
         head: the lm_head as a batch of its own if it can be streamed, else None.
         resident_bytes: weights and buffers that always stay in memory.
         rows_from_disk: tables of which only the rows needed are read: their names and sizes.
+        rows_of_head: those among them that are in memory anyway once the head is, because they are tied to it.
         checkpoint_bytes: all weights.
+        conversion_bytes: what a converter of transformers needs for its results before they are in place.
     """
 
     name: str
@@ -63,7 +66,9 @@ class ModelFacts:
     head_resident_bytes: int
     resident_bytes: int
     rows_from_disk: Mapping[str, int]
+    rows_of_head: frozenset[str]
     checkpoint_bytes: int
+    conversion_bytes: int
     footprint: Footprint
 
 
@@ -84,6 +89,11 @@ class Request:
     max_batch_size: int = 1
     direct_io: bool = True
     staging_bytes: int = 0
+
+    @property
+    def tier(self) -> str:
+        """The tier that the model computes in: "cpu", or the accelerator's index."""
+        return self.device.partition(":")[2] or (HOST if self.device == HOST else "0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +141,12 @@ class Plan:
     def streamed_bytes(self) -> int:
         """Bytes that cross the ring in one pass over all layers."""
         return sum(batch.nbytes for batch in self.batches)
+
+    @property
+    def work_bytes(self) -> int:
+        """What the budget of the computing device leaves for KV cache and activations once the weights are placed."""
+        tier = next(iter(self.tiers.values()))
+        return tier.budget_bytes - tier.peak_bytes + tier.items[KV_CACHE] + tier.items[ACTIVATIONS]
 
     @property
     def peak_bytes(self) -> dict[str, int]:
@@ -196,13 +212,15 @@ def _plan(
     work = {
         "ring": ring,
         "resident weights": resident,
-        "KV cache": need.kv_bytes(request.max_batch_size, context),
-        "activations": need.activation_bytes(request.max_batch_size, context, context),
+        KV_CACHE: need.kv_bytes(request.max_batch_size, context),
+        ACTIVATIONS: need.activation_bytes(request.max_batch_size, context, context),
+        "conversion": facts.conversion_bytes,
     }
     host = {"staging": request.staging_bytes, "runtime": HOST_RUNTIME_BYTES}
-    items = {HOST: work | host} if request.device == HOST else {
-        request.device: work | {"runtime": DEVICE_RUNTIME_BYTES}, HOST: host
-    }  # fmt: skip
+    items = {HOST: work | host}
+    if request.tier != HOST:
+        items = {request.tier: work | {"runtime": DEVICE_RUNTIME_BYTES}, HOST: host}
+    in_memory = facts.rows_of_head if head_resident else frozenset()
     return Plan(
         model=facts.name,
         dtype=facts.dtype,
@@ -212,7 +230,7 @@ def _plan(
         prefetch_batches=prefetch,
         ring_bytes=ring,
         head="none" if facts.head is None else "resident" if head_resident else "streamed",
-        rows_from_disk=dict(facts.rows_from_disk),
+        rows_from_disk={name: size for name, size in facts.rows_from_disk.items() if name not in in_memory},
         checkpoint_bytes=facts.checkpoint_bytes,
         direct_io=request.direct_io,
         max_context=context,

@@ -19,12 +19,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 
+NUM_THREADS = 4
 CHUNK_BYTES = 8 << 20  # a multiple of every disk's block, which O_DIRECT asks for
 
 Span = tuple[int, int]  # file descriptor, offset
 
 
-def read_rate(files: Sequence[Path], max_bytes: float = 3e9, num_threads: int = 4) -> float:
+def read_rate(files: Sequence[Path], max_bytes: float = 3e9, num_threads: int = NUM_THREADS) -> float:
     """Bytes per second of reading `files` in order, each to its end or until `max_bytes` are read. Blocks.
 
     Peak host memory: one 8 MiB buffer a thread.
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--gb", type=float, default=3.0, help="how much to read at most")
-    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=NUM_THREADS)
     args = parser.parse_args(argv)
     print(f"{read_rate(args.files, args.gb * 1e9, args.threads) / 1e9:.2f} GB/s")
 

@@ -294,8 +294,8 @@ class SimDevice:
 
     def copy(self, destination: SimTensor, source: torch.Tensor, stream: SimStream) -> None:
         """Queue a copy of the bytes that `source` will have when it runs."""
-        self.touch(destination, stream, "a copy", is_write=True)
         with self.lock:
+            self.touch(destination, stream, "a copy", is_write=True)
             stream.submit(functools.partial(self._move, destination.raw, source))
 
     def _move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
@@ -368,26 +368,20 @@ class SimTensor(torch.Tensor):
     raw: torch.Tensor
     memory: Memory
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # what torch documents
 
     @staticmethod
     def __new__(cls, raw: torch.Tensor, memory: Memory) -> SimTensor:
-        # the stubs lack this constructor, the documented one for wrappers
-        tensor = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            raw.size(),
-            strides=raw.stride(),
-            storage_offset=raw.storage_offset(),
-            dtype=raw.dtype,
-            device=memory.sim.device,
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, raw.size(), raw.stride(), raw.storage_offset(), dtype=raw.dtype, device=memory.sim.device
         )
         tensor.raw, tensor.memory = raw, memory
-        return cast(SimTensor, tensor)
+        return tensor
 
     @classmethod
     # the stub says that a class method has no class
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return _run(func, args, kwargs or {})
+        return _Operation(func, args, kwargs or {}).run()
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's has an argument of its own
         return f"SimTensor({self.raw!r})"
@@ -407,36 +401,87 @@ class SimTensor(torch.Tensor):
         raise NotImplementedError("sim: assigning to .data would leave `raw` behind; assign a new Parameter instead")
 
 
-Operands = list[tuple[torch.Tensor, bool]]
-"""The tensors that go into an operation, each with whether it is written."""
+class _Operation:
+    """One torch operation with a `SimTensor` among its operands, run on the CPU as work of the compute stream."""
 
+    def __init__(self, func: OpOverload[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.func = func
+        self.args = args
+        self.kwargs = kwargs
+        self.operands = list(self._find_operands())
+        self.sim = next(tensor.memory.sim for tensor, _ in self.operands if isinstance(tensor, SimTensor))
+        self.leaves_sim = torch.device(kwargs.get("device") or "sim").type != "sim"
 
-def _run(func: OpOverload[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation that has a `SimTensor` among its operands: on the CPU, as work of the compute stream."""
-    operands = list(_operands(func, args, kwargs))
-    sim = next(tensor.memory.sim for tensor, _ in operands if isinstance(tensor, SimTensor))
-    _refuse_mixed_devices(func, operands)
-    for tensor, is_write in operands:
-        if isinstance(tensor, SimTensor) and not func.is_view:
-            sim.touch(tensor, sim.compute_stream, func, is_write)
-    leaves = kwargs.get("device") is not None and torch.device(kwargs["device"]).type != "sim"
-    raw_args, raw_kwargs = tree_map(
-        _raw, (args, {**kwargs, "device": "cpu"} if "device" in kwargs and not leaves else kwargs)
-    )
-    result = _STAND_INS.get(func, func)(*raw_args, **raw_kwargs)
-    _account_transfer(sim, func, args, kwargs, leaves)
-    return result if leaves else tree_map(lambda raw: _wrap(raw, sim, func, operands), result)
+    def run(self) -> Any:
+        self._refuse_mixed_devices()
+        with self.sim.lock:
+            for tensor, is_write in self.operands:
+                if isinstance(tensor, SimTensor) and not self.func.is_view:
+                    self.sim.touch(tensor, self.sim.compute_stream, self.func, is_write)
+            result = self._run_on_cpu()
+            if self._blocks_host():
+                self.sim.wait_on_host(self.sim.compute_stream.mark())
+            return result if self.leaves_sim else tree_map(self._wrap, result)
 
+    def _find_operands(self) -> Iterator[tuple[torch.Tensor, bool]]:
+        """Each tensor that goes in, and whether it is written."""
+        parameters = _parameters(self.func)
+        values = {name: value for (name, _), value in zip(parameters, self.args, strict=False)} | self.kwargs
+        for name, is_write in parameters:
+            value = values.get(name)
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                if isinstance(item, torch.Tensor):
+                    yield item, is_write
 
-def _operands(
-    func: OpOverload[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Iterator[tuple[torch.Tensor, bool]]:
-    by_name = {name: value for (name, _), value in zip(_parameters(func), args, strict=False)} | kwargs
-    for name, is_write in _parameters(func):
-        value = by_name.get(name)
-        for item in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(item, torch.Tensor):
-                yield item, is_write
+    def _refuse_mixed_devices(self) -> None:
+        """As CUDA does: but for transfers, only scalars and indices may be elsewhere."""
+        if self.func in _TRANSFERS or self.func.overloadpacket in _TAKE_HOST_INDICES:
+            return
+        if any(tensor.dim() and not isinstance(tensor, SimTensor) for tensor, _ in self.operands):
+            devices = " and ".join(sorted({str(tensor.device) for tensor, _ in self.operands}))
+            raise RuntimeError(f"Expected all tensors to be on the same device, but {self.func} got {devices}")
+
+    def _run_on_cpu(self) -> Any:
+        kwargs = self.kwargs
+        if "device" in kwargs and not self.leaves_sim:
+            kwargs = {**kwargs, "device": "cpu"}
+        args, kwargs = tree_map(_raw, (self.args, kwargs))
+        return _STAND_INS.get(self.func, self.func)(*args, **kwargs)
+
+    def _blocks_host(self) -> bool:
+        """Whether the host takes a value from the device or asked for a blocking transfer, as on CUDA."""
+        if self.func in _TRANSFERS:
+            return self._account_transfer() and not self.kwargs.get("non_blocking", self.args[2:] == (True,))
+        return torch.Tag.data_dependent_output in self.func.tags
+
+    def _account_transfer(self) -> bool:
+        """Count what came from the host; returns whether anything went between host and device at all."""
+        if self.func is aten.copy_.default:
+            is_to_sim, source = isinstance(self.args[0], SimTensor), self.args[1]
+        else:
+            is_to_sim, source = not self.leaves_sim, self.args[0]
+        crosses = is_to_sim != isinstance(source, SimTensor) and source.numel() > 0
+        self.sim.h2d_bytes += source.nbytes if crosses and is_to_sim else 0
+        return crosses
+
+    def _wrap(self, raw: Any) -> Any:
+        """A result as the device has it: the operand that it is, a view of an operand's memory, or new memory."""
+        if not isinstance(raw, torch.Tensor):
+            return raw
+        for tensor, _ in self.operands:
+            if _raw(tensor) is raw:
+                return self._same_shape(tensor)
+        for tensor, _ in self.operands:
+            if isinstance(tensor, SimTensor) and _storage_id(tensor.raw) == _storage_id(raw):
+                return SimTensor(raw, tensor.memory)
+        return self.sim.adopt(raw, self.func)
+
+    def _same_shape(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor`, unless more than its bytes has changed: the shape of a wrapper is fixed."""
+        raw = _raw(tensor)
+        if (tensor.shape, tensor.stride()) != (raw.shape, raw.stride()):
+            raise NotImplementedError(f"sim: {self.func} changes the shape of a tensor in place")
+        return tensor
 
 
 @functools.cache
@@ -445,53 +490,12 @@ def _parameters(func: OpOverload[..., Any]) -> list[tuple[str, bool]]:
     return [(each.name, each.alias_info is not None and each.alias_info.is_write) for each in func._schema.arguments]
 
 
-def _refuse_mixed_devices(func: OpOverload[..., Any], operands: Operands) -> None:
-    """As CUDA does: but for transfers, only scalars and indices may be elsewhere."""
-    if func in _TRANSFERS or func.overloadpacket in _TAKE_HOST_INDICES:
-        return
-    if any(tensor.dim() and not isinstance(tensor, SimTensor) for tensor, _ in operands):
-        devices = sorted({str(tensor.device) for tensor, _ in operands})
-        raise RuntimeError(f"Expected all tensors to be on the same device, but {func} got {' and '.join(devices)}")
-
-
-def _account_transfer(
-    sim: SimDevice, func: OpOverload[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], leaves: bool
-) -> None:
-    """Count what came from the host, and block the host where CUDA would: for a value, or for a blocking transfer."""
-    is_copy = func is aten.copy_.default
-    comes = is_copy and not isinstance(args[1], SimTensor)
-    goes = is_copy and not isinstance(args[0], SimTensor) or leaves and func is aten._to_copy.default
-    is_async = kwargs.get("non_blocking", args[2:] == (True,))
-    with sim.lock:
-        if comes:
-            sim.h2d_bytes += args[1].nbytes
-        if (comes or goes) and not is_async or torch.Tag.data_dependent_output in func.tags:
-            sim.wait_on_host(sim.compute_stream.mark())
-
-
 def _raw(value: Any) -> Any:
     return value.raw if isinstance(value, SimTensor) else value
 
 
-def _wrap(raw: Any, sim: SimDevice, func: OpOverload[..., Any], operands: Operands) -> Any:
-    """A result as the device has it: the operand that it is, a view of an operand's memory, or new memory."""
-    if not isinstance(raw, torch.Tensor):
-        return raw
-    for tensor, _ in operands:
-        if _raw(tensor) is raw:
-            return _unresized(tensor, func)
-    for tensor, _ in operands:
-        if isinstance(tensor, SimTensor) and torch._C._is_alias_of(raw, tensor.raw):
-            return SimTensor(raw, tensor.memory)
-    return sim.adopt(raw, func)
-
-
-def _unresized(tensor: torch.Tensor, func: OpOverload[..., Any]) -> torch.Tensor:
-    """`tensor`, unless `func` has changed more of it than bytes."""
-    raw = _raw(tensor)
-    if (tensor.shape, tensor.stride()) != (raw.shape, raw.stride()):
-        raise NotImplementedError(f"sim: {func} changes the shape of a tensor in place, which a wrapper cannot follow")
-    return tensor
+def _storage_id(raw: torch.Tensor) -> int:
+    return raw.untyped_storage()._cdata
 
 
 def _integer_histc(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -517,7 +521,8 @@ def _register() -> None:
         return
     _setup_privateuseone_for_python_backend("sim", backend_module=_DeviceModule())
     for factory in _FACTORIES:
-        torch.library.impl(factory.name(), "PrivateUse1")(functools.partial(_create, factory))
+        name = f"aten::{factory.overloadpacket.__name__}.{factory._overloadname}".removesuffix(".default")
+        torch.library.impl(name, "PrivateUse1")(functools.partial(_create, factory))
     torch.library.impl("aten::_copy_from", "PrivateUse1")(_copy_from)
     torch.library.impl("aten::scaled_dot_product_attention", "PrivateUse1")(_never_called)
 

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from airstream.backend.accelerator import AcceleratorBackend
-from airstream.backend.base import Backend
+from airstream.backend.base import Backend, Packing, Runtime
 from airstream.backend.cpu import CpuBackend
 from airstream.backend.torch_runtime import TorchRuntime
 
-__all__ = ["AcceleratorBackend", "Backend", "CpuBackend", "create_backend"]
+__all__ = ["RUNTIMES", "AcceleratorBackend", "Backend", "CpuBackend", "Packing", "create_backend", "packing_of"]
+
+RUNTIMES: dict[str, Callable[[torch.device], Runtime]] = {}
+"""Runtimes of device types that torch's own streams and events do not serve, by type."""
 
 
 def create_backend(device: torch.device, num_workers: int, chunk_bytes: int) -> Backend:
     """The backend of `device`, for a reader of `num_workers` threads that reads `chunk_bytes` at a time."""
     if device.type == "cpu":
         return CpuBackend(chunk_bytes)
-    return AcceleratorBackend(TorchRuntime(device), num_workers, chunk_bytes)
+    runtime = RUNTIMES.get(device.type, TorchRuntime)
+    return AcceleratorBackend(runtime(device), num_workers, chunk_bytes)
+
+
+def packing_of(device: torch.device) -> Packing:
+    """How slabs for `device` are packed; known before anything is allocated there."""
+    return CpuBackend.packing if device.type == "cpu" else AcceleratorBackend.packing

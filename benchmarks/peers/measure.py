@@ -160,7 +160,7 @@ def measure(runner: Runner, request: Request) -> Record:
         counts = f"{len(tokens)} tokens and {len(clock.seconds)} ticks of the clock"
         raise RuntimeError(f"{runner.system} made {counts} where {request.num_tokens} were asked for")
     prepared = request.work / PREPARED_NAME
-    return Record(
+    record = Record(
         system=runner.system,
         version=", ".join(f"{package} {version(package)}" for package in runner.packages),
         tokens=tokens,
@@ -174,6 +174,9 @@ def measure(runner: Runner, request: Request) -> Record:
         | (runner.details(model) if runner.details else {}),
         **(json.loads(prepared.read_text()) if prepared.exists() else {}),
     )
+    if hasattr(model, "close"):  # threads and maps end here, not at some point of the interpreter's exit
+        model.close()
+    return record
 
 
 def generate_with_transformers(model: Any, request: Request, clock: TokenClock) -> list[int]:

@@ -1,0 +1,97 @@
+"""From what the user names to a folder with a checkpoint: a local folder as it is, a hub id through huggingface_hub.
+
+Downloads show progress, resume where they broke off, and are verified by huggingface_hub. Only what is needed comes:
+configuration and tokenizer first, then the shards that the checkpoint's own index names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE
+from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+
+
+def resolve(
+    model: str | os.PathLike[str],
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    with_code: bool = False,
+    with_weights: bool = True,
+) -> Path:
+    """The folder of checkpoint `model`: a local folder, used in place, or a hub id, downloaded into the hub's cache.
+
+    Raises:
+        CheckpointNotFoundError: there is no such folder or repository, or it cannot be reached; the message says which.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UnsupportedError(f"{path} is a file: name the folder of a checkpoint with config.json and *.safetensors")
+    name = os.fspath(model)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_absolute():
+        raise CheckpointNotFoundError(f"there is no folder {name!r}")
+
+    def download(patterns: list[str]) -> Path:
+        code = ["*.py"] if with_code else []
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=patterns + code,
+            )
+        )
+
+    try:
+        folder = download(SMALL_FILES)
+        return download(SMALL_FILES + _weight_files(folder)) if with_weights else folder
+    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise CheckpointNotFoundError(
+            f"the hub does not give out {name!r} (revision {revision or 'main'}): {_first_line(error)}. "
+            "Check the name; for a private or gated model accept its licence there and pass token=..."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise CheckpointNotFoundError(
+            f"{name!r} is neither a local folder nor complete in the hub's cache, and the hub cannot be used "
+            "(offline, or local_files_only=True). Connect once to download it, or name a local folder"
+        ) from error
+    except HFValidationError as error:
+        raise CheckpointNotFoundError(f"{name!r} is neither a local folder nor a hub id: {_first_line(error)}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise CheckpointNotFoundError(f"downloading {name!r} failed: {_first_line(error)}. Try again: it resumes") from error
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The shards that the index names, or the one file there is without an index."""
+    index = folder / SHARD_INDEX
+    if not index.is_file():
+        return [SINGLE_FILE]
+    try:
+        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is not a shard index ({error!r}). Download it again") from None
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

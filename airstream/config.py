@@ -1,0 +1,104 @@
+"""What a user may ask of `from_pretrained`, checked before anything is opened."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from airstream.errors import ArgumentError
+from airstream.hardware import default_device
+from airstream.units import parse_bytes
+
+MaxMemory = int | str | Mapping[int | str, int | str] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """The arguments of `AutoModel.from_pretrained`; see there. The defaults are also those of the command line."""
+
+    dtype: str | torch.dtype = "auto"
+    device: str | int | torch.device | None = None
+    max_memory: MaxMemory = None
+    max_context: int | None = None
+    max_batch_size: int = 1
+    layers_per_batch: int | Literal["auto"] = "auto"
+    prefetch_batches: int | Literal["auto"] = "auto"
+    page_cache: bool | Literal["auto"] = "auto"
+    attn_implementation: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        _check_count("max_batch_size", self.max_batch_size, at_least=1)
+        if self.max_context is not None:
+            _check_count("max_context", self.max_context, at_least=1)
+        if self.layers_per_batch != "auto":
+            _check_count("layers_per_batch", self.layers_per_batch, at_least=1)
+        if self.prefetch_batches != "auto":
+            _check_count("prefetch_batches", self.prefetch_batches, at_least=0)
+        if self.page_cache not in ("auto", True, False):
+            raise ArgumentError(f'page_cache={self.page_cache!r}: use True, False or "auto"')
+        if isinstance(self.dtype, str) and self.dtype != "auto":
+            named = getattr(torch, self.dtype.removeprefix("torch."), None)
+            if not isinstance(named, torch.dtype) or not named.is_floating_point:
+                raise ArgumentError(f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", "float16"...')
+
+
+def resolve_device(device: str | int | torch.device | None) -> torch.device:
+    """The device named by the user, with its index; the accelerator, or else the CPU, if none is named."""
+    if device is None:
+        return default_device()
+    try:
+        chosen = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ArgumentError(f"device={device!r} is not a device of this torch: {error}") from None
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type == "meta":
+        raise ArgumentError('device="meta" has no memory to stream to')
+    return torch.device(chosen.type, chosen.index or 0)
+
+
+def parse_max_memory(max_memory: MaxMemory, device: torch.device) -> dict[str, int]:
+    """The budgets given, in bytes: "cpu" for host memory, "0" for accelerator 0. A tier that is not named is left out.
+
+    One size alone is the budget of the device that computes.
+    """
+    compute = "cpu" if device.type == "cpu" else str(device.index)
+    if max_memory is None or max_memory == "auto":
+        return {}
+    if not isinstance(max_memory, Mapping):
+        return {compute: parse_bytes(max_memory, "max_memory")}
+    budgets: dict[str, int] = {}
+    for key, size in max_memory.items():
+        name = str(key)
+        if name not in ("cpu", compute):
+            raise ArgumentError(
+                f"max_memory names {key!r}, but the model runs on {device}: use the keys "
+                f"{', '.join(sorted({'cpu', compute}))}, or choose another device="
+            )
+        if size != "auto":
+            budgets[name] = parse_bytes(size, f"max_memory[{key!r}]")
+    return budgets
+
+
+def refuse_unknown(arguments: Iterable[str], known: Iterable[str]) -> None:
+    """Raise for any of `arguments`, naming what it may have been meant to be."""
+    known = list(known)
+    for name in arguments:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the arguments are {', '.join(known)}"
+        raise ArgumentError(f"from_pretrained() has no argument {name!r}: {hint}")
+
+
+def _check_count(name: str, value: object, at_least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ArgumentError(f"{name}={value!r} must be a whole number of at least {at_least}")

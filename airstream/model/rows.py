@@ -1,0 +1,62 @@
+"""An embedding table that stays on disk. Looking rows up reads just those rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - the name everyone knows it by
+
+from airstream.errors import UnsupportedError
+
+FetchRows = Callable[[Sequence[int]], torch.Tensor]
+"""Row numbers, ascending and different -> a tensor of those rows on the device that computes."""
+
+
+class RowTable(torch.Tensor):
+    """Stands for a table of shape (num_rows, width) in an `nn.Embedding`, without its values.
+
+    `F.embedding` works on it, and therefore whatever an embedding module makes of it (scaling, offsets). It has shape,
+    dtype and device; any other use raises `UnsupportedError`.
+    """
+
+    _fetch: FetchRows
+
+    @staticmethod
+    def __new__(
+        cls, fetch: FetchRows, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> RowTable:
+        table: RowTable = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        table._fetch = fetch
+        return table
+
+    def __init__(self, *_: Any) -> None:
+        super().__init__()
+
+    def __repr__(self, **_: Any) -> str:
+        return f"RowTable(shape={tuple(self.shape)}, dtype={self.dtype}, on disk)"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.embedding:
+            return _embedding(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:  # asked for by tools that list parameters
+            return args[0]
+        raise UnsupportedError(
+            f"{func} was called on an embedding table that is left on disk: only looking rows up works on it"
+        )
+
+
+def _embedding(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    """`F.embedding(ids, table)`. The arguments left out concern training (and `max_norm`, which language models do not use)."""
+    assert isinstance(weight, RowTable)
+    different, positions = torch.unique(ids, return_inverse=True)
+    numbers = different.tolist()
+    if numbers and not 0 <= numbers[0] <= numbers[-1] < weight.shape[0]:
+        raise IndexError(f"token ids from {numbers[0]} to {numbers[-1]} are not in the table of {weight.shape[0]} rows")
+    return F.embedding(positions, weight._fetch(numbers))

@@ -1,0 +1,144 @@
+"""The class of a streamed model: the checkpoint's own class, with the few methods that cannot mean what they used to.
+
+`streamed_class(LlamaForCausalLM)` is a subclass of it under the same name, so that whatever looks at the class, by
+`isinstance` or by name, sees what it expects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from transformers import PreTrainedModel
+
+from airstream.errors import UnsupportedError
+from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
+
+if TYPE_CHECKING:
+    from airstream.plan import Plan
+    from airstream.streamer import StreamStats
+
+
+class GuardedModule:
+    """A module whose calls are serialised, run without autograd, and leave nothing bound when they fail."""
+
+    _engine: Engine
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._engine.guard():
+            return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the module class comes after this one
+
+
+class StreamedModel(GuardedModule):
+    """What a streamed model has beyond its transformers class."""
+
+    _tokenizer: Any = None
+    _load_tokenizer: Callable[[], Any]
+
+    @property
+    def plan(self) -> Plan:
+        """What is resident, what is streamed, and the predicted peak."""
+        return self._engine.plan
+
+    @property
+    def stats(self) -> StreamStats:
+        """What has been streamed so far, and how long computation waited for it."""
+        return self._engine.stats
+
+    @property
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, loaded when first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = self._load_tokenizer()
+        return self._tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        """The device that computes: where inputs belong."""
+        return self._engine.device
+
+    def close(self) -> None:
+        """End the reader threads, close the files, give the memory back. Idempotent; later calls raise ClosedError."""
+        self._engine.close()
+
+    def __enter__(self) -> StreamedModel:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._engine.guard():
+            self._engine.admit(args, kwargs)
+            return super().__call__(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        with self._engine.guard():
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def to(self, *args: Any, **kwargs: Any) -> StreamedModel:
+        """Only what changes nothing is possible: a streamed model cannot be moved or cast."""
+        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        moves = device is not None and (device.type, device.index or 0) != (self.device.type, self.device.index or 0)
+        if moves or dtype not in (None, self.dtype):  # type: ignore[attr-defined]
+            _refuse("to()", "load it with from_pretrained(..., device=..., dtype=...) instead")
+        return self
+
+    def cuda(self, device: int | None = None) -> StreamedModel:
+        return self.to(torch.device("cuda", device or 0))
+
+    def cpu(self) -> StreamedModel:
+        return self.to("cpu")
+
+    def half(self) -> StreamedModel:
+        return self.to(torch.float16)
+
+    def float(self) -> StreamedModel:
+        return self.to(torch.float32)
+
+    def bfloat16(self) -> StreamedModel:
+        return self.to(torch.bfloat16)
+
+    def train(self, mode: bool = True) -> StreamedModel:
+        if mode:
+            _refuse("train()", "its weights are not kept; fine-tune the checkpoint with transformers or PEFT")
+        return super().train(False)  # type: ignore[misc]
+
+    def requires_grad_(self, requires_grad: bool = True) -> StreamedModel:
+        if requires_grad:
+            _refuse("requires_grad_()", "its weights are not kept; fine-tune the checkpoint with transformers or PEFT")
+        return self
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("save_pretrained()", f"the checkpoint lies unchanged in {self._engine.folder}: copy that folder")
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("push_to_hub()", f"the checkpoint lies unchanged in {self._engine.folder}: upload that folder")
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
+        """Without a size this returns the embeddings, as in transformers; a streamed table cannot change its size."""
+        if new_num_tokens is not None:
+            _refuse("resize_token_embeddings()", "resize and save the checkpoint with transformers, then stream that")
+        return self.get_input_embeddings()  # type: ignore[attr-defined]
+
+
+def make_streamed(model: PreTrainedModel, engine: Engine, load_tokenizer: Callable[[], Any]) -> None:
+    """Turn `model` into a streamed one: change its class, and guard its base model, which can be called on its own."""
+    base = model.base_model
+    if base is not model:
+        _change_class(base, GuardedModule, engine)
+    _change_class(model, StreamedModel, engine)
+    model._load_tokenizer = load_tokenizer  # type: ignore[assignment]
+
+
+def _change_class(module: torch.nn.Module, mixin: type, engine: Engine) -> None:
+    cls = type(module)
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    module.__class__ = type(cls.__name__, (mixin, cls), names)
+    object.__setattr__(module, "_engine", engine)
+
+
+def _refuse(call: str, remedy: str) -> NoReturn:
+    raise UnsupportedError(f"a streamed model does not support {call}: {remedy}")
+

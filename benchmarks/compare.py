@@ -1,0 +1,144 @@
+r"""Compare airstream with its peers on one model that does not fit in memory.
+
+    python -m benchmarks.compare --checkpoint DIR --limit-mib 3000 --turns 3 \
+        --systems airstream,airllm,accelerate,llamacpp --venvs FOLDER --work FOLDER --out results.json
+
+Every run is a process of its own in a memory cgroup, with a cold page cache; the systems alternate. Environments, the
+checkpoint and each system's one-time preparation are made where they are missing, outside the limit. Prints a Markdown
+table and, as the last line, everything as JSON; progress goes to standard error. Needs root, for the cgroup. What the
+numbers mean is in README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import conditions, limited, report
+from benchmarks.disk import read_rate
+from benchmarks.limited import MIB, Outcome
+from benchmarks.report import Reference, Run
+from benchmarks.settings import Settings, parse_settings
+from benchmarks.systems import SYSTEMS, System, ensure_environment
+
+ROOT = Path(__file__).resolve().parents[1]  # where the runners find `benchmarks` and `airstream`
+PREPARE_TIMEOUT_SECONDS = 3600.0
+
+
+def say(line: str) -> None:
+    """Progress: standard output belongs to the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def execute(command: Sequence[str], timeout_seconds: float, limit_mib: int | None = None) -> tuple[Outcome, str, str]:
+    """Run one runner to its end; returns how it ended and what it wrote to standard output and error. Blocks."""
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        outcome = limited.run(
+            command,
+            limit_bytes=None if limit_mib is None else limit_mib * MIB,
+            timeout_seconds=timeout_seconds,
+            stdout=stdout,
+            stderr=stderr,
+            cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )
+        stdout.seek(0)
+        stderr.seek(0)
+        return outcome, stdout.read().decode(errors="replace"), stderr.read().decode(errors="replace")
+
+
+def run_system(system: System, settings: Settings, turn: int, limit_mib: int | None) -> Run:
+    """One measured run."""
+    command = system.command(settings.venvs, "run", settings.request(system).arguments())
+    return report.judge(system.name, turn, *execute(command, settings.timeout_seconds, limit_mib))
+
+
+def prepare(system: System, settings: Settings) -> str | None:
+    """Make a system's environment and do its one-time conversion, without a limit. Returns why that failed, if so."""
+    say(f"preparing {system.name}")
+    try:
+        ensure_environment(system, settings.venvs)
+    except (subprocess.CalledProcessError, OSError) as error:
+        return f"no environment: {error}"
+    if not system.needs_preparation:
+        return None
+    command = system.command(settings.venvs, "prepare", settings.request(system).arguments())
+    outcome, _, stderr = execute(command, PREPARE_TIMEOUT_SECONDS)
+    return None if outcome.is_success else f"preparation: {report.describe_failure(outcome, stderr)}"
+
+
+def ensure_checkpoint(checkpoint: Path, shape: str) -> None:
+    """Write the checkpoint where the folder is missing, in a process of its own: this one must stay small.
+
+    Raises:
+        subprocess.CalledProcessError: writing failed; its own messages went to standard error.
+    """
+    if not checkpoint.exists():
+        say(f"writing a checkpoint of shape {shape} to {checkpoint}")
+        command = [sys.executable, "-m", "benchmarks.checkpoints", str(checkpoint), shape]
+        subprocess.run(command, check=True, stdout=sys.stderr, cwd=ROOT)
+
+
+def reference_tokens(settings: Settings) -> Reference | None:
+    """The tokens that the whole model in memory gives, without a limit; None where it does not fit in this machine."""
+    system = SYSTEMS["transformers"]
+    available = conditions.memory_bytes("MemAvailable")
+    if available < 1.2 * settings.weight_bytes:
+        say(f"no reference: {available / 1e9:.1f} GB of free memory cannot hold the model")
+        return None
+    error = prepare(system, settings)
+    run = Run(system.name, 0, error=error) if error else run_system(system, settings, 0, limit_mib=None)
+    if run.record is None:
+        say(f"no reference: {run.error}")
+        return None
+    return Reference(system.name, run.record.tokens)
+
+
+def run_turns(settings: Settings) -> tuple[list[Run], list[float]]:
+    """All runs in order, and the disk's raw bytes per second before the first turn and after each. Blocks for long.
+
+    A system that could not be prepared takes no turn, but its error is among the runs.
+    """
+    errors = {system.name: prepare(system, settings) for system in settings.systems}
+    runs = [Run(name, 0, error=error) for name, error in errors.items() if error]
+    for run in runs:
+        say(f"{run.system}: {run.error}")
+    ready = [name for name, error in errors.items() if not error]
+    rates = [read_rate(settings.shards)]
+    total = settings.turns * len(ready)
+    for number, (turn, name) in enumerate(report.schedule(ready, settings.turns), start=1):
+        runs.append(run_system(SYSTEMS[name], settings, turn, settings.limit_mib))
+        say(report.progress_line(number, total, runs[-1]))
+        if number % len(ready) == 0:
+            rates.append(read_rate(settings.shards))
+    return runs, rates
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare; returns 1 where no memory limit can be set, else 0: a peer that fails is a result."""
+    settings = parse_settings(__doc__, argv)
+    try:
+        limited.check_limit()
+    except limited.LimitError as error:
+        say(f"compare: {error}")
+        return 1
+    ensure_checkpoint(settings.checkpoint, settings.shape)
+    reference = reference_tokens(settings)
+    runs, rates = run_turns(settings)
+    reference = reference or report.fallback_reference(runs)
+    context = conditions.describe(settings, rates)
+    results = report.as_json(context, runs, reference)
+    if settings.out:
+        settings.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{conditions.caption(context)}\n\n{report.markdown_table(runs, reference)}\n")
+    print(json.dumps(results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

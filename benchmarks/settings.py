@@ -1,0 +1,103 @@
+"""What a comparison is asked to do: the command line, checked and typed. Measures nothing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from benchmarks.limited import MIB
+from benchmarks.peers.measure import Request, parse_tokens
+from benchmarks.systems import SYSTEMS, System
+
+# Left to the interpreter, its libraries and the page cache when a system is told its budget.
+RESERVE_MIB = 500
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare and how. Paths are absolute: the runners start in another folder."""
+
+    systems: list[System]
+    checkpoint: Path
+    shape: str  # of the checkpoint, where it has yet to be written
+    work: Path
+    venvs: Path
+    out: Path | None
+    limit_mib: int
+    budget_mib: int
+    turns: int
+    timeout_seconds: float
+    prompt: list[int]
+    num_tokens: int
+
+    @property
+    def shards(self) -> list[Path]:
+        """The checkpoint's weight files."""
+        return sorted(self.checkpoint.glob("*.safetensors"))
+
+    @property
+    def weight_bytes(self) -> int:
+        """The bytes of the checkpoint's weight files."""
+        return sum(file.stat().st_size for file in self.shards)
+
+    def request(self, system: System) -> Request:
+        """What `system` is asked. Its folder is keyed by the checkpoint, so another one gets another preparation."""
+        return Request(
+            checkpoint=self.checkpoint,
+            work=self.work / checkpoint_key(self.checkpoint) / system.name,
+            prompt=self.prompt,
+            num_tokens=self.num_tokens,
+            budget_bytes=self.budget_mib * MIB,
+        )
+
+
+def checkpoint_key(checkpoint: Path) -> str:
+    """A folder name for what is derived from this checkpoint: changes with its files, their sizes and their times."""
+    digest = sha256()
+    for file in sorted(path for path in checkpoint.iterdir() if path.is_file()):
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return f"{checkpoint.name}-{digest.hexdigest()[:8]}"
+
+
+def parse_systems(text: str) -> list[System]:
+    """`"airstream,airllm"` as systems.
+
+    Raises:
+        argparse.ArgumentTypeError: one of them is unknown.
+    """
+    names = list(dict.fromkeys(text.split(",")))
+    if unknown := [name for name in names if name not in SYSTEMS]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(SYSTEMS)}")
+    return [SYSTEMS[name] for name in names]
+
+
+def parse_settings(description: str | None, argv: Sequence[str] | None = None) -> Settings:
+    """The command line as settings; exits with a message where it makes no sense."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", type=_absolute, required=True, help="a Llama checkpoint; written where the folder is missing")
+    add("--shape", default="3072,8192,28,32000,24,8", help="of a checkpoint to write (default: %(default)s, 6.03 GB)")
+    add("--limit-mib", type=int, required=True, help="memory of every run, page cache included")
+    add("--budget-mib", type=int, help=f"told to systems that take a budget (default: the limit less {RESERVE_MIB})")
+    add("--turns", type=int, default=3, help="runs of every system (default: %(default)s)")
+    add("--systems", type=parse_systems, default="airstream,airllm,accelerate,llamacpp", help=", ".join(SYSTEMS))
+    add("--venvs", type=_absolute, required=True, help="a folder of environments; missing ones are made")
+    add("--work", type=_absolute, required=True, help="a folder for what systems have to write, such as own copies")
+    add("--out", type=_absolute, help="a file for the JSON")
+    add("--timeout", type=float, default=1800.0, dest="timeout_seconds", help="of a run (default: %(default)s s)")
+    add("--prompt", type=parse_tokens, default=list(range(10, 42)), help="token ids (default: 10 to 41)")
+    add("--tokens", type=int, default=8, dest="num_tokens", help="new tokens (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if args.budget_mib is None:
+        args.budget_mib = args.limit_mib - RESERVE_MIB
+    if not 0 < args.budget_mib <= args.limit_mib:
+        parser.error(f"a budget of {args.budget_mib} MiB is not within the limit of {args.limit_mib} MiB")
+    return Settings(**vars(args))
+
+
+def _absolute(text: str) -> Path:
+    return Path(text).absolute()
