@@ -137,7 +137,7 @@ def _prepare(name: str | os.PathLike[str], options: LoadOptions) -> _Prepared:
     model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
     parts = divide(model, read_specs(model, index, dtype))
     packing = packing_of(device)
-    facts = gather_facts(os.fspath(name), model, parts, packing, options.layers_per_batch)
+    facts = gather_facts(os.fspath(name), model, parts, device, packing, options.layers_per_batch)
     request = _request(facts, device, budgets, options, staged=device.type != "cpu" or needs_staging(parts, packing))
     return _Prepared(options, folder, device, dtype, model, index, parts, facts, make_plan(facts, request))
 
@@ -188,14 +188,16 @@ def _assemble(prepared: _Prepared) -> StreamedModel:
         try:
             return AutoTokenizer.from_pretrained(prepared.folder, trust_remote_code=options.trust_remote_code)
         except (OSError, ValueError) as error:
-            raise CheckpointNotFoundError(f"{prepared.folder} has no tokenizer that transformers can load: {error}") from error
+            raise CheckpointNotFoundError(
+                f"{prepared.folder} has no tokenizer that transformers can load: {error}"
+            ) from error
 
     make_streamed(model, engine, load_tokenizer)
     # Where transformers asks what runs where: one device computes, the layers live on disk. It keeps generate() from
     # compiling and pipelines from moving the model.
     model.hf_device_map = {"": prepared.device, **{unit: "disk" for batch in plan.batches for unit in batch.units}}
     weakref.finalize(model, engine.close)
-    return model  # type: ignore[return-value]  # its class was changed
+    return model
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:

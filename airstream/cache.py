@@ -15,16 +15,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from airstream.errors import AirstreamError
+from airstream.errors import DiskSpaceError
 from airstream.units import format_bytes
 
-__all__ = ["DiskSpaceError", "cache_folder", "is_complete", "make_once"]
+__all__ = ["cache_folder", "is_complete", "make_once"]
 
 MANIFEST = "airstream-manifest.json"
-
-
-class DiskSpaceError(AirstreamError, OSError):
-    """The disk has too little room for what is to be written; the message has the numbers."""
 
 
 def cache_folder() -> Path:

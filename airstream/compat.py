@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -45,8 +44,8 @@ def model_class(config: PreTrainedConfig, folder: Path, trust_remote_code: bool)
         return AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError:
         raise UnsupportedError(
-            f"{config.model_type!r} is not a causal language model of this transformers version. Upgrade transformers if "
-            "the model is new; if it brings its own code, and you trust it, pass trust_remote_code=True"
+            f"{config.model_type!r} is not a causal language model of this transformers version. Upgrade transformers "
+            "if the model is new; if it brings its own code, and you trust it, pass trust_remote_code=True"
         ) from None
 
 
@@ -86,7 +85,7 @@ class DtypePlan:
 
 
 class KeyConversion:
-    """How the keys of a checkpoint become the names of `model`: renames, and operations that merge, split or reorder."""
+    """How keys of a checkpoint become names of `model`: renames, and operations that merge, split or reorder."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         mapping = get_model_conversion_mapping(model)
@@ -97,7 +96,7 @@ class KeyConversion:
         self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
 
     def rename(self, key: str) -> tuple[str, str | None]:
-        """The name that checkpoint key `key` belongs to, and the pattern of the converter that makes it, if one does."""
+        """The name that checkpoint key `key` belongs to, and the pattern of the converter that makes it, if any."""
         prefix = self._model.base_model_prefix
         name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._targets)
         if name not in self._targets and key in self._targets:

@@ -49,7 +49,9 @@ class LoadOptions:
         if isinstance(self.dtype, str) and self.dtype != "auto":
             named = getattr(torch, self.dtype.removeprefix("torch."), None)
             if not isinstance(named, torch.dtype) or not named.is_floating_point:
-                raise ArgumentError(f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", "float16"...')
+                raise ArgumentError(
+                    f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", "float16"...'
+                )
 
 
 def resolve_device(device: str | int | torch.device | None) -> torch.device:

@@ -8,6 +8,7 @@ All of them are `AirstreamError`; each also is the built-in that a caller would 
     ├── BudgetError (MemoryError)           the memory that was named cannot hold what has to be held
     ├── CheckpointError (ValueError)        the checkpoint is incomplete, corrupt or does not fit the model
     │   └── CheckpointNotFoundError (+ FileNotFoundError)
+    ├── DiskSpaceError (OSError)            the disk has not enough room for what is about to be written
     ├── ReadError (OSError)                 the disk failed while weights were being read
     ├── ClosedError (RuntimeError)          the model was used after `close()`
     └── UnsupportedError (RuntimeError)     a streamed model cannot do this; the message says what to do instead
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "ClosedError",
+    "DiskSpaceError",
     "ReadError",
     "UnsupportedError",
 ]
@@ -36,7 +38,7 @@ class ArgumentError(AirstreamError, ValueError):
 
 
 class BudgetError(AirstreamError, MemoryError):
-    """What has to be in memory does not fit the budget; the message has the numbers and the smallest budget that would do."""
+    """The budget cannot hold what has to be in memory; the message has the numbers and the smallest budget that would."""
 
 
 class CheckpointError(AirstreamError, ValueError):
@@ -48,6 +50,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
 
     def __str__(self) -> str:  # OSError would print its first argument's repr
         return str(self.args[0]) if self.args else ""
+
+
+class DiskSpaceError(AirstreamError, OSError):
+    """The disk has not enough room for what is about to be written; nothing was."""
 
 
 class ReadError(AirstreamError, OSError):

@@ -7,15 +7,17 @@ Formulas, with B sequences of T new tokens each, C tokens of context, s bytes pe
     activations     B * T * (a few hidden states + the widest MLP + queries, keys and values), freed layer by layer
     attention       B * T * C for the mask; times the heads, in float32 too, where attention is computed eagerly
     logits          B * V * (s + 4): the model's and generate()'s float32 copy, for as many positions as are asked for
+    lm_head copies  B * (the lm_head): on the CPU, torch multiplies the strided slice that holds the last positions in
+                    bfloat16 through a batched product, for which it copies the weight for every sequence
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 HIDDEN_COPIES = 8
-"""Hidden states alive at once in the widest part of a layer: input, residual, norm (one in float32: two), q, k, v, out."""
+"""Hidden states alive at once in the widest part of a layer: input, residual, norm (in float32: two), q, k, v, out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,8 @@ class Footprint:
     vocab_size: int
     max_position: int
     eager_attention: bool
+    head_copy_bytes: int
+    """Bytes of the lm_head where it is copied for every sequence of a prefill, else 0."""
 
     def kv_bytes(self, batch_size: int, context: int) -> int:
         """The KV cache at its largest, with the moment at which one layer's tensors are being extended."""
@@ -45,20 +49,21 @@ class Footprint:
         heads = 2 * context * self.item_bytes * self.num_heads * (self.hidden_size // self.num_heads)
         layers = tokens * per_token + attention + heads
         head = logits * self.vocab_size * (self.item_bytes + 4)
+        if 0 < logits < tokens:
+            head += self.head_copy_bytes
         return batch_size * max(layers, head + tokens * self.hidden_size * self.item_bytes)
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
-
-def footprint(config: Any, item_bytes: int, eager_attention: bool) -> Footprint:
+def footprint(config: Any, item_bytes: int, eager_attention: bool, head_copy_bytes: int = 0) -> Footprint:
     """The footprint of a model with this transformers config, computing in elements of `item_bytes`."""
     text = config.get_text_config(decoder=True)
     hidden = _first(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
     heads = _first(text, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1)
     layers = _first(text, "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1)
     intermediate = _first(text, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden)
-    routed = _first(text, "num_experts_per_tok", default=0) * _first(text, "moe_intermediate_size", default=intermediate)
+    routed = _first(text, "num_experts_per_tok", default=0) * _first(
+        text, "moe_intermediate_size", default=intermediate
+    )
     per_layer = _kv_elements_per_layer(text, hidden, heads)
     return Footprint(
         item_bytes=item_bytes,
@@ -70,6 +75,7 @@ def footprint(config: Any, item_bytes: int, eager_attention: bool) -> Footprint:
         vocab_size=_first(text, "vocab_size", "n_words", default=1),
         max_position=_first(text, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", default=1 << 20),
         eager_attention=eager_attention,
+        head_copy_bytes=head_copy_bytes,
     )
 
 
@@ -85,7 +91,7 @@ def _kv_elements_per_layer(text: Any, hidden: int, heads: int) -> int:
 
 
 def _first(config: Any, *names: str, default: int) -> int:
-    """The first of the attributes that is a positive number; configs name the same thing differently, or leave it None."""
+    """The first of the attributes that is a positive number: configs name one thing differently, or leave it None."""
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

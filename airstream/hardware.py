@@ -14,7 +14,7 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 def default_device() -> torch.device:
     """The accelerator if there is one that can be streamed to, else the CPU.
 
-    Apple's MPS has no streams in torch, and shares its memory with the host anyway: there, the CPU is the better choice.
+    Apple's MPS has no streams in torch, and shares its memory with the host anyway: there, the CPU is the better one.
     """
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None or accelerator.type == "mps":
@@ -53,7 +53,9 @@ def _cgroup_room(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/c
             yield from _rooms_upwards(root / "memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", names)
 
 
-def _rooms_upwards(root: Path, path: str, limit_name: str, usage_name: str, cache_names: tuple[str, ...]) -> Iterator[int]:
+def _rooms_upwards(
+    root: Path, path: str, limit_name: str, usage_name: str, cache_names: tuple[str, ...]
+) -> Iterator[int]:
     parts = Path(path.lstrip("/")).parts
     for depth in range(len(parts), -1, -1):
         folder = root.joinpath(*parts[:depth])

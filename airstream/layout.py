@@ -117,7 +117,9 @@ def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtyp
         if pattern is None:
             stored = index[key]
             _check_shape(name, stored.shape, tuple(targets[name].shape), key)
-            specs[name] = TensorSpec(name, wanted[name], stored.shape, (_piece(stored, 0, stored.nbytes, 0, wanted[name]),))
+            specs[name] = TensorSpec(
+                name, wanted[name], stored.shape, (_piece(stored, 0, stored.nbytes, 0, wanted[name]),)
+            )
         else:
             converted.setdefault(name, []).append((key, pattern))
     for name, sources in converted.items():
@@ -126,6 +128,11 @@ def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtyp
     _resolve_ties(model, specs, targets)
     _check_complete(model, specs, targets)
     return specs
+
+
+def distinct(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """`specs` without those that are made of the same bytes as another one."""
+    return list({(spec.pieces or spec.name): spec for spec in specs}.values())
 
 
 def pack(specs: Iterable[TensorSpec], packing: Packing) -> Slab:
@@ -203,7 +210,7 @@ class _SlabBuilder:
 
 
 def _piece(stored: StoredTensor, start: int, nbytes: int, target: int, dtype: torch.dtype) -> Piece:
-    """`nbytes` of `stored` from byte `start` on, landing at `target` bytes of a tensor of `dtype` (counted as stored)."""
+    """`nbytes` of `stored` from byte `start` on, for a tensor of `dtype`, at its byte `target` as counted before a cast."""
     source = TORCH_DTYPES[stored.dtype]
     if source == dtype:
         return Piece(stored.file, stored.offset + start, nbytes, target)
@@ -243,8 +250,8 @@ def _trace(
     if outputs is None or any(_shape_of(targets, output) != tuple(outputs[output].shape) for output in outputs):
         listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
         raise CheckpointError(
-            f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's {len(stored)} tensors "
-            f"({listed}, ...): one of them is missing or has the wrong shape"
+            f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's {len(stored)} "
+            f"tensors ({listed}, ...): one of them is missing or has the wrong shape"
         )
     raw = tuple(_raw_spec(tensor, wanted[name]) for tensor in stored)
     made_by = Conversion(name, tuple(pattern for _, pattern in sources), raw)

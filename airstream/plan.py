@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from airstream.errors import BudgetError
 from airstream.footprint import Footprint
@@ -19,7 +18,7 @@ from airstream.units import MIB, format_bytes
 HOST = "cpu"
 KV_CACHE, ACTIVATIONS = "KV cache", "activations"
 
-HOST_RUNTIME_BYTES = 64 * MIB
+HOST_RUNTIME_BYTES = 48 * MIB
 """What a first forward pass adds to the host process on its own: lazily imported code, thread stacks, kernel caches."""
 
 DEVICE_RUNTIME_BYTES = 128 * MIB
@@ -201,9 +200,7 @@ def _candidates(facts: ModelFacts, request: Request) -> Iterator[Plan]:
                         yield _plan(facts, request, layers, depth, head_resident, context)
 
 
-def _plan(
-    facts: ModelFacts, request: Request, layers: int, prefetch: int, head_resident: bool, context: int
-) -> Plan:
+def _plan(facts: ModelFacts, request: Request, layers: int, prefetch: int, head_resident: bool, context: int) -> Plan:
     streamed_head = (facts.head,) if facts.head is not None and not head_resident else ()
     batches = (*facts.batchings[layers], *streamed_head)
     ring = ring_bytes([batch.nbytes for batch in batches], prefetch + 1)
@@ -235,9 +232,7 @@ def _plan(
         direct_io=request.direct_io,
         max_context=context,
         max_batch_size=request.max_batch_size,
-        tiers={
-            name: Tier(request.budgets[name], request.budget_notes[name], parts) for name, parts in items.items()
-        },
+        tiers={name: Tier(request.budgets[name], request.budget_notes[name], parts) for name, parts in items.items()},
     )
 
 

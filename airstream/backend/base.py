@@ -24,7 +24,7 @@ class Packing:
     """How tensors must lie in a slab.
 
     Attributes:
-        follows_file: a tensor lies at the same place within a page as in its file, so that a direct read lands in place.
+        follows_file: a tensor lies at the same place within a page as in its file, so that direct reads land in place.
         alignment: bytes; the start of every tensor is a multiple of it. 0 stands for the tensor's own element size.
     """
 

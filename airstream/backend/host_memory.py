@@ -6,6 +6,7 @@ and leave the first touch, at about 1.5 GB/s, to the token loop. An anonymous ma
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import sys
 
@@ -43,10 +44,8 @@ def _map(nbytes: int) -> mmap.mmap:
 def _fault_in(mapping: mmap.mmap) -> None:
     """Touch every page, by the fastest way the system has."""
     if sys.platform == "linux":
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones do
             mapping.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:
-            pass  # a kernel without huge pages: ordinary ones do
         try:
             mapping.madvise(_MADV_POPULATE_WRITE)
             return

@@ -31,7 +31,7 @@ class HostLanding:
 
     def __init__(self, memory: torch.Tensor, staging: Staging) -> None:
         self._memory = memory
-        self._view = memoryview(memory.numpy())
+        self._view = memoryview(memory.numpy().data)
         self._staging = staging
         self._address = memory.data_ptr()
 

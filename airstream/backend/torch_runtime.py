@@ -21,11 +21,11 @@ class TorchRuntime:
     def pin(self, buffer: HostBuffer) -> bool:
         if self.device.type != "cuda":
             return False  # registering foreign memory is a CUDA (and ROCm) notion
-        code = torch.cuda.cudart().cudaHostRegister(buffer.tensor.data_ptr(), buffer.nbytes, 0)
+        code = _cudart().cudaHostRegister(buffer.tensor.data_ptr(), buffer.nbytes, 0)
         return int(code) == 0
 
     def unpin(self, buffer: HostBuffer) -> None:
-        torch.cuda.cudart().cudaHostUnregister(buffer.tensor.data_ptr())
+        _cudart().cudaHostUnregister(buffer.tensor.data_ptr())
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         with stream:
@@ -42,3 +42,7 @@ class TorchRuntime:
 
     def synchronize(self) -> None:
         torch.accelerator.synchronize(self.device)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]

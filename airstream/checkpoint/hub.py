@@ -77,9 +77,13 @@ def resolve(
             "(offline, or local_files_only=True). Connect once to download it, or name a local folder"
         ) from error
     except HFValidationError as error:
-        raise CheckpointNotFoundError(f"{name!r} is neither a local folder nor a hub id: {_first_line(error)}") from error
+        raise CheckpointNotFoundError(
+            f"{name!r} is neither a local folder nor a hub id: {_first_line(error)}"
+        ) from error
     except (HfHubHTTPError, OSError) as error:
-        raise CheckpointNotFoundError(f"downloading {name!r} failed: {_first_line(error)}. Try again: it resumes") from error
+        raise CheckpointNotFoundError(
+            f"downloading {name!r} failed: {_first_line(error)}. Try again: it resumes"
+        ) from error
 
 
 def _weight_files(folder: Path) -> list[str]:

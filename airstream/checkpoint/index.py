@@ -72,7 +72,9 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
                 if tensor.name in tensors and (expected is None or expected.get(tensor.name) != file.name):
                     if expected is None:
                         other = tensors[tensor.name].file.name
-                        raise CheckpointError(f"tensor {tensor.name!r} is in two files, {other} and {file.name}: remove one")
+                        raise CheckpointError(
+                            f"tensor {tensor.name!r} is in two files, {other} and {file.name}: remove one"
+                        )
                     continue
                 tensors[tensor.name] = tensor
         for name, shard in (expected or {}).items():
@@ -96,7 +98,9 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
 def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file, in file order, with every claim of its header checked against the file."""
     header, data_start, file_bytes = _load_header(file)
-    tensors = [_stored_tensor(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"]
+    tensors = [
+        _stored_tensor(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"
+    ]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.end))
     end, previous = data_start, "the header"
     for tensor in tensors:
@@ -105,8 +109,8 @@ def read_header(file: Path) -> list[StoredTensor]:
         end, previous = tensor.end, tensor.name
     if end > file_bytes:
         raise CheckpointError(
-            f"{file} is truncated: its header describes {end:,} bytes ({format_bytes(end)}), the file has {file_bytes:,}. "
-            "Download it again"
+            f"{file} is truncated: its header describes {end:,} bytes ({format_bytes(end)}), the file has "
+            f"{file_bytes:,}. Download it again"
         )
     return tensors
 

@@ -62,7 +62,7 @@ class Landing(Protocol):
     """
 
     def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
-        """`piece.nbytes` of memory to read into; if `direct`, its address equals `piece.offset` modulo the page size."""
+        """`piece.nbytes` of memory to read into; if `direct`, at an address equal to the offset modulo a page."""
 
     def landed(self, worker: int, piece: Piece, direct: bool) -> None:
         """The window of `piece` has been filled."""
@@ -225,7 +225,7 @@ class Reader:
 
 
 class _EdgePages:
-    """Direct reads of ranges that neither start nor end on a page: the inner pages directly, the edges through a page."""
+    """Direct reads of ranges that do not start or end on a page: inner pages directly, the edges through a page."""
 
     def __init__(self) -> None:
         self._page = memoryview(mmap.mmap(-1, PAGE_BYTES))
@@ -251,7 +251,7 @@ class _EdgePages:
 
 
 def split(piece: Piece, chunk_bytes: int) -> list[Piece]:
-    """`piece` in parts of at most `chunk_bytes`, cut at multiples of it in the file so that direct reads stay aligned."""
+    """`piece` in parts of at most `chunk_bytes`, cut at multiples of it in the file, to keep direct reads aligned."""
     chunks: list[Piece] = []
     done = 0
     while done < piece.nbytes:

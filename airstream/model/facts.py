@@ -6,12 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.footprint import footprint
-from airstream.layout import TensorSpec, pack
+from airstream.layout import TensorSpec, distinct, pack
 from airstream.model.units import Parts
 from airstream.plan import Batch, ModelFacts
 from airstream.units import MIB
@@ -21,11 +22,16 @@ AUTO_BATCH_BYTES = 32 * MIB
 
 
 def gather_facts(
-    name: str, model: PreTrainedModel, parts: Parts, packing: Packing, layers_per_batch: int | Literal["auto"]
+    name: str,
+    model: PreTrainedModel,
+    parts: Parts,
+    device: torch.device,
+    packing: Packing,
+    layers_per_batch: int | Literal["auto"],
 ) -> ModelFacts:
-    """The facts of `model`, whose weights will lie as `packing` says."""
+    """The facts of `model`, which will compute on `device` with weights that lie as `packing` says."""
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
-    resident = pack(_distinct(parts.resident), packing)
+    resident = pack(distinct(parts.resident), packing)
     head = pack(parts.head[1], packing) if parts.head else None
     head_pieces = {spec.pieces for spec in parts.head[1]} if parts.head else set()
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
@@ -40,9 +46,14 @@ def gather_facts(
         resident_bytes=resident.nbytes + buffers,
         rows_from_disk={name: spec.nbytes for name, spec in parts.rows.items()},
         rows_of_head=frozenset(name for name, spec in parts.rows.items() if spec.pieces in head_pieces),
-        checkpoint_bytes=sum(spec.nbytes for spec in _distinct(everything)),
+        checkpoint_bytes=sum(spec.nbytes for spec in distinct(everything)),
         conversion_bytes=max((_converted_bytes(tensors) for tensors in parts.units.values()), default=0),
-        footprint=footprint(model.config, model.dtype.itemsize, model.config._attn_implementation == "eager"),
+        footprint=footprint(
+            model.config,
+            model.dtype.itemsize,
+            eager_attention=model.config._attn_implementation == "eager",
+            head_copy_bytes=head.nbytes if head and device.type == "cpu" and model.dtype == torch.bfloat16 else 0,
+        ),
     )
 
 
@@ -56,9 +67,9 @@ def group(parts: Parts, count: int) -> Iterator[tuple[str, ...]]:
 
 
 def needs_staging(parts: Parts, packing: Packing) -> bool:
-    """Whether some reads into host memory cannot land in place, because of a cast or of where they lie within a page."""
+    """Whether some reads into host memory cannot land in place: for a cast, or for where they lie within a page."""
     specs = [*parts.units.values(), parts.resident, *([parts.head[1]] if parts.head else [])]
-    pieces = (piece for tensors in specs for piece in pack(_distinct(tensors), packing).pieces)
+    pieces = (piece for tensors in specs for piece in pack(distinct(tensors), packing).pieces)
     return any(piece.cast is not None or (piece.target - piece.offset) % PAGE_BYTES for piece in pieces)
 
 
@@ -76,11 +87,6 @@ def _counts(parts: Parts, layers_per_batch: int | Literal["auto"]) -> list[int]:
     sizes = [sum(spec.nbytes for spec in tensors) for tensors in parts.units.values()]
     count = math.ceil(AUTO_BATCH_BYTES / max(max(sizes, default=1), 1))
     return list(dict.fromkeys((min(count, longest), 1)))
-
-
-def _distinct(specs: Sequence[TensorSpec]) -> list[TensorSpec]:
-    """`specs` without those that are made of the same bytes as another one."""
-    return list({(spec.pieces or spec.name): spec for spec in specs}.values())
 
 
 def _converted_bytes(specs: Sequence[TensorSpec]) -> int:

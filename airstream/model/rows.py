@@ -24,9 +24,7 @@ class RowTable(torch.Tensor):
     _fetch: FetchRows
 
     @staticmethod
-    def __new__(
-        cls, fetch: FetchRows, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-    ) -> RowTable:
+    def __new__(cls, fetch: FetchRows, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> RowTable:
         table: RowTable = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         table._fetch = fetch
         return table
@@ -34,17 +32,17 @@ class RowTable(torch.Tensor):
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         return f"RowTable(shape={tuple(self.shape)}, dtype={self.dtype}, on disk)"
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.embedding:
             return _embedding(*args, **(kwargs or {}))
-        return super().__torch_function__(func, types, args, kwargs)
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:  # asked for by tools that list parameters
             return args[0]
         raise UnsupportedError(
@@ -53,7 +51,7 @@ class RowTable(torch.Tensor):
 
 
 def _embedding(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """`F.embedding(ids, table)`. The arguments left out concern training (and `max_norm`, which language models do not use)."""
+    """`F.embedding(ids, table)`. The other arguments are for training, and `max_norm`, which no language model uses."""
     assert isinstance(weight, RowTable)
     different, positions = torch.unique(ids, return_inverse=True)
     numbers = different.tolist()

@@ -129,7 +129,7 @@ def make_streamed(model: PreTrainedModel, engine: Engine, load_tokenizer: Callab
     if base is not model:
         _change_class(base, GuardedModule, engine)
     _change_class(model, StreamedModel, engine)
-    model._load_tokenizer = load_tokenizer  # type: ignore[assignment]
+    model._load_tokenizer = load_tokenizer
 
 
 def _change_class(module: torch.nn.Module, mixin: type, engine: Engine) -> None:
@@ -141,4 +141,3 @@ def _change_class(module: torch.nn.Module, mixin: type, engine: Engine) -> None:
 
 def _refuse(call: str, remedy: str) -> NoReturn:
     raise UnsupportedError(f"a streamed model does not support {call}: {remedy}")
-

