@@ -38,7 +38,7 @@ class ArgumentError(AirstreamError, ValueError):
 
 
 class BudgetError(AirstreamError, MemoryError):
-    """The budget cannot hold what has to be in memory; the message has the numbers and the smallest budget that would."""
+    """The budget cannot hold what has to be in memory; the message has the numbers and one that could."""
 
 
 class CheckpointError(AirstreamError, ValueError):

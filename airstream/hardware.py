@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +33,33 @@ def available_device_bytes(device: torch.device) -> int:
     """Free memory of an accelerator, in bytes."""
     free, _ = torch.accelerator.get_memory_info(device)
     return int(free)
+
+
+class PeakMemory:
+    """The peak of this process's resident memory above what it was when this was made, in bytes.
+
+    Linux can forget an earlier peak; elsewhere the peak since the start of the process stands in, which is no lower.
+    """
+
+    def __init__(self) -> None:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+        self._start = process_bytes()
+
+    def rise(self) -> int:
+        return max(0, self._peak() - self._start)
+
+    @staticmethod
+    def _peak() -> int:
+        with contextlib.suppress(OSError, StopIteration):
+            lines = Path("/proc/self/status").read_text().splitlines()
+            return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+        info = psutil.Process().memory_info()
+        if sys.platform == "win32":
+            return int(info.peak_wset)
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def process_bytes() -> int:

@@ -210,7 +210,7 @@ class _SlabBuilder:
 
 
 def _piece(stored: StoredTensor, start: int, nbytes: int, target: int, dtype: torch.dtype) -> Piece:
-    """`nbytes` of `stored` from byte `start` on, for a tensor of `dtype`, at its byte `target` as counted before a cast."""
+    """`nbytes` of `stored` from byte `start`, for a tensor of `dtype`, at its byte `target` (before a cast)."""
     source = TORCH_DTYPES[stored.dtype]
     if source == dtype:
         return Piece(stored.file, stored.offset + start, nbytes, target)

@@ -26,8 +26,8 @@ def bind_residents(
 ) -> list[Binding]:
     """Read `residents` into one slab and bind them; put row tables where `rows` are looked up. Blocks for the reads.
 
-    A table whose bytes are resident anyway, because the lm_head is tied to it, is bound to them instead. Weights that are
-    tied share their memory.
+    A table whose bytes are resident anyway, because the lm_head is tied to it, is bound to them instead. Weights that
+    are tied share their memory.
     """
     slab = pack(distinct(residents), backend.packing)
     memory = backend.allocate(slab.nbytes)

@@ -32,7 +32,7 @@ class RowTable(torch.Tensor):
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's is untyped
         return f"RowTable(shape={tuple(self.shape)}, dtype={self.dtype}, on disk)"
 
     @classmethod

@@ -1,0 +1,32 @@
+"""`airstream demo`: a small real model answers in less memory than it has weights."""
+
+from __future__ import annotations
+
+import argparse
+
+from airstream.cli.session import encode_chat, load, note, printer
+from airstream.demo.model import prepare
+from airstream.report import Meter
+from airstream.units import format_bytes
+
+MAX_NEW_TOKENS = 64
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Fetch the model if need be, print the question, the answer as it comes, and what it cost."""
+    folder = prepare()
+    loading = argparse.Namespace(model=folder, max_memory=[arguments.max_memory], device=arguments.device)
+    meter = Meter()
+    # Around the page cache: the figures are those of the disk, as with a model that does not fit in memory.
+    with load(loading, max_context=256, page_cache=False) as model:
+        plan = model.plan
+        note(
+            f"SmolLM2-135M-Instruct: {format_bytes(plan.checkpoint_bytes)} of weights, streamed within "
+            f"{arguments.max_memory} on {plan.device}"
+        )
+        print(f"> {arguments.question}")
+        inputs = encode_chat(model, [{"role": "user", "content": arguments.question}])
+        meter.forward_to = printer(model)
+        meter.start(model.stats)
+        model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, streamer=meter)
+        note(str(meter.report(plan, model.stats)))

@@ -1,0 +1,130 @@
+"""The arguments of every command. Importing this is cheap: commands import torch when they run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from airstream import __version__
+from airstream.errors import ArgumentError
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; what it returns has `run`, the command to call with it."""
+    parser = argparse.ArgumentParser(
+        prog="airstream", description="Run language models bigger than memory by streaming their layers from disk."
+    )
+    parser.add_argument("--version", action="version", version=f"airstream {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser("demo", help="a small real model answers a question in less memory than it has weights")
+    demo.add_argument("question", nargs="?", default="What is the capital of France?")
+    demo.add_argument(
+        "--max-memory", default="200MiB", help="budget of the device that computes (default: %(default)s)"
+    )
+    demo.add_argument("--device", help="device that computes (default: the accelerator if there is one, else cpu)")
+    demo.set_defaults(run=_command("demo"))
+
+    generate = commands.add_parser("generate", help="continue a prompt; the text appears as it is generated")
+    generate.add_argument("model", help="folder or hub id of a checkpoint")
+    generate.add_argument("prompt", help='the text to continue; "-" reads it from standard input')
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    generate.add_argument("--stats", action="store_true", help="report time, bytes and memory at the end, on stderr")
+    _add_generation(generate)
+    _add_loading(generate)
+    generate.set_defaults(run=_command("generate"))
+
+    chat = commands.add_parser("chat", help="talk to a model; an empty line or Ctrl-D ends it")
+    chat.add_argument("model", help="folder or hub id of a checkpoint with a chat template")
+    chat.add_argument("--system", help="a system message to begin with")
+    _add_generation(chat)
+    _add_loading(chat)
+    chat.set_defaults(run=_command("chat"))
+
+    plan = commands.add_parser("plan", help="what would be resident, what streamed, and the predicted peak")
+    plan.add_argument("model", help="folder or hub id of a checkpoint")
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    _add_loading(plan)
+    plan.set_defaults(run=_command("plan"))
+    return parser
+
+
+def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `from_pretrained` among those of the command line; those not given are left to its defaults."""
+    names = (
+        "dtype", "device", "max_context", "max_batch_size", "layers_per_batch", "prefetch_batches", "page_cache",
+        "attn_implementation", "revision", "token", "cache_dir", "local_files_only", "trust_remote_code",
+    )  # fmt: skip
+    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
+    if arguments.max_memory:
+        options["max_memory"] = parse_memory(arguments.max_memory)
+    return options
+
+
+def parse_memory(sizes: list[str]) -> str | dict[int | str, str]:
+    """`["4GiB"]` is one size; `["0=4GiB", "cpu=8GiB"]` names the memory each is for."""
+    if len(sizes) == 1 and "=" not in sizes[0]:
+        return sizes[0]
+    budgets: dict[int | str, str] = {}
+    for item in sizes:
+        name, equals, size = item.partition("=")
+        if not equals:
+            raise ArgumentError(f"--max-memory {item}: with several, say which is which: --max-memory 0=4GiB cpu=8GiB")
+        budgets[int(name) if name.isdigit() else name] = size
+    return budgets
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("loading (as in AutoModel.from_pretrained)")
+    group.add_argument("--max-memory", nargs="+", metavar="SIZE", help="4GiB, or 0=4GiB cpu=8GiB; default: most of it")
+    group.add_argument("--device", help="device that computes (default: the accelerator if there is one, else cpu)")
+    group.add_argument("--dtype", help='of the weights (default: "auto", the checkpoint\'s own)')
+    group.add_argument("--max-context", type=int, metavar="TOKENS", help="tokens per sequence to plan for")
+    group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences to plan for (default: 1)")
+    group.add_argument("--layers-per-batch", type=_int_or_auto, metavar="N", help="layers moved as one unit")
+    group.add_argument("--prefetch-batches", type=_int_or_auto, metavar="N", help="layer batches read ahead; 0: none")
+    group.add_argument(
+        "--page-cache", action=argparse.BooleanOptionalAction, help="read through the page cache (default: if it fits)"
+    )
+    group.add_argument("--attn-implementation", help="as in transformers")
+    group.add_argument("--revision", help="of the hub repository")
+    group.add_argument("--token", help="of the hub")
+    group.add_argument("--cache-dir", help="of the hub")
+    group.add_argument("--local-files-only", action="store_true", default=None, help="do not use the network")
+    group.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint")
+
+
+def _add_generation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("generation")
+    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    group.add_argument(
+        "--temperature", type=float, metavar="T", help="sample; without it, what is most likely is taken"
+    )
+    group.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens that make up P")
+    group.add_argument("--seed", type=int, help="of sampling")
+
+
+def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `generate` among those of the command line."""
+    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
+    sampling = {
+        name: getattr(arguments, name) for name in ("temperature", "top_p") if getattr(arguments, name) is not None
+    }
+    # The checkpoint's own sampling defaults would make an answer differ from run to run; sampling is asked for here.
+    return options | ({"do_sample": True, **sampling} if sampling else {"do_sample": False})
+
+
+def _int_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _command(name: str) -> Command:
+    def run(arguments: argparse.Namespace) -> None:
+        importlib.import_module(f"airstream.cli.{name}").run(arguments)
+
+    return run
