@@ -137,7 +137,7 @@ def _prepare(name: str | os.PathLike[str], options: LoadOptions) -> _Prepared:
     model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
     parts = divide(model, read_specs(model, index, dtype))
     packing = packing_of(device)
-    facts = gather_facts(os.fspath(name), model, parts, device, packing, options.layers_per_batch)
+    facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch)
     request = _request(facts, device, budgets, options, staged=device.type != "cpu" or needs_staging(parts, packing))
     return _Prepared(options, folder, device, dtype, model, index, parts, facts, make_plan(facts, request))
 

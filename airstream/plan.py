@@ -18,7 +18,7 @@ from airstream.units import MIB, format_bytes
 HOST = "cpu"
 KV_CACHE, ACTIVATIONS = "KV cache", "activations"
 
-HOST_RUNTIME_BYTES = 48 * MIB
+HOST_RUNTIME_BYTES = 32 * MIB
 """What a first forward pass adds to the host process on its own: lazily imported code, thread stacks, kernel caches."""
 
 DEVICE_RUNTIME_BYTES = 128 * MIB
@@ -68,6 +68,7 @@ class ModelFacts:
     rows_of_head: frozenset[str]
     checkpoint_bytes: int
     conversion_bytes: int
+    has_tokenizer: bool
     footprint: Footprint
 
 
@@ -213,7 +214,11 @@ def _plan(facts: ModelFacts, request: Request, layers: int, prefetch: int, head_
         ACTIVATIONS: need.activation_bytes(request.max_batch_size, context, context),
         "conversion": facts.conversion_bytes,
     }
-    host = {"staging": request.staging_bytes, "runtime": HOST_RUNTIME_BYTES}
+    host = {
+        "staging": request.staging_bytes,
+        "tokenizer": need.tokenizer_bytes if facts.has_tokenizer else 0,
+        "runtime": HOST_RUNTIME_BYTES,
+    }
     items = {HOST: work | host}
     if request.tier != HOST:
         items = {request.tier: work | {"runtime": DEVICE_RUNTIME_BYTES}, HOST: host}

@@ -58,7 +58,8 @@ class RunReport:
                 f"  streamed  {format_bytes(self.streamed_bytes)} at {self.read_bytes_per_second / 1e9:.2f} GB/s",
                 f"  memory    peak {format_bytes(self.peak_bytes)}, planned {format_bytes(self.planned_peak_bytes)}, "
                 f"budget {format_bytes(self.budget_bytes)}",
-                f"  time      {format_seconds(self.stall_seconds)} waiting for weights, {format_seconds(busy)} computing",
+                f"  time      {format_seconds(self.stall_seconds)} waiting for weights, "
+                f"{format_seconds(busy)} computing",
             )
         )
 

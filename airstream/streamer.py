@@ -129,6 +129,26 @@ class Streamer:
                 self._read_ahead()
             self._changed.notify_all()
 
+    def measure_link(self) -> tuple[int, float]:
+        """Stream every batch once without computing. Returns the bytes that passed and the wall seconds they took.
+
+        This is the raw link: what streaming would run at if computation took no time. What has been read ahead is drained
+        first, so that it does not count.
+        """
+        batches = range(len(self._slabs))
+        for batch in self._order.upcoming(self._prefetch):
+            self._pass_through(batch)
+        first = self._order.upcoming(1)[0]
+        order = [*batches[first:], *batches[:first]]
+        started = time.perf_counter()
+        for batch in order:
+            self._pass_through(batch)
+        return sum(self._slabs[batch].read_bytes for batch in batches), time.perf_counter() - started
+
+    def _pass_through(self, batch: int) -> None:
+        self.acquire(batch)
+        self.release(batch)
+
     def close(self) -> None:
         """Stop reading and give the ring back. Idempotent; blocks for reads under way. Waiting calls raise."""
         with self._changed:

@@ -62,7 +62,7 @@ def caption(conditions: dict[str, Any]) -> str:
     return (
         f"{model['weight_bytes'] / 1e9:.2f} GB of {model['dtype']} weights, {conditions['limit_mib']} MiB of memory, "
         f"prompt of {len(conditions['prompt'])} tokens, {conditions['num_tokens']} new ones, {conditions['decoding']}; "
-        f"{conditions['cache_state']}; {conditions['turns']} turns, median (min-max).\n"
+        f"{conditions['cache_state']}; turns: {conditions['turns']}, median (min-max).\n"
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, "
         f"kernel {machine['kernel']}; disk raw {min(rates) / 1e9:.2f}-{max(rates) / 1e9:.2f} GB/s."
     )

@@ -48,7 +48,9 @@ class AcceleratorBackend(Backend):
             logger.warning("host memory could not be pinned: copies to %s will be slower", self.device)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        return self._runtime.empty(nbytes)
+        memory = self._runtime.empty(nbytes)
+        self.release()  # the allocator may hand out memory that queued computations still use: copies wait for them
+        return memory
 
     def landing(self, memory: torch.Tensor) -> DeviceLanding:
         return DeviceLanding(memory, self._lanes)

@@ -94,7 +94,12 @@ class Job:
             self._open -= 1
             last = self._open == 0
         if last:
-            self._on_done(self._error)
+            on_done, self._on_done = self._on_done, _nothing  # an error's traceback refers to this job: no cycles
+            on_done(self._error)
+
+
+def _nothing(_: BaseException | None) -> None:
+    pass
 
 
 class Reader:
@@ -203,14 +208,15 @@ class Reader:
                 if not self._queue:
                     return
                 job, piece = self._queue.popleft()
-            error: BaseException | None = None
-            try:
-                if job.skips:
-                    raise ReadCancelled
-                self._read(worker, job.landing, piece, edges)
-            except BaseException as caught:  # whatever it is, the thread that waits for the job must see it
-                error = caught
-            job.finished_one(error)
+            job.finished_one(ReadCancelled() if job.skips else self._try_to_read(worker, job.landing, piece, edges))
+            del job  # while this thread waits, it must not keep a slab alive
+
+    def _try_to_read(self, worker: int, landing: Landing, piece: Piece, edges: _EdgePages) -> BaseException | None:
+        try:
+            self._read(worker, landing, piece, edges)
+        except BaseException as error:  # whatever it is, the thread that waits for the job must see it
+            return error
+        return None
 
     def _read(self, worker: int, landing: Landing, piece: Piece, edges: _EdgePages) -> None:
         file = self._files[piece.file]

@@ -17,6 +17,7 @@ from airstream.compat import KeyConversion
 from airstream.errors import BudgetError, ClosedError
 from airstream.footprint import Footprint
 from airstream.layout import Slab, TensorSpec, pack
+from airstream.model.head import avoid_weight_copy
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_residents
 from airstream.model.units import Parts
@@ -59,6 +60,8 @@ class Engine:
                 residents += parts.head[1]
             for binding in bind_residents(model, residents, parts.rows, reader, backend, convert):
                 self._closing.callback(binding.unbind)
+            if parts.head and self.device.type == "cpu":
+                self._closing.callback(avoid_weight_copy(model.get_submodule(parts.head[0])).remove)
             self._streamer = Streamer(slabs, plan.ring_bytes, plan.prefetch_batches, reader, backend)
             self._closing.callback(self._streamer.close)
             self._residency = Residency(model, [batch.units for batch in plan.batches], slabs, self._streamer, convert)
@@ -109,6 +112,11 @@ class Engine:
                 f"{format_bytes(self.plan.work_bytes)}. "
                 "Raise max_memory, or shorten the prompt (generate() takes prefill_chunk_size) or the batch"
             )
+
+    def measure_link(self) -> tuple[int, float]:
+        """Bytes and wall seconds of one pass over all streamed layers without computing. Blocks for that long."""
+        with self.guard():
+            return self._streamer.measure_link()
 
     def close(self) -> None:
         """Give everything back. Idempotent. May be called from another thread while the model runs: its call raises."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -23,6 +24,7 @@ AUTO_BATCH_BYTES = 32 * MIB
 
 def gather_facts(
     name: str,
+    folder: Path,
     model: PreTrainedModel,
     parts: Parts,
     device: torch.device,
@@ -47,6 +49,7 @@ def gather_facts(
         rows_from_disk={name: spec.nbytes for name, spec in parts.rows.items()},
         rows_of_head=frozenset(name for name, spec in parts.rows.items() if spec.pieces in head_pieces),
         checkpoint_bytes=sum(spec.nbytes for spec in distinct(everything)),
+        has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")),
         conversion_bytes=max((_converted_bytes(tensors) for tensors in parts.units.values()), default=0),
         footprint=footprint(
             model.config,

@@ -58,6 +58,14 @@ class StreamedModel(GuardedModule):
         """The device that computes: where inputs belong."""
         return self._engine.device
 
+    def measure_link(self) -> tuple[int, float]:
+        """Stream all layers once without computing: how fast this machine's disk and bus are. Blocks for one pass.
+
+        Returns:
+            The bytes that passed and the wall seconds they took.
+        """
+        return self._engine.measure_link()
+
     def close(self) -> None:
         """End the reader threads, close the files, give the memory back. Idempotent; later calls raise ClosedError."""
         self._engine.close()
