@@ -132,8 +132,8 @@ class Streamer:
     def measure_link(self) -> tuple[int, float]:
         """Stream every batch once without computing. Returns the bytes that passed and the wall seconds they took.
 
-        This is the raw link: what streaming would run at if computation took no time. What has been read ahead is drained
-        first, so that it does not count.
+        This is the raw link: what streaming would run at if computation took no time. What has been read ahead is
+        drained first, so that it does not count.
         """
         batches = range(len(self._slabs))
         for batch in self._order.upcoming(self._prefetch):

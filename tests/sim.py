@@ -20,6 +20,9 @@ because the locks between threads cannot be seen from here. A strided view count
 last.
 """
 
+# torch.library and torch.library.Library.impl have no annotations
+# mypy: disable-error-code="no-untyped-call"
+
 from __future__ import annotations
 
 import ctypes
@@ -45,12 +48,12 @@ __all__ = ["RaceError", "SimDevice", "SimEvent", "SimRuntime", "SimStream", "Sim
 
 aten = torch.ops.aten
 
-_POISON = (
-    0xFF  # fills uninitialised and freed memory: NaN as float16, bfloat16, float32, float64, float8_e4m3fn and _e5m2
-)
+_POISON = 0xFF
+"""Fills uninitialised and freed memory: NaN as float64, float32, float16, bfloat16, float8_e4m3fn and float8_e5m2."""
 _UNINITIALISED = {aten.empty, aten.empty_strided, aten.empty_like, aten.new_empty, aten.new_empty_strided}
 _TRANSFERS = {aten.copy_.default, aten._to_copy.default}
 _TAKE_HOST_INDICES = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
+_ATTENTION = aten.scaled_dot_product_attention.default
 _FACTORIES = (
     aten.empty.memory_format,
     aten.empty_strided.default,
@@ -74,14 +77,16 @@ def _join(clock: Clock, other: Clock) -> Clock:
 
 
 class Access(NamedTuple):
-    """Something that a stream did to device memory. An epoch is what a stream does between two records of an event."""
+    """Something that a stream did to device memory, and what that stream knew."""
 
     stream: SimStream
-    epoch: int
+    clock: Clock
     what: object
 
-    def is_known_to(self, clock: Clock) -> bool:
-        return clock.get(self.stream.index, 0) >= self.epoch
+    def is_before(self, other: Access) -> bool:
+        """Whether this one is certain to be done when the other one begins."""
+        index = self.stream.index
+        return other.clock.get(index, 0) >= self.clock[index]
 
     def __str__(self) -> str:
         return f"{self.what} on the {self.stream.name} stream"
@@ -108,19 +113,19 @@ class History:
         self.nbytes = nbytes
         self._spans = [_Span(0, nbytes, write)]
 
-    def read(self, start: int, stop: int, access: Access, clock: Clock) -> Access | None:
-        """Note a read made at `clock`; returns a write that it is not ordered behind, if there is one."""
+    def read(self, start: int, stop: int, access: Access) -> Access | None:
+        """Note a read; returns a write that is not certain to come before it, if there is one."""
         spans = self._spans[self._cut(start, stop)]
         for span in spans:
             span.reads[access.stream.index] = access
-        return next((span.write for span in spans if not span.write.is_known_to(clock)), None)
+        return next((span.write for span in spans if not span.write.is_before(access)), None)
 
-    def write(self, start: int, stop: int, access: Access, clock: Clock) -> Access | None:
-        """Note a write made at `clock`; returns an access that it is not ordered behind, if there is one."""
+    def write(self, start: int, stop: int, access: Access) -> Access | None:
+        """Note a write; returns an access that is not certain to come before it, if there is one."""
         where = self._cut(start, stop)
         earlier = [each for span in self._spans[where] for each in (span.write, *span.reads.values())]
         self._spans[where] = [_Span(start, stop, access)]
-        return next((each for each in earlier if not each.is_known_to(clock)), None)
+        return next((each for each in earlier if not each.is_before(access)), None)
 
     def _cut(self, start: int, stop: int) -> slice:
         """The spans that make up [start, stop), after cutting those that stick out."""
@@ -150,8 +155,9 @@ class _Point(NamedTuple):
 class SimStream:
     """An ordered queue of device work, done only as far as somebody waits for it; at once if it is eager.
 
-    It knows the order of its work, not what the work is. Virtual time would belong here: `submit` sees all work come
-    and `advance` sees it done. Both, like `mark` and `access`, are called with the device's lock held.
+    It knows the order of its work, not what the work is. Its own entry in its clock counts epochs, which end where an
+    event is recorded. Virtual time would belong here: `submit` sees copies and waits come, `advance` sees them done,
+    and a computation passes through `access`. These, and `mark`, are called with the device's lock held.
     """
 
     def __init__(self, sim: SimDevice, index: int, name: str, is_eager: bool) -> None:
@@ -199,7 +205,7 @@ class SimStream:
     def access(self, what: object) -> Access:
         """An access submitted now."""
         self._follow_host()
-        return Access(self, self.clock[self.index], what)
+        return Access(self, self.clock, what)
 
     def _follow_host(self) -> None:
         """What is submitted now is ordered behind all that the host has waited for."""
@@ -293,14 +299,21 @@ class SimDevice:
         self.host_clock = _join(self.host_clock, point.clock)
 
     def copy(self, destination: SimTensor, source: torch.Tensor, stream: SimStream) -> None:
-        """Queue a copy of the bytes that `source` will have when it runs."""
+        """Queue a copy of what `source` will hold when it runs, if its memory is still there."""
+        storage = weakref.ref(source.untyped_storage())
         with self.lock:
             self.touch(destination, stream, "a copy", is_write=True)
-            stream.submit(functools.partial(self._move, destination.raw, source))
+            stream.submit(functools.partial(self._move, destination.raw, storage, _byte_range(source)[0]))
 
-    def _move(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        ctypes.memmove(destination.data_ptr(), source.data_ptr(), source.nbytes)
-        self.h2d_bytes += source.nbytes
+    def _move(self, destination: torch.Tensor, source: weakref.ref[torch.UntypedStorage], start: int) -> None:
+        storage = source()
+        if storage is None:
+            ctypes.memset(destination.data_ptr(), _POISON, destination.nbytes)
+            self._keep("race: a copy runs after its source on the host was freed")
+            self._raise_here()
+        else:
+            ctypes.memmove(destination.data_ptr(), storage.data_ptr() + start, destination.nbytes)
+            self.h2d_bytes += destination.nbytes
 
     def adopt(self, raw: torch.Tensor, func: OpOverload[..., Any]) -> SimTensor:
         """The device tensor over what `func` has made on the CPU: new memory, written by the compute stream."""
@@ -326,8 +339,7 @@ class SimDevice:
             ctypes.memset(storage.data_ptr(), _POISON, history.nbytes)
             if torch.get_device_module("sim").active is self:
                 clock = _join(self.compute_stream.clock, self.host_clock)
-                access = Access(self.compute_stream, clock[self.compute_stream.index], "the freeing")
-                self._note_race(access, history.write(0, history.nbytes, access, clock), 0, history.nbytes)
+                self._note(history, 0, history.nbytes, Access(self.compute_stream, clock, "the freeing"), is_write=True)
 
     def touch(self, tensor: SimTensor, stream: SimStream, what: object, is_write: bool) -> None:
         """Account for an access to the bytes of `tensor`, submitted to `stream` now.
@@ -339,18 +351,25 @@ class SimDevice:
         if start == stop:
             return
         with self.lock:
-            access = stream.access(what)
-            note = tensor.memory.history.write if is_write else tensor.memory.history.read
-            is_race = self._note_race(access, note(start, stop, access, stream.clock), start, stop)
-        if is_race and self._raise_races and threading.current_thread() is threading.main_thread():
-            self.check()
+            is_race = self._note(tensor.memory.history, start, stop, stream.access(what), is_write)
+        if is_race:
+            self._raise_here()
 
-    def _note_race(self, access: Access, earlier: Access | None, start: int, stop: int) -> bool:
+    def _note(self, history: History, start: int, stop: int, access: Access, is_write: bool) -> bool:
+        """Note an access; returns whether it races."""
+        earlier = (history.write if is_write else history.read)(start, stop, access)
         if earlier is not None:
-            race = f"race: {access} touches bytes [{start}, {stop}) of an allocation, not ordered behind {earlier}"
-            self.races.append(race)
-            self._unraised.append(race)
+            where = f"bytes [{start}, {stop}) of an allocation of {history.nbytes}"
+            self._keep(f"race: {access} touches {where}, and nothing orders it behind {earlier}")
         return earlier is not None
+
+    def _keep(self, race: str) -> None:
+        self.races.append(race)
+        self._unraised.append(race)
+
+    def _raise_here(self) -> None:
+        if self._raise_races and threading.current_thread() is threading.main_thread():
+            self.check()
 
 
 def _byte_range(raw: torch.Tensor) -> tuple[int, int]:
@@ -381,6 +400,8 @@ class SimTensor(torch.Tensor):
     @classmethod
     # the stub says that a class method has no class
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if func is not _ATTENTION and func._can_decompose():  # reaches us in inference mode only
+            return func.decompose(*args, **kwargs or {})
         return _Operation(func, args, kwargs or {}).run()
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's has an argument of its own
@@ -388,6 +409,9 @@ class SimTensor(torch.Tensor):
 
     def data_ptr(self) -> int:
         return self.raw.data_ptr()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return memo.setdefault(id(self), self.clone())  # torch would follow `data_ptr` into a storage that is not there
 
     def tolist(self) -> Any:
         return self.cpu().tolist()
@@ -511,6 +535,9 @@ class _DeviceModule(_DummyBackendModule):
 
     active: SimDevice | None = None
 
+    def __init__(self) -> None:
+        self.kernels = torch.library.Library("aten", "IMPL")  # they last as long as it does
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
@@ -519,12 +546,12 @@ def _register() -> None:
     """Make `sim` a device of torch; once per process, even if this module is imported twice."""
     if hasattr(torch, "sim"):
         return
-    _setup_privateuseone_for_python_backend("sim", backend_module=_DeviceModule())
+    module = _DeviceModule()
+    _setup_privateuseone_for_python_backend("sim", backend_module=module)
     for factory in _FACTORIES:
-        name = f"aten::{factory.overloadpacket.__name__}.{factory._overloadname}".removesuffix(".default")
-        torch.library.impl(name, "PrivateUse1")(functools.partial(_create, factory))
-    torch.library.impl("aten::_copy_from", "PrivateUse1")(_copy_from)
-    torch.library.impl("aten::scaled_dot_product_attention", "PrivateUse1")(_never_called)
+        module.kernels.impl(factory, functools.partial(_create, factory), "PrivateUse1")
+    module.kernels.impl("_copy_from", _copy_from, "PrivateUse1")
+    module.kernels.impl(_ATTENTION, _never_called, "PrivateUse1")
 
 
 def _create(func: OpOverload[..., Any], *args: Any, device: Any, pin_memory: Any = None, **kwargs: Any) -> SimTensor:
@@ -568,7 +595,7 @@ class SimRuntime:
         """Nothing to undo."""
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
-        """Queue a copy, which reads `source` when it runs: when somebody waits for it.
+        """Queue a copy, which reads `source` when it runs: when somebody waits for it. Keep `source` until then.
 
         Raises:
             ValueError: these are not as many contiguous bytes on the CPU as on the device.

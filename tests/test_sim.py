@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +22,7 @@ from transformers import (
 )
 
 from tests import sim as sim_module
-from tests.sim import Access, History, RaceError, SimDevice, SimRuntime, SimStream, SimTensor
+from tests.sim import Access, History, RaceError, SimDevice, SimEvent, SimRuntime, SimStream, SimTensor
 
 if TYPE_CHECKING:
     from airstream.backend.base import Runtime
@@ -45,6 +46,9 @@ def tolerant_sim() -> Iterator[SimDevice]:
 def weights(value: float) -> torch.Tensor:
     """`NBYTES` bytes on the host: float32 numbers, all of them `value`."""
     return torch.full((NBYTES // 4,), float(value)).view(torch.uint8)
+
+
+ONES, TWOS = weights(1), weights(2)  # a copy does not keep its source alive
 
 
 def number(slot: torch.Tensor) -> torch.Tensor:
@@ -91,10 +95,9 @@ def test_models_compute_what_they_compute_on_the_cpu(sim: SimDevice, config: Pre
 
 def test_inference_mode(sim: SimDevice) -> None:
     model, ids = tiny_model(CONFIGS[0]), torch.arange(3, 10).view(1, 7)
-    logits = model(ids).logits
-    model.to("sim")
     with torch.inference_mode():
-        assert torch.equal(model(ids.to("sim")).logits.cpu(), logits)
+        logits = model(ids).logits
+        assert torch.equal(model.to("sim")(ids.to("sim")).logits.cpu(), logits)
 
 
 FACTORIES = {
@@ -141,6 +144,18 @@ def test_parameters_alias_what_they_are_made_of(sim: SimDevice) -> None:
         parameter.data = slab[:2]
 
 
+def test_a_deep_copy_has_memory_of_its_own(sim: SimDevice) -> None:
+    ours = torch.ones(2, device="sim")
+    theirs = copy.deepcopy(ours)
+    ours.zero_()
+    assert theirs.tolist() == [1, 1]
+
+
+def test_autocast_can_be_turned_off(sim: SimDevice) -> None:
+    with torch.autocast("sim", enabled=False):
+        assert torch.ones(2, 2, device="sim").matmul(torch.ones(2, device="sim")).dtype == torch.float32
+
+
 def test_what_a_wrapper_cannot_follow_is_refused(sim: SimDevice) -> None:
     with pytest.raises(NotImplementedError, match="shape of a tensor in place"):
         torch.empty(3, 2, device="sim").t_()
@@ -150,12 +165,13 @@ def test_what_a_wrapper_cannot_follow_is_refused(sim: SimDevice) -> None:
 
 def test_mixed_devices_are_refused(sim: SimDevice) -> None:
     ours, theirs = torch.ones(3, device="sim"), torch.ones(3)
-    for mix in (
+    mixes: list[Callable[[], torch.Tensor]] = [
         lambda: ours + theirs,
         lambda: torch.cat([theirs, ours]),
         lambda: theirs.add_(ours),
         lambda: ours @ theirs,
-    ):
+    ]
+    for mix in mixes:
         with pytest.raises(RuntimeError, match=r"same device, but aten\..* got cpu and sim:0"):
             mix()
     assert (ours + torch.tensor(1.0)).tolist() == [2, 2, 2]
@@ -205,11 +221,12 @@ def test_memory_is_counted_once_and_given_back(sim: SimDevice) -> None:
 def test_memory_limit() -> None:
     with SimDevice(memory_limit=100) as sim:
         kept = torch.zeros(60, dtype=torch.uint8, device="sim")
-        for allocate in (
+        allocations: list[Callable[[], torch.Tensor]] = [
             lambda: torch.empty(41, dtype=torch.uint8, device="sim"),
             lambda: kept + 1,
             lambda: kept.clone(),
-        ):
+        ]
+        for allocate in allocations:
             with pytest.raises(torch.OutOfMemoryError, match="60 of 100 bytes allocated; "):
                 allocate()
         assert sim.peak_bytes == 60
@@ -230,7 +247,7 @@ def test_uninitialised_memory_is_not_a_number(sim: SimDevice, dtype: torch.dtype
 
 def test_freed_memory_is_not_a_number(sim: SimDevice) -> None:
     slab = torch.ones(4, device="sim")
-    behind_our_back, view = slab.raw, slab[1:]
+    behind_our_back, view = bytes_of(slab), slab[1:]
     del slab
     assert behind_our_back.tolist() == [1, 1, 1, 1]
     del view
@@ -245,7 +262,7 @@ def test_bytes_from_the_host_are_counted(sim: SimDevice) -> None:
     torch.ones(5).to("sim")
     assert sim.h2d_bytes == NBYTES + 20
     runtime.synchronize()
-    runtime.copy(slot, weights(1), runtime.new_stream())
+    runtime.copy(slot, ONES, runtime.new_stream())
     assert sim.h2d_bytes == NBYTES + 20
     runtime.synchronize()
     assert sim.h2d_bytes == 2 * NBYTES + 20
@@ -263,26 +280,26 @@ def prepared(sim: SimDevice, num_slots: int = 1) -> tuple[SimRuntime, SimStream,
 
 
 def bytes_of(slot: torch.Tensor) -> torch.Tensor:
-    """What lies in `slot` now, unseen by the simulation."""
+    """What lies in `slot` now, looked at behind the simulation's back."""
     assert isinstance(slot, SimTensor)
     return slot.raw
 
 
 def test_a_copy_runs_when_it_is_waited_for(sim: SimDevice) -> None:
     runtime, copies, (by_host, by_compute, never) = prepared(sim, 3)
-    for slot, wait in (by_host, lambda e: e.synchronize()), (by_compute, runtime.compute_stream().wait_event):
+    for slot, wait in (by_host, SimEvent.synchronize), (by_compute, runtime.compute_stream().wait_event):
         event = runtime.new_event()
-        runtime.copy(slot, weights(3), copies)
+        runtime.copy(slot, TWOS, copies)
         copies.record_event(event)
         assert (bytes_of(slot) == 0xFF).all()
         wait(event)
-        assert torch.equal(bytes_of(slot), weights(3))
-        assert number(slot).item() == 3
-    runtime.copy(never, weights(3), copies)
+        assert torch.equal(bytes_of(slot), TWOS)
+        assert number(slot).item() == 2
+    runtime.copy(never, TWOS, copies)
     event.synchronize()
     assert (bytes_of(never) == 0xFF).all()
     runtime.synchronize()
-    assert torch.equal(bytes_of(never), weights(3))
+    assert torch.equal(bytes_of(never), TWOS)
 
 
 def test_a_copy_reads_its_source_when_it_runs(sim: SimDevice) -> None:
@@ -294,14 +311,24 @@ def test_a_copy_reads_its_source_when_it_runs(sim: SimDevice) -> None:
     assert number(slot).item() == 2
 
 
+def test_a_source_freed_before_its_copy_has_run_is_caught(tolerant_sim: SimDevice) -> None:
+    runtime, copies, (slot,) = prepared(tolerant_sim)
+    staging = weights(1)
+    runtime.copy(slot, staging[:], copies)
+    runtime.copy(slot, weights(1), copies)
+    runtime.synchronize()
+    assert tolerant_sim.races == ["race: a copy runs after its source on the host was freed"]
+    assert number(slot).isnan().item()
+
+
 def test_a_stream_runs_what_it_waits_for_first(sim: SimDevice) -> None:
     runtime, first, (slot, other) = prepared(sim, 2)
     second, filled, done = runtime.new_stream(), runtime.new_event(), runtime.new_event()
-    runtime.copy(slot, weights(1), first)
+    runtime.copy(slot, ONES, first)
     first.record_event(filled)
-    runtime.copy(other, weights(1), first)
+    runtime.copy(other, ONES, first)
     second.wait_event(filled)
-    runtime.copy(slot, weights(2), second)
+    runtime.copy(slot, TWOS, second)
     second.record_event(done).synchronize()
     assert number(slot).item() == 2
     assert (bytes_of(other) == 0xFF).all()
@@ -319,8 +346,8 @@ def test_an_event_never_recorded_holds_nobody_up(sim: SimDevice) -> None:
 def test_copies_that_are_not_bytes_to_the_device_are_refused(sim: SimDevice) -> None:
     runtime, copies, (slot,) = prepared(sim)
     with pytest.raises(ValueError, match="from cpu to sim:0, not from cpu to cpu"):
-        runtime.copy(weights(1), weights(1), copies)
-    for source in (weights(1)[1:], weights(1).float(), torch.zeros(2 * NBYTES, dtype=torch.uint8)[::2]):
+        runtime.copy(ONES, ONES, copies)
+    for source in (ONES[1:], ONES.float(), torch.zeros(2 * NBYTES, dtype=torch.uint8)[::2]):
         with pytest.raises(ValueError, match=r"is not \d+ contiguous bytes"):
             runtime.copy(slot, source, copies)
 
@@ -340,33 +367,36 @@ def test_it_is_a_runtime(sim: SimDevice) -> None:
 def test_only_what_an_event_was_recorded_behind_is_ordered(tolerant_sim: SimDevice) -> None:
     runtime, copies, (slot, late) = prepared(tolerant_sim, 2)
     event = runtime.new_event()
-    runtime.copy(slot, weights(1), copies)
+    runtime.copy(slot, ONES, copies)
     copies.record_event(event)
-    runtime.copy(late, weights(1), copies)
+    runtime.copy(late, ONES, copies)
     runtime.compute_stream().wait_event(event)
     number(slot)
     assert tolerant_sim.races == []
     number(late)
     assert len(tolerant_sim.races) == 1
     assert (
-        f"bytes [0, {NBYTES}) of an allocation, not ordered behind a copy on the copy stream" in tolerant_sim.races[0]
+        "bytes [0, 64) of an allocation of 64, and nothing orders it behind a copy on the copy" in tolerant_sim.races[0]
     )
 
 
 def test_ranges_of_one_allocation_do_not_race(tolerant_sim: SimDevice) -> None:
     runtime, copies, (slab,) = prepared(tolerant_sim)
     number(slab[:32])
-    runtime.copy(slab[32:], weights(1)[:32], copies)
+    runtime.copy(slab[32:], ONES[:32], copies)
     assert tolerant_sim.races == []
-    runtime.copy(slab[28:32], weights(1)[:4], copies)
-    assert "[28, 32) of an allocation, not ordered behind aten.mean.default on the compute" in tolerant_sim.races[0]
+    runtime.copy(slab[28:32], ONES[:4], copies)
+    assert (
+        "[28, 32) of an allocation of 64, and nothing orders it behind aten.mean.default on the compute"
+        in tolerant_sim.races[0]
+    )
 
 
 def test_having_run_is_not_having_finished(sim: SimDevice) -> None:
     runtime, copies, (slot,) = prepared(sim)
     number(slot)
     with pytest.raises(RaceError, match=r"a copy on the copy .* aten\.mean\.default on the compute stream"):
-        runtime.copy(slot, weights(1), copies)
+        runtime.copy(slot, ONES, copies)
     sim.check()  # was raised already
     runtime.synchronize()
 
@@ -376,7 +406,7 @@ def test_the_host_knows_what_it_has_waited_for(sim: SimDevice, take: str) -> Non
     runtime, copies, (slot,) = prepared(sim)
     result = number(slot)
     getattr(runtime if take == "synchronize" else result, take)()
-    runtime.copy(slot, weights(1), copies)
+    runtime.copy(slot, ONES, copies)
     runtime.synchronize()
 
 
@@ -384,16 +414,30 @@ def test_the_host_does_not_wait_for_a_non_blocking_transfer(tolerant_sim: SimDev
     runtime, copies, (slot,) = prepared(tolerant_sim)
     number(slot).to("cpu", non_blocking=True)
     torch.empty(1).copy_(number(slot), non_blocking=True)
-    runtime.copy(slot, weights(1), copies)
+    torch.tensor([], device="sim")  # has nothing to wait for
+    runtime.copy(slot, ONES, copies)
     runtime.synchronize()
     assert len(tolerant_sim.races) == 1
+
+
+def test_reads_race_with_writes_only(tolerant_sim: SimDevice) -> None:
+    _, copies, slots = prepared(tolerant_sim)
+    assert isinstance(slots[0], SimTensor)
+    tolerant_sim.touch(slots[0], copies, "a read", is_write=False)
+    number(slots[0])
+    assert tolerant_sim.races == []
+    slots[0].zero_()
+    assert "race: aten.zero_.default on the compute stream" in tolerant_sim.races[0]
+    tolerant_sim.touch(slots[0], copies, "a read", is_write=False)
+    slots.clear()
+    assert "race: the freeing on the compute stream" in tolerant_sim.races[-1]
 
 
 def test_memory_belongs_to_the_compute_stream(tolerant_sim: SimDevice) -> None:
     runtime = SimRuntime(tolerant_sim)
     slot, copies = runtime.empty(NBYTES), runtime.new_stream()
-    runtime.copy(slot, weights(1), copies)
-    assert "not ordered behind the allocation by aten.empty" in tolerant_sim.races[0]
+    runtime.copy(slot, ONES, copies)
+    assert "nothing orders it behind the allocation by aten.empty" in tolerant_sim.races[0]
     del slot
     assert "the freeing on the compute stream" in tolerant_sim.races[1]
 
@@ -401,7 +445,7 @@ def test_memory_belongs_to_the_compute_stream(tolerant_sim: SimDevice) -> None:
 def test_a_race_in_a_thread_waits_for_the_check(sim: SimDevice) -> None:
     runtime, copies, (slot,) = prepared(sim)
     number(slot)
-    thread = threading.Thread(target=runtime.copy, args=(slot, weights(1), copies))
+    thread = threading.Thread(target=runtime.copy, args=(slot, ONES, copies))
     thread.start()
     thread.join()
     with pytest.raises(RaceError, match="a copy"):
@@ -411,7 +455,7 @@ def test_a_race_in_a_thread_waits_for_the_check(sim: SimDevice) -> None:
 
 def race(sim: SimDevice) -> None:
     runtime, copies, (slot,) = prepared(sim)
-    runtime.copy(slot, weights(1), copies)
+    runtime.copy(slot, ONES, copies)
     number(slot)
     runtime.synchronize()  # too late
 
@@ -435,25 +479,22 @@ def test_history_agrees_with_one_that_keeps_every_byte(sim: SimDevice) -> None:
     dice, num_bytes = random.Random(0), 12
     streams = [sim.compute_stream, *(sim.new_stream(name) for name in "ab")]
     first = streams[0].access("the first")
-    history, writes, reads = (
-        History(num_bytes, first),
-        [first] * num_bytes,
-        [dict[int, Access]() for _ in range(num_bytes)],
-    )
-    for step in range(2000):
+    history = History(num_bytes, first)
+    writes, reads = [first] * num_bytes, [dict[int, Access]() for _ in range(num_bytes)]
+    for step in range(2, 2000):
         start, stop = sorted(dice.sample(range(num_bytes + 1), 2))
-        access = Access(dice.choice(streams), step, "an access")
-        clock = {stream.index: dice.randrange(step + 1) for stream in streams}
-        is_write = dice.random() < 0.3
-        seen = [writes[at] for at in range(start, stop)]
+        stream, is_write = dice.choice(streams), dice.random() < 0.3
+        clock = {each.index: dice.randrange(step) for each in streams} | {stream.index: step}
+        access = Access(stream, clock, step)
+        seen = writes[start:stop]
         for at in range(start, stop):
             if is_write:
                 seen += reads[at].values()
                 writes[at], reads[at] = access, {}
             else:
-                reads[at][access.stream.index] = access
-        found = (history.write if is_write else history.read)(start, stop, access, clock)
-        assert (found is None) == all(each.is_known_to(clock) for each in seen)
+                reads[at][stream.index] = access
+        found = (history.write if is_write else history.read)(start, stop, access)
+        assert (found is None) == all(each.is_before(access) for each in seen)
         assert found is None or found in seen
         assert len(history._spans) <= num_bytes
 
@@ -553,6 +594,6 @@ def test_a_staging_buffer_reused_too_early_is_caught(sim: SimDevice) -> None:
 
 def test_a_slot_freed_before_its_copy_has_run_is_caught(tolerant_sim: SimDevice) -> None:
     runtime, copies, slots = prepared(tolerant_sim)
-    runtime.copy(slots[0], weights(1), copies)
+    runtime.copy(slots[0], ONES, copies)
     slots.clear()
     assert "the freeing on the compute stream" in tolerant_sim.races[0]

@@ -1,0 +1,158 @@
+"""Arguments are checked before anything is opened, and every complaint names the argument it is about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from airstream.config import LoadOptions, MaxMemory, parse_max_memory, refuse_unknown, resolve_device
+from airstream.errors import ArgumentError
+from airstream.units import GIB, MIB
+
+CPU, ACCELERATOR = torch.device("cpu"), torch.device("cuda", 1)
+
+
+def test_the_defaults_are_valid() -> None:
+    options = LoadOptions()
+    assert options.dtype == "auto"
+    assert options.max_memory is None
+
+
+GOOD: list[dict[str, Any]] = [
+    {"dtype": "bfloat16"},
+    {"dtype": "torch.float16"},
+    {"dtype": torch.float32},
+    {"max_context": 1},
+    {"max_batch_size": 8},
+    {"layers_per_batch": 3},
+    {"prefetch_batches": 0},
+    {"page_cache": True},
+    {"page_cache": False},
+]
+
+
+@pytest.mark.parametrize("arguments", GOOD, ids=str)
+def test_good_arguments(arguments: dict[str, Any]) -> None:
+    ((name, value),) = arguments.items()
+    assert getattr(LoadOptions(**arguments), name) == value
+
+
+BAD: list[tuple[str, Any]] = [
+    *((name, value) for name in ("max_batch_size", "max_context", "layers_per_batch") for value in (0, -1, 1.5, "2", True)),
+    ("max_batch_size", None),
+    ("layers_per_batch", None),
+    ("layers_per_batch", "Auto"),
+    ("prefetch_batches", -1),
+    ("prefetch_batches", 0.5),
+    ("prefetch_batches", False),
+    ("prefetch_batches", None),
+    ("page_cache", "yes"),
+    ("page_cache", None),
+    ("page_cache", 2),
+    ("dtype", "int8"),
+    ("dtype", "float17"),
+    ("dtype", "nn"),
+    ("dtype", ""),
+    ("dtype", torch.int64),
+    ("dtype", None),
+    ("dtype", 16),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD, ids=lambda value: repr(value))
+def test_bad_arguments_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        LoadOptions(**{name: value})
+    assert str(caught.value).startswith(f"{name}=")
+    assert repr(value) in str(caught.value)
+
+
+def test_options_cannot_change() -> None:
+    with pytest.raises(AttributeError):
+        LoadOptions().max_context = 5  # type: ignore[misc]
+
+
+MAX_MEMORY: list[tuple[MaxMemory, torch.device, dict[str, int]]] = [
+    (None, CPU, {}),
+    ("auto", CPU, {}),
+    ({}, ACCELERATOR, {}),
+    ("4GiB", CPU, {"cpu": 4 * GIB}),
+    (4 * GIB, CPU, {"cpu": 4 * GIB}),
+    ("4GiB", ACCELERATOR, {"1": 4 * GIB}),
+    ({"cpu": "512MiB"}, CPU, {"cpu": 512 * MIB}),
+    ({1: "4GiB", "cpu": 8 * GIB}, ACCELERATOR, {"1": 4 * GIB, "cpu": 8 * GIB}),
+    ({"1": "4GiB"}, ACCELERATOR, {"1": 4 * GIB}),
+    ({1: "auto", "cpu": "1GiB"}, ACCELERATOR, {"cpu": GIB}),
+]
+
+
+@pytest.mark.parametrize(("max_memory", "device", "budgets"), MAX_MEMORY, ids=str)
+def test_parse_max_memory(max_memory: MaxMemory, device: torch.device, budgets: dict[str, int]) -> None:
+    assert parse_max_memory(max_memory, device) == budgets
+
+
+@pytest.mark.parametrize(
+    ("max_memory", "device", "said"),
+    [
+        ("lots", CPU, "max_memory='lots'"),
+        (0, CPU, "max_memory=0"),
+        (True, CPU, "max_memory=True"),
+        (1.5, CPU, "max_memory=1.5"),
+        ({"cpu": "lots"}, CPU, "max_memory['cpu']='lots'"),
+        ({1: -5}, ACCELERATOR, "max_memory[1]=-5"),
+        ({0: "4GiB"}, CPU, "max_memory names 0, but the model runs on cpu"),
+        ({0: "4GiB"}, ACCELERATOR, "max_memory names 0, but the model runs on cuda:1"),
+        ({"disk": "4GiB"}, CPU, "max_memory names 'disk'"),
+        ({"cuda:1": "4GiB"}, ACCELERATOR, "max_memory names 'cuda:1'"),
+        ({None: "4GiB"}, CPU, "max_memory names None"),
+    ],
+    ids=str,
+)
+def test_bad_max_memory_is_refused_by_name(max_memory: Any, device: torch.device, said: str) -> None:
+    with pytest.raises(ArgumentError) as caught:
+        parse_max_memory(max_memory, device)
+    assert str(caught.value).startswith(said)
+
+
+def test_a_wrong_key_of_max_memory_is_told_the_right_ones() -> None:
+    with pytest.raises(ArgumentError, match=r"keys 1, cpu\b"):
+        parse_max_memory({0: "4GiB"}, ACCELERATOR)
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("max_memmory", "max_memory"), ("prefetch", "prefetch_batches"), ("Dtype", "dtype"), ("max_contxt", "max_context")],
+)
+def test_unknown_arguments_are_asked_what_they_meant(typed: str, meant: str) -> None:
+    with pytest.raises(ArgumentError, match=rf"{typed!r}: did you mean {meant!r}\?"):
+        refuse_unknown([typed], ["dtype", "max_memory", "max_context", "prefetch_batches"])
+
+
+def test_an_argument_like_no_other_is_told_what_there_is() -> None:
+    with pytest.raises(ArgumentError, match="'zzz': the arguments are dtype, device"):
+        refuse_unknown(["zzz"], ["dtype", "device"])
+
+
+def test_no_unknown_argument_is_no_error() -> None:
+    refuse_unknown([], ["dtype"])
+
+
+@pytest.mark.parametrize(
+    ("device", "resolved"),
+    [("cpu", CPU), (CPU, CPU), (torch.device("cpu", 0), CPU), ("cuda:1", ACCELERATOR), ("cuda", torch.device("cuda", 0))],
+    ids=str,
+)
+def test_resolve_device(device: str | torch.device, resolved: torch.device) -> None:
+    assert resolve_device(device) == resolved
+
+
+def test_some_device_is_always_found() -> None:
+    assert resolve_device(None).type in ("cpu", "cuda", "xpu")
+
+
+@pytest.mark.parametrize("device", ["warp", "cuda:x", "", "meta", 1.5, object()], ids=str)
+def test_bad_devices_are_refused_by_name(device: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"^device="):
+        resolve_device(device)

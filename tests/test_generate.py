@@ -1,0 +1,282 @@
+"""Everything that `generate()` and its kin can do, a streamed model does with the resident model's results."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    StaticCache,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+    TextStreamer,
+    pipeline,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from tests.conftest import Resident, WriteTiny, stream
+from tests.tiny_models import VOCAB_SIZE
+
+FP32 = torch.float32
+IDS = torch.randint(3, VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(1))
+BATCH = torch.randint(3, VOCAB_SIZE, (2, 12), generator=torch.Generator().manual_seed(2))
+LEFT_PADDED = (torch.arange(12)[None] >= torch.tensor([[0], [5]])).long()
+TURN = torch.randint(3, VOCAB_SIZE, (1, 5), generator=torch.Generator().manual_seed(3))
+GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
+SAMPLING: dict[str, Any] = {"do_sample": True, "max_new_tokens": 12, "top_p": 0.95, "temperature": 1.3}
+
+Use = Callable[[Any], Any]
+"""Something done with a model, whose result is compared: tensors and what contains them."""
+
+
+@pytest.fixture(scope="module")
+def llama(tiny: WriteTiny) -> Iterator[Any]:
+    with stream(tiny("llama-sharded", FP32), layers_per_batch=1, prefetch_batches=1) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def sliding(tiny: WriteTiny) -> Iterator[Any]:
+    """Two kinds of attention in turn, windows of 8."""
+    with stream(tiny("gemma3", FP32), layers_per_batch=1, prefetch_batches=0) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def assistant(tiny: WriteTiny) -> Any:
+    """A small resident model that drafts: the first layers of another checkpoint."""
+    return AutoModelForCausalLM.from_pretrained(tiny("llama-tied", FP32), num_hidden_layers=2).eval()
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Equal to the bit, tensors in containers and outputs included."""
+    assert type(actual) is type(expected)
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(actual, expected)
+    elif isinstance(expected, dict):
+        assert actual.keys() == expected.keys()
+        for key in expected.keys() - {"past_key_values"}:
+            assert_same(actual[key], expected[key])
+    elif isinstance(expected, (tuple, list)):
+        assert len(actual) == len(expected)
+        for one, other in zip(actual, expected, strict=True):
+            assert_same(one, other)
+    else:
+        assert actual == expected
+
+
+def compare(use: Use, streamed: Any, reference: Any) -> None:
+    torch.manual_seed(0)
+    expected = use(reference)
+    torch.manual_seed(0)
+    assert_same(use(streamed), expected)
+
+
+# ------------------------------------------------------------------------------------------------------- strategies
+
+
+class StopAt(StoppingCriteria):
+    """Stops at a length."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), input_ids.shape[1] >= self.length)
+
+
+class Collector(BaseStreamer):
+    """Keeps the tokens it is given."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.has_ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.has_ended = True
+
+
+def streamed_tokens(model: Any) -> Any:
+    collector = Collector()
+    sequences = model.generate(IDS, streamer=collector, **GREEDY)
+    assert collector.has_ended
+    assert collector.tokens == sequences.flatten().tolist()
+    return collector.tokens
+
+
+def two_turns(model: Any) -> Any:
+    """A chat: the second turn goes on with the cache of the first."""
+    cache = DynamicCache(config=model.config)
+    first = model.generate(IDS, past_key_values=cache, **GREEDY)
+    second = model.generate(torch.cat([first, TURN], dim=1), past_key_values=cache, **GREEDY)
+    return first, second, cache.get_seq_length()
+
+
+def by_hand(model: Any) -> Any:
+    """A loop of forward passes, one token each, as people write it."""
+    ids, cache, steps = IDS, None, []
+    for _ in range(6):
+        output = model(ids, past_key_values=cache, use_cache=True)
+        cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        steps.append(output.logits)
+    return steps
+
+
+def transition_scores(model: Any) -> Any:
+    output = model.generate(IDS, return_dict_in_generate=True, output_scores=True, **GREEDY)
+    return model.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+
+
+USES: dict[str, Use] = {
+    "greedy": lambda model: model.generate(IDS, **GREEDY),
+    "batch, left-padded": lambda model: model.generate(BATCH, attention_mask=LEFT_PADDED, **GREEDY),
+    "sampling": lambda model: model.generate(IDS, **SAMPLING),
+    "sampling, several": lambda model: model.generate(IDS, num_return_sequences=3, **SAMPLING),
+    "beams": lambda model: model.generate(BATCH, num_beams=3, num_return_sequences=2, **GREEDY),
+    "sampled beams": lambda model: model.generate(IDS, num_beams=3, **SAMPLING),
+    "prompt lookup": lambda model: model.generate(IDS, prompt_lookup_num_tokens=3, **GREEDY),
+    "early exit": lambda model: model.generate(IDS, assistant_early_exit=2, **GREEDY),
+    "penalties": lambda model: model.generate(IDS, repetition_penalty=1.3, no_repeat_ngram_size=2, **GREEDY),
+    "dynamic cache": lambda model: model.generate(IDS, cache_implementation="dynamic", **GREEDY),
+    "static cache": lambda model: model.generate(IDS, cache_implementation="static", **GREEDY),
+    "static cache object": lambda model: model.generate(
+        IDS, past_key_values=StaticCache(config=model.config, max_cache_len=64), **GREEDY
+    ),
+    "no cache": lambda model: model.generate(IDS, use_cache=False, **GREEDY),
+    "two turns": two_turns,
+    "chunked prefill": lambda model: model.generate(IDS, prefill_chunk_size=5, **GREEDY),
+    "embeddings": lambda model: model.generate(inputs_embeds=model.get_input_embeddings()(IDS), **GREEDY),
+    "stopping criteria": lambda model: model.generate(
+        IDS, stopping_criteria=StoppingCriteriaList([StopAt(16)]), do_sample=False, max_new_tokens=12
+    ),
+    "generation config": lambda model: model.generate(IDS, GenerationConfig(**GREEDY, eos_token_id=2)),
+    "streamer": streamed_tokens,
+    "everything returned": lambda model: model.generate(
+        IDS,
+        return_dict_in_generate=True,
+        output_hidden_states=True,
+        output_scores=True,
+        output_logits=True,
+        **GREEDY,
+    ),
+    "transition scores": transition_scores,
+    "by hand": by_hand,
+    "all layers' states": lambda model: model(IDS, output_hidden_states=True).hidden_states,
+    "loss": lambda model: model(BATCH, labels=BATCH).loss,
+    "last logits only": lambda model: model(BATCH, logits_to_keep=2).logits,
+    "tuple": lambda model: model(IDS, return_dict=False, use_cache=False),
+    "base model": lambda model: model.base_model(IDS).last_hidden_state,
+    "inference mode": torch.inference_mode()(lambda model: model.generate(IDS, **GREEDY)),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_use(llama: Any, resident: Resident, use: Use) -> None:
+    compare(use, llama, resident("llama-sharded", FP32, FP32))
+
+
+@pytest.mark.parametrize(
+    "name", ["greedy", "batch, left-padded", "beams", "static cache", "two turns", "prompt lookup"]
+)
+def test_use_with_sliding_windows(sliding: Any, resident: Resident, name: str) -> None:
+    compare(USES[name], sliding, resident("gemma3", FP32, FP32))
+
+
+def test_assisted_decoding(llama: Any, resident: Resident, assistant: Any) -> None:
+    compare(
+        lambda model: model.generate(IDS, assistant_model=assistant, **GREEDY),
+        llama,
+        resident("llama-sharded", FP32, FP32),
+    )
+
+
+def test_as_the_assistant(llama: Any, resident: Resident, assistant: Any) -> None:
+    """The other way round: a streamed model drafts for a resident one."""
+    drafter = resident("llama-sharded", FP32, FP32)
+    expected = assistant.generate(IDS, assistant_model=drafter, **GREEDY)
+    assert torch.equal(assistant.generate(IDS, assistant_model=llama, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("backend", ["quanto", "hqq"])
+def test_quantised_cache(llama: Any, resident: Resident, backend: str) -> None:
+    if importlib.util.find_spec({"quanto": "optimum.quanto"}.get(backend, backend).partition(".")[0]) is None:
+        pytest.skip(f"{backend} is not installed")
+    cache = {"backend": backend, "nbits": 4, "residual_length": 4, "axis_key": 0, "axis_value": 0}
+    compare(
+        lambda model: model.generate(IDS, cache_implementation="quantized", cache_config=cache, **GREEDY),
+        llama,
+        resident("llama-sharded", FP32, FP32),
+    )
+
+
+def test_eager_attention_returns_its_weights(tiny: WriteTiny) -> None:
+    folder = tiny("llama", FP32)
+    reference = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    with stream(folder, attn_implementation="eager") as model:
+        compare(lambda model: model(IDS, output_attentions=True).attentions, model, reference.requires_grad_(False))
+
+
+# ------------------------------------------------------------------------------------------------ text in, text out
+
+
+def test_pipeline(llama: Any, resident: Resident) -> None:
+    def write(model: Any) -> Any:
+        writer = pipeline("text-generation", model=model, tokenizer=llama.tokenizer)
+        return writer("w5 w77 w20", **GREEDY)
+
+    compare(write, llama, resident("llama-sharded", FP32, FP32))
+    assert write(llama)[0]["generated_text"].startswith("w5 w77 w20")
+
+
+def test_the_tokenizer_comes_with_the_model(llama: Any) -> None:
+    assert llama.tokenizer("w5 w77", return_tensors="pt").input_ids.tolist() == [[5, 77]]
+    assert llama.tokenizer is llama.tokenizer
+
+
+@pytest.mark.parametrize("streamer", [TextStreamer, TextIteratorStreamer])
+def test_text_streamers(llama: Any, capsys: pytest.CaptureFixture[str], streamer: type[TextStreamer]) -> None:
+    expected = llama.tokenizer.decode(llama.generate(IDS, **GREEDY)[0, IDS.shape[1] :])
+    sink = streamer(llama.tokenizer, skip_prompt=True)
+    llama.generate(IDS, streamer=sink, **GREEDY)
+    text = "".join(sink) if isinstance(sink, TextIteratorStreamer) else capsys.readouterr().out
+    assert text.strip() == expected
+
+
+def test_generation_config_of_the_checkpoint_counts(tiny: WriteTiny, llama: Any, resident: Resident) -> None:
+    reference = resident("llama-sharded", FP32, FP32)
+    assert llama.generation_config.to_dict() == reference.generation_config.to_dict()
+    assert llama.config.to_dict() == reference.config.to_dict()
+
+
+# --------------------------------------------------------------------------------------------------------- autograd
+
+
+def test_nothing_is_recorded_for_a_backward_pass(tiny: WriteTiny) -> None:
+    """A recorded graph would keep every layer that ever ran in memory."""
+    weights: list[weakref.ref[torch.Tensor]] = []
+    with stream(tiny("llama", FP32), layers_per_batch=1) as model, torch.enable_grad():
+        model.model.layers[2].mlp.register_forward_pre_hook(
+            lambda module, _: weights.append(weakref.ref(module.up_proj.weight))
+        )
+        output = model(IDS, labels=IDS, output_hidden_states=True)
+        assert torch.is_grad_enabled()
+        assert weights[0]() is not None
+    assert output.logits.grad_fn is None
+    assert output.loss.grad_fn is None
+    assert not output.logits.requires_grad
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        output.loss.backward()
+    gc.collect()
+    assert weights[0]() is None

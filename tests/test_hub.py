@@ -1,0 +1,229 @@
+"""From a name to a folder: local ones in place, the hub's with no more than is needed, and quick answers when neither is."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from airstream.checkpoint import hub
+from airstream.checkpoint.hub import resolve
+from airstream.errors import AirstreamError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+
+Download = Callable[..., str]
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may be asked of the hub."""
+
+    def snapshot_download(*_: Any, **__: Any) -> str:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+
+
+# ----------------------------------------------------------------------------------------------------- local folders
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("as_type", [str, Path])
+def test_a_folder_is_used_in_place(tmp_path: Path, as_type: Callable[[Path], Any]) -> None:
+    before = sorted(tmp_path.iterdir())
+    assert resolve(as_type(tmp_path)) == tmp_path
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_relative_folder_and_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert resolve("models/tiny").samefile(tmp_path / "models" / "tiny")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert resolve("~/models/tiny") == tmp_path / "models" / "tiny"
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "../nothing", "~/no such folder", "a/b/c", Path("/no/such")])
+def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(name: Any) -> None:
+    with pytest.raises(CheckpointNotFoundError, match="there is no folder") as caught:
+        resolve(name)
+    assert str(name) in str(caught.value)
+    assert isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(UnsupportedError, match="is a file: name the folder") as caught:
+        resolve(file)
+    assert str(file) in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------ the hub
+
+
+class FakeHub:
+    """Gives out the files of one repository that match what is asked for, and notes what that was."""
+
+    def __init__(self, folder: Path, files: dict[str, str]) -> None:
+        self.folder = folder
+        self.files = files
+        self.calls: list[dict[str, Any]] = []
+
+    def snapshot_download(self, repo_id: str, *, allow_patterns: list[str], **options: Any) -> str:
+        self.calls.append({"repo_id": repo_id, "allow_patterns": allow_patterns, **options})
+        for name, text in self.files.items():
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (self.folder / name).write_text(text)
+        return str(self.folder)
+
+    @property
+    def given_out(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir()}
+
+
+SHARDS = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors", "c": "model-1-of-2.safetensors"}
+SMALL = {"config.json": "{}", "tokenizer.json": "{}", "chat_template.jinja": "", "tokenizer.model": "", "merges.txt": ""}
+NOT_NEEDED = {
+    "pytorch_model.bin": "",
+    "consolidated.safetensors": "",
+    "model.onnx": "",
+    "modeling_own.py": "",
+    "README.md": "",
+    "model-fp8.safetensors": "",
+}
+
+
+@pytest.fixture
+def fake_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], FakeHub]:
+    def make(files: dict[str, str]) -> FakeHub:
+        fake = FakeHub(tmp_path, files)
+        monkeypatch.setattr(hub, "snapshot_download", fake.snapshot_download)
+        return fake
+
+    return make
+
+
+def test_only_the_shards_of_the_index_are_downloaded(fake_hub: Callable[..., FakeHub]) -> None:
+    index = {"model.safetensors.index.json": json.dumps({"weight_map": SHARDS})}
+    fake = fake_hub(SMALL | index | dict.fromkeys(SHARDS.values(), "") | NOT_NEEDED)
+    assert resolve("some/model") == fake.folder
+    assert fake.given_out == {*SMALL, *index, *SHARDS.values()}
+
+
+def test_without_an_index_the_single_file_is_downloaded(fake_hub: Callable[..., FakeHub]) -> None:
+    fake = fake_hub(SMALL | {"model.safetensors": ""} | NOT_NEEDED)
+    resolve("some/model")
+    assert fake.given_out == {*SMALL, "model.safetensors"}
+
+
+def test_a_plan_needs_no_weights(fake_hub: Callable[..., FakeHub]) -> None:
+    fake = fake_hub(SMALL | {"model.safetensors": ""})
+    resolve("some/model", with_weights=False)
+    assert fake.given_out == set(SMALL)
+
+
+def test_code_comes_only_if_it_is_asked_for(fake_hub: Callable[..., FakeHub]) -> None:
+    fake = fake_hub(SMALL | {"modeling_own.py": ""})
+    resolve("some/model", with_code=True)
+    assert "modeling_own.py" in fake.given_out
+
+
+def test_options_reach_the_hub(fake_hub: Callable[..., FakeHub], tmp_path: Path) -> None:
+    fake = fake_hub(SMALL)
+    resolve("some/model", "v2", "hf_secret", tmp_path / "cache", local_files_only=True)
+    assert fake.calls
+    for call in fake.calls:
+        expected = {"repo_id": "some/model", "revision": "v2", "token": "hf_secret", "local_files_only": True}
+        assert call | expected == call
+        assert call["cache_dir"] == tmp_path / "cache"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 5}', "{}"])
+def test_an_index_that_is_none_is_reported(fake_hub: Callable[..., FakeHub], text: str) -> None:
+    fake_hub(SMALL | {"model.safetensors.index.json": text})
+    with pytest.raises(CheckpointError, match=r"index\.json is not a shard index"):
+        resolve("some/model")
+
+
+# ------------------------------------------------------------------------------------------------- the hub says no
+
+
+def response_of(status: int) -> Any:
+    """What huggingface_hub hands to its errors."""
+    httpx = pytest.importorskip(huggingface_hub.errors.Response.__module__.partition(".")[0])
+    return httpx.Response(status, request=httpx.Request("GET", "https://hub.invalid"))
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def snapshot_download(*_: Any, **__: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+
+
+@pytest.mark.parametrize("error", [GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError])
+def test_what_the_hub_does_not_give_out(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, error("401 Client Error.\n\nmore of it", response=response_of(401)))
+    with pytest.raises(CheckpointNotFoundError) as caught:
+        resolve("some/model", revision="v2")
+    message = str(caught.value)
+    assert "'some/model' (revision v2)" in message
+    assert "401 Client Error" in message
+    assert "token=" in message
+    assert "\n" not in message
+    assert isinstance(caught.value.__cause__, error)
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError, OfflineModeIsEnabled])
+def test_without_the_hub(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, error("not in the cache"))
+    with pytest.raises(CheckpointNotFoundError, match=r"'some/model' is neither .*offline.* name a local folder"):
+        resolve("some/model")
+
+
+@pytest.mark.parametrize("error", [ConnectionError("reset by peer"), TimeoutError("timed out"), OSError(28, "No space left")])
+def test_a_download_that_breaks_off(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, error)
+    with pytest.raises(CheckpointNotFoundError, match=r"downloading 'some/model' failed: .*Try again") as caught:
+        resolve("some/model")
+    assert error.args[-1] in str(caught.value)
+
+
+def test_a_server_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, HfHubHTTPError("503 Server Error", response=response_of(503)))
+    with pytest.raises(CheckpointNotFoundError, match=r"downloading 'some/model' failed: 503 Server Error\. Try again"):
+        resolve("some/model")
+
+
+def test_offline_the_answer_is_quick_and_has_a_remedy(tmp_path: Path) -> None:
+    """The real huggingface_hub: local_files_only asks no server."""
+    started = time.monotonic()
+    with pytest.raises(CheckpointNotFoundError, match=r"'some/model'.*Connect once.* local folder"):
+        resolve("some/model", cache_dir=tmp_path, local_files_only=True)
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("name", ["gpt 2", "a/b!", "name--with--dashes", "-x", "", "a" * 200])
+def test_a_name_that_no_repository_can_have(name: str, tmp_path: Path) -> None:
+    with pytest.raises(AirstreamError) as caught:
+        resolve(name, cache_dir=tmp_path, local_files_only=True)
+    assert isinstance(caught.value, CheckpointNotFoundError)
+    assert repr(name) in str(caught.value)

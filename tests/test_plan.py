@@ -1,0 +1,437 @@
+"""The planner keeps every promise of its arithmetic: within the budget, the best there is, and honest when there is none."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GPTBigCodeConfig,
+    GPTJConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MptConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
+
+from airstream.errors import BudgetError
+from airstream.footprint import Footprint, footprint
+from airstream.plan import CONTEXTS, MIN_OVERLAPPED_CONTEXT, Batch, ModelFacts, Plan, Request, make_plan
+from airstream.ring import ring_bytes
+from airstream.units import GIB, MIB, parse_bytes
+
+LLAMA_7B = footprint(LlamaConfig(), item_bytes=2, eager_attention=False)
+STAGING = 64 * MIB
+
+
+def batches_of(layers: int, count: int, layer_bytes: int) -> tuple[Batch, ...]:
+    names = [f"model.layers.{i}" for i in range(layers)]
+    groups = [tuple(names[first : first + count]) for first in range(0, layers, count)]
+    return tuple(Batch(units, len(units) * layer_bytes) for units in groups)
+
+
+def facts_of(
+    layers: int = 32,
+    layer_bytes: int = 400 * MIB,
+    batch_sizes: tuple[int, ...] = (2, 1),
+    head_bytes: int | None = 250 * MIB,
+    need: Footprint = LLAMA_7B,
+) -> ModelFacts:
+    """A LLaMA-7B, unless something else is said."""
+    tables = {"model.embed_tokens.weight": 250 * MIB}
+    return ModelFacts(
+        name="huggyllama/llama-7b",
+        dtype="float16",
+        batchings={count: batches_of(layers, count, layer_bytes) for count in batch_sizes},
+        head=None if head_bytes is None else Batch(("lm_head",), head_bytes),
+        head_resident_bytes=head_bytes or 0,
+        resident_bytes=MIB,
+        rows_from_disk=tables,
+        rows_of_head=frozenset(),
+        checkpoint_bytes=layers * layer_bytes + (head_bytes or 0) + sum(tables.values()),
+        conversion_bytes=0,
+        has_tokenizer=True,
+        footprint=need,
+    )
+
+
+def on_cpu(budget: int, **changes: Any) -> Request:
+    return Request(device="cpu", budgets={"cpu": budget}, budget_notes={"cpu": "given"}, **changes)
+
+
+def on_cuda(device_budget: int, host_budget: int, **changes: Any) -> Request:
+    budgets, notes = {"0": device_budget, "cpu": host_budget}, {"0": "given", "cpu": "90% of the 251.32 GiB available"}
+    return Request(device="cuda:0", budgets=budgets, budget_notes=notes, staging_bytes=STAGING, **changes)
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[ModelFacts, Request]:
+    """Any model, on any machine."""
+    mib = st.integers(1, 600).map(lambda count: count * MIB)
+    facts = facts_of(
+        layers=draw(st.integers(1, 40)),
+        layer_bytes=draw(mib),
+        batch_sizes=draw(st.sampled_from([(1,), (2, 1), (4, 1), (3,)])),
+        head_bytes=draw(st.none() | mib),
+    )
+    changes = {
+        "prefetch_batches": draw(st.none() | st.integers(0, 4)),
+        "max_context": draw(st.none() | st.integers(1, 4096)),
+        "max_batch_size": draw(st.integers(1, 8)),
+        "direct_io": draw(st.booleans()),
+    }
+    budget, host_budget = draw(st.integers(GIB, 99 * GIB)), draw(st.integers(100 * MIB, GIB))
+    request = on_cuda(budget, host_budget, **changes) if draw(st.booleans()) else on_cpu(budget, **changes)
+    return facts, request
+
+
+# ---------------------------------------------------------------------------------------------- what every plan keeps
+
+
+@settings(max_examples=200, deadline=None)
+@given(situation=situations())
+def test_every_plan_is_within_its_budgets_and_adds_up(situation: tuple[ModelFacts, Request]) -> None:
+    facts, request = situation
+    try:
+        plan = make_plan(facts, request)
+    except BudgetError:
+        assume(False)
+    assert all(tier.peak_bytes <= tier.budget_bytes == request.budgets[name] for name, tier in plan.tiers.items())
+    assert plan.peak_bytes == {name: sum(tier.items.values()) for name, tier in plan.tiers.items()}
+    assert plan.ring_bytes >= ring_bytes([batch.nbytes for batch in plan.batches], plan.prefetch_batches + 1)
+    assert plan.tiers[request.tier].items["ring"] == plan.ring_bytes
+    assert plan.streamed_bytes == sum(batch.nbytes for batch in plan.batches)
+    assert (plan.device, plan.direct_io, plan.max_batch_size) == (request.device, request.direct_io, request.max_batch_size)
+    assert plan.max_context == (request.max_context or plan.max_context)
+    assert request.prefetch_batches in (None, plan.prefetch_batches)
+    streamed = [unit for batch in plan.batches for unit in batch.units]
+    listed = [unit for batch in facts.batchings[plan.layers_per_batch] for unit in batch.units]
+    assert streamed == listed + (["lm_head"] if plan.head == "streamed" else [])
+    assert (plan.head == "none") is (facts.head is None)
+    assert plan.work_bytes >= facts.footprint.kv_bytes(plan.max_batch_size, plan.max_context)
+
+
+@settings(max_examples=100, deadline=None)
+@given(situation=situations())
+def test_a_plan_is_the_same_every_time_and_survives_json(situation: tuple[ModelFacts, Request]) -> None:
+    try:
+        plan = make_plan(*situation)
+    except BudgetError as error:
+        with pytest.raises(BudgetError, match=re.escape(str(error))):
+            make_plan(*situation)
+        return
+    assert make_plan(*situation) == plan
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.to_json() == plan.to_json()
+    assert str(again) == str(plan)
+    assert again.work_bytes == plan.work_bytes
+
+
+# ------------------------------------------------------------------------------------------------ the best that fits
+
+
+def alternatives(facts: ModelFacts, request: Request) -> Iterator[Plan]:
+    """Every plan that fits, found one by one with all choices made beforehand."""
+    heads: list[tuple[str, Batch | None, int]] = [("none", None, 0)]
+    if facts.head is not None:
+        heads = [("resident", None, facts.head_resident_bytes), ("streamed", facts.head, 0)]
+    contexts = [context for context in CONTEXTS if context <= facts.footprint.max_position]
+    for layers, depth, context, (head, streamed, head_bytes) in itertools.product(
+        facts.batchings, (0, 1, 2), contexts, heads
+    ):
+        batches = facts.batchings[layers] + ((streamed,) if streamed else ())
+        fixed = replace(facts, batchings={layers: batches}, head=None, head_resident_bytes=head_bytes)
+        try:
+            plan = make_plan(fixed, replace(request, prefetch_batches=depth, max_context=context))
+        except BudgetError:
+            continue
+        yield replace(plan, head=head)
+
+
+def preference(plan: Plan) -> tuple[Any, ...]:
+    """Reading ahead (with a context worth having), a long context, large batches, a resident lm_head, more ahead."""
+    overlapped = plan.prefetch_batches > 0 and plan.max_context >= MIN_OVERLAPPED_CONTEXT
+    return (overlapped, plan.max_context, plan.layers_per_batch, plan.head != "streamed", plan.prefetch_batches)
+
+
+@pytest.mark.parametrize("head_bytes", [None, 100 * MIB, 900 * MIB], ids=["no head", "small head", "large head"])
+def test_no_plan_that_fits_is_preferable(head_bytes: int | None) -> None:
+    facts = facts_of(layers=8, head_bytes=head_bytes)
+    num_plans = 0
+    for budget in range(400 * MIB, 8 * GIB, 130 * MIB):
+        fitting = list(alternatives(facts, on_cpu(budget)))
+        if not fitting:
+            with pytest.raises(BudgetError):
+                make_plan(facts, on_cpu(budget))
+            continue
+        num_plans += 1
+        assert preference(make_plan(facts, on_cpu(budget))) == max(map(preference, fitting)), budget
+    assert num_plans > 10
+
+
+def test_with_plenty_of_memory_nothing_is_given_up() -> None:
+    plan = make_plan(facts_of(), on_cpu(64 * GIB))
+    assert (plan.prefetch_batches, plan.layers_per_batch, plan.head, plan.max_context) == (2, 2, "resident", CONTEXTS[0] // 2)
+    # LLaMA-7B has no more than 2048 positions
+
+
+@settings(max_examples=150, deadline=None)
+@given(budgets=st.tuples(st.integers(300, 9000), st.integers(300, 9000)), head=st.none() | st.integers(1, 900))
+def test_more_memory_is_never_worse(budgets: tuple[int, int], head: int | None) -> None:
+    facts = facts_of(layers=8, head_bytes=None if head is None else head * MIB)
+    small, large = sorted(budgets)
+    try:
+        modest = make_plan(facts, on_cpu(small * MIB))
+    except BudgetError:
+        assume(False)
+    assert preference(make_plan(facts, on_cpu(large * MIB))) >= preference(modest)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_with_the_depth_given_more_memory_never_means_a_shorter_context(depth: int) -> None:
+    contexts = []
+    for budget in range(800 * MIB, 9 * GIB, 100 * MIB):
+        try:
+            contexts.append(make_plan(facts_of(layers=8), on_cpu(budget, prefetch_batches=depth)).max_context)
+        except BudgetError:
+            assert not contexts, "a larger budget was refused"
+    assert contexts == sorted(contexts)
+    assert len(set(contexts)) > 2
+
+
+def test_a_context_that_is_asked_for_is_not_shortened() -> None:
+    with pytest.raises(BudgetError, match="x 4096 tokens"):
+        make_plan(facts_of(), on_cpu(2 * GIB, max_context=4096))
+    assert make_plan(facts_of(), on_cpu(2 * GIB)).max_context < 4096
+
+
+def test_rows_come_from_the_resident_head_they_are_tied_to() -> None:
+    facts = replace(facts_of(), rows_of_head=frozenset({"model.embed_tokens.weight"}))
+    assert make_plan(facts, on_cpu(64 * GIB)).rows_from_disk == {}
+    streamed = next(
+        plan
+        for budget in range(1000, 8000, 50)
+        if (plan := plan_or_none(facts, on_cpu(budget * MIB))) is not None and plan.head == "streamed"
+    )
+    assert streamed.rows_from_disk == facts.rows_from_disk
+
+
+def plan_or_none(facts: ModelFacts, request: Request) -> Plan | None:
+    try:
+        return make_plan(facts, request)
+    except BudgetError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- when nothing fits
+
+
+def remedy_in(message: str) -> dict[str, int]:
+    """The budgets that the message recommends, as the user would pass them."""
+    match = re.search(r"max_memory=(\{.*\})", message)
+    assert match, message
+    return {str(key): parse_bytes(size) for key, size in ast.literal_eval(match[1]).items()}
+
+
+@settings(max_examples=100, deadline=None)
+@given(situation=situations())
+def test_the_budget_it_asks_for_is_enough_and_the_smallest(situation: tuple[ModelFacts, Request]) -> None:
+    facts, request = situation
+    request = replace(request, budgets=dict.fromkeys(request.budgets, MIB))
+    with pytest.raises(BudgetError) as caught:
+        make_plan(facts, request)
+    remedy = remedy_in(str(caught.value))
+    assert remedy.keys() == request.budgets.keys()
+    make_plan(facts, replace(request, budgets=remedy))
+    for name in remedy:
+        with pytest.raises(BudgetError):
+            make_plan(facts, replace(request, budgets=remedy | {name: remedy[name] - MIB}))
+
+
+def test_the_message_has_the_numbers() -> None:
+    with pytest.raises(BudgetError) as caught:
+        make_plan(facts_of(), on_cpu(500 * MIB))
+    message = str(caught.value)
+    assert message.startswith("huggyllama/llama-7b does not fit: host memory needs ")
+    assert "max_memory gives 500 MiB" in message
+    assert "ring 400 MiB + resident weights 1.0 MiB + KV cache " in message
+    assert "largest layer batch is 'model.layers.0' with 400 MiB" in message
+    assert re.search(r'for batches of 1 x 128 tokens, is max_memory=\{"cpu": "\d+MiB"\}$', message)
+
+
+@pytest.mark.parametrize(
+    ("device_budget", "host_budget", "named"),
+    [(MIB, 64 * GIB, ["device 0"]), (64 * GIB, MIB, ["host memory"]), (MIB, MIB, ["device 0", "host memory"])],
+)
+def test_the_message_names_the_memory_that_is_too_small(device_budget: int, host_budget: int, named: list[str]) -> None:
+    with pytest.raises(BudgetError) as caught:
+        make_plan(facts_of(), on_cuda(device_budget, host_budget))
+    assert [name for name in ("device 0", "host memory") if f"{name} needs" in str(caught.value)] == named
+    assert remedy_in(str(caught.value)).keys() == {"0", "cpu"}
+    assert re.search(r'max_memory=\{0: "\d+MiB", "cpu": "\d+MiB"\}', str(caught.value))
+
+
+def test_a_model_without_layers_has_a_plan_and_an_error() -> None:
+    facts = replace(facts_of(head_bytes=None), batchings={1: ()})
+    assert make_plan(facts, on_cpu(8 * GIB)).streamed_bytes == 0
+    with pytest.raises(BudgetError, match="max_memory="):
+        make_plan(facts, on_cpu(MIB))
+
+
+# ------------------------------------------------------------------------------------------------------- tiers, print
+
+
+def test_on_an_accelerator_the_host_has_only_the_staging_buffers() -> None:
+    plan = make_plan(facts_of(), on_cuda(16 * GIB, GIB))
+    assert list(plan.tiers) == ["0", "cpu"]
+    assert not {"ring", "resident weights", "KV cache", "activations"} & plan.tiers["cpu"].items.keys()
+    assert plan.tiers["cpu"].items["staging"] == STAGING
+    assert {"ring", "resident weights", "KV cache", "activations"} <= plan.tiers["0"].items.keys()
+    host_only = make_plan(facts_of(), on_cpu(16 * GIB, staging_bytes=STAGING))
+    assert list(host_only.tiers) == ["cpu"]
+    assert host_only.tiers["cpu"].items["staging"] == STAGING
+
+
+@pytest.mark.parametrize(("device", "tier"), [("cpu", "cpu"), ("cuda:0", "0"), ("cuda:3", "3"), ("xpu", "0")])
+def test_the_tier_of_a_device(device: str, tier: str) -> None:
+    assert Request(device=device, budgets={}, budget_notes={}).tier == tier
+
+
+@pytest.mark.parametrize("request_", [on_cpu(200 * GIB), on_cpu(3 * GIB), on_cuda(24 * GIB, 200 * GIB)], ids=lambda r: r.device)
+def test_a_printed_plan_fits_the_screen_and_says_everything(request_: Request) -> None:
+    facts = replace(facts_of(layers=126, need=replace(LLAMA_7B, vocab_size=256_000)), name="meta-llama/Llama-3.1-405B-Instruct")
+    plan = make_plan(facts, replace(request_, max_batch_size=16, max_context=128))
+    lines = str(plan).splitlines()
+    assert max(map(len, lines)) <= 100, max(lines, key=len)
+    assert len(lines) < 30
+    text = str(plan)
+    for expected in (plan.model, plan.dtype, plan.device, plan.head, "16 sequence(s) of 128 tokens", *plan.rows_from_disk):
+        assert expected in text
+    for tier in plan.tiers.values():
+        assert tier.budget_note in text
+
+
+# ---------------------------------------------------------------------------------------------------------- footprint
+
+
+def kv_bytes_per_token(config: PreTrainedConfig, item_bytes: int = 2) -> int:
+    return footprint(config, item_bytes, eager_attention=False).kv_elements * item_bytes
+
+
+def test_llama_7b_needs_half_a_mebibyte_a_token() -> None:
+    assert kv_bytes_per_token(LlamaConfig()) == 524_288
+
+
+KNOWN = {
+    "grouped queries": (LlamaConfig(num_key_value_heads=8), 131_072),
+    "one key-value head": (LlamaConfig(num_key_value_heads=1), 16_384),
+    "a head_dim of its own": (Qwen3Config(num_hidden_layers=28, hidden_size=1024, num_attention_heads=16, num_key_value_heads=8, head_dim=128), 114_688),
+    "gpt2": (GPT2Config(), 12 * 2 * 768 * 2),
+    "bloom": (BloomConfig(hidden_size=1024, n_layer=24, n_head=16), 24 * 2 * 1024 * 2),
+    "falcon-7b": (FalconConfig(hidden_size=4544, num_hidden_layers=32, num_attention_heads=71, multi_query=True), 32 * 2 * 64 * 2),
+    "falcon-40b": (FalconConfig(hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, num_kv_heads=8, new_decoder_architecture=True), 60 * 2 * 128 * 64 * 2),  # cached as often as there are queries
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "nbytes"), KNOWN.values(), ids=KNOWN)
+def test_kv_bytes_per_token(config: PreTrainedConfig, nbytes: int) -> None:
+    assert kv_bytes_per_token(config) == nbytes
+
+
+NAMES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+GPT_NAMES: dict[str, Any] = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
+    "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+}  # fmt: skip
+SMALL: list[PreTrainedConfig] = [
+    LlamaConfig(**NAMES, num_key_value_heads=2),
+    Qwen3MoeConfig(**NAMES, **EXPERTS, num_key_value_heads=2, head_dim=16),
+    Gemma2Config(**NAMES, num_key_value_heads=2, head_dim=16),
+    DeepseekV3Config(**NAMES, **LATENT, num_key_value_heads=4),
+    GPT2Config(**GPT_NAMES),
+    GPTJConfig(**GPT_NAMES, rotary_dim=4),
+    GPTBigCodeConfig(**GPT_NAMES, multi_query=True),
+    GPTNeoXConfig(**NAMES),
+    BloomConfig(vocab_size=96, hidden_size=32, n_layer=3, n_head=4),
+    OPTConfig(vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=32),
+    MptConfig(vocab_size=96, d_model=32, n_layers=3, n_heads=4),
+    FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, multi_query=True),
+    FalconConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_kv_heads=2,
+        new_decoder_architecture=True,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", SMALL, ids=lambda config: config.model_type)
+def test_the_kv_cache_has_the_size_that_was_predicted(config: PreTrainedConfig) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        cache = model(torch.arange(5, 15).view(2, 5), use_cache=True).past_key_values
+    measured = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert footprint(model.config, 4, eager_attention=False).kv_elements * 10 == measured
+
+
+def test_the_footprint_of_a_model_within_a_model() -> None:
+    """What a vision-language model's config says of text counts."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("llava", text_config=LlamaConfig().to_dict())
+    assert kv_bytes_per_token(config) == 524_288
+
+
+def test_a_mixture_is_as_wide_as_the_experts_a_token_goes_through() -> None:
+    config = Qwen3MoeConfig(**NAMES, num_experts=64, num_experts_per_tok=8, moe_intermediate_size=16)
+    assert footprint(config, 2, eager_attention=False).intermediate_size == 128
+
+
+def test_logits_cost_their_own_size_and_a_float32_copy() -> None:
+    need = replace(LLAMA_7B, vocab_size=1_000_000)
+    half, whole = (need.activation_bytes(2, 100, 100, logits) for logits in (50, 100))
+    assert whole - half == 2 * 50 * 1_000_000 * (2 + 4)
+
+
+def test_the_lm_head_is_copied_for_a_slice_of_a_prefill_only() -> None:
+    need = replace(LLAMA_7B, head_copy_bytes=GIB)
+    assert need.activation_bytes(3, 10, 10, logits=1) >= 3 * GIB
+    assert need.activation_bytes(3, 10, 10, logits=10) < GIB
+    assert need.activation_bytes(3, 1, 10, logits=1) < GIB
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 8), st.integers(1, 4096), st.integers(1, 4096)), eager=st.booleans(), which=st.integers(0, 2)
+)
+def test_more_work_never_needs_less(sizes: tuple[int, int, int], eager: bool, which: int) -> None:
+    need = replace(LLAMA_7B, eager_attention=eager)
+    larger = list(sizes)
+    larger[which] *= 2
+    assert need.activation_bytes(*larger) >= need.activation_bytes(*sizes)
+    assert need.kv_bytes(larger[0], larger[2]) >= need.kv_bytes(sizes[0], sizes[2])
+    assert replace(need, eager_attention=True).activation_bytes(*sizes) >= need.activation_bytes(*sizes)
+
+
+def test_attention_computed_eagerly_needs_the_scores_of_every_head() -> None:
+    tokens = 4096
+    eager = replace(LLAMA_7B, eager_attention=True).activation_bytes(1, tokens, tokens)
+    assert eager - LLAMA_7B.activation_bytes(1, tokens, tokens) > tokens * tokens * 32 * 4

@@ -1,0 +1,524 @@
+"""Reads land to the byte, whatever the pieces; and whatever goes wrong, everybody who waits is told, once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from airstream.backend.host_memory import HostBuffer
+from airstream.backend.landing import HostLanding, Staging
+from airstream.checkpoint import files
+from airstream.checkpoint.files import PAGE_BYTES
+from airstream.checkpoint.reader import Cast, Job, Piece, ReadCancelled, Reader, split
+from airstream.errors import CheckpointNotFoundError, ClosedError, ReadError
+
+FILE_BYTES = 200_001  # ends neither on a page nor on a sector
+CONTENT = random.Random(0).randbytes(FILE_BYTES)
+CHUNKS = (4096, 8192, 12288, 65536)
+UNTOUCHED = 0xA5
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("weights") / "weights.bin"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.fixture
+def own_file(tmp_path: Path) -> Path:
+    """One that the test may damage."""
+    path = tmp_path / "own.bin"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    assert not reader_threads()
+
+
+def reader_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("airstream-reader")]
+
+
+def descriptors(folder: Path) -> list[str]:
+    """What this process has open in `folder`, as far as the system tells."""
+    links: list[str] = []
+    if sys.platform != "linux":
+        return links
+    for number in os.listdir("/proc/self/fd"):  # noqa: PTH208 - names only
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{number}"))  # noqa: PTH115 - it may be a pipe
+        except OSError:
+            pass  # the one that lists them
+    return [link for link in links if link.startswith(str(folder))]
+
+
+def new_memory(nbytes: int) -> torch.Tensor:
+    return HostBuffer(nbytes).tensor.fill_(UNTOUCHED)
+
+
+def landing(memory: torch.Tensor, chunk_bytes: int) -> HostLanding:
+    return HostLanding(memory, Staging(chunk_bytes))
+
+
+def read_bytes(reader: Reader, pieces: Sequence[Piece], nbytes: int) -> bytes:
+    """What lies in fresh memory after `pieces` have been read into it."""
+    memory = new_memory(nbytes)
+    reader.read(pieces, landing(memory, reader.chunk_bytes))
+    return memory.numpy().tobytes()
+
+
+class Gate:
+    """A landing whose reads wait until the gate is opened, and which notes what landed."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.opened = threading.Event()
+        self.reached = threading.Event()
+        self.landed_at: list[int] = []
+        self._error = error
+
+    def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
+        self.reached.set()
+        assert self.opened.wait(30)
+        if self._error is not None:
+            raise self._error
+        return memoryview(bytearray(piece.nbytes))
+
+    def landed(self, worker: int, piece: Piece, direct: bool) -> None:
+        self.landed_at.append(piece.offset)
+
+
+class Calls:
+    """An `on_done` that counts."""
+
+    def __init__(self) -> None:
+        self.errors: list[BaseException | None] = []
+        self.done = threading.Event()
+
+    def __call__(self, error: BaseException | None) -> None:
+        self.errors.append(error)
+        self.done.set()
+
+    def only(self) -> BaseException | None:
+        """What the one call there was brought."""
+        assert self.done.wait(30), "on_done was not called"
+        time.sleep(0.01)  # a second call would come at once
+        assert len(self.errors) == 1
+        return self.errors[0]
+
+
+# ------------------------------------------------------------------------------------------------- bytes land exactly
+
+
+@st.composite
+def scattered(draw: st.DrawFn) -> list[tuple[int, int, int]]:
+    """(offset, nbytes, target) of pieces whose targets do not overlap, in any order; some could land in place."""
+    pieces, end = [], draw(st.integers(0, 5000))
+    for _ in range(draw(st.integers(0, 6))):
+        edge = st.sampled_from([0, 1, 511, 512, 4095, 4096, 4097, 65536, FILE_BYTES - 1])
+        offset = draw(st.integers(0, FILE_BYTES - 1) | edge)
+        nbytes = draw(st.integers(0, FILE_BYTES - offset) | st.integers(0, min(9000, FILE_BYTES - offset)))
+        end += draw(st.integers(0, 3))
+        if draw(st.booleans()):
+            end += (offset - end) % PAGE_BYTES
+        pieces.append((offset, nbytes, end))
+        end += nbytes
+    return draw(st.permutations(pieces))
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    places=scattered(), direct=st.booleans(), chunk_bytes=st.sampled_from(CHUNKS), num_workers=st.integers(1, 5)
+)
+def test_bytes_land_where_they_belong_and_nowhere_else(
+    file: Path, places: list[tuple[int, int, int]], direct: bool, chunk_bytes: int, num_workers: int
+) -> None:
+    size = max((target + nbytes for _, nbytes, target in places), default=0) + 100
+    expected = bytearray([UNTOUCHED]) * size
+    for offset, nbytes, target in places:
+        expected[target : target + nbytes] = CONTENT[offset : offset + nbytes]
+    pieces = [Piece(file, *place) for place in places]
+    with Reader([file], direct, num_workers, chunk_bytes) as reader:
+        assert read_bytes(reader, pieces, size) == expected
+        assert reader.bytes_read == sum(piece.nbytes for piece in pieces)
+
+
+FLOATS = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+CASTS = [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "float32"), ("float32", "float16")]
+NUM_ELEMENTS = 40_000
+
+
+@pytest.fixture(scope="module")
+def elements(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """By type: a file of random numbers behind three other bytes, and the numbers."""
+    folder, made = tmp_path_factory.mktemp("elements"), {}
+    for name, dtype in FLOATS.items():
+        numbers = (torch.randn(NUM_ELEMENTS, generator=torch.Generator().manual_seed(1)) * 100).to(dtype)
+        (folder / name).write_bytes(b"abc" + numbers.view(torch.uint8).numpy().tobytes())
+        made[name] = (folder / name, numbers)
+    return made
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    cast=st.sampled_from(CASTS),
+    start=st.integers(0, NUM_ELEMENTS - 1),
+    count=st.integers(0, NUM_ELEMENTS),
+    place=st.integers(0, 3000),
+    direct=st.booleans(),
+    chunk_bytes=st.sampled_from(CHUNKS),
+)
+def test_casts_equal_those_of_torch(
+    elements: dict[str, tuple[Path, torch.Tensor]],
+    cast: tuple[str, str],
+    start: int,
+    count: int,
+    place: int,
+    direct: bool,
+    chunk_bytes: int,
+) -> None:
+    (path, numbers), target = elements[cast[0]], FLOATS[cast[1]]
+    wanted = numbers[start : start + count]
+    piece = Piece(
+        path,
+        3 + start * numbers.itemsize,
+        wanted.nbytes,
+        place * target.itemsize,
+        Cast(*cast, numbers.itemsize, target.itemsize),
+    )
+    memory = new_memory((place + len(wanted)) * target.itemsize + 100)
+    with Reader([path], direct, 3, chunk_bytes) as reader:
+        reader.read([piece], landing(memory, chunk_bytes))
+    end = piece.target + piece.target_bytes
+    assert torch.equal(memory[piece.target : end].view(target), wanted.to(target))
+    assert bool((memory[: piece.target] == UNTOUCHED).all())
+    assert bool((memory[end:] == UNTOUCHED).all())
+
+
+@given(
+    offset=st.integers(0, 100_000),
+    num_items=st.integers(0, 50_000),
+    cast=st.sampled_from([None, Cast("bfloat16", "float32", 2, 4), Cast("float32", "bfloat16", 4, 2)]),
+    chunk_bytes=st.sampled_from(CHUNKS),
+)
+def test_split_covers_a_piece_in_aligned_parts(
+    offset: int, num_items: int, cast: Cast | None, chunk_bytes: int
+) -> None:
+    item = cast.source_item_bytes if cast else 1
+    piece = Piece(Path("x"), offset, num_items * item, 64, cast)
+    parts = split(piece, chunk_bytes)
+    position, target = piece.offset, piece.target
+    for part in parts:
+        assert (part.offset, part.target) == (position, target)
+        assert 0 < part.nbytes <= chunk_bytes
+        assert part.nbytes % item == 0
+        position, target = position + part.nbytes, target + part.target_bytes
+    assert (position, target) == (piece.offset + piece.nbytes, piece.target + piece.target_bytes)
+    if cast is None:
+        assert all(part.offset % chunk_bytes == 0 for part in parts[1:])
+
+
+def test_many_jobs_from_many_threads(file: Path) -> None:
+    wrong: list[int] = []
+
+    def read_some(seed: int) -> None:
+        rng = random.Random(seed)
+        for _ in range(20):
+            offset = rng.randrange(FILE_BYTES)
+            nbytes = rng.randrange(FILE_BYTES - offset)
+            if read_bytes(reader, [Piece(file, offset, nbytes, 0)], nbytes) != CONTENT[offset : offset + nbytes]:
+                wrong.append(offset)
+
+    with Reader([file], direct=True, chunk_bytes=8192) as reader:
+        threads = [threading.Thread(target=read_some, args=(seed,)) for seed in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+# ------------------------------------------------------------------------------------------ disks that do not behave
+
+PREADV = pytest.mark.skipif(not files.HAS_PREADV, reason="there is no preadv to fail")
+BOTH_WAYS = pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+
+
+def whole(path: Path) -> list[Piece]:
+    return [Piece(path, 0, FILE_BYTES, 0)]
+
+
+@PREADV
+@BOTH_WAYS
+def test_short_reads_are_continued(own_file: Path, direct: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng, granule = random.Random(5), 512 if direct else 1
+    counts: list[int] = []
+    with own_file.open("rb") as plain, Reader([own_file], direct, 2, 16384) as reader:
+
+        def preadv(_: int, buffers: list[memoryview], offset: int) -> int:
+            (view,) = buffers
+            size = max(granule, rng.randrange(len(view) + 1) // granule * granule)
+            data = os.pread(plain.fileno(), size, offset)
+            view[: len(data)] = data
+            counts.append(len(data))
+            return len(data)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+        assert read_bytes(reader, whole(own_file), FILE_BYTES) == CONTENT
+    assert len(counts) > 2 * FILE_BYTES / 16384, "the reads were not short"
+
+
+def fail_once(monkeypatch: pytest.MonkeyPatch, where: int, code: int = errno.EIO) -> None:
+    """Let the first read that covers byte `where` fail."""
+    real, failed = os.preadv, threading.Event()
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if offset <= where < offset + len(buffers[0]) and not failed.is_set():
+            failed.set()
+            raise OSError(code, os.strerror(code))
+        return real(descriptor, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+
+
+@PREADV
+@BOTH_WAYS
+@pytest.mark.parametrize("where", [0, 100_000, FILE_BYTES - 1])
+def test_a_failed_read_is_reported_and_can_be_tried_again(
+    own_file: Path, direct: bool, where: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Reader([own_file], direct, chunk_bytes=16384) as reader:
+        fail_once(monkeypatch, where)
+        with pytest.raises(ReadError, match=os.strerror(errno.EIO)) as caught:
+            read_bytes(reader, whole(own_file), FILE_BYTES)
+        start, nbytes = range_named_in(str(caught.value))
+        assert start <= where < start + nbytes
+        assert str(own_file) in str(caught.value)
+        assert isinstance(caught.value, OSError)
+        assert read_bytes(reader, whole(own_file), FILE_BYTES) == CONTENT
+
+
+def range_named_in(message: str) -> tuple[int, int]:
+    """The offset and the length in "reading 1,234 bytes at 5,678 of ..."."""
+    words = message.replace(",", "").split()
+    return int(words[words.index("at") + 1]), int(words[words.index("bytes") - 1])
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("size", [0, 1000, 4096, 150_000, FILE_BYTES - 1])
+def test_a_file_that_got_shorter_is_reported(own_file: Path, direct: bool, size: int) -> None:
+    with Reader([own_file], direct, chunk_bytes=16384) as reader:
+        os.truncate(own_file, size)
+        with pytest.raises(ReadError, match="file ends") as caught:
+            read_bytes(reader, whole(own_file), FILE_BYTES)
+        start, nbytes = range_named_in(str(caught.value))
+        assert start + nbytes > size
+        assert str(own_file) in str(caught.value)
+        own_file.write_bytes(CONTENT)
+        assert read_bytes(reader, whole(own_file), FILE_BYTES) == CONTENT
+
+
+O_DIRECT = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="there are no direct reads to refuse")
+
+
+def refuse_direct(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    real = os.open
+
+    def refusing(path: Any, flags: int, *rest: Any, **options: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, *rest, **options)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+@O_DIRECT
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_refuses_direct_reads(file: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_direct(monkeypatch, code)
+    with Reader([file], direct=True, chunk_bytes=8192) as reader:
+        assert not reader.direct
+        assert read_bytes(reader, whole(file), FILE_BYTES) == CONTENT
+
+
+@O_DIRECT
+def test_a_file_that_cannot_be_opened(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refuse_direct(monkeypatch, errno.EACCES)
+    with pytest.raises(ReadError, match=os.strerror(errno.EACCES)) as caught:
+        Reader([file], direct=True)
+    assert str(file) in str(caught.value)
+
+
+def test_without_preadv_threads_take_turns(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "HAS_PREADV", False)
+    monkeypatch.delattr(os, "preadv", raising=False)
+    with Reader([file], direct=False, num_workers=5, chunk_bytes=4096) as reader:
+        for _ in range(5):
+            assert read_bytes(reader, whole(file), FILE_BYTES) == CONTENT
+
+
+def test_an_error_of_the_landing_reaches_whoever_waits(file: Path) -> None:
+    gate = Gate(error=MemoryError("no room"))
+    gate.opened.set()
+    with Reader([file], direct=False) as reader:
+        with pytest.raises(MemoryError, match="no room"):
+            reader.read(whole(file), gate)
+        assert read_bytes(reader, whole(file), FILE_BYTES) == CONTENT
+
+
+# ----------------------------------------------------------------------------------------- cancelling and closing
+
+
+def submit_behind(reader: Reader, file: Path, gate: Gate, num_jobs: int) -> tuple[list[Job], list[Calls]]:
+    """`num_jobs` jobs of three chunks each, the first of which has reached `gate`, where the only worker waits."""
+    calls = [Calls() for _ in range(num_jobs)]
+    pieces = [Piece(file, 0, 3 * reader.chunk_bytes, 0)]
+    jobs = [reader.submit(pieces, gate, on_done) for on_done in calls]
+    assert gate.reached.wait(30)
+    return jobs, calls
+
+
+def test_a_cancelled_job_is_skipped_and_told_once(file: Path) -> None:
+    gate = Gate()
+    with Reader([file], direct=False, num_workers=1, chunk_bytes=4096) as reader:
+        jobs, calls = submit_behind(reader, file, gate, num_jobs=3)
+        jobs[1].cancel()
+        jobs[1].cancel()
+        gate.opened.set()
+        assert calls[0].only() is None
+        assert isinstance(calls[1].only(), ReadCancelled)
+        assert calls[2].only() is None
+        assert reader.bytes_read == 2 * 3 * 4096
+
+
+def test_a_job_can_be_cancelled_while_it_is_read(file: Path) -> None:
+    gate = Gate()
+    with Reader([file], direct=False, num_workers=1, chunk_bytes=4096) as reader:
+        jobs, calls = submit_behind(reader, file, gate, num_jobs=1)
+        jobs[0].cancel()
+        gate.opened.set()
+        assert isinstance(calls[0].only(), ReadCancelled)
+    assert gate.landed_at == [0]
+
+
+def test_after_an_error_the_rest_of_the_job_is_not_read(file: Path) -> None:
+    gate = Gate(error=OSError("first"))
+    with Reader([file], direct=False, num_workers=1, chunk_bytes=4096) as reader:
+        _, calls = submit_behind(reader, file, gate, num_jobs=1)
+        gate.opened.set()
+        assert str(calls[0].only()) == "first"
+        assert reader.bytes_read == 0
+
+
+def test_cancelling_what_is_done_does_nothing(file: Path) -> None:
+    gate, calls = Gate(), Calls()
+    gate.opened.set()
+    with Reader([file], direct=False) as reader:
+        job = reader.submit(whole(file), gate, calls)
+        assert calls.only() is None
+        job.cancel()
+        assert calls.only() is None
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_close_ends_queued_work_and_all_threads(file: Path, num_workers: int) -> None:
+    gate = Gate()
+    reader = Reader([file], direct=False, num_workers=num_workers, chunk_bytes=4096)
+    _, calls = submit_behind(reader, file, gate, num_jobs=20)
+    assert len(reader_threads()) == num_workers
+    closing = threading.Thread(target=reader.close)
+    closing.start()
+    time.sleep(0.05)
+    assert closing.is_alive(), "close() did not wait for the read under way"
+    gate.opened.set()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert not reader_threads()
+    first, *waiting = [on_done.only() for on_done in calls]
+    assert first is None or isinstance(first, ReadCancelled)  # three workers may have been at its three chunks
+    assert all(isinstance(error, ReadCancelled) for error in waiting)
+    assert descriptors(file.parent) == []
+
+
+def test_a_closed_reader_refuses_work(file: Path) -> None:
+    reader = Reader([file], direct=False)
+    reader.close()
+    reader.close()
+    with pytest.raises(ClosedError):
+        reader.submit(whole(file), Gate(), Calls())
+    with pytest.raises(ClosedError):
+        reader.read(whole(file), Gate())
+
+
+def test_close_from_several_threads(file: Path) -> None:
+    reader = Reader([file], direct=False)
+    threads = [threading.Thread(target=reader.close) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert descriptors(file.parent) == []
+
+
+def test_urgent_work_overtakes(file: Path) -> None:
+    gate, last = Gate(), Calls()
+    with Reader([file], direct=False, num_workers=1, chunk_bytes=4096) as reader:
+        reader.submit([Piece(file, 0, 1, 0)], gate, Calls())
+        assert gate.reached.wait(30)
+        reader.submit([Piece(file, 10, 1, 0), Piece(file, 20, 1, 0)], gate, last)
+        reader.submit([Piece(file, 30, 1, 0), Piece(file, 40, 1, 0)], gate, Calls(), urgent=True)
+        gate.opened.set()
+        last.only()
+    assert gate.landed_at == [0, 30, 40, 10, 20]
+
+
+@pytest.mark.parametrize("pieces", [[], [(5, 0, 0)]], ids=["no piece", "an empty piece"])
+def test_nothing_to_read_is_done_at_once(file: Path, pieces: list[tuple[int, int, int]]) -> None:
+    calls = Calls()
+    with Reader([file], direct=True) as reader:
+        reader.submit([Piece(file, *piece) for piece in pieces], Gate(), calls)
+        assert calls.only() is None
+
+
+def test_a_missing_file_leaves_nothing_behind(file: Path) -> None:
+    before = threading.active_count()
+    with pytest.raises(CheckpointNotFoundError, match=r"gone\.bin is missing"):
+        Reader([file, file.parent / "gone.bin"], direct=True)
+    assert threading.active_count() == before
+    assert descriptors(file.parent) == []
+
+
+@BOTH_WAYS
+def test_an_open_reader_has_each_file_open_once(file: Path, direct: bool) -> None:
+    with Reader([file], direct):
+        assert descriptors(file.parent) == ([str(file)] if sys.platform == "linux" else [])
+    assert descriptors(file.parent) == []
+
+
+def test_windows_are_aligned_for_direct_reads(file: Path) -> None:
+    """What a landing promises: the window's address equals the offset modulo the page size."""
+    memory = new_memory(FILE_BYTES)
+    target = landing(memory, 8192)
+    for offset, place in [(0, 0), (5, 5), (4096, 17), (12345, 4096), (8191, 1)]:
+        window = target.window(0, Piece(file, offset, 100, place), True)
+        assert (address(window) - offset) % PAGE_BYTES == 0
+        assert len(window) == 100
+
+
+def address(view: memoryview) -> int:
+    return torch.frombuffer(view, dtype=torch.uint8).data_ptr()

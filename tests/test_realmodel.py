@@ -1,0 +1,39 @@
+"""The main job on weights somebody trained: a real instruct model answers while few of its layers are in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from airstream.cli import main
+from airstream.hardware import PeakMemory
+from tests.conftest import stream
+
+pytestmark = pytest.mark.realmodel
+
+QUESTION = [{"role": "user", "content": "Why is the sky blue? Answer in two sentences."}]
+
+
+@pytest.mark.parametrize("layers_per_batch", [1, 7])
+def test_the_streamed_answer_is_the_resident_answer(smollm2_folder: Path, layers_per_batch: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
+    inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    resident = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype="auto")
+    expected = resident.generate(**inputs, max_new_tokens=24, do_sample=False)
+    options = {"layers_per_batch": layers_per_batch, "page_cache": False, "max_context": 128}
+    with stream(smollm2_folder, max_memory="300MiB", **options) as model:
+        assert torch.equal(model.generate(**inputs, max_new_tokens=24, do_sample=False), expected)
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, resident(**inputs).logits)
+
+
+def test_the_demo_answers_within_its_budget(smollm2_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    memory = PeakMemory()
+    assert main(["demo", "--device", "cpu", "--max-memory", "200MiB"]) == 0
+    printed = capsys.readouterr()
+    assert "The capital of France is Paris." in printed.out
+    assert "budget 200 MiB" in printed.err
+    assert memory.rise() < 200 << 20 < (smollm2_folder / "model.safetensors").stat().st_size

@@ -1,0 +1,510 @@
+"""The streamer hands out the right bytes in any order, reads ahead and no more, and never leaves anybody waiting."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from airstream.backend import CpuBackend
+from airstream.checkpoint import files
+from airstream.checkpoint.files import PAGE_BYTES
+from airstream.checkpoint.reader import Job, Landing, Piece, ReadCancelled, Reader
+from airstream.errors import ClosedError, ReadError
+from airstream.layout import Slab
+from airstream.ring import ring_bytes
+from airstream.streamer import Region, Streamer
+
+CHUNK_BYTES = 8192
+NUM_PAGES = 64
+CONTENT = random.Random(3).randbytes(NUM_PAGES * PAGE_BYTES)
+PATIENCE = 10.0
+"""Seconds after which a thread that should have ended counts as stuck."""
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("streamed") / "weights.bin"
+    path.write_bytes(CONTENT)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+def slabs_of(file: Path, num_pages: Sequence[int]) -> list[Slab]:
+    """Slabs of so many pages, each of which lies in the file where the one before it ends. All but a few bytes are read."""
+    slabs, start = [], 0
+    for pages in num_pages:
+        nbytes = pages * PAGE_BYTES
+        pieces = (Piece(file, start, PAGE_BYTES - 100, 0), Piece(file, start + PAGE_BYTES, nbytes - PAGE_BYTES, PAGE_BYTES))
+        slabs.append(Slab(nbytes, pieces, {}, ()))
+        start += nbytes
+    return slabs
+
+
+def is_right(region: Region, slab: Slab) -> bool:
+    raw = region.memory.numpy().tobytes()
+    return len(raw) == slab.nbytes and all(
+        raw[p.target : p.target + p.nbytes] == CONTENT[p.offset : p.offset + p.nbytes] for p in slab.pieces
+    )
+
+
+@dataclass
+class Request:
+    """A read that was asked for."""
+
+    pieces: Sequence[Piece]
+    landing: Landing
+    job: Job
+    urgent: bool
+
+
+class FakeReader:
+    """A reader without threads: it notes what it is asked for, and does it when it is told to, or at once if `eager`."""
+
+    def __init__(self, slabs: Sequence[Slab], eager: bool = False) -> None:
+        self.requests: list[Request] = []
+        self.asked: list[int] = []  # by batch
+        self._batch_of = {slab.pieces[0].offset: batch for batch, slab in enumerate(slabs)}
+        self._eager = eager
+
+    def submit(
+        self,
+        pieces: Sequence[Piece],
+        landing: Landing,
+        on_done: Callable[[BaseException | None], None],
+        urgent: bool = False,
+    ) -> Job:
+        request = Request(pieces, landing, Job(landing, 1, on_done), urgent)
+        self.requests.append(request)
+        self.asked.append(self._batch_of[pieces[0].offset])
+        if self._eager:
+            self.finish()
+        return request.job
+
+    def finish(self, error: BaseException | None = None) -> None:
+        """End the oldest open read: with `error`, or as cancelled, or by reading."""
+        request = self.requests.pop(0)
+        if request.job.skips and error is None:
+            error = ReadCancelled()
+        if error is None:
+            for piece in request.pieces:
+                request.landing.window(0, piece, False)[:] = CONTENT[piece.offset : piece.offset + piece.nbytes]
+                request.landing.landed(0, piece, False)
+        request.job.finished_one(error)
+
+    def finish_all(self) -> None:
+        while self.requests:
+            self.finish()
+
+
+def new_streamer(
+    slabs: Sequence[Slab], reader: Any, prefetch: int, ring_pages: int | None = None
+) -> Streamer:
+    """One whose ring holds `ring_pages`, or else just what `prefetch` needs."""
+    nbytes = ring_bytes([slab.nbytes for slab in slabs], prefetch + 1) if ring_pages is None else ring_pages * PAGE_BYTES
+    return Streamer(slabs, nbytes, prefetch, reader, CpuBackend(CHUNK_BYTES))
+
+
+def visit(streamer: Streamer, slabs: Sequence[Slab], batch: int) -> bool:
+    """Whether the right bytes are there in between."""
+    right = is_right(streamer.acquire(batch), slabs[batch])
+    streamer.release(batch)
+    return right
+
+
+class Waiting(threading.Thread):
+    """A thread that does one thing, and what came of it."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        super().__init__(daemon=True)
+        self._call = call
+        self.outcome: object = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome = self._call()
+        except BaseException as error:
+            self.outcome = error
+
+    def result(self) -> object:
+        self.join(PATIENCE)
+        assert not self.is_alive(), "it waits forever"
+        return self.outcome
+
+
+def until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.001)
+
+
+# ---------------------------------------------------------------------------------------------------- the right bytes
+
+
+@st.composite
+def walks(draw: st.DrawFn) -> tuple[list[int], int, int, list[int]]:
+    """Pages of each slab, batches ahead, pages of the ring, and the order in which the batches are asked for."""
+    pages = draw(st.lists(st.integers(2, 6), min_size=1, max_size=6))
+    prefetch = draw(st.integers(0, 5))
+    least = ring_bytes([count * PAGE_BYTES for count in pages], prefetch + 1) // PAGE_BYTES
+    ring = draw(st.integers(max(pages), sum(pages)) | st.integers(least, least + 3))
+    batches = st.integers(0, len(pages) - 1)
+    walk = draw(st.lists(batches, max_size=30) | st.lists(batches, min_size=1, max_size=6).map(lambda period: period * 5))
+    return pages, prefetch, ring, walk
+
+
+@settings(max_examples=300, deadline=None)
+@given(walk=walks())
+def test_any_walk_sees_the_right_bytes_for_as_long_as_it_looks(
+    file: Path, walk: tuple[list[int], int, int, list[int]]
+) -> None:
+    """Every read is done the moment it is asked for, so that one into memory in use shows at once."""
+    pages, prefetch, ring, batches = walk
+    slabs = slabs_of(file, pages)
+    reader = FakeReader(slabs, eager=True)
+    streamer = new_streamer(slabs, reader, prefetch, ring)
+    streamer.start()
+    for batch in batches:
+        region = streamer.acquire(batch)
+        assert is_right(region, slabs[batch])
+        streamer.release(batch)
+    assert streamer.stats.acquired == len(batches)
+    assert streamer.stats.streamed_bytes == sum(slabs[batch].read_bytes for batch in reader.asked)
+    streamer.close()
+
+
+@settings(max_examples=60, deadline=None)
+@given(walk=walks(), direct=st.booleans(), num_workers=st.integers(1, 4))
+def test_any_walk_sees_the_right_bytes_with_a_real_reader(
+    file: Path, walk: tuple[list[int], int, int, list[int]], direct: bool, num_workers: int
+) -> None:
+    pages, prefetch, ring, batches = walk
+    slabs = slabs_of(file, pages)
+    with Reader([file], direct, num_workers, CHUNK_BYTES) as reader:
+        streamer = new_streamer(slabs, reader, prefetch, ring)
+        streamer.start()
+        for batch in batches:
+            region = streamer.acquire(batch)
+            assert is_right(region, slabs[batch])
+            time.sleep(0)  # let a reader thread do harm
+            assert is_right(region, slabs[batch])
+            streamer.release(batch)
+        streamer.close()
+
+
+def test_a_batch_asked_for_again_is_not_overwritten_by_what_is_read_ahead(file: Path) -> None:
+    """A loop, a b a b c: when b is visited again, it is still there, and c, which comes next, needs room."""
+    a, b, c = range(3)
+    slabs = slabs_of(file, [2, 3, 6])
+    streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=1)
+    for batch in [a, b, a, b, c] * 4:
+        assert is_right(streamer.acquire(batch), slabs[batch])
+        streamer.release(batch)
+
+
+def test_a_batch_is_fresh_until_it_was_returned(file: Path) -> None:
+    slabs = slabs_of(file, [2, 2])
+    streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=0, ring_pages=4)
+    for fresh in (True, False, False):
+        for batch in (0, 1):
+            assert streamer.acquire(batch).fresh is fresh
+            streamer.release(batch)
+
+
+# ------------------------------------------------------------------------------------------------------ reading ahead
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3, 10])
+def test_nothing_is_read_twice_while_everything_fits(file: Path, prefetch: int) -> None:
+    slabs = slabs_of(file, [2, 5, 3, 4])
+    with Reader([file], direct=False, chunk_bytes=CHUNK_BYTES) as reader:
+        streamer = new_streamer(slabs, reader, prefetch, ring_pages=14)
+        for _ in range(4):
+            for batch in range(4):
+                visit(streamer, slabs, batch)
+        total = sum(slab.read_bytes for slab in slabs)
+        assert reader.bytes_read == streamer.stats.streamed_bytes == total
+        streamer.close()
+
+
+def test_without_prefetch_nothing_is_read_before_it_is_asked_for(file: Path) -> None:
+    slabs = slabs_of(file, [2, 2, 2])
+    reader = FakeReader(slabs, eager=True)
+    streamer = new_streamer(slabs, reader, prefetch=0, ring_pages=6)
+    streamer.start()
+    assert reader.asked == []
+    for batch in (0, 1, 2):
+        streamer.acquire(batch)
+        assert reader.asked == list(range(batch + 1))
+        streamer.release(batch)
+        assert reader.asked == list(range(batch + 1))
+    assert streamer.stats.missed == 3
+
+
+def test_start_reads_the_first_batches(file: Path) -> None:
+    slabs = slabs_of(file, [2] * 5)
+    reader = FakeReader(slabs)
+    streamer = new_streamer(slabs, reader, prefetch=2)
+    streamer.start()
+    assert reader.asked == [0, 1]
+    reader.finish_all()
+
+
+def read_late(streamer: Streamer, slabs: Sequence[Slab], reader: FakeReader, passes: int) -> list[int]:
+    """Walks over all batches; returns those whose read began only after the batch before had been released."""
+    late: list[int] = []
+    streamer.start()
+    num_asked = len(reader.asked)
+    for batch in list(range(len(slabs))) * passes:
+        assert is_right(streamer.acquire(batch), slabs[batch])
+        late += [batch] if batch in reader.asked[num_asked:] else []
+        num_asked = len(reader.asked)
+        streamer.release(batch)
+    return late
+
+
+@pytest.mark.parametrize(("num_batches", "prefetch"), [(4, 1), (5, 1), (4, 2), (5, 3), (6, 2)])
+def test_reading_ahead_wraps_from_the_last_batch_to_the_first(file: Path, num_batches: int, prefetch: int) -> None:
+    slabs = slabs_of(file, [3] * num_batches)
+    reader = FakeReader(slabs, eager=True)
+    streamer = new_streamer(slabs, reader, prefetch)
+    assert read_late(streamer, slabs, reader, passes=3) == []
+    assert streamer.stats.missed == 0
+    assert reader.asked[:2] == [0, 1]
+    assert reader.asked.count(0) == 4, "the first batch was not read ahead after the last one"
+
+
+@pytest.mark.parametrize("pages", [[2, 2, 2, 2, 5], [2, 2, 2, 5], [4, 2, 2, 2, 2], [2, 6, 2, 6]], ids=str)
+def test_batches_of_different_sizes_are_read_ahead_too(file: Path, pages: list[int]) -> None:
+    """A larger lm_head at the end, say."""
+    slabs = slabs_of(file, pages)
+    reader = FakeReader(slabs, eager=True)
+    assert read_late(new_streamer(slabs, reader, prefetch=1), slabs, reader, passes=4) == []
+
+
+def test_the_batch_that_is_waited_for_is_urgent(file: Path) -> None:
+    slabs = slabs_of(file, [2] * 4)
+    reader = FakeReader(slabs)
+    streamer = new_streamer(slabs, reader, prefetch=1, ring_pages=6)
+    streamer.start()
+    waiting = Waiting(lambda: streamer.acquire(2))  # not what had been read ahead
+    until(lambda: 2 in reader.asked)
+    assert [request.urgent for request in reader.requests][:2] == [False, True]
+    reader.finish_all()
+    assert is_right(waiting.result(), slabs[2])  # type: ignore[arg-type]
+    reader.finish_all()
+
+
+def test_what_was_read_ahead_makes_room_for_what_is_needed(file: Path) -> None:
+    slabs = slabs_of(file, [3, 3, 3, 6])
+    streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=1, ring_pages=6)
+    streamer.start()
+    visit(streamer, slabs, 0)
+    assert visit(streamer, slabs, 3)
+    assert visit(streamer, slabs, 0)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2])
+def test_streamed_bytes_are_exact(file: Path, prefetch: int) -> None:
+    slabs = slabs_of(file, [3] * 4)
+    with Reader([file], direct=False, chunk_bytes=CHUNK_BYTES) as reader:
+        streamer = new_streamer(slabs, reader, prefetch)
+        streamer.start()
+        for turn in range(12):
+            visit(streamer, slabs, turn % 4)
+        streamer.close()
+        started = 12 + prefetch  # what had been started when it was closed may have been skipped or not
+        assert slabs[0].read_bytes * 12 <= streamer.stats.streamed_bytes <= slabs[0].read_bytes * started
+        assert streamer.stats.streamed_bytes <= reader.bytes_read
+    assert streamer.stats.acquired == 12
+    assert streamer.stats.read_seconds > 0
+
+
+def test_stalls_are_counted(file: Path) -> None:
+    slabs = slabs_of(file, [2])
+    reader = FakeReader(slabs)
+    streamer = new_streamer(slabs, reader, prefetch=0)
+    waiting = Waiting(lambda: streamer.acquire(0))
+    until(lambda: reader.requests)
+    time.sleep(0.1)
+    reader.finish()
+    waiting.result()
+    assert 0.09 < streamer.stats.stall_seconds < PATIENCE
+    assert 0.09 < streamer.stats.read_seconds < PATIENCE
+
+
+# ---------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_read_error_surfaces_where_its_batch_is_needed_and_only_there(file: Path) -> None:
+    slabs = slabs_of(file, [2] * 3)
+    reader = FakeReader(slabs)
+    streamer = new_streamer(slabs, reader, prefetch=2)
+    streamer.start()
+    reader.finish()
+    failure = ReadError("the disk is on fire")
+    reader.finish(failure)
+    assert visit(streamer, slabs, 0)
+    with pytest.raises(ReadError) as caught:
+        streamer.acquire(1)
+    assert caught.value is failure
+    retry = Waiting(lambda: visit(streamer, slabs, 1))
+    until(lambda: reader.asked.count(1) == 2)
+    reader.finish_all()
+    assert retry.result() is True
+    assert visit(streamer, slabs, 2)
+    assert streamer.stats.streamed_bytes == sum(slab.read_bytes for slab in slabs)
+
+
+@pytest.mark.parametrize("num_failures", [1, 3])
+def test_the_read_can_be_tried_until_it_works(file: Path, num_failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    slabs, failures = slabs_of(file, [2] * 3), iter(range(num_failures))
+    real = files.WeightFile._read_some
+
+    def read_some(self: files.WeightFile, view: memoryview, offset: int) -> int:
+        if offset == slabs[1].pieces[0].offset and next(failures, None) is not None:
+            raise OSError(5, os.strerror(5))
+        return real(self, view, offset)
+
+    monkeypatch.setattr(files.WeightFile, "_read_some", read_some)
+    with Reader([file], direct=False, chunk_bytes=CHUNK_BYTES) as reader:
+        streamer = new_streamer(slabs, reader, prefetch=1)
+        streamer.start()
+        visit(streamer, slabs, 0)
+        for _ in range(num_failures):
+            with pytest.raises(ReadError, match=r"weights\.bin"):
+                streamer.acquire(1)
+        assert visit(streamer, slabs, 1)
+        assert visit(streamer, slabs, 2)
+        streamer.close()
+
+
+# ----------------------------------------------------------------------------------------------------------- closing
+
+
+def closing_ends(streamer: Streamer, reader: FakeReader) -> None:
+    """close() returns, given that the reader ends what was cancelled."""
+    closing = Waiting(streamer.close)
+    until(lambda: not closing.is_alive() or any(request.job.cancelled for request in reader.requests))
+    deadline = time.monotonic() + PATIENCE
+    while closing.is_alive() and time.monotonic() < deadline:
+        reader.finish_all()
+        time.sleep(0.001)
+    assert closing.result() is None
+
+
+def test_close_wakes_a_thread_that_waits_for_its_bytes(file: Path) -> None:
+    slabs = slabs_of(file, [2] * 3)
+    reader = FakeReader(slabs)
+    streamer = new_streamer(slabs, reader, prefetch=1)
+    waiting = Waiting(lambda: streamer.acquire(0))
+    until(lambda: reader.requests)
+    closing_ends(streamer, reader)
+    assert isinstance(waiting.result(), ClosedError)
+
+
+def test_close_wakes_a_thread_that_waits_for_room(file: Path) -> None:
+    slabs = slabs_of(file, [2] * 2)
+    streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=0)
+    streamer.acquire(0)
+    waiting = Waiting(lambda: streamer.acquire(1))
+    until(lambda: streamer.stats.acquired == 2)
+    time.sleep(0.02)
+    streamer.close()
+    assert isinstance(waiting.result(), ClosedError)
+    streamer.release(0)
+
+
+@pytest.mark.parametrize("attempt", range(10))
+def test_close_wakes_a_thread_that_waits_for_a_read_it_gave_up(file: Path, attempt: int) -> None:
+    """The ring is full with what is being read ahead; the thread that needs it for another batch has cancelled that."""
+    slabs = slabs_of(file, [2] * 3)
+    reader = FakeReader(slabs)
+    streamer = new_streamer(slabs, reader, prefetch=1, ring_pages=2)
+    streamer.start()
+    waiting = Waiting(lambda: streamer.acquire(2))
+    until(lambda: reader.requests[0].job.cancelled)
+    closing = Waiting(streamer.close)
+    time.sleep(0.02)
+    deadline = time.monotonic() + 2
+    while (closing.is_alive() or waiting.is_alive()) and time.monotonic() < deadline:
+        reader.finish_all()
+        time.sleep(0.001)
+    assert not closing.is_alive(), "close() waits forever"
+    assert not waiting.is_alive(), "acquire() waits forever"
+    assert isinstance(waiting.outcome, ClosedError)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_close_at_any_moment(file: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    slabs = slabs_of(file, [3, 2, 4, 3, 6])
+    with Reader([file], direct=False, num_workers=2, chunk_bytes=CHUNK_BYTES) as reader:
+        streamer = new_streamer(slabs, reader, rng.randrange(3))
+        streamer.start()
+
+        def walk_forever() -> None:
+            while True:
+                visit(streamer, slabs, rng.randrange(5))
+
+        walking = Waiting(walk_forever)
+        time.sleep(rng.random() / 50)
+        assert Waiting(streamer.close).result() is None
+        assert isinstance(walking.result(), ClosedError)
+
+
+def test_closing_is_idempotent_and_final(file: Path) -> None:
+    slabs = slabs_of(file, [2] * 2)
+    streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=1)
+    streamer.acquire(0)
+    streamer.close()
+    streamer.close()
+    streamer.release(0)
+    with pytest.raises(ClosedError, match=r"from_pretrained"):
+        streamer.acquire(0)
+
+
+def test_close_skips_what_has_not_been_read(file: Path) -> None:
+    slabs = slabs_of(file, [2] * 4)
+    reader = FakeReader(slabs)
+    streamer = new_streamer(slabs, reader, prefetch=3)
+    streamer.start()
+    requests = list(reader.requests)
+    assert len(requests) == 3
+    closing_ends(streamer, reader)
+    assert all(request.job.cancelled for request in requests)
+    assert streamer.stats.streamed_bytes == 0
+
+
+def test_two_threads_that_need_different_batches_take_turns(file: Path) -> None:
+    slabs = slabs_of(file, [3] * 4)
+    with Reader([file], direct=False, num_workers=2, chunk_bytes=CHUNK_BYTES) as reader:
+        streamer = new_streamer(slabs, reader, prefetch=1)
+
+        def walk(batches: Sequence[int]) -> bool:
+            right = True
+            for batch in list(batches) * 50:
+                right &= is_right(streamer.acquire(batch), slabs[batch])
+                streamer.release(batch)
+            return right
+
+        walks = [Waiting(lambda: walk([0, 1])), Waiting(lambda: walk([2, 3]))]
+        assert [walking.result() for walking in walks] == [True, True]
+        streamer.close()
