@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,7 +173,7 @@ def _direct_io(facts: ModelFacts, left_over: int, options: LoadOptions) -> bool:
 
 
 def _assemble(prepared: _Prepared) -> StreamedModel:
-    model, plan, options = prepared.model, prepared.plan, prepared.options
+    model, plan = prepared.model, prepared.plan
     load_generation_config(model, os.fspath(prepared.folder))
     loaded = {spec.name for spec in _all_specs(prepared.parts)}
     finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - loaded)
@@ -183,21 +184,19 @@ def _assemble(prepared: _Prepared) -> StreamedModel:
         reader.close()
         raise
     engine = Engine(model, prepared.parts, plan, prepared.facts.footprint, prepared.folder, reader, backend)
-
-    def load_tokenizer() -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(prepared.folder, trust_remote_code=options.trust_remote_code)
-        except (OSError, ValueError) as error:
-            raise CheckpointNotFoundError(
-                f"{prepared.folder} has no tokenizer that transformers can load: {error}"
-            ) from error
-
-    make_streamed(model, engine, load_tokenizer)
+    make_streamed(model, engine, partial(_load_tokenizer, prepared.folder, prepared.options.trust_remote_code))
     # Where transformers asks what runs where: one device computes, the layers live on disk. It keeps generate() from
     # compiling and pipelines from moving the model.
     model.hf_device_map = {"": prepared.device, **{unit: "disk" for batch in plan.batches for unit in batch.units}}
     weakref.finalize(model, engine.close)
     return model
+
+
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise CheckpointNotFoundError(f"{folder} has no tokenizer that transformers can load: {error}") from error
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:

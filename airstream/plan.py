@@ -243,7 +243,7 @@ def _plan(facts: ModelFacts, request: Request, layers: int, prefetch: int, head_
 
 def _too_small(plan: Plan) -> str:
     """The message for a budget that even `plan`, the smallest there is, does not fit."""
-    largest = max(plan.batches, key=lambda batch: batch.nbytes)
+    largest = max(plan.batches, key=lambda batch: batch.nbytes, default=Batch(("nothing",), 0))
     needs = []
     for name, tier in plan.tiers.items():
         if tier.peak_bytes > tier.budget_bytes:
@@ -277,15 +277,15 @@ def _lines(plan: Plan) -> Sequence[str]:
     ahead = f"{plan.prefetch_batches} ahead" if plan.prefetch_batches else "none ahead"
     lines = [
         f"{plan.model} ({format_bytes(plan.checkpoint_bytes)}, {plan.dtype}) on {plan.device}",
-        f"  streamed   {len(plan.batches)} batches of {plan.layers_per_batch} layer(s), "
+        f"  streamed     {len(plan.batches)} batches of {plan.layers_per_batch} layer(s), "
         f"{format_bytes(plan.streamed_bytes)} a pass, {ahead}, {reads}",
-        f"  lm_head    {plan.head}",
-        *(f"  rows only  {name} ({format_bytes(nbytes)} on disk)" for name, nbytes in plan.rows_from_disk.items()),
-        f"  workload   up to {plan.max_batch_size} sequence(s) of {plan.max_context:,} tokens",
+        f"  lm_head      {plan.head}",
+        *(f"  rows only    {name} ({format_bytes(nbytes)} on disk)" for name, nbytes in plan.rows_from_disk.items()),
+        f"  workload     up to {plan.max_batch_size} sequence(s) of {plan.max_context:,} tokens",
     ]
     for name, tier in plan.tiers.items():
         lines.append(
-            f"  {_tier_name(name):<11}peak {format_bytes(tier.peak_bytes)} of {format_bytes(tier.budget_bytes)} "
+            f"  {_tier_name(name):<13}peak {format_bytes(tier.peak_bytes)} of {format_bytes(tier.budget_bytes)} "
             f"({tier.budget_note})"
         )
         lines += [f"    {label:<18}{format_bytes(nbytes):>10}" for label, nbytes in tier.items.items() if nbytes]

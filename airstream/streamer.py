@@ -135,6 +135,8 @@ class Streamer:
         This is the raw link: what streaming would run at if computation took no time. What has been read ahead is
         drained first, so that it does not count.
         """
+        if not self._slabs:
+            return 0, 0.0
         batches = range(len(self._slabs))
         for batch in self._order.upcoming(self._prefetch):
             self._pass_through(batch)

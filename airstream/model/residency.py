@@ -21,6 +21,10 @@ Convert = Callable[[str, Sequence[tuple[str, str, torch.Tensor]]], Mapping[str, 
 """A converter of transformers: name, (key, pattern, raw tensor) of each source -> converted tensors."""
 
 
+MAX_VIEWS_PER_BATCH = 16
+"""Places in the ring for which a batch's views are kept ready."""
+
+
 class Residency:
     """Keeps `model`'s units supplied with weights.
 
@@ -94,6 +98,8 @@ class Residency:
             self._run_conversions(region)
         key = (batch, region.offset)
         if key not in self._views:
+            if len(self._views) > MAX_VIEWS_PER_BATCH * len(self._slabs):
+                self._views.clear()  # places in the ring repeat; only a restless order of layers gets here
             self._views[key] = [b.views(region.memory, self._slabs[batch].offsets) for b in self._bindings[batch]]
         self._bound = self._views[key]
 
