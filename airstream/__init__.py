@@ -17,6 +17,7 @@ from airstream.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     ClosedError,
+    DiskSpaceError,
     ReadError,
     UnsupportedError,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointNotFoundError",
     "ClosedError",
+    "DiskSpaceError",
     "Plan",
     "ReadError",
     "UnsupportedError",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import weakref
 from dataclasses import dataclass, fields
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from airstream import hardware
@@ -20,7 +22,7 @@ from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
 from airstream.compat import build_on_meta, finish_loading, load_generation_config, model_class
 from airstream.config import LoadOptions, MaxMemory, parse_max_memory, refuse_unknown, resolve_device
-from airstream.errors import CheckpointNotFoundError, UnsupportedError
+from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.layout import TORCH_DTYPES, TensorSpec, read_specs
 from airstream.model.engine import Engine
 from airstream.model.facts import gather_facts, needs_staging
@@ -200,12 +202,21 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise CheckpointNotFoundError(f"{folder} has no config.json: it is not the folder of a transformers model")
     try:
+        is_object = isinstance(json.loads(file.read_bytes()), dict)
+    except ValueError:
+        is_object = False
+    if not is_object:
+        raise CheckpointError(f"{file} is not a JSON object. Download it again")
+    try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except (StrictDataclassError, TypeError) as error:
+        raise CheckpointError(f"{file} does not describe a model: {error}") from error
     except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedError(f"transformers cannot read {folder / 'config.json'}: {error}") from error
+        raise UnsupportedError(f"transformers cannot read {file}: {error}") from error
 
 
 def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: CheckpointIndex) -> torch.dtype:

@@ -16,7 +16,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers import logging as transformers_logging
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -127,6 +127,28 @@ def tied_names(model: PreTrainedModel) -> Mapping[str, str]:
 def may_be_missing(model: PreTrainedModel) -> list[str]:
     """Patterns of names that a checkpoint of this class may lack."""
     return list(model._keys_to_ignore_on_load_missing or ())
+
+
+def uses_eager_attention(model: PreTrainedModel) -> bool:
+    """Whether attention scores are materialised."""
+    return bool(model.config._attn_implementation == "eager")
+
+
+def measure_kv_elements(model: PreTrainedModel) -> int | None:
+    """Elements that one token adds to the KV cache, found by a forward pass on the meta device; None if that fails.
+
+    Exact where formulas are not: latent attention, shared and sliding layers, heads repeated before they are cached.
+    """
+    tokens = 2
+    cache = DynamicCache(config=model.config)
+    try:
+        with torch.no_grad():
+            ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+            model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+    except Exception:
+        return None
+    tensors = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
+    return -(-sum(tensor.numel() for tensor in tensors) // tokens) or None
 
 
 def finish_loading(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, missing: set[str]) -> None:

@@ -10,8 +10,9 @@ from typing import Literal
 
 import torch
 
+from airstream.backend import RUNTIMES
 from airstream.errors import ArgumentError
-from airstream.hardware import default_device
+from airstream.hardware import default_device, describe_devices, is_present
 from airstream.units import parse_bytes
 
 MaxMemory = int | str | Mapping[int | str, int | str] | None
@@ -46,12 +47,11 @@ class LoadOptions:
             _check_count("prefetch_batches", self.prefetch_batches, at_least=0)
         if self.page_cache not in ("auto", True, False):
             raise ArgumentError(f'page_cache={self.page_cache!r}: use True, False or "auto"')
-        if isinstance(self.dtype, str) and self.dtype != "auto":
-            named = getattr(torch, self.dtype.removeprefix("torch."), None)
-            if not isinstance(named, torch.dtype) or not named.is_floating_point:
-                raise ArgumentError(
-                    f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", "float16"...'
-                )
+        named = getattr(torch, self.dtype.removeprefix("torch."), None) if isinstance(self.dtype, str) else self.dtype
+        if self.dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
+            raise ArgumentError(
+                f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", torch.float16...'
+            )
 
 
 def resolve_device(device: str | int | torch.device | None) -> torch.device:
@@ -66,7 +66,10 @@ def resolve_device(device: str | int | torch.device | None) -> torch.device:
         return torch.device("cpu")
     if chosen.type == "meta":
         raise ArgumentError('device="meta" has no memory to stream to')
-    return torch.device(chosen.type, chosen.index or 0)
+    found = torch.device(chosen.type, chosen.index or 0)
+    if chosen.type not in RUNTIMES and not is_present(found):
+        raise ArgumentError(f"device={device!r} is not there: torch finds {describe_devices()}")
+    return found
 
 
 def parse_max_memory(max_memory: MaxMemory, device: torch.device) -> dict[str, int]:

@@ -63,8 +63,14 @@ class Footprint:
         return batch_size * max(layers, head + tokens * self.hidden_size * self.item_bytes)
 
 
-def footprint(config: Any, item_bytes: int, eager_attention: bool, head_copy_bytes: int = 0) -> Footprint:
-    """The footprint of a model with this transformers config, computing in elements of `item_bytes`."""
+def footprint(
+    config: Any, item_bytes: int, eager_attention: bool, head_copy_bytes: int = 0, kv_elements: int | None = None
+) -> Footprint:
+    """The footprint of a model with this transformers config, computing in elements of `item_bytes`.
+
+    Args:
+        kv_elements: per token, where that has been measured; else it is computed from the config.
+    """
     text = config.get_text_config(decoder=True)
     hidden = _first(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
     heads = _first(text, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1)
@@ -79,8 +85,8 @@ def footprint(config: Any, item_bytes: int, eager_attention: bool, head_copy_byt
         hidden_size=hidden,
         intermediate_size=max(intermediate, routed),
         num_heads=heads,
-        kv_elements=layers * per_layer,
-        kv_elements_per_layer=per_layer,
+        kv_elements=layers * per_layer if kv_elements is None else kv_elements,
+        kv_elements_per_layer=per_layer if kv_elements is None else -(-kv_elements // layers),
         vocab_size=_first(text, "vocab_size", "n_words", default=1),
         max_position=_first(text, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", default=1 << 20),
         eager_attention=eager_attention,
@@ -89,13 +95,14 @@ def footprint(config: Any, item_bytes: int, eager_attention: bool, head_copy_byt
 
 
 def _kv_elements_per_layer(text: Any, hidden: int, heads: int) -> int:
-    if _first(text, "kv_lora_rank", default=0):  # multi-head latent attention; transformers caches it expanded
-        key = _first(text, "qk_head_dim", default=0) or (
-            _first(text, "qk_nope_head_dim", default=0) + _first(text, "qk_rope_head_dim", default=0)
-        )
-        return heads * (key + _first(text, "v_head_dim", default=key))
+    if _first(text, "kv_lora_rank", default=0):  # multi-head latent attention: the latents are what is cached
+        return _first(text, "kv_lora_rank", default=0) + _first(text, "qk_rope_head_dim", default=0)
     head_dim = _first(text, "head_dim", "kv_channels", default=hidden // heads)
     kv_heads = _first(text, "num_key_value_heads", "num_kv_heads", default=heads)
+    if getattr(text, "new_decoder_architecture", False):  # Falcon 40B and 180B repeat keys and values before caching
+        kv_heads = heads
+    elif getattr(text, "multi_query", False):  # Falcon 7B, StarCoder
+        kv_heads = 1
     return 2 * kv_heads * head_dim
 
 

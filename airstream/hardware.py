@@ -24,6 +24,22 @@ def default_device() -> torch.device:
     return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
+def is_present(device: torch.device) -> bool:
+    """Whether this torch can use the accelerator `device`."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return (
+        accelerator is not None and accelerator.type == device.type and device.index < torch.accelerator.device_count()
+    )
+
+
+def describe_devices() -> str:
+    """The devices that this torch can use, for people."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return 'only the CPU (device="cpu")'
+    return f"the CPU and {torch.accelerator.device_count()} x {accelerator.type}"
+
+
 def available_host_bytes() -> int:
     """Host memory that could be used now without swapping, within every limit of this process's control groups."""
     return min([psutil.virtual_memory().available, *_cgroup_room()])
@@ -98,5 +114,8 @@ def _rooms_upwards(
 
 
 def _memory_stat(folder: Path) -> dict[str, int]:
-    pairs = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    try:
+        pairs = [line.split() for line in (folder / "memory.stat").read_text().splitlines()]
+    except OSError:  # not readable here: count all of the page cache as used
+        return {}
     return {name: int(value) for name, value in pairs}

@@ -16,8 +16,9 @@ class AccessOrder:
     def __init__(self, batches: Iterable[int]) -> None:
         self._history = list(batches)
         self._cursor = 0
-        # Long enough for the longest period there is (a recurrent model's passes over a few layers), twice.
-        self._limit = max(4096, 8 * len(self._history))
+        self._listed = len(self._history)  # never forgotten: what has not been asked for in a long time may come back
+        # Long enough for the longest period there is (a recurrent model's passes over a few layers), several times.
+        self._limit = self._listed + max(4096, 8 * self._listed)
 
     def observe(self, batch: int) -> bool:
         """`batch` is being asked for. Returns whether that had been predicted."""
@@ -41,6 +42,12 @@ class AccessOrder:
         return next((place for place in places if place and history[place - 1] == previous), places[0])
 
     def _forget(self) -> None:
-        drop = min(self._cursor, len(self._history) // 2)
-        del self._history[:drop]
-        self._cursor -= drop
+        """Drop the older half of what was observed."""
+        kept_from = self._listed + (len(self._history) - self._listed) // 2
+        del self._history[self._listed : kept_from]
+        if self._cursor >= kept_from:
+            self._cursor -= kept_from - self._listed
+        elif self._cursor >= self._listed:  # the period is longer than what is kept: start over from here
+            latest = self._history.pop()
+            self._cursor = self._last_seen(latest) + 1
+            self._history.append(latest)

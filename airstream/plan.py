@@ -170,7 +170,7 @@ class Plan:
 def make_plan(facts: ModelFacts, request: Request) -> Plan:
     """The best plan that fits the budgets.
 
-    Preferred, in this order: reading ahead, larger batches, a resident lm_head, more batches ahead, a longer context.
+    Preferred, in this order: reading ahead, a longer context, a resident lm_head, larger batches, more batches ahead.
 
     Raises:
         BudgetError: not even the smallest plan fits; the message has the smallest budgets that would do.
@@ -195,9 +195,9 @@ def _candidates(facts: ModelFacts, request: Request) -> Iterator[Plan]:
     ahead = [depth for depth in depths if depth > 0]
     for allowed_contexts, allowed_depths in ((overlapped, ahead), (contexts, depths)):
         for context in dict.fromkeys(allowed_contexts):
-            for layers in facts.batchings:
-                for depth in allowed_depths:
-                    for head_resident in heads:
+            for head_resident in heads:
+                for layers in facts.batchings:
+                    for depth in allowed_depths:
                         yield _plan(facts, request, layers, depth, head_resident, context)
 
 

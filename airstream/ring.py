@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.units import round_up
@@ -16,30 +16,82 @@ class Ring:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
-        self._spans: dict[int, tuple[int, int]] = {}  # batch -> (start, end), in order of start
+        self._spans: dict[int, tuple[int, int]] = {}  # batch -> (start, end)
 
-    def place(self, batch: int, nbytes: int) -> int | None:
-        """The page-aligned offset of a free span of `nbytes`, now taken by `batch`; None if there is none."""
-        start = next((gap for gap, end in self._gaps() if end - gap >= nbytes), None)
-        if start is not None:
-            self._spans[batch] = (start, round_up(start + nbytes, PAGE_BYTES))
-            self._spans = dict(sorted(self._spans.items(), key=lambda item: item[1]))
-        return start
+    def place(self, batch: int, nbytes: int, spare: Collection[int] = ()) -> tuple[int, list[int]] | None:
+        """Give `batch` a page-aligned span of `nbytes` bytes.
+
+        If no free one is large enough, spans of the batches in `spare` count as free too; those that are overwritten
+        are given back.
+
+        Returns:
+            The offset, and which of `spare` lost their place; None if there is no room.
+        """
+        size = round_up(nbytes, PAGE_BYTES)
+        offset = self._find(size, ())
+        if offset is None:
+            offset = self._find(size, spare)
+        if offset is None:
+            return None
+        lost = [other for other, (start, end) in self._spans.items() if start < offset + size and offset < end]
+        for other in lost:
+            self.free(other)
+        self._spans[batch] = (offset, offset + size)
+        return offset, lost
 
     def free(self, batch: int) -> None:
         """Give the span of `batch` back."""
         del self._spans[batch]
 
-    def _gaps(self) -> Iterator[tuple[int, int]]:
+    def _find(self, size: int, spare: Collection[int]) -> int | None:
+        for start, end in self._gaps(spare):
+            if end - start >= size:
+                # Against the far end if the gap reaches it: what is left free stays in one piece.
+                return end - size if start and end == self.nbytes else start
+        return None
+
+    def _gaps(self, spare: Collection[int]) -> Iterator[tuple[int, int]]:
         position = 0
-        for start, end in self._spans.values():
+        for start, end in sorted(span for batch, span in self._spans.items() if batch not in spare):
             yield position, start
             position = end
         yield position, self.nbytes
 
 
-def ring_bytes(batch_bytes: list[int], depth: int) -> int:
-    """The smallest ring that holds any `depth` batches which follow each other, the first after the last included."""
+def ring_bytes(batch_bytes: Sequence[int], depth: int) -> int:
+    """The smallest ring in which `depth` batches that follow each other always find room, first after last included.
+
+    That is the largest sum of `depth` neighbours, and a little more where batches of different sizes would leave gaps
+    that none of them fits.
+    """
     sizes = [round_up(nbytes, PAGE_BYTES) for nbytes in batch_bytes]
     depth = min(depth, len(sizes))
-    return max((sum((sizes + sizes)[start : start + depth]) for start in range(len(sizes))), default=0)
+    if not sizes:
+        return 0
+    window = max(sum((sizes + sizes)[start : start + depth]) for start in range(len(sizes)))
+    gaps = {abs(a - b) for a in set(sizes) for b in set(sizes)} | set(sizes)
+    return next((window + gap for gap in sorted(gaps) if _never_stuck(window + gap, sizes, depth)), depth * max(sizes))
+
+
+def _never_stuck(nbytes: int, sizes: Sequence[int], depth: int) -> bool:
+    """Whether a cyclic walk that holds one batch and reads `depth - 1` ahead always finds room for each.
+
+    The walk is over once it is in a state that it was in before.
+    """
+    ring, count = Ring(nbytes), len(sizes)
+    live: list[int] = []
+    seen = set()
+    while True:
+        for step in range(count):
+            ahead = [(step + distance) % count for distance in range(depth)]
+            spare = [batch for batch in live if batch not in ahead]
+            for batch in ahead:
+                if batch not in live:
+                    placed = ring.place(batch, sizes[batch], spare)
+                    if placed is None:
+                        return False
+                    live = [other for other in live if other not in placed[1]] + [batch]
+        state = tuple(sorted(ring._spans.items()))
+        if state in seen:
+            return True
+        seen.add(state)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any
 
 import torch
@@ -21,16 +20,9 @@ import torch
 from airstream.backend.base import Backend
 from airstream.checkpoint.reader import Job, ReadCancelled, Reader
 from airstream.errors import ClosedError
-from airstream.layout import Slab
 from airstream.order import AccessOrder
 from airstream.ring import Ring
-
-
-class _State(Enum):
-    FILLING = auto()
-    READY = auto()  # filled, not asked for yet
-    HELD = auto()  # the model computes with it
-    SPENT = auto()  # released; intact until its place is needed
+from airstream.slab import Slab
 
 
 @dataclass(slots=True)
@@ -40,14 +32,18 @@ class Region:
     Attributes:
         memory: its bytes on the device, a uint8 tensor.
         offset: where in the ring it lies.
-        fresh: True until the first `acquire` after a fill has returned it.
+        fresh: True after a fill; whoever makes something of the bytes in place, once, sets it to False.
+        filling: reads are under way.
+        users: calls that wait for it, or compute with it. Without any, it stays intact until its place is needed.
+        error: what kept it from being filled.
     """
 
     batch: int
     offset: int
     memory: torch.Tensor
     fresh: bool = True
-    state: _State = _State.FILLING
+    filling: bool = True
+    users: int = 0
     job: Job | None = None
     error: BaseException | None = None
 
@@ -113,8 +109,7 @@ class Streamer:
             self._order.observe(batch)
             self.stats.acquired += 1
             self.stats.missed += batch not in self._regions
-            region = self._filled_region(batch)
-            region.state = _State.HELD
+            region = self._use(batch)
         self._backend.wait_filled(self._fences[batch])
         return region
 
@@ -123,8 +118,8 @@ class Streamer:
         self._backend.release()
         with self._changed:
             region = self._regions.get(batch)
-            if region is not None and region.state is _State.HELD:
-                region.state, region.fresh = _State.SPENT, False
+            if region is not None and region.users:
+                region.users -= 1
             if not self._closed:
                 self._read_ahead()
             self._changed.notify_all()
@@ -159,53 +154,63 @@ class Streamer:
                 if region.job is not None:
                     region.job.cancel()
             self._changed.notify_all()
-            while any(region.state is _State.FILLING for region in self._regions.values()):
+            while any(region.filling for region in self._regions.values()):
                 self._changed.wait()
             self._regions.clear()
         self._backend.synchronize()
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def _filled_region(self, batch: int) -> Region:
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the model is closed: load it again with from_pretrained()")
+
+    def _use(self, batch: int) -> Region:
+        """The region of `batch`, filled, with one user more."""
+        stale = self._regions.get(batch)
+        if stale is not None and stale.error is not None and not stale.users:
+            self._drop(batch)  # reading ahead failed; now that it is needed, the disk may have recovered
         while True:
             region = self._regions.get(batch) or self._read_now(batch)
+            region.users += 1  # before anything else is read, which would take its place
             self._read_ahead()
             self._wait_until_filled(region)
             if region.error is None:
                 return region
-            if self._regions.get(batch) is region:
+            region.users -= 1
+            if not region.users and self._regions.get(batch) is region:
                 self._drop(batch)
             if not isinstance(region.error, ReadCancelled):  # given up for another thread: read again
                 raise region.error
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("the model is closed: load it again with from_pretrained()")
 
     def _read_ahead(self) -> None:
         """Start reading what comes next, nearest first, as far as there is room."""
         upcoming = self._order.upcoming(self._prefetch)
         for batch in upcoming:
-            if batch not in self._regions and not self._begin(batch, keep=upcoming):
+            if batch not in self._regions and not self._begin(batch, self._spare(upcoming)):
                 return
 
     def _read_now(self, batch: int) -> Region:
         """Start reading `batch` ahead of everything else, at the cost of what was read ahead if need be."""
-        while not self._begin(batch, keep=(), urgent=True):
-            if not self._give_up_one():
-                self._changed.wait()  # another thread holds the ring
-                self._check_open()
-            if batch in self._regions:
-                break  # another thread has started it meanwhile
+        while batch not in self._regions:
+            self._check_open()
+            if not self._begin(batch, self._spare(keep=()), urgent=True) and not self._give_up_one():
+                self._changed.wait()  # other threads use the whole ring
         return self._regions[batch]
 
-    def _begin(self, batch: int, keep: Sequence[int], urgent: bool = False) -> bool:
-        """Start reading `batch` if there is room, evicting spent batches other than `keep`."""
+    def _spare(self, keep: Sequence[int]) -> list[int]:
+        """Batches whose places may be taken: whatever nobody uses, and `keep` does not name."""
+        regions = self._regions.values()
+        return [r.batch for r in regions if not r.users and not r.filling and r.batch not in keep]
+
+    def _begin(self, batch: int, spare: Sequence[int], urgent: bool = False) -> bool:
+        """Start reading `batch` if there is room, in place of batches in `spare` if need be."""
         slab = self._slabs[batch]
-        spent = [r.batch for r in self._regions.values() if r.state is _State.SPENT and r.batch not in keep]
-        while (offset := self._ring.place(batch, slab.nbytes)) is None:
-            if not spent:
-                return False
-            self._drop(spent.pop(0))
+        placed = self._ring.place(batch, slab.nbytes, spare)
+        if placed is None:
+            return False
+        offset, lost = placed
+        for other in lost:
+            del self._regions[other]
         region = Region(batch, offset, self._memory[offset : offset + slab.nbytes])
         self._regions[batch] = region
         self._count_reading(+1)
@@ -215,16 +220,15 @@ class Streamer:
         return True
 
     def _give_up_one(self) -> bool:
-        """Drop one batch that was read ahead, the last needed first. False if all are held."""
-        ahead = [region for region in self._regions.values() if region.state in (_State.READY, _State.FILLING)]
-        if not ahead:
+        """Make an end of one read that nobody waits for, the last needed first. False if there is none."""
+        region = next((r for r in reversed(self._regions.values()) if r.filling and not r.users), None)
+        if region is None:
             return False
-        region = ahead[-1]
         if region.job is not None:
             region.job.cancel()
-        while region.state is _State.FILLING:
+        while region.filling:
             self._changed.wait()
-        if self._regions.get(region.batch) is region:
+        if not region.users and self._regions.get(region.batch) is region:
             self._drop(region.batch)
         return True
 
@@ -240,13 +244,13 @@ class Streamer:
                 self.stats.streamed_bytes += self._slabs[region.batch].read_bytes
             region.error = error
             region.job = None  # it refers to this region: the cycle would keep the ring's memory after close()
-            region.state = _State.READY
+            region.filling = False
             self._count_reading(-1)
             self._changed.notify_all()
 
     def _wait_until_filled(self, region: Region) -> None:
         started = time.perf_counter()
-        while region.state is _State.FILLING:
+        while region.filling:
             self._changed.wait()
         self.stats.stall_seconds += time.perf_counter() - started
         self._check_open()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 
 from airstream.errors import ArgumentError
 
@@ -23,17 +24,17 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
         ArgumentError: `size` is not a size; the message calls it `name`.
     """
     if isinstance(size, int) and not isinstance(size, bool):
-        number, factor = float(size), 1
+        nbytes = size
     else:
         match = _SIZE.fullmatch(size) if isinstance(size, str) else None
         if match is None or match[2].lower() not in _SUFFIXES:
             raise ArgumentError(
                 f'{name}={size!r} is not a size: use bytes as an int, or a string such as "4GiB" or "512MB"'
             )
-        number, factor = float(match[1]), _SUFFIXES[match[2].lower()]
-    if number * factor < 1:
+        nbytes = int(Decimal(match[1]) * _SUFFIXES[match[2].lower()])
+    if nbytes < 1:
         raise ArgumentError(f"{name}={size!r} must be at least one byte")
-    return int(number * factor)
+    return nbytes
 
 
 def format_bytes(nbytes: float) -> str:
@@ -52,7 +53,8 @@ def format_seconds(seconds: float) -> str:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 119.5:
         return f"{seconds:.2f} s"
-    return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s"
 
 
 def round_up(value: int, multiple: int) -> int:

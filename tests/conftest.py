@@ -33,6 +33,7 @@ transformers.utils.logging.set_verbosity_error()
 
 WriteTiny = Callable[[str, torch.dtype], Path]
 Resident = Callable[[str, torch.dtype, torch.dtype], Any]
+Readers = Callable[[], list[threading.Thread]]
 
 
 @pytest.fixture(scope="session")
@@ -104,17 +105,22 @@ def on_accelerator(model: Any) -> Any:
     return copy.deepcopy(model)
 
 
+@pytest.fixture
+def readers() -> Readers:
+    """Gives the reader threads that this test has started and that still run."""
+    before = set(_reader_threads())
+    return lambda: [thread for thread in _reader_threads() if thread not in before]
+
+
 @pytest.fixture(autouse=True)
-def no_reader_left_behind() -> Iterator[None]:
-    """Fails a test that ends with a reader thread of its own still running: it has not closed a model."""
-    before = set(reader_threads())
+def no_reader_left_behind(readers: Readers) -> Iterator[None]:
+    """Fails a test that has not closed a model: its reader threads still run."""
     yield
     deadline = time.monotonic() + 2
-    while (left := set(reader_threads()) - before) and time.monotonic() < deadline:
+    while readers() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not left, f"still running: {sorted(thread.name for thread in left)}"
+    assert not readers(), "a model was left open"
 
 
-def reader_threads() -> list[threading.Thread]:
-    """The reader threads of all models that are open."""
+def _reader_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("airstream-reader-")]

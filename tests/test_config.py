@@ -39,8 +39,9 @@ def test_good_arguments(arguments: dict[str, Any]) -> None:
     assert getattr(LoadOptions(**arguments), name) == value
 
 
+COUNTS = ("max_batch_size", "max_context", "layers_per_batch")
 BAD: list[tuple[str, Any]] = [
-    *((name, value) for name in ("max_batch_size", "max_context", "layers_per_batch") for value in (0, -1, 1.5, "2", True)),
+    *((name, value) for name in COUNTS for value in (0, -1, 1.5, "2", True)),
     ("max_batch_size", None),
     ("layers_per_batch", None),
     ("layers_per_batch", "Auto"),
@@ -123,7 +124,12 @@ def test_a_wrong_key_of_max_memory_is_told_the_right_ones() -> None:
 
 @pytest.mark.parametrize(
     ("typed", "meant"),
-    [("max_memmory", "max_memory"), ("prefetch", "prefetch_batches"), ("Dtype", "dtype"), ("max_contxt", "max_context")],
+    [
+        ("max_memmory", "max_memory"),
+        ("prefetch", "prefetch_batches"),
+        ("Dtype", "dtype"),
+        ("max_contxt", "max_context"),
+    ],
 )
 def test_unknown_arguments_are_asked_what_they_meant(typed: str, meant: str) -> None:
     with pytest.raises(ArgumentError, match=rf"{typed!r}: did you mean {meant!r}\?"):
@@ -141,7 +147,13 @@ def test_no_unknown_argument_is_no_error() -> None:
 
 @pytest.mark.parametrize(
     ("device", "resolved"),
-    [("cpu", CPU), (CPU, CPU), (torch.device("cpu", 0), CPU), ("cuda:1", ACCELERATOR), ("cuda", torch.device("cuda", 0))],
+    [
+        ("cpu", CPU),
+        (CPU, CPU),
+        (torch.device("cpu", 0), CPU),
+        ("cuda:1", ACCELERATOR),
+        ("cuda", torch.device("cuda", 0)),
+    ],
     ids=str,
 )
 def test_resolve_device(device: str | torch.device, resolved: torch.device) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -142,7 +143,7 @@ def test_a_system_without_control_groups(tmp_path: Path, root: Path) -> None:
 def test_the_smallest_limit_is_what_is_available(
     rooms: list[int], expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=500))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=500))
     monkeypatch.setattr(hardware, "_cgroup_room", lambda: iter(rooms))
     assert available_host_bytes() == expected
 

@@ -1,4 +1,4 @@
-"""From a name to a folder: local ones in place, the hub's with no more than is needed, and quick answers when neither is."""
+"""From a name to a folder: local ones in place, the hub's with no more than is needed, quick answers without either."""
 
 from __future__ import annotations
 
@@ -59,7 +59,9 @@ def test_a_relative_folder_and_the_home_folder(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.usefixtures("no_hub")
-@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "../nothing", "~/no such folder", "a/b/c", Path("/no/such")])
+@pytest.mark.parametrize(
+    "name", ["/no/such/folder", "./nothing", "../nothing", "~/no such folder", "a/b/c", Path("/no/such")]
+)
 def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(name: Any) -> None:
     with pytest.raises(CheckpointNotFoundError, match="there is no folder") as caught:
         resolve(name)
@@ -100,7 +102,13 @@ class FakeHub:
 
 
 SHARDS = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors", "c": "model-1-of-2.safetensors"}
-SMALL = {"config.json": "{}", "tokenizer.json": "{}", "chat_template.jinja": "", "tokenizer.model": "", "merges.txt": ""}
+SMALL = {
+    "config.json": "{}",
+    "tokenizer.json": "{}",
+    "chat_template.jinja": "",
+    "tokenizer.model": "",
+    "merges.txt": "",
+}
 NOT_NEEDED = {
     "pytorch_model.bin": "",
     "consolidated.safetensors": "",
@@ -199,7 +207,9 @@ def test_without_the_hub(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve("some/model")
 
 
-@pytest.mark.parametrize("error", [ConnectionError("reset by peer"), TimeoutError("timed out"), OSError(28, "No space left")])
+@pytest.mark.parametrize(
+    "error", [ConnectionError("reset by peer"), TimeoutError("timed out"), OSError(28, "No space left")]
+)
 def test_a_download_that_breaks_off(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, error)
     with pytest.raises(CheckpointNotFoundError, match=r"downloading 'some/model' failed: .*Try again") as caught:

@@ -34,7 +34,8 @@ from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Cast, Piece, Reader
 from airstream.compat import KeyConversion, build_on_meta
 from airstream.errors import CheckpointError
-from airstream.layout import MAX_GAP_BYTES, Slab, TensorSpec, pack, read_specs
+from airstream.layout import TensorSpec, read_specs
+from airstream.slab import MAX_GAP_BYTES, Slab, pack
 
 BOTH = [CpuBackend.packing, AcceleratorBackend.packing]
 BOTH_PACKINGS = pytest.mark.parametrize("packing", BOTH, ids=["in place", "aligned"])
@@ -319,7 +320,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @st.composite
 def tensors(draw: st.DrawFn) -> list[tuple[torch.dtype, list[tuple[int, int, int]], bool]]:
-    """(dtype, pieces as (file, offset, nbytes), whether they are cast from bfloat16 to float32); no bytes used twice."""
+    """(dtype, pieces as (file, offset, nbytes), whether bfloat16 is cast to float32) of each; no bytes used twice."""
     ends, made = [0, 0], []
     for _ in range(draw(st.integers(1, 8))):
         cast = draw(st.integers(0, 5)) == 0
@@ -337,7 +338,9 @@ def tensors(draw: st.DrawFn) -> list[tuple[torch.dtype, list[tuple[int, int, int
     return draw(st.permutations(made))
 
 
-def spec_of(name: str, dtype: torch.dtype, places: Sequence[tuple[int, int, int]], cast: bool, files: list[Path]) -> TensorSpec:
+def spec_of(
+    name: str, dtype: torch.dtype, places: Sequence[tuple[int, int, int]], cast: bool, files: list[Path]
+) -> TensorSpec:
     pieces, target = [], 0
     for file, offset, nbytes in places:
         piece = Piece(files[file], offset, nbytes, target, Cast("bfloat16", "float32", 2, 4) if cast else None)
@@ -349,7 +352,7 @@ def spec_of(name: str, dtype: torch.dtype, places: Sequence[tuple[int, int, int]
 @settings(max_examples=200, deadline=None)
 @given(made=tensors(), packing=st.sampled_from(BOTH), max_gap=st.sampled_from([0, 100, 3500, MAX_GAP_BYTES]))
 def test_any_tensors_pack(files: list[Path], made: list[Any], packing: Packing, max_gap: int) -> None:
-    specs = [spec_of(f"t{number}", *each, files) for number, each in enumerate(made)]
+    specs = [spec_of(f"t{number}", dtype, places, cast, files) for number, (dtype, places, cast) in enumerate(made)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layout, "MAX_GAP_BYTES", max_gap)
         slab = pack(specs, packing)

@@ -1,4 +1,4 @@
-"""The planner keeps every promise of its arithmetic: within the budget, the best there is, and honest when there is none."""
+"""The planner keeps its promises: within the budget, the best there is, and honest when there is none."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
@@ -118,7 +119,11 @@ def test_every_plan_is_within_its_budgets_and_adds_up(situation: tuple[ModelFact
     assert plan.ring_bytes >= ring_bytes([batch.nbytes for batch in plan.batches], plan.prefetch_batches + 1)
     assert plan.tiers[request.tier].items["ring"] == plan.ring_bytes
     assert plan.streamed_bytes == sum(batch.nbytes for batch in plan.batches)
-    assert (plan.device, plan.direct_io, plan.max_batch_size) == (request.device, request.direct_io, request.max_batch_size)
+    assert (plan.device, plan.direct_io, plan.max_batch_size) == (
+        request.device,
+        request.direct_io,
+        request.max_batch_size,
+    )
     assert plan.max_context == (request.max_context or plan.max_context)
     assert request.prefetch_batches in (None, plan.prefetch_batches)
     streamed = [unit for batch in plan.batches for unit in batch.units]
@@ -189,7 +194,12 @@ def test_no_plan_that_fits_is_preferable(head_bytes: int | None) -> None:
 
 def test_with_plenty_of_memory_nothing_is_given_up() -> None:
     plan = make_plan(facts_of(), on_cpu(64 * GIB))
-    assert (plan.prefetch_batches, plan.layers_per_batch, plan.head, plan.max_context) == (2, 2, "resident", CONTEXTS[0] // 2)
+    assert (plan.prefetch_batches, plan.layers_per_batch, plan.head, plan.max_context) == (
+        2,
+        2,
+        "resident",
+        CONTEXTS[0] // 2,
+    )
     # LLaMA-7B has no more than 2048 positions
 
 
@@ -207,12 +217,9 @@ def test_more_memory_is_never_worse(budgets: tuple[int, int], head: int | None) 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
 def test_with_the_depth_given_more_memory_never_means_a_shorter_context(depth: int) -> None:
-    contexts = []
-    for budget in range(800 * MIB, 9 * GIB, 100 * MIB):
-        try:
-            contexts.append(make_plan(facts_of(layers=8), on_cpu(budget, prefetch_batches=depth)).max_context)
-        except BudgetError:
-            assert not contexts, "a larger budget was refused"
+    budgets = range(800 * MIB, 9 * GIB, 100 * MIB)
+    plans = [plan_or_none(facts_of(layers=8), on_cpu(budget, prefetch_batches=depth)) for budget in budgets]
+    contexts = [0 if plan is None else plan.max_context for plan in plans]
     assert contexts == sorted(contexts)
     assert len(set(contexts)) > 2
 
@@ -315,15 +322,23 @@ def test_the_tier_of_a_device(device: str, tier: str) -> None:
     assert Request(device=device, budgets={}, budget_notes={}).tier == tier
 
 
-@pytest.mark.parametrize("request_", [on_cpu(200 * GIB), on_cpu(3 * GIB), on_cuda(24 * GIB, 200 * GIB)], ids=lambda r: r.device)
-def test_a_printed_plan_fits_the_screen_and_says_everything(request_: Request) -> None:
-    facts = replace(facts_of(layers=126, need=replace(LLAMA_7B, vocab_size=256_000)), name="meta-llama/Llama-3.1-405B-Instruct")
-    plan = make_plan(facts, replace(request_, max_batch_size=16, max_context=128))
+@pytest.mark.parametrize("where", [on_cpu(200 * GIB), on_cpu(3 * GIB), on_cuda(24 * GIB, 200 * GIB)], ids=str)
+def test_a_printed_plan_fits_the_screen_and_says_everything(where: Request) -> None:
+    facts = facts_of(layers=126, need=replace(LLAMA_7B, vocab_size=256_000))
+    facts = replace(facts, name="meta-llama/Llama-3.1-405B-Instruct")
+    plan = make_plan(facts, replace(where, max_batch_size=16, max_context=128))
     lines = str(plan).splitlines()
     assert max(map(len, lines)) <= 100, max(lines, key=len)
     assert len(lines) < 30
     text = str(plan)
-    for expected in (plan.model, plan.dtype, plan.device, plan.head, "16 sequence(s) of 128 tokens", *plan.rows_from_disk):
+    for expected in (
+        plan.model,
+        plan.dtype,
+        plan.device,
+        plan.head,
+        "16 sequence(s) of 128 tokens",
+        *plan.rows_from_disk,
+    ):
         assert expected in text
     for tier in plan.tiers.values():
         assert tier.budget_note in text
@@ -340,15 +355,20 @@ def test_llama_7b_needs_half_a_mebibyte_a_token() -> None:
     assert kv_bytes_per_token(LlamaConfig()) == 524_288
 
 
+QWEN3 = Qwen3Config(num_hidden_layers=28, hidden_size=1024, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+FALCON_7B = FalconConfig(hidden_size=4544, num_hidden_layers=32, num_attention_heads=71, multi_query=True)
+FALCON_40B = FalconConfig(
+    hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, num_kv_heads=8, new_decoder_architecture=True
+)
 KNOWN = {
     "grouped queries": (LlamaConfig(num_key_value_heads=8), 131_072),
     "one key-value head": (LlamaConfig(num_key_value_heads=1), 16_384),
-    "a head_dim of its own": (Qwen3Config(num_hidden_layers=28, hidden_size=1024, num_attention_heads=16, num_key_value_heads=8, head_dim=128), 114_688),
+    "a head_dim of its own": (QWEN3, 114_688),
     "gpt2": (GPT2Config(), 12 * 2 * 768 * 2),
     "bloom": (BloomConfig(hidden_size=1024, n_layer=24, n_head=16), 24 * 2 * 1024 * 2),
-    "falcon-7b": (FalconConfig(hidden_size=4544, num_hidden_layers=32, num_attention_heads=71, multi_query=True), 32 * 2 * 64 * 2),
-    "falcon-40b": (FalconConfig(hidden_size=8192, num_hidden_layers=60, num_attention_heads=128, num_kv_heads=8, new_decoder_architecture=True), 60 * 2 * 128 * 64 * 2),  # cached as often as there are queries
-}  # fmt: skip
+    "falcon-7b": (FALCON_7B, 32 * 2 * 64 * 2),
+    "falcon-40b": (FALCON_40B, 60 * 2 * 128 * 64 * 2),  # cached once per query head
+}
 
 
 @pytest.mark.parametrize(("config", "nbytes"), KNOWN.values(), ids=KNOWN)
@@ -356,34 +376,33 @@ def test_kv_bytes_per_token(config: PreTrainedConfig, nbytes: int) -> None:
     assert kv_bytes_per_token(config) == nbytes
 
 
-NAMES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
-GPT_NAMES: dict[str, Any] = {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4}
+VOCAB: dict[str, Any] = {"vocab_size": 96}
+WIDTH: dict[str, Any] = VOCAB | {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+NAMES: dict[str, Any] = WIDTH | {"intermediate_size": 48}
+GPT_NAMES: dict[str, Any] = VOCAB | {"n_embd": 32, "n_layer": 3, "n_head": 4}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 LATENT: dict[str, Any] = {
     "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 6,
     "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
 }  # fmt: skip
-SMALL: list[PreTrainedConfig] = [
-    LlamaConfig(**NAMES, num_key_value_heads=2),
-    Qwen3MoeConfig(**NAMES, **EXPERTS, num_key_value_heads=2, head_dim=16),
-    Gemma2Config(**NAMES, num_key_value_heads=2, head_dim=16),
-    DeepseekV3Config(**NAMES, **LATENT, num_key_value_heads=4),
-    GPT2Config(**GPT_NAMES),
-    GPTJConfig(**GPT_NAMES, rotary_dim=4),
-    GPTBigCodeConfig(**GPT_NAMES, multi_query=True),
-    GPTNeoXConfig(**NAMES),
-    BloomConfig(vocab_size=96, hidden_size=32, n_layer=3, n_head=4),
-    OPTConfig(vocab_size=96, hidden_size=32, ffn_dim=48, num_hidden_layers=3, num_attention_heads=4, word_embed_proj_dim=32),
-    MptConfig(vocab_size=96, d_model=32, n_layers=3, n_heads=4),
-    FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, multi_query=True),
-    FalconConfig(
-        vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_kv_heads=2,
-        new_decoder_architecture=True,
-    ),
-]  # fmt: skip
+SMALL: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**NAMES, num_key_value_heads=2),
+    "qwen3_moe": Qwen3MoeConfig(**NAMES, **EXPERTS, num_key_value_heads=2, head_dim=16),
+    "gemma2": Gemma2Config(**NAMES, num_key_value_heads=2, head_dim=16),
+    "deepseek_v3": DeepseekV3Config(**NAMES, **LATENT, num_key_value_heads=4),
+    "gpt2": GPT2Config(**GPT_NAMES),
+    "gptj": GPTJConfig(**GPT_NAMES, rotary_dim=4),
+    "gpt_bigcode": GPTBigCodeConfig(**GPT_NAMES, multi_query=True),
+    "gpt_neox": GPTNeoXConfig(**NAMES),
+    "bloom": BloomConfig(**VOCAB, hidden_size=32, n_layer=3, n_head=4),
+    "opt": OPTConfig(**WIDTH, ffn_dim=48, word_embed_proj_dim=32),
+    "mpt": MptConfig(**VOCAB, d_model=32, n_layers=3, n_heads=4),
+    "falcon, one key-value head": FalconConfig(**WIDTH, multi_query=True),
+    "falcon, grouped queries": FalconConfig(**WIDTH, num_kv_heads=2, new_decoder_architecture=True),
+}
 
 
-@pytest.mark.parametrize("config", SMALL, ids=lambda config: config.model_type)
+@pytest.mark.parametrize("config", SMALL.values(), ids=SMALL)
 def test_the_kv_cache_has_the_size_that_was_predicted(config: PreTrainedConfig) -> None:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -395,8 +414,6 @@ def test_the_kv_cache_has_the_size_that_was_predicted(config: PreTrainedConfig) 
 
 def test_the_footprint_of_a_model_within_a_model() -> None:
     """What a vision-language model's config says of text counts."""
-    from transformers import AutoConfig
-
     config = AutoConfig.for_model("llava", text_config=LlamaConfig().to_dict())
     assert kv_bytes_per_token(config) == 524_288
 
@@ -419,9 +436,7 @@ def test_the_lm_head_is_copied_for_a_slice_of_a_prefill_only() -> None:
     assert need.activation_bytes(3, 1, 10, logits=1) < GIB
 
 
-@given(
-    sizes=st.tuples(st.integers(1, 8), st.integers(1, 4096), st.integers(1, 4096)), eager=st.booleans(), which=st.integers(0, 2)
-)
+@given(st.tuples(st.integers(1, 8), st.integers(1, 4096), st.integers(1, 4096)), st.booleans(), st.integers(0, 2))
 def test_more_work_never_needs_less(sizes: tuple[int, int, int], eager: bool, which: int) -> None:
     need = replace(LLAMA_7B, eager_attention=eager)
     larger = list(sizes)

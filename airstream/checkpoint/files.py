@@ -49,6 +49,9 @@ class WeightFile:
             try:
                 count = self._read_some(view[done:], offset + done)  # EINTR is retried inside (PEP 475)
             except OSError as error:
+                if error.errno == errno.EINVAL and self.direct:  # some file systems refuse only now
+                    self._fall_back()
+                    continue
                 raise ReadError(f"{self._range(offset, needed)} failed: {error.strerror or error}") from error
             done += count
             if count == 0 or (self.direct and count % 512 and done < needed):  # only the end of a file is off a sector
@@ -58,9 +61,10 @@ class WeightFile:
 
     def close(self) -> None:
         """Close the file. Idempotent; no read may be under way."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
     def _open(self, direct: bool) -> tuple[int, bool]:
         flags = os.O_RDONLY | _BINARY
@@ -76,6 +80,16 @@ class WeightFile:
             raise CheckpointNotFoundError(f"shard {self.path} is missing. Download the checkpoint again") from None
         except OSError as error:
             raise ReadError(f"cannot open {self.path}: {error.strerror}") from error
+
+    def _fall_back(self) -> None:
+        """Go on through the page cache. The descriptor stays the same, for the reads that other threads are in."""
+        with self._lock:
+            if self.direct:
+                buffered, _ = self._open(direct=False)
+                os.dup2(buffered, self._descriptor, inheritable=False)
+                os.close(buffered)
+                self.direct = False
+                self._avoid_cache()
 
     def _avoid_cache(self) -> None:
         """The next best thing where direct reads are refused: leave little behind in the page cache."""

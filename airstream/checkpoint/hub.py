@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 )
 
 from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE
-from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
@@ -41,6 +41,8 @@ def resolve(
     Raises:
         CheckpointNotFoundError: there is no such folder or repository, or it cannot be reached; the message says which.
     """
+    if not os.fspath(model):
+        raise ArgumentError("the model's name is empty: name a folder or a hub id")
     path = Path(model).expanduser()
     if path.is_dir():
         return path

@@ -130,6 +130,8 @@ def _load_header(file: Path) -> tuple[dict[str, Any], int, int]:
             raw = stream.read(header_bytes)
     except FileNotFoundError:
         raise CheckpointNotFoundError(f"shard {file} is missing. Download the checkpoint again") from None
+    except OSError as error:
+        raise CheckpointError(f"shard {file} cannot be read: {error.strerror}") from error
     try:
         header = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -163,7 +165,7 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not a shard index ({error!r}). Download it again") from None
     for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") or set("\\\0") & set(shard):
             raise CheckpointError(f"{index} names the shard {shard!r}: shards must lie beside the index")
     return dict(weight_map)
 

@@ -16,12 +16,13 @@ from airstream.checkpoint.reader import Reader
 from airstream.compat import KeyConversion
 from airstream.errors import BudgetError, ClosedError
 from airstream.footprint import Footprint
-from airstream.layout import Slab, TensorSpec, pack
+from airstream.layout import TensorSpec
 from airstream.model.head import avoid_weight_copy
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_residents
 from airstream.model.units import Parts
 from airstream.plan import Plan
+from airstream.slab import Slab, pack
 from airstream.streamer import Streamer, StreamStats
 from airstream.units import format_bytes
 

@@ -12,10 +12,12 @@ from transformers import PreTrainedModel
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
+from airstream.compat import measure_kv_elements, uses_eager_attention
 from airstream.footprint import footprint
-from airstream.layout import TensorSpec, distinct, pack
+from airstream.layout import TensorSpec
 from airstream.model.units import Parts
 from airstream.plan import Batch, ModelFacts
+from airstream.slab import distinct, pack
 from airstream.units import MIB
 
 AUTO_BATCH_BYTES = 32 * MIB
@@ -54,8 +56,9 @@ def gather_facts(
         footprint=footprint(
             model.config,
             model.dtype.itemsize,
-            eager_attention=model.config._attn_implementation == "eager",
+            eager_attention=uses_eager_attention(model),
             head_copy_bytes=head.nbytes if head and device.type == "cpu" and model.dtype == torch.bfloat16 else 0,
+            kv_elements=measure_kv_elements(model),
         ),
     )
 

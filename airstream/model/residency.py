@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from airstream.layout import Slab
+from airstream.layout import RAW_PREFIX
 from airstream.model.binding import Binding, view_of
-from airstream.streamer import Region, Streamer
+from airstream.slab import Slab
+from airstream.streamer import Streamer
 
 Convert = Callable[[str, Sequence[tuple[str, str, torch.Tensor]]], Mapping[str, torch.Tensor]]
 """A converter of transformers: name, (key, pattern, raw tensor) of each source -> converted tensors."""
@@ -94,8 +95,9 @@ class Residency:
         self.let_go()
         region = self._streamer.acquire(batch)
         self._held = batch
-        if region.fresh and self._slabs[batch].conversions:
-            self._run_conversions(region)
+        if region.fresh:
+            convert_slab(self._slabs[batch], region.memory, self._convert)
+            region.fresh = False
         key = (batch, region.offset)
         if key not in self._views:
             if len(self._views) > MAX_VIEWS_PER_BATCH * len(self._slabs):
@@ -103,17 +105,13 @@ class Residency:
             self._views[key] = [b.views(region.memory, self._slabs[batch].offsets) for b in self._bindings[batch]]
         self._bound = self._views[key]
 
-    def _run_conversions(self, region: Region) -> None:
-        slab = self._slabs[region.batch]
-        convert_slab(slab, region.memory, self._convert)
-
 
 def convert_slab(slab: Slab, memory: torch.Tensor, convert: Convert) -> None:
     """Run the conversions of a freshly filled slab: raw tensors in `memory` in, the model's tensors in `memory` out."""
     specs = {spec.name: spec for spec in slab.specs}
     for conversion in slab.conversions:
         sources = [
-            (raw.name, pattern, view_of(memory, slab.offsets[raw.name], raw))
+            (raw.name.removeprefix(RAW_PREFIX), pattern, view_of(memory, slab.offsets[raw.name], raw))
             for raw, pattern in zip(conversion.sources, conversion.patterns, strict=True)
         ]
         for name, value in convert(conversion.name, sources).items():

@@ -10,10 +10,11 @@ from torch import nn
 from airstream.backend import Backend
 from airstream.backend.landing import HostLanding, Staging
 from airstream.checkpoint.reader import Piece, Reader
-from airstream.layout import TensorSpec, distinct, pack
+from airstream.layout import TensorSpec
 from airstream.model.binding import Binding
 from airstream.model.residency import Convert, convert_slab
 from airstream.model.rows import FetchRows, RowTable
+from airstream.slab import distinct, pack
 
 
 def bind_residents(

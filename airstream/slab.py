@@ -1,0 +1,113 @@
+"""How tensors lie together in memory: side by side in one run of bytes, so that few large reads fill it.
+
+Knows byte plans and what a backend wants of addresses. Nothing here is allocated or read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from airstream.backend.base import Packing
+from airstream.checkpoint.files import PAGE_BYTES
+from airstream.checkpoint.reader import Piece
+from airstream.layout import Conversion, TensorSpec
+from airstream.units import round_up
+
+MAX_GAP_BYTES = 1 << 20
+"""Bytes nobody needs that are read along when they lie between two tensors of a slab: cheaper than a second read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Tensors that travel together: one run of `nbytes` bytes, the reads that fill it, and where each tensor starts."""
+
+    nbytes: int
+    pieces: tuple[Piece, ...]
+    offsets: Mapping[str, int]
+    specs: tuple[TensorSpec, ...]
+    conversions: tuple[Conversion, ...] = ()
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that leave the disk to fill the slab."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def distinct(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """`specs` without those that are made of the same bytes as another one."""
+    return list({(spec.pieces or spec.name): spec for spec in specs}.values())
+
+
+def pack(specs: Iterable[TensorSpec], packing: Packing) -> Slab:
+    """Lay `specs` out in one slab, neighbours in a file side by side, so that few large reads fill it."""
+    specs = tuple(specs)
+    conversions = tuple(dict.fromkeys(spec.made_by for spec in specs if spec.made_by is not None))
+    stored = [spec for spec in specs if spec.made_by is None]
+    stored += [source for conversion in conversions for source in conversion.sources]
+    builder = _SlabBuilder(packing)
+    for spec in sorted(stored, key=lambda spec: (spec.pieces[0].file, spec.pieces[0].offset)):
+        builder.add(spec)
+    for spec in specs:
+        if spec.made_by is not None:
+            builder.reserve(spec)
+    return Slab(round_up(builder.end, PAGE_BYTES), tuple(builder.pieces), builder.offsets, specs, conversions)
+
+
+class _SlabBuilder:
+    """The slab so far: where it ends, and the read that the next tensor may be able to join."""
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        self.end = 0
+        self.pieces: list[Piece] = []
+        self.offsets: dict[str, int] = {}
+
+    def add(self, spec: TensorSpec) -> None:
+        base = self._joined(spec)
+        if base is None:
+            base = self._fresh(spec)
+        self.offsets[spec.name] = base
+        for piece in spec.pieces:
+            self._append(replace(piece, target=base + piece.target))
+        self.end = max(self.end, base + spec.nbytes)
+
+    def reserve(self, spec: TensorSpec) -> None:
+        """Room for a tensor that is computed, not read."""
+        self.offsets[spec.name] = base = round_up(self.end, max(self.packing.alignment, 64))
+        self.end = base + spec.nbytes
+
+    def _alignment(self, spec: TensorSpec) -> int:
+        return self.packing.alignment or spec.dtype.itemsize
+
+    def _joined(self, spec: TensorSpec) -> int | None:
+        """Where `spec` lies if it continues the last read, gaps included; None if it cannot."""
+        piece = spec.pieces[0]
+        if not self.pieces or len(spec.pieces) > 1 or piece.cast is not None:
+            return None
+        last = self.pieces[-1]
+        gap = piece.offset - (last.offset + last.nbytes)
+        base = last.target + piece.offset - last.offset
+        joins = last.cast is None and last.file == piece.file and 0 <= gap <= MAX_GAP_BYTES
+        return base if joins and base >= self.end and base % self._alignment(spec) == 0 else None
+
+    def _fresh(self, spec: TensorSpec) -> int:
+        """Where `spec` lies if it starts a read of its own."""
+        piece = spec.pieces[0]
+        if not self.packing.follows_file:
+            return round_up(self.end, max(self._alignment(spec), 64))
+        base = round_up(self.end, PAGE_BYTES)
+        if piece.cast is None:
+            phase = (piece.offset - piece.target) % PAGE_BYTES
+            if phase % self._alignment(spec) == 0:
+                return base + phase
+        return base
+
+    def _append(self, piece: Piece) -> None:
+        last = self.pieces[-1] if self.pieces else None
+        if last is not None and last.cast is None and piece.cast is None and last.file == piece.file:
+            gap = piece.offset - (last.offset + last.nbytes)
+            if 0 <= gap <= MAX_GAP_BYTES and piece.target - last.target == piece.offset - last.offset:
+                self.pieces[-1] = replace(last, nbytes=piece.offset + piece.nbytes - last.offset)
+                return
+        self.pieces.append(piece)
