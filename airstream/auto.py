@@ -15,8 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from airstream import hardware
-from airstream.backend import create_backend, packing_of
-from airstream.backend.accelerator import staging_bytes
+from airstream.backend import create_backend, packing_of, staging_bytes
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
@@ -164,7 +163,7 @@ def _request(
         max_context=options.max_context,
         max_batch_size=options.max_batch_size,
         direct_io=_direct_io(facts, left_over, options),
-        staging_bytes=staging_bytes(NUM_WORKERS, CHUNK_BYTES) if staged else 0,
+        staging_bytes=staging_bytes(device, NUM_WORKERS, CHUNK_BYTES) if staged else 0,
     )
 
 
@@ -190,7 +189,7 @@ def _assemble(prepared: _Prepared) -> StreamedModel:
     # Where transformers asks what runs where: one device computes, the layers live on disk. It keeps generate() from
     # compiling and pipelines from moving the model.
     model.hf_device_map = {"": prepared.device, **{unit: "disk" for batch in plan.batches for unit in batch.units}}
-    weakref.finalize(model, engine.close)
+    weakref.finalize(model, engine.abandon)
     return model
 
 

@@ -46,6 +46,7 @@ class TensorSpec:
 
     Attributes:
         pieces: their `target` counts from the first byte of this tensor. Empty if `made_by` makes it.
+        moved: a converter of transformers put it together, so that a resident model has it in memory of its own.
     """
 
     name: str
@@ -53,6 +54,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     made_by: Conversion | None = None
+    moved: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -218,7 +220,7 @@ def _specs_of_rows(
             row_bytes = width * TORCH_DTYPES[stored[number].dtype].itemsize
             start = (first - starts[number]) * row_bytes
             pieces.append(_piece(stored[number], start, count * row_bytes, begin * row_bytes, wanted[name]))
-        specs.append(TensorSpec(name, wanted[name], tuple(shape), tuple(pieces)))
+        specs.append(TensorSpec(name, wanted[name], tuple(shape), tuple(pieces), moved=True))
     return specs
 
 

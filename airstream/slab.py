@@ -14,6 +14,9 @@ from airstream.checkpoint.reader import Piece
 from airstream.layout import Conversion, TensorSpec
 from airstream.units import round_up
 
+CACHE_LINE_BYTES = 64
+"""What torch aligns its own host allocations to."""
+
 MAX_GAP_BYTES = 1 << 20
 """Bytes nobody needs that are read along when they lie between two tensors of a slab: cheaper than a second read."""
 
@@ -74,7 +77,7 @@ class _SlabBuilder:
 
     def reserve(self, spec: TensorSpec) -> None:
         """Room for a tensor that is computed, not read."""
-        self.offsets[spec.name] = base = round_up(self.end, max(self.packing.alignment, 64))
+        self.offsets[spec.name] = base = round_up(self.end, max(self.packing.alignment, CACHE_LINE_BYTES))
         self.end = base + spec.nbytes
 
     def _alignment(self, spec: TensorSpec) -> int:
@@ -89,19 +92,33 @@ class _SlabBuilder:
         gap = piece.offset - (last.offset + last.nbytes)
         base = last.target + piece.offset - last.offset
         joins = last.cast is None and last.file == piece.file and 0 <= gap <= MAX_GAP_BYTES
-        return base if joins and base >= self.end and base % self._alignment(spec) == 0 else None
+        return base if joins and base >= self.end and self._may_start_at(base, spec) else None
+
+    def _may_start_at(self, base: int, spec: TensorSpec) -> bool:
+        if base % self._alignment(spec):
+            return False
+        return not self.packing.follows_file or base % CACHE_LINE_BYTES == self._phase(spec) % CACHE_LINE_BYTES
+
+    def _phase(self, spec: TensorSpec) -> int:
+        """Where within a page `spec` has to start.
+
+        Where within a cache line a tensor starts decides the order in which CPU kernels add up, and so the last bit: it
+        has to be as in a resident model. transformers maps tensors from the file, and allocates those that it casts or
+        puts together, at the start of a line. Within that, reads land in place if the page is entered as in the file.
+        """
+        piece = spec.pieces[0]
+        in_file = (piece.offset - piece.target) % PAGE_BYTES
+        if piece.cast is not None:
+            return 0
+        if spec.moved:
+            return in_file if in_file % CACHE_LINE_BYTES == 0 else 0
+        return in_file if in_file % self._alignment(spec) == 0 else 0
 
     def _fresh(self, spec: TensorSpec) -> int:
         """Where `spec` lies if it starts a read of its own."""
-        piece = spec.pieces[0]
         if not self.packing.follows_file:
-            return round_up(self.end, max(self._alignment(spec), 64))
-        base = round_up(self.end, PAGE_BYTES)
-        if piece.cast is None:
-            phase = (piece.offset - piece.target) % PAGE_BYTES
-            if phase % self._alignment(spec) == 0:
-                return base + phase
-        return base
+            return round_up(self.end, max(self._alignment(spec), CACHE_LINE_BYTES))
+        return round_up(self.end, PAGE_BYTES) + self._phase(spec)
 
     def _append(self, piece: Piece) -> None:
         last = self.pieces[-1] if self.pieces else None

@@ -6,12 +6,22 @@ from collections.abc import Callable
 
 import torch
 
-from airstream.backend.accelerator import AcceleratorBackend
+from airstream.backend.accelerator import BUFFERS_PER_WORKER, AcceleratorBackend
 from airstream.backend.base import Backend, Packing, Runtime
 from airstream.backend.cpu import CpuBackend
 from airstream.backend.torch_runtime import TorchRuntime
+from airstream.checkpoint.files import PAGE_BYTES
 
-__all__ = ["RUNTIMES", "AcceleratorBackend", "Backend", "CpuBackend", "Packing", "create_backend", "packing_of"]
+__all__ = [
+    "RUNTIMES",
+    "AcceleratorBackend",
+    "Backend",
+    "CpuBackend",
+    "Packing",
+    "create_backend",
+    "packing_of",
+    "staging_bytes",
+]
 
 RUNTIMES: dict[str, Callable[[torch.device], Runtime]] = {}
 """Runtimes of device types that torch's own streams and events do not serve, by type."""
@@ -28,3 +38,9 @@ def create_backend(device: torch.device, num_workers: int, chunk_bytes: int) -> 
 def packing_of(device: torch.device) -> Packing:
     """How slabs for `device` are packed; known before anything is allocated there."""
     return CpuBackend.packing if device.type == "cpu" else AcceleratorBackend.packing
+
+
+def staging_bytes(device: torch.device, num_workers: int, chunk_bytes: int) -> int:
+    """Host bytes that the staging buffers of `num_workers` reader threads take, once reads go through them."""
+    buffers = 1 if device.type == "cpu" else BUFFERS_PER_WORKER
+    return num_workers * buffers * (chunk_bytes + PAGE_BYTES)

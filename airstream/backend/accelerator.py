@@ -22,11 +22,6 @@ logger = logging.getLogger(__name__)
 BUFFERS_PER_WORKER = 2
 
 
-def staging_bytes(num_workers: int, chunk_bytes: int) -> int:
-    """Host bytes that the staging buffers of `num_workers` reader threads take."""
-    return num_workers * BUFFERS_PER_WORKER * (chunk_bytes + PAGE_BYTES)
-
-
 class AcceleratorBackend(Backend):
     """Slabs in device memory, filled by asynchronous copies, guarded by events.
 

@@ -139,6 +139,10 @@ class Reader:
     def num_workers(self) -> int:
         return len(self._workers)
 
+    def is_worker(self, thread: threading.Thread) -> bool:
+        """Whether `thread` is one of this reader's."""
+        return thread in self._workers
+
     @property
     def direct(self) -> bool:
         """Whether every file is read around the page cache."""

@@ -47,6 +47,7 @@ class Engine:
         self.folder = folder
         self.device = backend.device
         self._footprint = footprint
+        self._reader = reader
         self._lock = threading.RLock()
         self._closing = ExitStack()
         self._closed = False
@@ -118,6 +119,13 @@ class Engine:
         """Bytes and wall seconds of one pass over all streamed layers without computing. Blocks for that long."""
         with self.guard():
             return self._streamer.measure_link()
+
+    def abandon(self) -> None:
+        """`close`, for the garbage collector, which may call from one of the threads that `close` waits for."""
+        if self._reader.is_worker(threading.current_thread()):
+            threading.Thread(target=self.close, name="airstream-closer").start()
+        else:
+            self.close()
 
     def close(self) -> None:
         """Give everything back. Idempotent. May be called from another thread while the model runs: its call raises."""

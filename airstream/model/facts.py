@@ -36,11 +36,12 @@ def gather_facts(
     """The facts of `model`, which will compute on `device` with weights that lie as `packing` says."""
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     resident = pack(distinct(parts.resident), packing)
-    head = pack(parts.head[1], packing) if parts.head else None
-    head_pieces = {spec.pieces for spec in parts.head[1]} if parts.head else set()
+    head_specs = parts.head[1] if parts.head else ()
+    head = pack(head_specs, packing) if head_specs else None
+    head_pieces = {spec.pieces for spec in head_specs}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
     everything = [spec for tensors in parts.units.values() for spec in tensors]
-    everything += [*parts.resident, *(parts.head[1] if parts.head else ()), *parts.rows.values()]
+    everything += [*parts.resident, *head_specs, *parts.rows.values()]
     return ModelFacts(
         name=name,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -52,7 +53,9 @@ def gather_facts(
         rows_of_head=frozenset(name for name, spec in parts.rows.items() if spec.pieces in head_pieces),
         checkpoint_bytes=sum(spec.nbytes for spec in distinct(everything)),
         has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")),
-        conversion_bytes=max((_converted_bytes(tensors) for tensors in parts.units.values()), default=0),
+        conversion_bytes=max(
+            _converted_bytes(tensors) for tensors in (*parts.units.values(), parts.resident, head_specs)
+        ),
         footprint=footprint(
             model.config,
             model.dtype.itemsize,

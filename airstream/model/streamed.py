@@ -21,13 +21,45 @@ if TYPE_CHECKING:
 
 
 class GuardedModule:
-    """A module whose calls are serialised, run without autograd, and leave nothing bound when they fail."""
+    """A model whose calls are serialised, run without autograd, and leave nothing bound when they fail.
+
+    What would change or keep weights is refused: they are not there between calls.
+    """
 
     _engine: Engine
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._engine.guard():
             return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the module class comes after this one
+
+    def _apply(self, *_: Any, **__: Any) -> NoReturn:
+        """What moving and casting come down to, under whichever name."""
+        _refuse("moving or casting", "load it with from_pretrained(..., device=..., dtype=...) instead")
+
+    def train(self, mode: bool = True) -> GuardedModule:
+        if mode:
+            _refuse("train()", "its weights are not kept; fine-tune the checkpoint with transformers or PEFT")
+        return super().train(False)  # type: ignore[misc]
+
+    def requires_grad_(self, requires_grad: bool = True) -> GuardedModule:
+        if requires_grad:
+            _refuse("requires_grad_()", "its weights are not kept; fine-tune the checkpoint with transformers or PEFT")
+        return self
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("save_pretrained()", f"the checkpoint lies unchanged in {self._engine.folder}: copy that folder")
+
+    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("push_to_hub()", f"the checkpoint lies unchanged in {self._engine.folder}: upload that folder")
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
+        """Without a size this returns the embeddings, as in transformers; a streamed table cannot change its size."""
+        if new_num_tokens is not None:
+            _refuse("resize_token_embeddings()", "resize and save the checkpoint with transformers, then stream that")
+        return self.get_input_embeddings()  # type: ignore[attr-defined]
+
+    def set_input_embeddings(self, value: Any) -> NoReturn:  # noqa: ARG002 - transformers' signature
+        _refuse("set_input_embeddings()", "change and save the checkpoint with transformers, then stream that")
 
 
 class StreamedModel(GuardedModule):
@@ -90,7 +122,7 @@ class StreamedModel(GuardedModule):
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         moves = device is not None and (device.type, device.index or 0) != (self.device.type, self.device.index or 0)
         if moves or dtype not in (None, self.dtype):  # type: ignore[attr-defined]
-            _refuse("to()", "load it with from_pretrained(..., device=..., dtype=...) instead")
+            self._apply()
         return self
 
     def cuda(self, device: int | None = None) -> StreamedModel:
@@ -107,28 +139,6 @@ class StreamedModel(GuardedModule):
 
     def bfloat16(self) -> StreamedModel:
         return self.to(torch.bfloat16)
-
-    def train(self, mode: bool = True) -> StreamedModel:
-        if mode:
-            _refuse("train()", "its weights are not kept; fine-tune the checkpoint with transformers or PEFT")
-        return super().train(False)  # type: ignore[misc]
-
-    def requires_grad_(self, requires_grad: bool = True) -> StreamedModel:
-        if requires_grad:
-            _refuse("requires_grad_()", "its weights are not kept; fine-tune the checkpoint with transformers or PEFT")
-        return self
-
-    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("save_pretrained()", f"the checkpoint lies unchanged in {self._engine.folder}: copy that folder")
-
-    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("push_to_hub()", f"the checkpoint lies unchanged in {self._engine.folder}: upload that folder")
-
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
-        """Without a size this returns the embeddings, as in transformers; a streamed table cannot change its size."""
-        if new_num_tokens is not None:
-            _refuse("resize_token_embeddings()", "resize and save the checkpoint with transformers, then stream that")
-        return self.get_input_embeddings()  # type: ignore[attr-defined]
 
 
 def make_streamed(model: PreTrainedModel, engine: Engine, load_tokenizer: Callable[[], Any]) -> None:
