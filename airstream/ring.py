@@ -7,6 +7,9 @@ from collections.abc import Collection, Iterator, Sequence
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.units import round_up
 
+ALIKE = 0.02
+"""Batches whose sizes differ by no more than this share take the same room."""
+
 
 class Ring:
     """A run of `nbytes` bytes in which batches of different sizes come and go.
@@ -21,16 +24,13 @@ class Ring:
     def place(self, batch: int, nbytes: int, spare: Collection[int] = ()) -> tuple[int, list[int]] | None:
         """Give `batch` a page-aligned span of `nbytes` bytes.
 
-        If no free one is large enough, spans of the batches in `spare` count as free too; those that are overwritten
-        are given back.
+        Spans of the batches in `spare` count as free; those that are overwritten are given back.
 
         Returns:
             The offset, and which of `spare` lost their place; None if there is no room.
         """
         size = round_up(nbytes, PAGE_BYTES)
-        offset = self._find(size, ())
-        if offset is None:
-            offset = self._find(size, spare)
+        offset = self._find(size, spare)
         if offset is None:
             return None
         lost = [other for other, (start, end) in self._spans.items() if start < offset + size and offset < end]
@@ -58,19 +58,36 @@ class Ring:
         yield position, self.nbytes
 
 
+def room_sizes(batch_bytes: Sequence[int]) -> list[int]:
+    """The room that each batch takes: its pages, or as much as a slightly larger batch takes.
+
+    Layers often differ by the page that their tensors start in. Were they given exactly what they need, the gaps
+    between them would drift, until a gap that is a page too small costs a whole layer.
+    """
+    pages = [round_up(nbytes, PAGE_BYTES) for nbytes in batch_bytes]
+    rooms: dict[int, int] = {}
+    room = 0
+    for size in sorted(set(pages), reverse=True):
+        room = room if room and size > (1 - ALIKE) * room else size
+        rooms[size] = room
+    return [rooms[size] for size in pages]
+
+
 def ring_bytes(batch_bytes: Sequence[int], depth: int) -> int:
     """The smallest ring in which `depth` batches that follow each other always find room, first after last included.
 
-    That is the largest sum of `depth` neighbours, and a little more where batches of different sizes would leave gaps
-    that none of them fits.
+    That is the largest sum of `depth` neighbours, and more only where batches of different sizes would leave gaps that
+    none of them fits; at most all batches together.
     """
-    sizes = [round_up(nbytes, PAGE_BYTES) for nbytes in batch_bytes]
+    sizes = room_sizes(batch_bytes)
     depth = min(depth, len(sizes))
     if not sizes:
         return 0
     window = max(sum((sizes + sizes)[start : start + depth]) for start in range(len(sizes)))
-    gaps = {abs(a - b) for a in set(sizes) for b in set(sizes)} | set(sizes)
-    return next((window + gap for gap in sorted(gaps) if _never_stuck(window + gap, sizes, depth)), depth * max(sizes))
+    differences = {abs(a - b) for a in set(sizes) for b in set(sizes)}
+    gaps = {count * gap for gap in differences | set(sizes) for count in range(depth + 1)}
+    candidates = (window + gap for gap in sorted(gaps) if window + gap < sum(sizes))
+    return next((nbytes for nbytes in candidates if _never_stuck(nbytes, sizes, depth)), sum(sizes))
 
 
 def _never_stuck(nbytes: int, sizes: Sequence[int], depth: int) -> bool:

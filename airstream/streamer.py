@@ -21,7 +21,7 @@ from airstream.backend.base import Backend
 from airstream.checkpoint.reader import Job, ReadCancelled, Reader
 from airstream.errors import ClosedError
 from airstream.order import AccessOrder
-from airstream.ring import Ring
+from airstream.ring import Ring, room_sizes
 from airstream.slab import Slab
 
 
@@ -84,6 +84,8 @@ class Streamer:
         self._backend = backend
         self._memory = backend.allocate(ring_bytes)
         self._ring = Ring(ring_bytes)
+        self._rooms = room_sizes([slab.nbytes for slab in slabs])
+        self._all_fit = sum(self._rooms) <= ring_bytes
         self._order = AccessOrder(range(len(slabs)))
         self._regions: dict[int, Region] = {}
         self._fences: list[Any] = [backend.new_fence() for _ in slabs]
@@ -198,14 +200,16 @@ class Streamer:
         return self._regions[batch]
 
     def _spare(self, keep: Sequence[int]) -> list[int]:
-        """Batches whose places may be taken: whatever nobody uses, and `keep` does not name."""
+        """Batches whose places may be taken: whatever nobody uses, and `keep` does not name. None if all have room."""
+        if self._all_fit:
+            return []
         regions = self._regions.values()
         return [r.batch for r in regions if not r.users and not r.filling and r.batch not in keep]
 
     def _begin(self, batch: int, spare: Sequence[int], urgent: bool = False) -> bool:
         """Start reading `batch` if there is room, in place of batches in `spare` if need be."""
         slab = self._slabs[batch]
-        placed = self._ring.place(batch, slab.nbytes, spare)
+        placed = self._ring.place(batch, self._rooms[batch], spare)
         if placed is None:
             return False
         offset, lost = placed

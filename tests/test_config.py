@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from airstream.backend import RUNTIMES
 from airstream.config import LoadOptions, MaxMemory, parse_max_memory, refuse_unknown, resolve_device
 from airstream.errors import ArgumentError
 from airstream.units import GIB, MIB
@@ -153,11 +154,44 @@ def test_no_unknown_argument_is_no_error() -> None:
         (torch.device("cpu", 0), CPU),
         ("cuda:1", ACCELERATOR),
         ("cuda", torch.device("cuda", 0)),
+        (torch.device("xpu"), torch.device("xpu", 0)),
     ],
     ids=str,
 )
-def test_resolve_device(device: str | torch.device, resolved: torch.device) -> None:
+def test_resolve_device(device: str | torch.device, resolved: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[torch.device]()
+
+    def is_present(found: torch.device) -> bool:
+        asked.append(found)
+        return True
+
+    monkeypatch.setattr("airstream.config.is_present", is_present)
     assert resolve_device(device) == resolved
+    assert resolve_device(device).index == resolved.index
+    assert set(asked) == {resolved} - {CPU}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu:0", ACCELERATOR], ids=str)
+def test_a_device_that_is_not_there_is_refused_with_what_is(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("airstream.config.is_present", lambda _: False)
+    monkeypatch.setattr("airstream.config.describe_devices", lambda: "a pocket calculator")
+    with pytest.raises(ArgumentError) as caught:
+        resolve_device(device)
+    assert str(caught.value) == f"device={device!r} is not there: torch finds a pocket calculator"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_cuda_is_refused() -> None:
+    with pytest.raises(ArgumentError, match=r"^device='cuda' is not there: torch finds .*CPU"):
+        resolve_device("cuda")
+
+
+def test_a_device_with_a_runtime_of_its_own_is_not_looked_for_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("airstream.config.is_present", lambda _: False)
+    with pytest.raises(ArgumentError):
+        resolve_device("privateuseone")
+    monkeypatch.setitem(RUNTIMES, torch.device("privateuseone").type, lambda _: pytest.fail("it was started"))
+    assert resolve_device("privateuseone") == torch.device("privateuseone", 0)
 
 
 def test_some_device_is_always_found() -> None:

@@ -22,7 +22,7 @@ from huggingface_hub.errors import (
 
 from airstream.checkpoint import hub
 from airstream.checkpoint.hub import resolve
-from airstream.errors import AirstreamError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import AirstreamError, ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 
 Download = Callable[..., str]
 
@@ -67,6 +67,12 @@ def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(name: Any) -> None:
         resolve(name)
     assert str(name) in str(caught.value)
     assert isinstance(caught.value, FileNotFoundError)
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_no_name_at_all_is_an_argument_error() -> None:
+    with pytest.raises(ArgumentError, match="name is empty: name a folder or a hub id"):
+        resolve("")
 
 
 @pytest.mark.usefixtures("no_hub")
@@ -231,7 +237,7 @@ def test_offline_the_answer_is_quick_and_has_a_remedy(tmp_path: Path) -> None:
     assert time.monotonic() - started < 2
 
 
-@pytest.mark.parametrize("name", ["gpt 2", "a/b!", "name--with--dashes", "-x", "", "a" * 200])
+@pytest.mark.parametrize("name", ["gpt 2", "a/b!", "name--with--dashes", "-x", "a" * 200])
 def test_a_name_that_no_repository_can_have(name: str, tmp_path: Path) -> None:
     with pytest.raises(AirstreamError) as caught:
         resolve(name, cache_dir=tmp_path, local_files_only=True)

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from airstream import compat, layout
+from airstream import slab as slab_module
 from airstream.backend import AcceleratorBackend, CpuBackend, Packing
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.index import CheckpointIndex
@@ -354,7 +355,7 @@ def spec_of(
 def test_any_tensors_pack(files: list[Path], made: list[Any], packing: Packing, max_gap: int) -> None:
     specs = [spec_of(f"t{number}", dtype, places, cast, files) for number, (dtype, places, cast) in enumerate(made)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "MAX_GAP_BYTES", max_gap)
+        patch.setattr(slab_module, "MAX_GAP_BYTES", max_gap)
         slab = pack(specs, packing)
     assert slab.nbytes % PAGE_BYTES == 0
     assert slab.specs == tuple(specs)

@@ -172,9 +172,9 @@ def alternatives(facts: ModelFacts, request: Request) -> Iterator[Plan]:
 
 
 def preference(plan: Plan) -> tuple[Any, ...]:
-    """Reading ahead (with a context worth having), a long context, large batches, a resident lm_head, more ahead."""
+    """Reading ahead (with a context worth having), a long context, a resident lm_head, large batches, more ahead."""
     overlapped = plan.prefetch_batches > 0 and plan.max_context >= MIN_OVERLAPPED_CONTEXT
-    return (overlapped, plan.max_context, plan.layers_per_batch, plan.head != "streamed", plan.prefetch_batches)
+    return (overlapped, plan.max_context, plan.head != "streamed", plan.layers_per_batch, plan.prefetch_batches)
 
 
 @pytest.mark.parametrize("head_bytes", [None, 100 * MIB, 900 * MIB], ids=["no head", "small head", "large head"])
@@ -342,6 +342,19 @@ def test_a_printed_plan_fits_the_screen_and_says_everything(where: Request) -> N
         assert expected in text
     for tier in plan.tiers.values():
         assert tier.budget_note in text
+    labelled = [line[2:] for line in lines if re.match(r" {2}\S", line)]
+    assert len(labelled) == 4 + len(plan.tiers)
+    for line in labelled:  # one column of labels, one of what they stand for
+        assert re.match(r"[a-z_]+( [a-z0-9]+)* +$", line[:13]), line
+        assert line[13] != " ", line
+
+
+def test_a_resident_head_is_worth_more_than_larger_batches() -> None:
+    facts = facts_of(layers=8, head_bytes=900 * MIB)
+    plans = [plan_or_none(facts, on_cpu(budget * MIB, max_context=512)) for budget in range(500, 8000, 50)]
+    kinds = [(plan.head, plan.layers_per_batch) for plan in plans if plan is not None]
+    assert [kind for kind, _ in itertools.groupby(kinds)][-2:] == [("resident", 1), ("resident", 2)]
+    assert ("streamed", 1) in kinds
 
 
 # ---------------------------------------------------------------------------------------------------------- footprint

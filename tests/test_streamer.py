@@ -307,6 +307,23 @@ def test_batches_of_different_sizes_are_read_ahead_too(file: Path, pages: list[i
     assert read_late(new_streamer(slabs, reader, prefetch=1), slabs, reader, passes=4) == []
 
 
+@settings(max_examples=200, deadline=None)
+@given(pages=st.lists(st.integers(2, 9), min_size=1, max_size=8), prefetch=st.integers(1, 4))
+def test_the_ring_has_room_for_what_is_read_ahead_of_any_sizes(file: Path, pages: list[int], prefetch: int) -> None:
+    """In the order in which the batches are listed, each finds those after it in the ring, or on their way."""
+    pages = [count if sum(pages) <= NUM_PAGES else 2 for count in pages]
+    slabs = slabs_of(file, pages)
+    reader = FakeReader(slabs, eager=True)
+    streamer = new_streamer(slabs, reader, prefetch)
+    streamer.start()
+    for batch in list(range(len(slabs))) * 8:
+        assert is_right(streamer.acquire(batch), slabs[batch])
+        ahead = {(batch + distance) % len(slabs) for distance in range(prefetch + 1)}
+        assert ahead <= streamer._regions.keys()
+        streamer.release(batch)
+    assert streamer.stats.missed == 0
+
+
 def test_the_batch_that_is_waited_for_is_urgent(file: Path) -> None:
     slabs = slabs_of(file, [2] * 4)
     reader = FakeReader(slabs)
@@ -361,28 +378,73 @@ def test_stalls_are_counted(file: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- failures
 
 
+def test_a_read_ahead_that_failed_is_read_again_when_it_is_needed(file: Path) -> None:
+    """One error that does not last is noticed by nobody."""
+    slabs = slabs_of(file, [2] * 3)
+    reader = FakeReader(slabs)
+    streamer = new_streamer(slabs, reader, prefetch=2)
+    streamer.start()
+    reader.finish()
+    reader.finish(ReadError("the disk is on fire"))
+    assert visit(streamer, slabs, 0)
+    assert reader.asked == [0, 1, 2], "it is not needed yet"
+    visiting = Waiting(lambda: visit(streamer, slabs, 1))
+    until(lambda: reader.asked.count(1) == 2)
+    assert [request.urgent for request in reader.requests] == [False, True]
+    reader.finish_all()
+    assert visiting.result() is True
+    assert visit(streamer, slabs, 2)
+    assert reader.asked[:4] == [0, 1, 2, 1]
+    assert streamer.stats.streamed_bytes == sum(slab.read_bytes for slab in slabs)
+
+
 def test_a_read_error_surfaces_where_its_batch_is_needed_and_only_there(file: Path) -> None:
     slabs = slabs_of(file, [2] * 3)
     reader = FakeReader(slabs)
     streamer = new_streamer(slabs, reader, prefetch=2)
     streamer.start()
     reader.finish()
-    failure = ReadError("the disk is on fire")
-    reader.finish(failure)
+    reader.finish(ReadError("the disk is on fire"))
     assert visit(streamer, slabs, 0)
-    with pytest.raises(ReadError) as caught:
-        streamer.acquire(1)
-    assert caught.value is failure
-    retry = Waiting(lambda: visit(streamer, slabs, 1))
+    reader.finish()
+    waiting = Waiting(lambda: streamer.acquire(1))
     until(lambda: reader.asked.count(1) == 2)
+    failure = ReadError("it still is")
+    reader.finish(failure)
+    assert waiting.result() is failure
+    retry = Waiting(lambda: visit(streamer, slabs, 1))
+    until(lambda: reader.asked.count(1) == 3)
     reader.finish_all()
     assert retry.result() is True
     assert visit(streamer, slabs, 2)
     assert streamer.stats.streamed_bytes == sum(slab.read_bytes for slab in slabs)
 
 
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_a_read_that_fails_while_it_is_waited_for_is_not_tried_again_by_itself(file: Path, prefetch: int) -> None:
+    slabs = slabs_of(file, [2] * 3)
+    reader = FakeReader(slabs)
+    streamer = new_streamer(slabs, reader, prefetch)
+    streamer.start()
+    waiting = Waiting(lambda: streamer.acquire(0))
+    until(lambda: streamer.stats.acquired == 1 and len(reader.asked) == 1 + prefetch)
+    failure = ReadError("the disk is on fire")
+    reader.finish(failure)
+    assert waiting.result() is failure
+    assert reader.asked.count(0) == 1
+    retry = Waiting(lambda: visit(streamer, slabs, 0))
+    until(lambda: reader.asked.count(0) == 2)
+    reader.finish_all()
+    assert retry.result() is True
+    reader.finish_all()
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
 @pytest.mark.parametrize("num_failures", [1, 3])
-def test_the_read_can_be_tried_until_it_works(file: Path, num_failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_read_can_be_tried_until_it_works(
+    file: Path, num_failures: int, prefetch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call that needs the batch raises, but for what failed before anybody needed it."""
     slabs, failures = slabs_of(file, [2] * 3), iter(range(num_failures))
     real = files.WeightFile._read_some
 
@@ -393,14 +455,16 @@ def test_the_read_can_be_tried_until_it_works(file: Path, num_failures: int, mon
 
     monkeypatch.setattr(files.WeightFile, "_read_some", read_some)
     with Reader([file], direct=False, chunk_bytes=CHUNK_BYTES) as reader:
-        streamer = new_streamer(slabs, reader, prefetch=1)
+        streamer = new_streamer(slabs, reader, prefetch)
         streamer.start()
         visit(streamer, slabs, 0)
-        for _ in range(num_failures):
+        until(lambda: not streamer._num_reading)  # what is read ahead has failed
+        for _ in range(num_failures - prefetch):
             with pytest.raises(ReadError, match=r"weights\.bin"):
                 streamer.acquire(1)
         assert visit(streamer, slabs, 1)
         assert visit(streamer, slabs, 2)
+        assert next(failures, None) is None
         streamer.close()
 
 
