@@ -114,6 +114,17 @@ def test_ring_bytes_is_what_the_largest_neighbours_need_and_little_more(sizes: l
     assert window_of(sizes, depth) <= ring_bytes(sizes, depth) <= sum(room_sizes(sizes))
 
 
+@given(SIZES, st.integers(1, 3))
+def test_up_to_two_ahead_gaps_cost_no_more_than_one_batch(sizes: list[int], depth: int) -> None:
+    assert ring_bytes(sizes, depth) <= window_of(sizes, depth) + max(sizes)
+
+
+@given(st.integers(1, 33), st.integers(1, 100), st.integers(0, 150), st.integers(1, 5))
+def test_layers_and_an_lm_head_need_at_most_one_batch_more(count: int, pages: int, more: int, depth: int) -> None:
+    sizes = room_sizes([pages * PAGE_BYTES] * count + [(pages + more) * PAGE_BYTES])
+    assert ring_bytes(sizes, depth) <= window_of(sizes, depth) + max(sizes)
+
+
 @given(st.integers(1, 12), st.integers(1, 3 * PAGE_BYTES), st.integers(1, 5))
 def test_equal_batches_need_no_more_than_their_sum(count: int, size: int, depth: int) -> None:
     assert ring_bytes([size] * count, depth) == min(depth, count) * round_up(size, PAGE_BYTES)

@@ -1,4 +1,4 @@
-"""Host memory for weights in flight: page-aligned, exactly as large as asked, and touched before it is used.
+"""Host memory for weights in flight: page-aligned, exactly as large as asked, touched before the token loop needs it.
 
 `torch.empty` and pinned allocators round sizes up (torch's pinned allocator to the next power of two, so 20 GB pins 32)
 and leave the first touch, at about 1.5 GB/s, to the token loop. An anonymous mapping does neither.
@@ -7,19 +7,27 @@ and leave the first touch, at about 1.5 GB/s, to the token loop. An anonymous ma
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import sys
+import threading
 
 import torch
 
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.units import round_up
+from airstream.units import MIB, round_up
+
+SLICE_BYTES = 32 * MIB
+"""Touched at a time in the background; a smaller buffer is touched at once."""
 
 _MADV_POPULATE_WRITE = 23  # Linux >= 5.14; not yet in Python's mmap module
 
 
 class HostBuffer:
-    """`nbytes` of page-aligned, zeroed, pre-faulted host memory. It is given back with the last view of it.
+    """`nbytes` of page-aligned, zeroed host memory. It is given back with the last view of it.
+
+    A large one is touched in the background, while the first reads into it are already under way: they find their pages
+    or touch them themselves, and nobody waits.
 
     Attributes:
         tensor: the memory as a uint8 tensor of shape (nbytes,).
@@ -29,26 +37,34 @@ class HostBuffer:
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
         mapping = _map(max(round_up(nbytes, PAGE_BYTES), PAGE_BYTES))
-        _fault_in(mapping)
         self.view = memoryview(mapping)[:nbytes]
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+        if nbytes <= SLICE_BYTES or sys.platform != "linux":
+            _fault_in(mapping)
+        else:
+            threading.Thread(target=_fault_in, args=(mapping,), name="airstream-first-touch", daemon=True).start()
 
 
 def _map(nbytes: int) -> mmap.mmap:
     if sys.platform == "win32":
         return mmap.mmap(-1, nbytes)
     # Private: Python's default is shared memory, which huge pages and memory limits treat differently.
-    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-
-
-def _fault_in(mapping: mmap.mmap) -> None:
-    """Touch every page, by the fastest way the system has."""
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a kernel without huge pages: ordinary ones do
             mapping.madvise(mmap.MADV_HUGEPAGE)
-        try:
-            mapping.madvise(_MADV_POPULATE_WRITE)
-            return
-        except OSError:
-            pass  # an older kernel
-    torch.frombuffer(mapping, dtype=torch.uint8).zero_()
+    return mapping
+
+
+def _fault_in(mapping: mmap.mmap) -> None:
+    """Touch every page, without changing what is in it."""
+    if sys.platform != "linux":
+        torch.frombuffer(mapping, dtype=torch.uint8).zero_()  # not yet in use: see HostBuffer
+        return
+    # Through ctypes, because the mmap module would hold the interpreter's lock for as long as it takes.
+    libc = ctypes.CDLL(None, use_errno=True)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    for offset in range(0, len(mapping), SLICE_BYTES):
+        size = min(SLICE_BYTES, len(mapping) - offset)
+        if libc.madvise(ctypes.c_void_p(start + offset), ctypes.c_size_t(size), _MADV_POPULATE_WRITE):
+            return  # an older kernel: the first pass touches what it uses
