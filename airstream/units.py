@@ -32,8 +32,8 @@ def parse_bytes(size: int | str, name: str = "size") -> int:
                 f'{name}={size!r} is not a size: use bytes as an int, or a string such as "4GiB" or "512MB"'
             )
         nbytes = int(Decimal(match[1]) * _SUFFIXES[match[2].lower()])
-    if nbytes < 1:
-        raise ArgumentError(f"{name}={size!r} must be at least one byte")
+    if not 1 <= nbytes < 1 << 63:
+        raise ArgumentError(f"{name}={size!r} must be at least one byte, and less than there are addresses")
     return nbytes
 
 

@@ -34,7 +34,7 @@ def test_parse_bytes(text: str, nbytes: int) -> None:
     assert parse_bytes(text) == nbytes
 
 
-@given(st.integers(1, 1 << 62))
+@given(st.integers(1, (1 << 63) - 1))
 @example((1 << 53) + 1)  # the first that a float does not hold
 @example(10**28 - 1)
 def test_an_int_is_its_own_size(nbytes: int) -> None:
@@ -42,19 +42,19 @@ def test_an_int_is_its_own_size(nbytes: int) -> None:
     assert parse_bytes(str(nbytes)) == nbytes
 
 
-@given(st.integers(1, 10**18), st.sampled_from([("KiB", KIB), ("GiB", GIB), ("TB", 10**12)]))
-@example(999_999_999_999_999_999, ("GiB", GIB))
-@example((1 << 53) + 1, ("KiB", KIB))
+@given(st.integers(1, 10**6), st.sampled_from([("KiB", KIB), ("GiB", GIB), ("TB", 10**12)]))
+@example(999_999_999, ("GiB", GIB))
+@example((1 << 52) + 1, ("KiB", KIB))
 def test_a_large_size_is_exact(count: int, suffix: tuple[str, int]) -> None:
     assert parse_bytes(f"{count}{suffix[0]}") == count * suffix[1]
     assert parse_bytes(f"{count}.5{suffix[0]}") == count * suffix[1] + suffix[1] // 2
 
 
-def test_an_absurdly_large_size_is_a_size() -> None:
-    """No memory is that large, so that rounding behind 28 digits does no harm."""
-    exact = 9**400 * GIB
-    assert abs(parse_bytes(f"{9**400}GiB") - exact) <= exact // 10**27
-    assert parse_bytes(9**400) == 9**400
+def test_no_memory_is_absurdly_large() -> None:
+    for size in (9**400, f"{9**400}GiB", 1 << 63):
+        with pytest.raises(ArgumentError, match="less than there are addresses"):
+            parse_bytes(size)
+    assert parse_bytes((1 << 63) - 1) == (1 << 63) - 1
 
 
 NOT_A_SIZE = [
