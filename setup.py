@@ -7,15 +7,15 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 
 EXTRAS = {
-    "demo": ["accelerate>=1.1", "gguf>=0.17"],
+    "demo": ["gguf>=0.17"],
     "quant": ["bitsandbytes>=0.46; platform_system != 'Darwin'", "optimum>=2.0"],
     "test": [
         "accelerate>=1.1",
         "gguf>=0.17",
         "hypothesis>=6.100",
         "mypy>=1.15",
-        "nbclient>=0.10",
         "ipykernel>=6.29",
+        "nbclient>=0.10",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "ruff>=0.12",
@@ -38,6 +38,7 @@ setup(
         "transformers>=5.17",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",
+        "filelock>=3.15",
         "psutil>=5.9",
     ],
     extras_require=EXTRAS,
