@@ -62,9 +62,9 @@ def resident(tiny: WriteTiny) -> Resident:
 
 
 @contextmanager
-def simulated_accelerator(memory_limit: int | None = None) -> Iterator[SimDevice]:
+def simulated_accelerator(memory_limit: int | None = None, raise_races: bool = True) -> Iterator[SimDevice]:
     """`sim:0` as a device of airstream's. Close its models inside."""
-    with SimDevice(memory_limit) as device:
+    with SimDevice(memory_limit, raise_races) as device:
         RUNTIMES["sim"] = lambda _: SimRuntime(device)
         try:
             yield device

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from airstream.backend import RUNTIMES
 from airstream.backend.accelerator import AcceleratorBackend
 from tests.conftest import WriteTiny, simulated_accelerator, stream
-from tests.sim import RaceError, SimDevice, SimRuntime
+from tests.sim import RaceError, SimDevice
 
 IDS = torch.arange(3, 12)[None]
 OPTIONS: dict[str, Any] = {"layers_per_batch": 1, "prefetch_batches": 1}
@@ -26,12 +25,8 @@ def folder(tiny: WriteTiny) -> Path:
 @pytest.fixture
 def planted() -> Iterator[SimDevice]:
     """A simulated accelerator that notes races and goes on, so that the threads of a broken backend can be ended."""
-    with pytest.raises(RaceError), SimDevice(raise_races=False) as device:
-        RUNTIMES["sim"] = lambda _: SimRuntime(device)
-        try:
-            yield device
-        finally:
-            del RUNTIMES["sim"]
+    with pytest.raises(RaceError), simulated_accelerator(raise_races=False) as device:
+        yield device
 
 
 def generate(folder: Path) -> torch.Tensor:
