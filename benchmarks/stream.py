@@ -89,7 +89,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "budget_bytes": plan.tiers["cpu"].budget_bytes,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "direct_io": plan.direct_io,
-        "plan": json.loads(plan.to_json()),
+        "plan": json.loads(plan.to_json())
+        | {"model": Path(arguments.checkpoint).name},  # no paths in what is published
     }
 
 
