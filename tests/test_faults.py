@@ -533,7 +533,10 @@ def test_arguments_are_refused_before_the_checkpoint_is_looked_for(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_this_machine_does_not_have(checkpoint: Path) -> None:
+def test_a_device_that_this_machine_does_not_have(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda **_: None
+    )  # other tests may have simulated one
     refused(checkpoint, ArgumentError, "device='cuda:0'", "torch finds", 'device="cpu"', device="cuda:0")
 
 
