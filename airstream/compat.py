@@ -145,7 +145,7 @@ def measure_kv_elements(model: PreTrainedModel) -> int | None:
         with torch.no_grad():
             ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
             model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
-    except Exception:
+    except Exception:  # any model's code may look at values, which do not exist here: then formulas have to do
         return None
     tensors = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
     return -(-sum(tensor.numel() for tensor in tensors) // tokens) or None
