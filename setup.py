@@ -32,7 +32,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["airstream", "airstream.*"]),
-    package_data={"airstream": ["py.typed"]},
+    package_data={"airstream": ["py.typed"], "airstream.rates": ["cards.json"]},
     install_requires=[
         "torch>=2.11",
         "transformers>=5.17",

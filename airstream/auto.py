@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -17,17 +17,19 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from airstream import hardware
 from airstream.backend import create_backend, packing_of, staging_bytes
 from airstream.checkpoint.hub import resolve
-from airstream.checkpoint.index import CheckpointIndex
+from airstream.checkpoint.imagined import imagine
+from airstream.checkpoint.index import CheckpointIndex, has_weights
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
 from airstream.compat import build_on_meta, finish_loading, load_generation_config, model_class
 from airstream.config import LoadOptions, MaxMemory, parse_max_memory, refuse_unknown, resolve_device
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
-from airstream.layout import TORCH_DTYPES, TensorSpec, read_specs
+from airstream.layout import TORCH_DTYPES, read_specs
 from airstream.model.engine import Engine
 from airstream.model.facts import gather_facts, needs_staging
 from airstream.model.streamed import StreamedModel, make_streamed
 from airstream.model.units import Parts, divide
-from airstream.plan import HOST, ModelFacts, Plan, Request, make_plan
+from airstream.plan import HOST, ModelFacts, Plan, Request, make_plan, with_advice
+from airstream.rates.store import facts_for
 from airstream.units import format_bytes
 
 AUTO_SHARE = 0.9
@@ -94,13 +96,17 @@ class AutoModel:
         known = {name: value for name, value in locals().items() if name in _OPTION_NAMES}
         refuse_unknown(unknown, _OPTION_NAMES)
         prepared = _prepare(pretrained_model_name_or_path, LoadOptions(**known))
-        return _assemble(prepared)
+        return _assemble(prepared, make_plan(prepared.facts, prepared.request))
 
     @classmethod
     def plan(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Plan:
-        """The plan that `from_pretrained` would follow with the same arguments. Reads headers, loads nothing."""
+        """The plan that `from_pretrained` would follow with the same arguments, and what would make it faster.
+
+        Reads headers; where the weights are not there, the config alone, and plans for what transformers would write.
+        """
         refuse_unknown((name for name in options if name not in _OPTION_NAMES), _OPTION_NAMES)
-        return _prepare(pretrained_model_name_or_path, LoadOptions(**options)).plan
+        prepared = _prepare(pretrained_model_name_or_path, LoadOptions(**options), with_weights=False)
+        return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
 
 
 _OPTION_NAMES = tuple(option.name for option in fields(LoadOptions))
@@ -118,10 +124,10 @@ class _Prepared:
     index: CheckpointIndex
     parts: Parts
     facts: ModelFacts
-    plan: Plan
+    request: Request
 
 
-def _prepare(name: str | os.PathLike[str], options: LoadOptions) -> _Prepared:
+def _prepare(name: str | os.PathLike[str], options: LoadOptions, with_weights: bool = True) -> _Prepared:
     device = resolve_device(options.device)
     budgets = parse_max_memory(options.max_memory, device)
     folder = resolve(
@@ -131,17 +137,21 @@ def _prepare(name: str | os.PathLike[str], options: LoadOptions) -> _Prepared:
         options.cache_dir,
         options.local_files_only,
         with_code=options.trust_remote_code,
+        with_weights=with_weights,
     )
     config = _load_config(folder, options)
-    index = CheckpointIndex.open(folder)
+    index = CheckpointIndex.open(folder) if with_weights or has_weights(folder) else None
     dtype = _resolve_dtype(options.dtype, config, index)
     model_cls = model_class(config, folder, options.trust_remote_code)
     model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype))
     packing = packing_of(device)
     facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch)
-    request = _request(facts, device, budgets, options, staged=device.type != "cpu" or needs_staging(parts, packing))
-    return _Prepared(options, folder, device, dtype, model, index, parts, facts, make_plan(facts, request))
+    staged = device.type != "cpu" or needs_staging(parts, packing)
+    request = _request(facts, device, budgets, options, staged)
+    request = replace(request, hardware=facts_for(folder, device))
+    return _Prepared(options, folder, device, dtype, model, index, parts, facts, request)
 
 
 def _request(
@@ -173,18 +183,27 @@ def _direct_io(facts: ModelFacts, left_over: int, options: LoadOptions) -> bool:
     return not options.page_cache
 
 
-def _assemble(prepared: _Prepared) -> StreamedModel:
-    model, plan = prepared.model, prepared.plan
+def _assemble(prepared: _Prepared, plan: Plan) -> StreamedModel:
+    model = prepared.model
     load_generation_config(model, os.fspath(prepared.folder))
-    loaded = {spec.name for spec in _all_specs(prepared.parts)}
-    finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - loaded)
+    finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
     reader = Reader(prepared.index.files, plan.direct_io)
     try:
         backend = create_backend(prepared.device, NUM_WORKERS, CHUNK_BYTES)
     except BaseException:
         reader.close()
         raise
-    engine = Engine(model, prepared.parts, plan, prepared.facts.footprint, prepared.folder, reader, backend)
+    engine = Engine(
+        model,
+        prepared.parts,
+        prepared.facts,
+        prepared.request,
+        plan,
+        prepared.folder,
+        reader,
+        backend,
+        is_final=prepared.options.max_context is not None,
+    )
     make_streamed(model, engine, partial(_load_tokenizer, prepared.folder, prepared.options.trust_remote_code))
     # Where transformers asks what runs where: one device computes, the layers live on disk. It keeps generate() from
     # compiling and pipelines from moving the model.
@@ -218,18 +237,12 @@ def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
         raise UnsupportedError(f"transformers cannot read {file}: {error}") from error
 
 
-def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: CheckpointIndex) -> torch.dtype:
+def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: CheckpointIndex | None) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
         return getattr(torch, dtype.removeprefix("torch."))
     if config.dtype is not None:
         return config.dtype
-    stored = (TORCH_DTYPES[tensor.dtype] for tensor in index.values())
+    stored = (TORCH_DTYPES[tensor.dtype] for tensor in (index or {}).values())
     return next((candidate for candidate in stored if candidate.is_floating_point), torch.get_default_dtype())
-
-
-def _all_specs(parts: Parts) -> list[TensorSpec]:
-    in_units = [spec for tensors in parts.units.values() for spec in tensors]
-    in_head = parts.head[1] if parts.head else ()
-    return [*in_units, *in_head, *parts.rows.values(), *parts.resident]

@@ -7,6 +7,7 @@ same calls work from 5.17 on; the test matrix runs the oldest and the newest sup
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
 import weakref
@@ -24,12 +25,16 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import LoadStateDictConfig, remove_tied_weights_from_state_dict
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from airstream.errors import UnsupportedError
+
+CACHE_KEYWORDS = ("cache", "past_key_values")
+"""What forward passes call the KV cache, newest name first."""
 
 
 def model_class(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> type[PreTrainedModel]:
@@ -114,6 +119,13 @@ class KeyConversion:
         return {key: value[0] if isinstance(value, list) else value for key, value in converted.items()}
 
 
+def stored_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What `save_pretrained` would write of `model`, by checkpoint key: tied weights once, merged ones apart again."""
+    ignored = set(model._keys_to_ignore_on_save or ())
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    return revert_weight_conversion(model, remove_tied_weights_from_state_dict(tensors, model))
+
+
 def natural_order(keys: Iterable[str]) -> list[str]:
     """Checkpoint keys in the order in which transformers hands them to converters (layer 2 before layer 10)."""
     return sorted(keys, key=dot_natural_key)
@@ -134,6 +146,12 @@ def uses_eager_attention(model: PreTrainedModel) -> bool:
     return bool(model.config._attn_implementation == "eager")
 
 
+def cache_keyword(model: PreTrainedModel) -> str:
+    """What `model` calls the KV cache among its arguments: "cache" from transformers 5.24 on."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_KEYWORDS if name in accepted), CACHE_KEYWORDS[-1])
+
+
 def measure_kv_elements(model: PreTrainedModel) -> int | None:
     """Elements that one token adds to the KV cache, found by a forward pass on the meta device; None if that fails.
 
@@ -144,7 +162,7 @@ def measure_kv_elements(model: PreTrainedModel) -> int | None:
     try:
         with torch.no_grad():
             ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
-            model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
+            model.base_model(input_ids=ids, use_cache=True, **{cache_keyword(model.base_model): cache})
     except Exception:  # any model's code may look at values, which do not exist here: then formulas have to do
         return None
     tensors = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))

@@ -23,6 +23,9 @@ HIDDEN_COPIES = 8
 
 TOKENIZER_BYTES_PER_ENTRY = 1000
 
+POSITION_COUNTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+"""What configs call the longest context."""
+
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
@@ -72,11 +75,11 @@ def footprint(
         kv_elements: per token, where that has been measured; else it is computed from the config.
     """
     text = config.get_text_config(decoder=True)
-    hidden = _first(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
-    heads = _first(text, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1)
-    layers = _first(text, "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1)
-    intermediate = _first(text, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden)
-    routed = _first(text, "num_experts_per_tok", default=0) * _first(
+    hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
+    heads = first_count(text, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1)
+    layers = first_count(text, "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1)
+    intermediate = first_count(text, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden)
+    routed = first_count(text, "num_experts_per_tok", default=0) * first_count(
         text, "moe_intermediate_size", default=intermediate
     )
     per_layer = _kv_elements_per_layer(text, hidden, heads)
@@ -87,18 +90,18 @@ def footprint(
         num_heads=heads,
         kv_elements=layers * per_layer if kv_elements is None else kv_elements,
         kv_elements_per_layer=per_layer if kv_elements is None else -(-kv_elements // layers),
-        vocab_size=_first(text, "vocab_size", "n_words", default=1),
-        max_position=_first(text, "max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", default=1 << 20),
+        vocab_size=first_count(text, "vocab_size", "n_words", default=1),
+        max_position=first_count(text, *POSITION_COUNTS, default=1 << 20),
         eager_attention=eager_attention,
         head_copy_bytes=head_copy_bytes,
     )
 
 
 def _kv_elements_per_layer(text: Any, hidden: int, heads: int) -> int:
-    if _first(text, "kv_lora_rank", default=0):  # multi-head latent attention: the latents are what is cached
-        return _first(text, "kv_lora_rank", default=0) + _first(text, "qk_rope_head_dim", default=0)
-    head_dim = _first(text, "head_dim", "kv_channels", default=hidden // heads)
-    kv_heads = _first(text, "num_key_value_heads", "num_kv_heads", default=heads)
+    if first_count(text, "kv_lora_rank", default=0):  # multi-head latent attention: the latents are what is cached
+        return first_count(text, "kv_lora_rank", default=0) + first_count(text, "qk_rope_head_dim", default=0)
+    head_dim = first_count(text, "head_dim", "kv_channels", default=hidden // heads)
+    kv_heads = first_count(text, "num_key_value_heads", "num_kv_heads", default=heads)
     if getattr(text, "new_decoder_architecture", False):  # Falcon 40B and 180B repeat keys and values before caching
         kv_heads = heads
     elif getattr(text, "multi_query", False):  # Falcon 7B, StarCoder
@@ -106,7 +109,7 @@ def _kv_elements_per_layer(text: Any, hidden: int, heads: int) -> int:
     return 2 * kv_heads * head_dim
 
 
-def _first(config: Any, *names: str, default: int) -> int:
+def first_count(config: Any, *names: str, default: int) -> int:
     """The first of the attributes that is a positive number: configs name one thing differently, or leave it None."""
     for name in names:
         value = getattr(config, name, None)

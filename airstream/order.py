@@ -31,8 +31,8 @@ class AccessOrder:
             self._forget()
         return predicted
 
-    def upcoming(self, count: int) -> list[int]:
-        """The next `count` different batches, nearest first."""
+    def upcoming(self, count: int | None = None) -> list[int]:
+        """The next `count` different batches, nearest first; all that are known if `count` is None."""
         return list(dict.fromkeys(self._history[self._cursor :]))[:count]
 
     def _last_seen(self, batch: int) -> int:

@@ -5,7 +5,7 @@ Knows byte plans and what a backend wants of addresses. Nothing here is allocate
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from airstream.backend.base import Packing
@@ -42,19 +42,27 @@ def distinct(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     return list({(spec.pieces or spec.name): spec for spec in specs}.values())
 
 
-def pack(specs: Iterable[TensorSpec], packing: Packing) -> Slab:
-    """Lay `specs` out in one slab, neighbours in a file side by side, so that few large reads fill it."""
+def pack(specs: Iterable[TensorSpec], packing: Packing, elsewhere: Collection[str] = ()) -> Slab:
+    """Lay `specs` out in one slab, neighbours in a file side by side, so that few large reads fill it.
+
+    Those whose names are in `elsewhere` have room in it, but are not read: their bytes come from elsewhere.
+    """
     specs = tuple(specs)
     conversions = tuple(dict.fromkeys(spec.made_by for spec in specs if spec.made_by is not None))
     stored = [spec for spec in specs if spec.made_by is None]
     stored += [source for conversion in conversions for source in conversion.sources]
     builder = _SlabBuilder(packing)
-    for spec in sorted(stored, key=lambda spec: (spec.pieces[0].file, spec.pieces[0].offset)):
+    for spec in in_file_order(spec for spec in stored if spec.name not in elsewhere):
         builder.add(spec)
     for spec in specs:
-        if spec.made_by is not None:
+        if spec.made_by is not None or spec.name in elsewhere:
             builder.reserve(spec)
     return Slab(round_up(builder.end, PAGE_BYTES), tuple(builder.pieces), builder.offsets, specs, conversions)
+
+
+def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """`specs`, all of which are read, in the order in which they lie in the checkpoint."""
+    return sorted(specs, key=lambda spec: (spec.pieces[0].file, spec.pieces[0].offset))
 
 
 class _SlabBuilder:
@@ -76,7 +84,7 @@ class _SlabBuilder:
         self.end = max(self.end, base + spec.nbytes)
 
     def reserve(self, spec: TensorSpec) -> None:
-        """Room for a tensor that is computed, not read."""
+        """Room for a tensor that is not read: it is computed, or comes from elsewhere."""
         self.offsets[spec.name] = base = round_up(self.end, max(self.packing.alignment, CACHE_LINE_BYTES))
         self.end = base + spec.nbytes
 

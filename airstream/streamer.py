@@ -13,21 +13,23 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 
 from airstream.backend.base import Backend
-from airstream.checkpoint.reader import Job, ReadCancelled, Reader
+from airstream.checkpoint.reader import ReadCancelled, Reader
 from airstream.errors import ClosedError
+from airstream.fill import Fill, Filling
 from airstream.order import AccessOrder
 from airstream.ring import Ring, room_sizes
-from airstream.slab import Slab
 
 
 @dataclass(slots=True)
 class Region:
-    """A layer batch in the ring.
+    """A layer batch in the ring. One of which nothing is streamed takes no room there.
 
     Attributes:
         memory: its bytes on the device, a uint8 tensor.
@@ -44,7 +46,7 @@ class Region:
     fresh: bool = True
     filling: bool = True
     users: int = 0
-    job: Job | None = None
+    work: Filling | None = None
     error: BaseException | None = None
 
 
@@ -53,7 +55,8 @@ class StreamStats:
     """What the streamer has done so far.
 
     Attributes:
-        streamed_bytes: read from disk into the ring.
+        streamed_bytes: read from disk: into the ring, and once for what then stays in memory.
+        host_bytes: copied to the device from host memory.
         stall_seconds: wall time in which `acquire` waited for bytes.
         read_seconds: wall time in which at least one batch was being read.
         acquired: batches handed out.
@@ -61,6 +64,7 @@ class StreamStats:
     """
 
     streamed_bytes: int = 0
+    host_bytes: int = 0
     stall_seconds: float = 0.0
     read_seconds: float = 0.0
     acquired: int = 0
@@ -68,27 +72,36 @@ class StreamStats:
 
 
 class Streamer:
-    """Streams `slabs` through a ring of `ring_bytes` on the backend's device, up to `prefetch` batches ahead.
+    """Brings layer batches, as `fills` say, through a ring of `ring_bytes` on the device, up to `prefetch` ahead.
 
-    With `prefetch=0` nothing is read before it is asked for: the synchronous path.
+    With `prefetch=0` nothing is read before it is asked for: the synchronous path. What a batch keeps in memory comes
+    along when the batch is first read; a batch that has nothing left to stream is then no longer read ahead.
 
     Peak device bytes: `ring_bytes`. Owns no thread of its own: reads run on the reader's threads, and whoever frees
     room in the ring starts the next one. All methods may be called from any thread.
     """
 
-    def __init__(self, slabs: Sequence[Slab], ring_bytes: int, prefetch: int, reader: Reader, backend: Backend) -> None:
-        self.stats = StreamStats()
-        self._slabs = slabs
+    def __init__(
+        self,
+        fills: Sequence[Fill],
+        ring_bytes: int,
+        prefetch: int,
+        reader: Reader,
+        backend: Backend,
+        stats: StreamStats | None = None,
+    ) -> None:
+        self.stats = stats or StreamStats()
+        self._fills = fills
         self._prefetch = prefetch
         self._reader = reader
         self._backend = backend
         self._memory = backend.allocate(ring_bytes)
         self._ring = Ring(ring_bytes)
-        self._rooms = room_sizes([slab.nbytes for slab in slabs])
+        self._rooms = room_sizes([fill.room for fill in fills])
         self._all_fit = sum(self._rooms) <= ring_bytes
-        self._order = AccessOrder(range(len(slabs)))
+        self._order = AccessOrder(range(len(fills)))
         self._regions: dict[int, Region] = {}
-        self._fences: list[Any] = [backend.new_fence() for _ in slabs]
+        self._fences: list[Any] = [backend.new_fence() for _ in fills]
         self._changed = threading.Condition()
         self._reading_since = 0.0
         self._num_reading = 0
@@ -110,7 +123,7 @@ class Streamer:
             self._check_open()
             self._order.observe(batch)
             self.stats.acquired += 1
-            self.stats.missed += batch not in self._regions
+            self.stats.missed += batch not in self._regions and not self._fills[batch].is_complete
             region = self._use(batch)
         self._backend.wait_filled(self._fences[batch])
         return region
@@ -122,6 +135,8 @@ class Streamer:
             region = self._regions.get(batch)
             if region is not None and region.users:
                 region.users -= 1
+                if not region.users and self._fills[batch].is_complete:
+                    self._drop(batch)  # it will not be asked for again, and has nothing to give up
             if not self._closed:
                 self._read_ahead()
             self._changed.notify_all()
@@ -129,20 +144,22 @@ class Streamer:
     def measure_link(self) -> tuple[int, float]:
         """Stream every batch once without computing. Returns the bytes that passed and the wall seconds they took.
 
-        This is the raw link: what streaming would run at if computation took no time. What has been read ahead is
-        drained first, so that it does not count.
+        This is the raw link: what streaming would run at if computation took no time. What is loaded just once, and
+        what has been read ahead, is out of the way first, so that it does not count.
         """
-        if not self._slabs:
-            return 0, 0.0
-        batches = range(len(self._slabs))
-        for batch in self._order.upcoming(self._prefetch):
+        for batch, fill in enumerate(self._fills):
+            if not all(kept.loaded for kept in fill.kept) or not all(ready.loaded for ready in fill.ready):
+                self._pass_through(batch)
+        for batch in self._upcoming():
             self._pass_through(batch)
-        first = self._order.upcoming(1)[0]
-        order = [*batches[first:], *batches[:first]]
+        streamed = [batch for batch, fill in enumerate(self._fills) if fill.slab.nbytes]
+        coming = next((batch for batch in self._order.upcoming() if batch in streamed), None)
+        first = streamed.index(coming) if coming is not None else 0
         started = time.perf_counter()
-        for batch in order:
+        for batch in (*streamed[first:], *streamed[:first]):
             self._pass_through(batch)
-        return sum(self._slabs[batch].read_bytes for batch in batches), time.perf_counter() - started
+        seconds = time.perf_counter() - started
+        return sum(self._fills[batch].slab.read_bytes + self._fills[batch].ready_bytes for batch in streamed), seconds
 
     def _pass_through(self, batch: int) -> None:
         self.acquire(batch)
@@ -153,8 +170,8 @@ class Streamer:
         with self._changed:
             self._closed = True
             for region in self._regions.values():
-                if region.job is not None:
-                    region.job.cancel()
+                if region.work is not None:
+                    region.work.cancel()
             self._changed.notify_all()
             while any(region.filling for region in self._regions.values()):
                 self._changed.wait()
@@ -186,10 +203,16 @@ class Streamer:
 
     def _read_ahead(self) -> None:
         """Start reading what comes next, nearest first, as far as there is room."""
-        upcoming = self._order.upcoming(self._prefetch)
+        upcoming = self._upcoming()
         for batch in upcoming:
             if batch not in self._regions and not self._begin(batch, self._spare(upcoming)):
                 return
+
+    def _upcoming(self) -> list[int]:
+        """What to read ahead: the next batches that anything has to come for."""
+        if not self._prefetch:
+            return []
+        return list(islice((b for b in self._order.upcoming() if not self._fills[b].is_complete), self._prefetch))
 
     def _read_now(self, batch: int) -> Region:
         """Start reading `batch` ahead of everything else, at the cost of what was read ahead if need be."""
@@ -204,32 +227,36 @@ class Streamer:
         if self._all_fit:
             return []
         regions = self._regions.values()
-        return [r.batch for r in regions if not r.users and not r.filling and r.batch not in keep]
+        spare = (r for r in regions if not r.users and not r.filling and r.batch not in keep)
+        return [r.batch for r in spare if self._rooms[r.batch]]
 
     def _begin(self, batch: int, spare: Sequence[int], urgent: bool = False) -> bool:
         """Start reading `batch` if there is room, in place of batches in `spare` if need be."""
-        slab = self._slabs[batch]
-        placed = self._ring.place(batch, self._rooms[batch], spare)
-        if placed is None:
-            return False
-        offset, lost = placed
-        for other in lost:
-            del self._regions[other]
-        region = Region(batch, offset, self._memory[offset : offset + slab.nbytes])
+        fill, offset = self._fills[batch], 0
+        if fill.room:
+            placed = self._ring.place(batch, self._rooms[batch], spare)
+            if placed is None:
+                return False
+            offset, lost = placed
+            for other in lost:
+                del self._regions[other]
+        region = Region(batch, offset, self._memory[offset : offset + fill.slab.nbytes])
         self._regions[batch] = region
         self._count_reading(+1)
         self._backend.begin_fill()
-        landing = self._backend.landing(region.memory)
-        region.job = self._reader.submit(slab.pieces, landing, lambda error: self._filled(region, error), urgent)
+        on_done = partial(self._filled, region, fill.to_read_bytes)
+        work = Filling(fill, region.memory, self._reader, self._backend, on_done, urgent)
+        region.work = work if region.filling else None
         return True
 
     def _give_up_one(self) -> bool:
         """Make an end of one read that nobody waits for, the last needed first. False if there is none."""
-        region = next((r for r in reversed(self._regions.values()) if r.filling and not r.users), None)
+        unwanted = (r for r in reversed(self._regions.values()) if r.filling and not r.users and self._rooms[r.batch])
+        region = next(unwanted, None)
         if region is None:
             return False
-        if region.job is not None:
-            region.job.cancel()
+        if region.work is not None:
+            region.work.cancel()
         while region.filling:
             self._changed.wait()
         if not region.users and self._regions.get(region.batch) is region:
@@ -238,16 +265,18 @@ class Streamer:
 
     def _drop(self, batch: int) -> None:
         del self._regions[batch]
-        self._ring.free(batch)
+        if self._fills[batch].room:
+            self._ring.free(batch)
 
-    def _filled(self, region: Region, error: BaseException | None) -> None:
+    def _filled(self, region: Region, read_bytes: int, error: BaseException | None) -> None:
         """All reads of `region` have ended; called by a reader thread."""
         with self._changed:
             if error is None:
                 self._backend.end_fill(self._fences[region.batch])
-                self.stats.streamed_bytes += self._slabs[region.batch].read_bytes
+                self.stats.streamed_bytes += read_bytes
+                self.stats.host_bytes += self._fills[region.batch].ready_bytes
             region.error = error
-            region.job = None  # it refers to this region: the cycle would keep the ring's memory after close()
+            region.work = None  # it refers to this region: the cycle would keep the ring's memory after close()
             region.filling = False
             self._count_reading(-1)
             self._changed.notify_all()

@@ -5,8 +5,8 @@ r"""Compare airstream with its peers on one model that does not fit in memory.
 
 Every run is a process of its own in a memory cgroup, with a cold page cache; the systems alternate. Environments, the
 checkpoint and each system's one-time preparation are made where they are missing, outside the limit. Prints a Markdown
-table and, as the last line, everything as JSON; progress goes to standard error. Needs root, for the cgroup. What the
-numbers mean is in README.md.
+table and, as the last line, everything as JSON; progress goes to standard error. Needs root, for the cgroup and the
+cold cache. What the numbers mean is in README.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks import conditions, limited, report
 from benchmarks.disk import read_rate
 from benchmarks.limited import MIB, Outcome
 from benchmarks.report import Reference, Run
-from benchmarks.settings import Settings, parse_settings
+from benchmarks.settings import Settings, Setup, parse_settings
 from benchmarks.systems import SYSTEMS, System, ensure_environment
 
 ROOT = Path(__file__).resolve().parents[1]  # where the runners find `benchmarks` and `airstream`
@@ -52,13 +52,15 @@ def execute(command: Sequence[str], timeout_seconds: float, limit_mib: int | Non
         return outcome, stdout.read().decode(errors="replace"), stderr.read().decode(errors="replace")
 
 
-def run_system(system: System, settings: Settings, turn: int, limit_mib: int | None) -> Run:
-    """One measured run."""
+def run_system(system: System, settings: Setup, turn: int, limit_mib: int | None) -> Run:
+    """One measured run, with a cold page cache."""
+    if limit_mib is None:
+        limited.drop_page_cache()
     command = system.command(settings.venvs, "run", settings.request(system).arguments())
     return report.judge(system.name, turn, *execute(command, settings.timeout_seconds, limit_mib))
 
 
-def prepare(system: System, settings: Settings) -> str | None:
+def prepare(system: System, settings: Setup) -> str | None:
     """Make a system's environment and do its one-time conversion, without a limit. Returns why that failed, if so."""
     say(f"preparing {system.name}")
     try:
@@ -120,10 +122,10 @@ def run_turns(settings: Settings) -> tuple[list[Run], list[float]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare; returns 1 where no memory limit can be set, else 0: a peer that fails is a result."""
+    """Compare; returns 1 where memory cannot be limited or no cache dropped, else 0: a peer that fails is a result."""
     settings = parse_settings(__doc__, argv)
     try:
-        limited.check_limit()
+        limited.check_cold() if settings.limit_mib is None else limited.check_limit()
     except limited.LimitError as error:
         say(f"compare: {error}")
         return 1

@@ -11,13 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.disk import CHUNK_BYTES, NUM_THREADS
-from benchmarks.settings import Settings
+from benchmarks.settings import Settings, Setup
 
+COLD = "page cache dropped before every run"
 _MODEL_KEYS = ("model_type", "dtype", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 
 
 def describe(settings: Settings, disk_rates: Sequence[float]) -> dict[str, Any]:
     """Everything that bears on the numbers. `disk_rates`: raw bytes per second before the first turn and after each."""
+    limits = {"limit_mib": settings.limit_mib, "budget_mib": settings.budget_mib, "turns": settings.turns}
+    return describe_common(settings, disk_rates) | limits
+
+
+def describe_common(settings: Setup, disk_rates: Sequence[float]) -> dict[str, Any]:
+    """What bears on any measurement of a checkpoint on this machine."""
     config = json.loads((settings.checkpoint / "config.json").read_text())
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -30,10 +37,7 @@ def describe(settings: Settings, disk_rates: Sequence[float]) -> dict[str, Any]:
         "prompt": settings.prompt,
         "num_tokens": settings.num_tokens,
         "decoding": "greedy, end-of-sequence ignored",
-        "cache_state": "page cache dropped before every run",
-        "limit_mib": settings.limit_mib,
-        "budget_mib": settings.budget_mib,
-        "turns": settings.turns,
+        "cache_state": COLD,
     }
 
 
@@ -59,8 +63,10 @@ def caption(conditions: dict[str, Any]) -> str:
     """What `describe` returned, in two lines to stand above the table."""
     model, machine = conditions["model"], conditions["machine"]
     rates = conditions["disk"]["bytes_per_second_before_and_after_turns"]
+    limit = conditions.get("limit_mib")
+    memory = "memory not limited" if limit is None else f"{limit} MiB of memory"
     return (
-        f"{model['weight_bytes'] / 1e9:.2f} GB of {model['dtype']} weights, {conditions['limit_mib']} MiB of memory, "
+        f"{model['weight_bytes'] / 1e9:.2f} GB of {model['dtype']} weights, {memory}, "
         f"prompt of {len(conditions['prompt'])} tokens, {conditions['num_tokens']} new ones, {conditions['decoding']}; "
         f"{conditions['cache_state']}; turns: {conditions['turns']}, median (min-max).\n"
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, "

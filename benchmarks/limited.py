@@ -159,6 +159,18 @@ def check_limit() -> None:
         pass
 
 
+def check_cold() -> None:
+    """Find out now whether the page cache can be dropped, by dropping it.
+
+    Raises:
+        LimitError: it cannot.
+    """
+    try:
+        drop_page_cache()
+    except (OSError, AttributeError) as error:  # Windows has no os.sync
+        raise LimitError(f"a cold page cache needs Linux and root (/proc/sys/vm/drop_caches): {error}") from error
+
+
 def drop_page_cache() -> None:
     """Write dirty pages out and forget every clean one. Needs root; blocks on the disk."""
     os.sync()

@@ -22,7 +22,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from airstream import AutoModel, BudgetError
+from airstream.auto import _prepare
 from airstream.backend import RUNTIMES
+from airstream.compat import CACHE_KEYWORDS, cache_keyword
+from airstream.config import LoadOptions
+from airstream.plan import smallest_plan
 from tests.realmodel import smollm2_folder  # noqa: F401 - a fixture
 from tests.sim import SimDevice, SimRuntime
 from tests.tiny_models import write_tiny
@@ -62,10 +66,12 @@ def resident(tiny: WriteTiny) -> Resident:
 
 
 @contextmanager
-def simulated_accelerator(memory_limit: int | None = None, raise_races: bool = True) -> Iterator[SimDevice]:
+def simulated_accelerator(
+    memory_limit: int | None = None, raise_races: bool = True, is_pinnable: bool = True
+) -> Iterator[SimDevice]:
     """`sim:0` as a device of airstream's. Close its models inside."""
     with SimDevice(memory_limit, raise_races) as device:
-        RUNTIMES["sim"] = lambda _: SimRuntime(device)
+        RUNTIMES["sim"] = lambda _: SimRuntime(device, is_pinnable)
         try:
             yield device
         finally:
@@ -80,20 +86,44 @@ def sim() -> Iterator[SimDevice]:
 
 
 def stream(folder: Path, device: str = "cpu", **options: Any) -> Any:
-    """The model in `folder`, streamed. By default to the CPU: torch's default is the simulated one once it knows it."""
-    if device == "sim:0":
-        options.setdefault("max_memory", {0: "1GiB", "cpu": "1GiB"})
+    """The model in `folder`, within so little memory that all of its layers are streamed, unless `options` say more.
+
+    By default to the CPU: torch's default is the simulated accelerator once it knows it.
+    """
+    options = STREAMING | options
+    options.setdefault("max_memory", least_memory(folder, device, **options))
     return AutoModel.from_pretrained(folder, device=device, **options)
+
+
+STREAMING: dict[str, Any] = {"layers_per_batch": 1, "prefetch_batches": 1, "max_context": 256, "max_batch_size": 4}
+
+
+def least_memory(folder: Path, device: str = "cpu", **options: Any) -> dict[int | str, int]:
+    """The smallest max_memory that will do, to the byte, with nothing left over for weights that stay."""
+    budget = {"cpu": "64GiB"} if device == "cpu" else {"cpu": "64GiB", 0: "64GiB"}
+    prepared = _prepare(folder, LoadOptions(device=device, **(options | {"max_memory": budget})))
+    peaks = smallest_plan(prepared.facts, prepared.request).peak_bytes
+    return {int(tier) if tier.isdigit() else tier: nbytes for tier, nbytes in peaks.items()}
 
 
 def smallest_budget(folder: Path, device: str = "cpu", **options: Any) -> dict[int | str, str]:
     """The max_memory that the refusal of one that is too small names."""
     too_small = {"cpu": 1} if device == "cpu" else {"cpu": 1, 0: 1}
     with pytest.raises(BudgetError) as refusal:
-        AutoModel.plan(folder, device=device, **(options | {"max_memory": too_small}))
+        AutoModel.plan(folder, device=device, **(STREAMING | options | {"max_memory": too_small}))
     (named,) = re.findall(r"max_memory=\{(.*)\}", str(refusal.value))
     sizes = re.findall(r'(?:"(\w+)"|(\d+)): "(\w+)"', named)
     return {word or int(number): size for word, number, size in sizes}
+
+
+def cache_in(model: Any, cache: Any) -> dict[str, Any]:
+    """`cache` as the argument that this version of transformers wants it as."""
+    return {cache_keyword(model): cache}
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache that a forward pass returns, under the name that this version of transformers gives it."""
+    return next(output[name] for name in CACHE_KEYWORDS if name in output)
 
 
 def on_accelerator(model: Any) -> Any:

@@ -7,8 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import conditions, disk, limited, report, systems
+from benchmarks import compare, conditions, disk, law, law_child, law_report, limited, plot_law, report, systems
 from benchmarks.checkpoints import Shape, shard_names, write_checkpoint
 from benchmarks.compare import ROOT, execute
+from benchmarks.law_report import Budget, Cliff, LawRun, Measured
 from benchmarks.peers import measure
 from benchmarks.peers.measure import Record, Request, Runner, TokenClock
 from benchmarks.report import Reference, Run, Spread
-from benchmarks.settings import checkpoint_key, parse_settings
+from benchmarks.settings import checkpoint_key, parse_mib, parse_settings
 
 TINY = Shape(hidden=16, intermediate=32, layers=2, vocab=300, heads=4, kv_heads=2)
 REQUIRED = ["--checkpoint=model", "--limit-mib=3000", "--venvs=venvs", "--work=work"]
@@ -191,7 +193,16 @@ def test_a_peer_that_hangs_is_ended_with_its_children(judged, tmp_path):
     )
     run = judged(program, timeout_seconds=1.0)
     assert run.error.startswith("timed out after 1 s")
-    assert not _is_running(int(child.read_text()))
+    assert _ends_soon(int(child.read_text()))
+
+
+def _ends_soon(pid: int) -> bool:
+    """Whether a process that has been killed is gone within seconds: on a busy machine it takes its time to die."""
+    for _ in range(100):
+        if not _is_running(pid):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _is_running(pid: int) -> bool:
@@ -228,6 +239,17 @@ def test_a_limit_without_linux_is_a_clear_error(monkeypatch):
 
 
 @needs_linux
+def test_a_cold_cache_without_root_is_a_clear_error(monkeypatch):
+    def refuse() -> None:
+        raise PermissionError("not root")
+
+    monkeypatch.setattr(limited, "drop_page_cache", refuse)
+    with pytest.raises(limited.LimitError, match=r"needs Linux and root.*not root"):
+        limited.check_cold()
+    assert compare.main([*REQUIRED, "--limit-mib=none"]) == 1
+
+
+@needs_linux
 def test_disk_rate_of_files(tmp_path):
     file = tmp_path / "weights"
     file.write_bytes(b"x" * 100_001)  # not a multiple of a block
@@ -254,12 +276,25 @@ def test_settings_defaults():
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [("--systems=airllm,vllm", "unknown: vllm; known: airstream"), ("--budget-mib=4000", "not within the limit")],
+    [
+        ("--systems=airllm,vllm", "unknown: vllm; known: airstream"),
+        ("--budget-mib=4000", "not within the limit"),
+        ("--limit-mib=much", "neither a whole number of MiB nor none or auto"),
+    ],
 )
 def test_settings_that_make_no_sense_are_refused(extra, message, capsys):
     with pytest.raises(SystemExit):
         parse_settings(None, [*REQUIRED, extra])
     assert message in capsys.readouterr().err
+
+
+def test_no_limit_and_a_budget_left_to_the_system():
+    assert [parse_mib(text) for text in ("3000", "0", "none", "auto")] == [3000, None, None, None]
+    unlimited = parse_settings(None, [*REQUIRED, "--limit-mib=none"])
+    assert (unlimited.limit_mib, unlimited.budget_bytes) == (None, None)
+    assert parse_settings(None, [*REQUIRED, "--limit-mib=0", "--budget-mib=9000"]).budget_mib == 9000
+    automatic = parse_settings(None, [*REQUIRED, "--budget-mib=auto"])
+    assert (automatic.limit_mib, automatic.budget_bytes) == (3000, None)
 
 
 def test_every_system_has_its_runner_and_exact_pins():
@@ -293,6 +328,7 @@ def test_conditions_and_caption(tmp_path):
     assert str(tmp_path) not in json.dumps(context)
     assert "bfloat16 weights, 3000 MiB of memory" in conditions.caption(context)
     assert "disk raw 1.00-2.00 GB/s" in conditions.caption(context)
+    assert "weights, memory not limited, prompt" in conditions.caption(context | {"limit_mib": None})
 
 
 # --- the runners' shared part
@@ -310,8 +346,10 @@ def fake_generate(model: Any, request: Request, clock: TokenClock) -> list[int]:
     return list(model)
 
 
-def test_request_survives_the_command_line(tmp_path):
-    assert measure.parse(["run", *request(tmp_path).arguments()]) == ("run", request(tmp_path))
+@pytest.mark.parametrize("budget_bytes", [1 << 30, None])
+def test_request_survives_the_command_line(tmp_path, budget_bytes):
+    asked = replace(request(tmp_path), budget_bytes=budget_bytes)
+    assert measure.parse(["run", *asked.arguments()]) == ("run", asked)
 
 
 def test_runner_prints_its_record_last(tmp_path, capsys):
@@ -408,6 +446,240 @@ def test_checkpoint_key_follows_the_files(tmp_path):
     assert before != checkpoint_key(tmp_path / "model")
 
 
+# --- the law
+
+
+@pytest.fixture(scope="module")
+def tiny_checkpoint(tmp_path_factory) -> Path:
+    """A whole checkpoint that nobody changes."""
+    folder = tmp_path_factory.mktemp("law") / "model"
+    write_checkpoint(folder, TINY)
+    return folder
+
+
+def measured(seconds: float, pass_bytes: int = 0, rate: float = 2e9, **fields: Any) -> Measured:
+    """A run that took `seconds` a token and streamed `pass_bytes` for each over a link of `rate`."""
+    plain: dict[str, Any] = {
+        "tokens": [1, 2, 3],
+        "token_seconds": [seconds, seconds],
+        "pass_bytes": pass_bytes,
+        "planned_pass_bytes": pass_bytes,
+        "link": [(pass_bytes, pass_bytes / rate)] * 2 if pass_bytes else [],
+        "stall_seconds": 0.5,
+        "predicted_seconds": None,
+        "assumed_rates": [],
+        "planned_peak_bytes": 2_000_000_000,
+        "peak_rise_bytes": 1_900_000_000,
+        "is_direct": True,
+        "version": "airstream 0.1.0",
+    }
+    return Measured(**plain | fields)
+
+
+LAW_BUDGETS = [
+    Budget(0.0, 0.0, 1 << 30, 4 * 10**9),
+    Budget(0.9, 0.9, 4 << 30, 4 * 10**9),
+    Budget(1.0, 1.0, 5 << 30, 4 * 10**9),
+]
+
+
+def law_runs() -> list[LawRun]:
+    """Two turns: streaming everything takes 2 s at the link's rate, computing 0.5 s and then 0.6 s."""
+    return [
+        LawRun(0.0, 1, measured(2.1, 4 * 10**9, predicted_seconds=2.0)),
+        LawRun(0.9, 1, measured(0.51, 4 * 10**8)),
+        LawRun(1.0, 1, measured(0.5)),
+        LawRun(1.0, 2, measured(0.6)),
+        LawRun(0.0, 2, error="exit status 1: no luck"),
+        LawRun(0.9, 2, measured(0.75, 4 * 10**8)),
+    ]
+
+
+def law_cliff() -> Cliff:
+    limits = law_report.cliff_limits([0.0, 1.0], 100 << 20, 6 * 10**9, 8000)
+    peers = [replace(run, system="llamacpp 0%") for run in runs_of("llamacpp", 1.0, decode_seconds_per_token=5.0)]
+    return Cliff(limits, 100 << 20, 6 * 10**9, [*peers, Run("llamacpp 100%", 1, error="timed out")])
+
+
+def law_results() -> dict[str, Any]:
+    context = {
+        "machine": {"cpu": "EPYC", "cores": 2},
+        "model": {"weight_bytes": 6 * 10**9, "dtype": "bfloat16", "model_type": "llama"},
+        "turns": 2,
+    }
+    return law_report.as_json(context, law_runs(), LAW_BUDGETS, law_cliff())
+
+
+def test_law_is_the_slower_of_link_and_compute():
+    assert law_report.bound_seconds(measured(9.0, 4 * 10**9), 0.5) == 2.0
+    assert law_report.bound_seconds(measured(9.0, 4 * 10**8), 0.5) == 0.5
+    assert law_report.bound_seconds(measured(9.0), 0.5) == 0.5
+    assert law_report.bound_seconds(measured(9.0, 4 * 10**9), None) == 2.0
+
+
+def test_link_rate_weighs_before_and_after_by_their_time():
+    assert measured(1.0, 1, link=[(10, 1.0), (10, 4.0)]).link_rate == 4.0
+    assert measured(1.0).link_rate is None
+
+
+def test_compute_time_is_of_the_same_turn_or_of_all():
+    runs = law_runs()
+    assert [law_report.compute_seconds(runs, turn) for turn in (1, 2, 3)] == [0.5, 0.6, 0.55]
+    assert law_report.compute_seconds(runs[:2], 1) is None
+
+
+def test_points_of_the_law():
+    streamed, mixed, resident = law_report.summarise(law_runs(), LAW_BUDGETS)
+    assert streamed["ratio"]["median"] == pytest.approx(1.05)
+    assert streamed["predicted_seconds"] == {"median": 2.0, "min": 2.0, "max": 2.0}
+    assert streamed["holds"]
+    assert mixed["ratio"]["min"] == pytest.approx(0.51 / 0.5)
+    assert mixed["ratio"]["max"] == pytest.approx(0.75 / 0.6)
+    assert not mixed["holds"]
+    assert mixed["predicted_seconds"] is None
+    assert resident["link_bytes_per_second"] is None
+    assert resident["ratio"]["median"] == 1.0
+
+
+def test_law_survives_json_and_fails_in_full():
+    results = law_results()
+    assert json.loads(json.dumps(results))["points"] == results["points"]
+    assert results["tokens_equal"]
+    assert results["llamacpp"]["points"][0] == {
+        "share": 0.0,
+        "limit_mib": 100,
+        "seconds_per_token": {"median": 5.0, "min": 5.0, "max": 5.0},
+    }
+    assert results["llamacpp"]["points"][1]["seconds_per_token"] is None
+    lines = law_report.markdown_table(results).splitlines()
+    assert lines[2] == "| 0.0% | 1.07 | 4.00 | 2.10 | 2.00 | 2.00 | 1.05 | 2.00 | 2.00 | 1.90 |"
+    assert lines[8:10] == ["| 0% | 100 | 5.00 |", "| 100% | 8000 | - |"]
+    assert law_report.markdown_table(results | {"assumed_rates": ["disk"]}).count("not measured here: disk.") == 1
+    assert lines[11:] == ["* airstream 0%, turn 2: exit status 1: no luck", "* llamacpp 100%, turn 1: timed out"]
+
+
+def test_budgets_come_closest_to_the_shares():
+    def pass_bytes(mib: int) -> int | None:
+        """Nothing is read ahead below 10 MiB; then every 4 MiB more keep 4 of 80 bytes."""
+        return None if mib < 10 else max(80 - (mib - 10) // 4 * 4, 0)
+
+    chosen = law_child.choose_budgets(pass_bytes, [0.0, 0.26, 1.0], most_mib=200)
+    assert [budget.max_memory_bytes >> 20 for budget in chosen] == [13, 33, 200]
+    assert [budget.share for budget in chosen] == [0.0, 0.25, 1.0]
+    assert {budget.full_pass_bytes for budget in chosen} == {80}
+
+
+def test_budgets_where_nothing_is_ever_streamed():
+    (budget,) = law_child.choose_budgets(lambda mib: 0, [0.5], most_mib=200)
+    assert (budget.share, budget.max_memory_bytes) == (1.0, 1 << 20)
+
+
+def test_budgets_by_airstreams_own_plan(tiny_checkpoint):
+    pass_bytes = law_child.planned_pass_bytes(tiny_checkpoint, max_context=16)
+    assert pass_bytes(1) is None  # a budget that is too small
+    assert pass_bytes(200) is not None
+
+
+@needs_linux
+def test_one_run_of_the_law(tiny_checkpoint, tmp_path):
+    asked = Request(tiny_checkpoint, tmp_path, [10, 11], num_tokens=4, budget_bytes=200 << 20)
+    run = law_child.measure(asked)
+    assert len(run.tokens) == 4
+    assert len(run.token_seconds) == 3
+    assert run.is_direct
+    assert str(tiny_checkpoint.parent) not in json.dumps(asdict(run))
+
+
+def test_pass_clock_notes_the_bytes_of_every_tick():
+    counts = iter([100, 250])
+    clock = law_child.PassClock(streamed_bytes=lambda: next(counts))
+    clock.tick()
+    clock.tick()
+    assert clock.streamed == [100, 250]
+    assert len(clock.seconds) == 2
+
+
+@needs_linux
+@pytest.mark.parametrize("is_cold", [True, False])
+def test_the_law_from_its_command_line(tiny_checkpoint, tmp_path, monkeypatch, capsys, is_cold):
+
+    def execute(command, timeout_seconds, limit_mib=None):
+        is_choice = "budgets" in command
+        answer = [asdict(LAW_BUDGETS[0])] if is_choice else asdict(measured(2.0, 4 * 10**9))
+        failed = not is_choice and execute.num_measured == 1
+        execute.num_measured += not is_choice
+        return limited.Outcome(int(failed), 1.0, 0, None), f"chatter\n{json.dumps(answer)}\n", "last words"
+
+    def drop_page_cache():
+        if not is_cold:
+            raise PermissionError("not root")
+
+    execute.num_measured = 0
+    monkeypatch.setattr(compare, "execute", execute)
+    monkeypatch.setattr(limited, "drop_page_cache", drop_page_cache)
+    out = tmp_path / "law.json"
+    assert law.main([f"--checkpoint={tiny_checkpoint}", "--turns=2", "--shares=0", f"--out={out}"]) == 0
+    results = json.loads(out.read_text())
+    assert [run["error"] for run in results["runs"]] == [None, "exit status 1: last words"]
+    assert results["points"][0]["ratio"]["median"] == 1.0
+    assert results["cache_state"].startswith("page cache dropped" if is_cold else "page cache as it was")
+    assert str(tiny_checkpoint.parent) not in out.read_text()
+    printed = capsys.readouterr()
+    assert json.loads(printed.out.splitlines()[-1]) == results
+    assert "[2/2] turn 2 airstream 0%: FAILED, exit status 1: last words" in printed.err
+
+
+def test_a_law_that_cannot_begin(tiny_checkpoint, monkeypatch, capsys):
+    monkeypatch.setattr(limited, "drop_page_cache", lambda: None)
+    monkeypatch.setattr(compare, "execute", lambda *_: (limited.Outcome(1, 1.0, 0, None), "", "no such thing"))
+    assert law.main([f"--checkpoint={tiny_checkpoint}"]) == 1
+    assert "no budgets: exit status 1: no such thing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--shares=0,101", "not a list of per cent"),
+        ("--shares=some", "not a list of per cent"),
+        ("--llamacpp", "needs --venvs and --work"),
+        ("--tokens=1", "ask for 2 or more"),
+    ],
+)
+def test_laws_that_make_no_sense_are_refused(extra, message, capsys):
+    with pytest.raises(SystemExit):
+        law.parse_settings(["--checkpoint=model", extra])
+    assert message in capsys.readouterr().err
+
+
+def test_line_of_the_law_has_its_corner():
+    points = json.loads(json.dumps(law_results()["points"]))
+    shares, seconds = plot_law.law_line(points, steps=10)
+    assert shares == pytest.approx([0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 100])
+    assert seconds[:2] == pytest.approx([2.0, 1.8])
+    assert seconds[-2:] == pytest.approx([0.55, 0.55])
+
+
+def test_line_of_the_law_without_streaming():
+    (resident,) = law_report.summarise([LawRun(1.0, 1, measured(0.5))], LAW_BUDGETS)
+    assert plot_law.law_line([resident]) == ([0.0, 100.0], [0.5, 0.5])
+
+
+@pytest.mark.parametrize("is_linear", [False, True])
+def test_a_picture_of_the_law(tmp_path, is_linear):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "law.json").write_text(json.dumps(law_results()))
+    plot_law.main([str(tmp_path / "law.json"), str(tmp_path / "law.png"), *(["--linear"] if is_linear else [])])
+    assert (tmp_path / "law.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_without_matplotlib_is_a_clear_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plot_law, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"airstream\[plot\]"):
+        plot_law.draw(law_results(), tmp_path / "law.png")
+    assert law.main(["--checkpoint=model", "--plot=law.png"]) == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
 # --- GGUF (needs the gguf package)
 
 
@@ -430,5 +702,5 @@ def test_gguf_holds_the_same_weights(tmp_path):
 
 def test_the_comparison_needs_no_large_library():
     """A child inherits its parent's peak RSS, so the parent must stay small."""
-    program = "import sys, benchmarks.compare; sys.exit('torch' in sys.modules)"
+    program = "import sys, benchmarks.compare, benchmarks.law; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from airstream import AutoModel, compat, plan
+from airstream import AutoModel, compat
 from airstream.checkpoint import files
 from airstream.errors import (
     AirstreamError,
@@ -34,6 +34,8 @@ from airstream.errors import (
     UnsupportedError,
 )
 from airstream.model import residency
+from airstream.plan import ModelFacts, Request, planner
+from tests.conftest import STREAMING, least_memory
 from tests.test_reader import descriptors, reader_threads
 
 CONFIG = LlamaConfig(
@@ -85,8 +87,9 @@ def tokens_of(model: Any) -> torch.Tensor:
 
 def load(folder: Path, **options: Any) -> Any:
     """Streamed from the disk for every token: nothing but the smallest ring, around the page cache."""
-    settings: dict[str, Any] = {"device": "cpu", "layers_per_batch": 1, "prefetch_batches": 1, "page_cache": False}
-    return AutoModel.from_pretrained(folder, **(settings | options))
+    settings = STREAMING | {"page_cache": False, "max_context": 128, "max_batch_size": 1} | options
+    settings.setdefault("max_memory", least_memory(folder, **settings))
+    return AutoModel.from_pretrained(folder, device="cpu", **settings)
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +102,7 @@ def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
 def refused(folder: Path, error: type[AirstreamError], *said: str, **options: Any) -> str:
     """`folder` cannot be loaded: exactly `error`, whose message says all of `said`; nothing is left at that moment."""
     with pytest.raises(AirstreamError) as caught:
-        load(folder, **options)
+        AutoModel.from_pretrained(folder, device="cpu", page_cache=False, **options)
     message = str(caught.value)
     assert type(caught.value) is error, f"{type(caught.value).__name__}: {message}"
     for words in said:
@@ -316,7 +319,7 @@ def test_a_single_error_while_reading_ahead_is_noticed_by_nobody(
 ) -> None:
     with load(checkpoint) as model:
         assert torch.equal(tokens_of(model), expected)
-        streamer = model._engine._streamer
+        streamer = model._engine._executor.streamer
 
         to_fail = list[int]()
 
@@ -350,9 +353,9 @@ def test_a_disk_that_stays_broken_and_recovers(checkpoint: Path, expected: torch
 
 
 @PREADV
-@pytest.mark.parametrize("num_reads", [0, 1])
-def test_a_read_error_while_loading(checkpoint: Path, disk: Disk, num_reads: int) -> None:
-    disk.fail_after(num_reads)
+def test_a_read_error_while_loading(checkpoint: Path, disk: Disk) -> None:
+    """What is outside of the layers is read then; all else comes with the first pass."""
+    disk.fail_after(0)
     refused(checkpoint, ReadError, str(checkpoint), os.strerror(errno.EIO))
 
 
@@ -462,12 +465,12 @@ def test_the_base_model_alone_never_asks_for_the_streamed_lm_head(
 ) -> None:
     """The order in which batches are asked for is then not the one in which they are listed."""
     expected = AutoModelForCausalLM.from_pretrained(original).model(PROMPT).last_hidden_state
-    candidates = plan._candidates
+    frames = planner._frames
 
-    def with_the_head_streamed(facts: plan.ModelFacts, request: plan.Request) -> Iterator[plan.Plan]:
-        return (candidate for candidate in candidates(facts, request) if candidate.head == "streamed")
+    def with_the_head_streamed(facts: ModelFacts, request: Request) -> Iterator[planner._Frame]:
+        return (frame for frame in frames(facts, request) if not frame.head_resident)
 
-    monkeypatch.setattr(plan, "_candidates", with_the_head_streamed)
+    monkeypatch.setattr(planner, "_frames", with_the_head_streamed)
     with load(checkpoint, prefetch_batches=prefetch, max_context=64) as model:
         assert model.plan.prefetch_batches == prefetch
         assert model.plan.head == "streamed"

@@ -23,7 +23,8 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from tests.conftest import Resident, WriteTiny, stream
+from airstream.compat import CACHE_KEYWORDS
+from tests.conftest import Resident, WriteTiny, cache_in, cache_of, stream
 from tests.tiny_models import VOCAB_SIZE
 
 FP32 = torch.float32
@@ -64,7 +65,7 @@ def assert_same(actual: Any, expected: Any) -> None:
         assert torch.equal(actual, expected)
     elif isinstance(expected, dict):
         assert actual.keys() == expected.keys()
-        for key in expected.keys() - {"past_key_values"}:
+        for key in expected.keys() - set(CACHE_KEYWORDS):
             assert_same(actual[key], expected[key])
     elif isinstance(expected, (tuple, list)):
         assert len(actual) == len(expected)
@@ -119,8 +120,8 @@ def streamed_tokens(model: Any) -> Any:
 def two_turns(model: Any) -> Any:
     """A chat: the second turn goes on with the cache of the first."""
     cache = DynamicCache(config=model.config)
-    first = model.generate(IDS, past_key_values=cache, **GREEDY)
-    second = model.generate(torch.cat([first, TURN], dim=1), past_key_values=cache, **GREEDY)
+    first = model.generate(IDS, **cache_in(model, cache), **GREEDY)
+    second = model.generate(torch.cat([first, TURN], dim=1), **cache_in(model, cache), **GREEDY)
     return first, second, cache.get_seq_length()
 
 
@@ -128,8 +129,8 @@ def by_hand(model: Any) -> Any:
     """A loop of forward passes, one token each, as people write it."""
     ids, cache, steps = IDS, None, []
     for _ in range(6):
-        output = model(ids, past_key_values=cache, use_cache=True)
-        cache, ids = output.past_key_values, output.logits[:, -1:].argmax(-1)
+        output = model(ids, use_cache=True, **cache_in(model, cache))
+        cache, ids = cache_of(output), output.logits[:, -1:].argmax(-1)
         steps.append(output.logits)
     return steps
 
@@ -152,7 +153,7 @@ USES: dict[str, Use] = {
     "dynamic cache": lambda model: model.generate(IDS, cache_implementation="dynamic", **GREEDY),
     "static cache": lambda model: model.generate(IDS, cache_implementation="static", **GREEDY),
     "static cache object": lambda model: model.generate(
-        IDS, past_key_values=StaticCache(config=model.config, max_cache_len=64), **GREEDY
+        IDS, **cache_in(model, StaticCache(config=model.config, max_cache_len=64)), **GREEDY
     ),
     "no cache": lambda model: model.generate(IDS, use_cache=False, **GREEDY),
     "two turns": two_turns,

@@ -27,7 +27,7 @@ import airstream
 from airstream import AutoModel, BudgetError, ClosedError, ReadError, UnsupportedError
 from airstream.checkpoint.files import WeightFile
 from airstream.streamer import Streamer
-from tests.conftest import Readers, Resident, WriteTiny, on_accelerator, smallest_budget, stream
+from tests.conftest import Readers, Resident, WriteTiny, cache_in, cache_of, on_accelerator, smallest_budget, stream
 from tests.sim import SimDevice
 from tests.tiny_models import LLAMA, VOCAB_SIZE, TinyModel, write_model
 
@@ -477,8 +477,10 @@ def chat(*models: Any) -> list[int]:
     done = [0] * len(models)
     for turn in range(12):
         which = turn % len(models)
-        output = models[which](torch.tensor([tokens[done[which] :]]), past_key_values=caches[which], use_cache=True)
-        caches[which], done[which] = output.past_key_values, len(tokens)
+        output = models[which](
+            torch.tensor([tokens[done[which] :]]), use_cache=True, **cache_in(models[which], caches[which])
+        )
+        caches[which], done[which] = cache_of(output), len(tokens)
         tokens.append(int(output.logits[0, -1].argmax()))
     return tokens
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,20 +32,47 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from airstream.checkpoint.files import PAGE_BYTES
 from airstream.errors import BudgetError
 from airstream.footprint import Footprint, footprint
-from airstream.plan import CONTEXTS, MIN_OVERLAPPED_CONTEXT, Batch, ModelFacts, Plan, Request, make_plan
+from airstream.plan import (
+    CONTEXTS,
+    MIN_OVERLAPPED_CONTEXT,
+    Arithmetic,
+    BatchFacts,
+    Group,
+    ModelFacts,
+    Plan,
+    Request,
+    make_plan,
+    quantised,
+    with_advice,
+)
+from airstream.rates.facts import assumed
 from airstream.ring import ring_bytes
 from airstream.units import GIB, MIB, parse_bytes
+from tests.conftest import cache_of
 
 LLAMA_7B = footprint(LlamaConfig(), item_bytes=2, eager_attention=False)
 STAGING = 64 * MIB
+HARDWARE = assumed("cpu", "a machine", 8)
+CARD = assumed("cuda", "a machine with a card", 8)
+SHARES = (1, 4, 4, 5, 9, 9)
+"""How large the groups of a layer are beside each other, in the order in which they become resident."""
 
 
-def batches_of(layers: int, count: int, layer_bytes: int) -> tuple[Batch, ...]:
+def batch_of(units: Sequence[str], nbytes: int, shares: Sequence[int] = SHARES) -> BatchFacts:
+    """Tensors in groups of about `shares` of `nbytes`, page by page."""
+    sizes = [max(nbytes * share // sum(shares) // PAGE_BYTES, 1) * PAGE_BYTES for share in shares]
+    groups = tuple(Group((f"{units[0]}.{place}.weight",), size, size + PAGE_BYTES) for place, size in enumerate(sizes))
+    left = tuple(sum(sizes[place:]) for place in range(len(sizes) + 1))
+    return BatchFacts(tuple(units), groups, left, left)
+
+
+def batches_of(layers: int, count: int, layer_bytes: int) -> tuple[BatchFacts, ...]:
     names = [f"model.layers.{i}" for i in range(layers)]
     groups = [tuple(names[first : first + count]) for first in range(0, layers, count)]
-    return tuple(Batch(units, len(units) * layer_bytes) for units in groups)
+    return tuple(batch_of(units, len(units) * layer_bytes) for units in groups)
 
 
 def facts_of(
@@ -56,20 +83,21 @@ def facts_of(
     need: Footprint = LLAMA_7B,
 ) -> ModelFacts:
     """A LLaMA-7B, unless something else is said."""
-    tables = {"model.embed_tokens.weight": 250 * MIB}
+    table = Group(("model.embed_tokens.weight",), 250 * MIB, None)
+    weights = layers * layer_bytes + (head_bytes or 0)
     return ModelFacts(
         name="huggyllama/llama-7b",
         dtype="float16",
         batchings={count: batches_of(layers, count, layer_bytes) for count in batch_sizes},
-        head=None if head_bytes is None else Batch(("lm_head",), head_bytes),
-        head_resident_bytes=head_bytes or 0,
+        head=None if head_bytes is None else batch_of(("lm_head",), head_bytes, (1,)),
         resident_bytes=MIB,
-        rows_from_disk=tables,
-        rows_of_head=frozenset(),
-        checkpoint_bytes=layers * layer_bytes + (head_bytes or 0) + sum(tables.values()),
+        tables={"model.embed_tokens.weight": table},
+        tables_of_head=frozenset(),
+        checkpoint_bytes=weights + table.nbytes,
         conversion_bytes=0,
         has_tokenizer=True,
         footprint=need,
+        arithmetic=Arithmetic(layers, weights, head_bytes or 0, 0, 1.0, 4096),
     )
 
 
@@ -92,15 +120,16 @@ def situations(draw: st.DrawFn) -> tuple[ModelFacts, Request]:
         batch_sizes=draw(st.sampled_from([(1,), (2, 1), (4, 1), (3,)])),
         head_bytes=draw(st.none() | mib),
     )
+    on_host = draw(st.booleans())
     changes = {
         "prefetch_batches": draw(st.none() | st.integers(0, 4)),
         "max_context": draw(st.none() | st.integers(1, 4096)),
         "max_batch_size": draw(st.integers(1, 8)),
         "direct_io": draw(st.booleans()),
+        "hardware": draw(st.none() | st.just(HARDWARE if on_host else CARD)),
     }
-    budget, host_budget = draw(st.integers(GIB, 99 * GIB)), draw(st.integers(100 * MIB, GIB))
-    request = on_cuda(budget, host_budget, **changes) if draw(st.booleans()) else on_cpu(budget, **changes)
-    return facts, request
+    budget, host_budget = draw(st.integers(GIB, 99 * GIB)), draw(st.integers(100 * MIB, 40 * GIB))
+    return facts, on_cpu(budget, **changes) if on_host else on_cuda(budget, host_budget, **changes)
 
 
 # ---------------------------------------------------------------------------------------------- what every plan keeps
@@ -116,9 +145,11 @@ def test_every_plan_is_within_its_budgets_and_adds_up(situation: tuple[ModelFact
         assume(False)
     assert all(tier.peak_bytes <= tier.budget_bytes == request.budgets[name] for name, tier in plan.tiers.items())
     assert plan.peak_bytes == {name: sum(tier.items.values()) for name, tier in plan.tiers.items()}
-    assert plan.ring_bytes >= ring_bytes([batch.nbytes for batch in plan.batches], plan.prefetch_batches + 1)
+    streamed = [batch.nbytes for batch in plan.batches if batch.nbytes]
+    assert plan.ring_bytes >= ring_bytes(streamed, plan.prefetch_batches + 1)
     assert plan.tiers[request.tier].items["ring"] == plan.ring_bytes
-    assert plan.streamed_bytes == sum(batch.nbytes for batch in plan.batches)
+    assert plan.tiers[request.tier].items["resident weights"] == facts.resident_bytes + plan.resident_bytes
+    assert plan.tiers["cpu"].items["weights kept ready"] == plan.hosted_bytes
     assert (plan.device, plan.direct_io, plan.max_batch_size) == (
         request.device,
         request.direct_io,
@@ -126,11 +157,18 @@ def test_every_plan_is_within_its_budgets_and_adds_up(situation: tuple[ModelFact
     )
     assert plan.max_context == (request.max_context or plan.max_context)
     assert request.prefetch_batches in (None, plan.prefetch_batches)
-    streamed = [unit for batch in plan.batches for unit in batch.units]
-    listed = [unit for batch in facts.batchings[plan.layers_per_batch] for unit in batch.units]
-    assert streamed == listed + (["lm_head"] if plan.head == "streamed" else [])
     assert (plan.head == "none") is (facts.head is None)
     assert plan.work_bytes >= facts.footprint.kv_bytes(plan.max_batch_size, plan.max_context)
+    assert (plan.prediction is None) is (request.hardware is None)
+    batches = (*facts.batchings[plan.layers_per_batch], *([facts.head] if facts.head else []))
+    for planned, whole in zip(plan.batches, batches, strict=True):
+        assert planned.units == whole.units
+        listed = [name for group in whole.groups for name in group.names]
+        kept = [*planned.resident, *planned.hosted]
+        assert kept == listed[: len(kept)], "what is left to read is the end of the order"
+        assert planned.nbytes == whole.slab_bytes[len(planned.resident)]
+        assert planned.read_bytes == whole.read_bytes[len(kept)]
+    assert request.tier != "cpu" or plan.hosted_bytes == 0
 
 
 @settings(max_examples=100, deadline=None)
@@ -153,54 +191,48 @@ def test_a_plan_is_the_same_every_time_and_survives_json(situation: tuple[ModelF
 # ------------------------------------------------------------------------------------------------ the best that fits
 
 
-def alternatives(facts: ModelFacts, request: Request) -> Iterator[Plan]:
+def frames(facts: ModelFacts, request: Request) -> Iterator[Plan]:
     """Every plan that fits, found one by one with all choices made beforehand."""
-    heads: list[tuple[str, Batch | None, int]] = [("none", None, 0)]
+    heads: list[tuple[str, ModelFacts]] = [("none", facts)]
     if facts.head is not None:
-        heads = [("resident", None, facts.head_resident_bytes), ("streamed", facts.head, 0)]
+        always = replace(facts, head=None, resident_bytes=facts.resident_bytes + facts.head.groups[0].nbytes)
+        heads = [("resident", always), ("streamed", facts)]
     contexts = [context for context in CONTEXTS if context <= facts.footprint.max_position]
-    for layers, depth, context, (head, streamed, head_bytes) in itertools.product(
-        facts.batchings, (0, 1, 2), contexts, heads
-    ):
-        batches = facts.batchings[layers] + ((streamed,) if streamed else ())
-        fixed = replace(facts, batchings={layers: batches}, head=None, head_resident_bytes=head_bytes)
+    for layers, depth, context, (head, other) in itertools.product(facts.batchings, (None, 0, 1), contexts, heads):
+        fixed = replace(other, batchings={layers: other.batchings[layers]})
         try:
             plan = make_plan(fixed, replace(request, prefetch_batches=depth, max_context=context))
         except BudgetError:
             continue
-        yield replace(plan, head=head)
+        yield replace(plan, head=head) if head != "streamed" else plan
 
 
 def preference(plan: Plan) -> tuple[Any, ...]:
-    """Reading ahead (with a context worth having), a long context, a resident lm_head, large batches, more ahead."""
+    """Reading ahead (with a context worth having), a long context, a resident lm_head, large batches."""
     overlapped = plan.prefetch_batches > 0 and plan.max_context >= MIN_OVERLAPPED_CONTEXT
-    return (overlapped, plan.max_context, plan.head != "streamed", plan.layers_per_batch, plan.prefetch_batches)
+    return (overlapped, plan.max_context, plan.head != "streamed", plan.layers_per_batch)
 
 
 @pytest.mark.parametrize("head_bytes", [None, 100 * MIB, 900 * MIB], ids=["no head", "small head", "large head"])
 def test_no_plan_that_fits_is_preferable(head_bytes: int | None) -> None:
     facts = facts_of(layers=8, head_bytes=head_bytes)
     num_plans = 0
-    for budget in range(400 * MIB, 8 * GIB, 130 * MIB):
-        fitting = list(alternatives(facts, on_cpu(budget)))
+    for budget in range(400 * MIB, 8 * GIB, 260 * MIB):
+        fitting = list(frames(facts, on_cpu(budget)))
         if not fitting:
             with pytest.raises(BudgetError):
                 make_plan(facts, on_cpu(budget))
             continue
         num_plans += 1
         assert preference(make_plan(facts, on_cpu(budget))) == max(map(preference, fitting)), budget
-    assert num_plans > 10
+    assert num_plans > 8
 
 
 def test_with_plenty_of_memory_nothing_is_given_up() -> None:
     plan = make_plan(facts_of(), on_cpu(64 * GIB))
-    assert (plan.prefetch_batches, plan.layers_per_batch, plan.head, plan.max_context) == (
-        2,
-        2,
-        "resident",
-        CONTEXTS[0] // 2,
-    )
-    # LLaMA-7B has no more than 2048 positions
+    assert (plan.layers_per_batch, plan.head, plan.streamed_bytes, plan.ring_bytes) == (2, "resident", 0, 0)
+    assert plan.max_context == 2048  # LLaMA-7B has no more positions
+    assert (plan.rows_from_disk, list(plan.tables)) == ({}, ["model.embed_tokens.weight"])
 
 
 @settings(max_examples=150, deadline=None)
@@ -212,7 +244,10 @@ def test_more_memory_is_never_worse(budgets: tuple[int, int], head: int | None) 
         modest = make_plan(facts, on_cpu(small * MIB))
     except BudgetError:
         assume(False)
-    assert preference(make_plan(facts, on_cpu(large * MIB))) >= preference(modest)
+    ample = make_plan(facts, on_cpu(large * MIB))
+    assert preference(ample) >= preference(modest)
+    if preference(ample) == preference(modest):
+        assert ample.streamed_bytes <= modest.streamed_bytes
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])
@@ -224,6 +259,111 @@ def test_with_the_depth_given_more_memory_never_means_a_shorter_context(depth: i
     assert len(set(contexts)) > 2
 
 
+# ------------------------------------------------------------------------------------------------- filling the budgets
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    layers=st.sampled_from([8, 28, 32, 80]),
+    layer_mib=st.sampled_from([40, 200, 1600]),
+    share=st.floats(0.05, 1.2),
+    is_on_cpu=st.booleans(),
+)
+def test_every_budget_is_used(layers: int, layer_mib: int, share: float, is_on_cpu: bool) -> None:
+    """At least 95 % of it, unless all weights are in memory or a single tensor is larger than what is left."""
+    facts = facts_of(layers, layer_mib * MIB)
+    budget = 4 * layer_mib * MIB + GIB + int(share * facts.checkpoint_bytes)
+    request = on_cpu(budget, max_context=512)
+    if not is_on_cpu:
+        request = on_cuda(4 * layer_mib * MIB + GIB, budget, max_context=512)
+    plan = make_plan(facts, request)
+    everything = plan.read_bytes == 0
+    largest = max(group.nbytes for batch in facts.batchings[plan.layers_per_batch] for group in batch.groups)
+    for tier in plan.tiers.values():
+        spare = tier.budget_bytes - tier.peak_bytes
+        assert spare <= max(0.05 * tier.budget_bytes, largest) or everything or plan.streamed_bytes == 0
+    assert is_on_cpu or plan.hosted_bytes > 0 or plan.streamed_bytes == 0
+
+
+def test_the_budgets_of_real_shapes_are_used_to_95_percent() -> None:
+    """A 7B and a 70B on cards and hosts that people have, counting what single tensors allow."""
+    for layers, layer_mib, head_mib in ((32, 386, 250), (80, 1632, 2004)):
+        facts = facts_of(layers, layer_mib * MIB, (1,), head_mib * MIB)
+        for gib in (6, 8, 12, 16, 24, 32, 48, 64, 96):
+            plan = plan_or_none(facts, on_cpu(gib * GIB, max_context=2048))
+            if plan is not None and plan.streamed_bytes:
+                assert plan.tiers["cpu"].peak_bytes >= 0.95 * plan.tiers["cpu"].budget_bytes, (layers, gib)
+
+
+@settings(max_examples=40, deadline=None)
+@given(budget=st.integers(3000, 14000), layers=st.integers(2, 40))
+def test_residents_are_spread_evenly(budget: int, layers: int) -> None:
+    plan = plan_or_none(facts_of(layers, batch_sizes=(1,)), on_cpu(budget * MIB, max_context=512))
+    assume(plan is not None and plan.streamed_bytes > 0)
+    assert plan is not None
+    counts = [len(batch.resident) for batch in plan.batches if batch.units != ("lm_head",)]
+    assert max(counts) - min(counts) <= 1
+    more = [place for place, count in enumerate(counts) if count == max(counts)]
+    gaps = [after - before for before, after in itertools.pairwise(more)]
+    assert not gaps or max(gaps) <= 2 * max(layers // len(more), 1) + 2, "those with one more are not neighbours"
+
+
+@settings(max_examples=40, deadline=None)
+@given(budgets=st.tuples(st.integers(3000, 14000), st.integers(3000, 14000)))
+def test_a_little_less_memory_changes_little(budgets: tuple[int, int]) -> None:
+    """What stays in memory with less stays with more, so that a change of plan keeps what is loaded."""
+    small, large = sorted(budgets)
+    plans = [make_plan(facts_of(batch_sizes=(1,)), on_cpu(each * MIB, max_context=512)) for each in (small, large)]
+    kept, more = ({name for batch in plan.batches for name in batch.resident} for plan in plans)
+    assert kept <= more
+
+
+def test_on_an_accelerator_the_host_holds_what_the_device_cannot() -> None:
+    facts = facts_of(layers=32, batch_sizes=(1,))
+    plan = make_plan(facts, on_cuda(6 * GIB, 6 * GIB, max_context=512))
+    assert plan.resident_bytes > 3 * GIB
+    assert plan.hosted_bytes > 5 * GIB
+    assert 0 < plan.read_bytes < plan.streamed_bytes
+    roomy = make_plan(facts, on_cuda(6 * GIB, 64 * GIB, max_context=512))
+    assert roomy.read_bytes == 0 < roomy.streamed_bytes
+    assert roomy.resident_bytes == plan.resident_bytes
+    tight = make_plan(facts, on_cuda(6 * GIB, 136 * MIB, max_context=512))
+    assert tight.hosted_bytes == 0
+    assert tight.read_bytes == tight.streamed_bytes
+
+
+def test_tensors_that_a_converter_makes_are_not_kept_on_the_host() -> None:
+    facts = facts_of(layers=4, batch_sizes=(1,))
+    batches = tuple(
+        replace(batch, groups=tuple(replace(group, host_bytes=None) for group in batch.groups))
+        for batch in facts.batchings[1]
+    )
+    plan = make_plan(replace(facts, batchings={1: batches}), on_cuda(2 * GIB, 64 * GIB, max_context=512))
+    assert all(not batch.hosted for batch in plan.batches if batch.units != ("lm_head",))
+
+
+def test_what_would_help_is_said() -> None:
+    facts, request = facts_of(), on_cpu(6 * GIB, hardware=HARDWARE, max_context=512)
+    plan = with_advice(make_plan(facts, request), facts, request)
+    assert set(plan.would_help) == {"+8 GiB of RAM", "a 7 GB/s disk", "4-bit weights"}
+    factors = list(plan.would_help.values())
+    assert factors == sorted(factors, reverse=True)
+    assert all(factor > 1 for factor in factors)
+    assert "would help   " in str(plan)
+    ample = on_cpu(64 * GIB, hardware=HARDWARE, max_context=512)
+    assert "+8 GiB of RAM" not in with_advice(make_plan(facts, ample), facts, ample).would_help
+
+
+def test_fewer_bits_are_fewer_bytes_in_the_layers_only() -> None:
+    facts = facts_of()
+    small = quantised(facts, 4)
+    for batch, whole in zip(small.batchings[1], facts.batchings[1], strict=True):
+        assert batch.slab_bytes[0] == pytest.approx(whole.slab_bytes[0] / 4, rel=1e-3)
+        assert sum(group.nbytes for group in batch.groups) == pytest.approx(whole.slab_bytes[0] / 4, rel=1e-3)
+    assert small.head == facts.head
+    assert small.arithmetic.weight_bytes == facts.arithmetic.head_bytes + 32 * 100 * MIB
+
+
 def test_a_context_that_is_asked_for_is_not_shortened() -> None:
     with pytest.raises(BudgetError, match="x 4096 tokens"):
         make_plan(facts_of(), on_cpu(2 * GIB, max_context=4096))
@@ -231,14 +371,15 @@ def test_a_context_that_is_asked_for_is_not_shortened() -> None:
 
 
 def test_rows_come_from_the_resident_head_they_are_tied_to() -> None:
-    facts = replace(facts_of(), rows_of_head=frozenset({"model.embed_tokens.weight"}))
-    assert make_plan(facts, on_cpu(64 * GIB)).rows_from_disk == {}
+    facts = replace(facts_of(), tables_of_head=frozenset({"model.embed_tokens.weight"}))
+    plan = make_plan(facts, on_cpu(64 * GIB))
+    assert (plan.rows_from_disk, plan.tables) == ({}, {})
     streamed = next(
         plan
         for budget in range(1000, 8000, 50)
         if (plan := plan_or_none(facts, on_cpu(budget * MIB))) is not None and plan.head == "streamed"
     )
-    assert streamed.rows_from_disk == facts.rows_from_disk
+    assert streamed.rows_from_disk == {"model.embed_tokens.weight": 250 * MIB}
 
 
 def plan_or_none(facts: ModelFacts, request: Request) -> Plan | None:
@@ -280,7 +421,7 @@ def test_the_message_has_the_numbers() -> None:
     assert message.startswith("huggyllama/llama-7b does not fit: host memory needs ")
     assert "max_memory gives 500 MiB" in message
     assert "ring 400 MiB + resident weights 1.0 MiB + KV cache " in message
-    assert "largest layer batch is 'model.layers.0' with 400 MiB" in message
+    assert re.search(r"largest layer batch is 'model.layers.\d+' with 400 MiB", message)
     assert re.search(r'for batches of 1 x 128 tokens, is max_memory=\{"cpu": "\d+MiB"\}$', message)
 
 
@@ -343,14 +484,14 @@ def test_a_printed_plan_fits_the_screen_and_says_everything(where: Request) -> N
     for tier in plan.tiers.values():
         assert tier.budget_note in text
     labelled = [line[2:] for line in lines if re.match(r" {2}\S", line)]
-    assert len(labelled) == 4 + len(plan.tiers)
+    assert len(labelled) >= 4 + len(plan.tiers)
     for line in labelled:  # one column of labels, one of what they stand for
         assert re.match(r"[a-z_]+( [a-z0-9]+)* +$", line[:13]), line
         assert line[13] != " ", line
 
 
 def test_a_resident_head_is_worth_more_than_larger_batches() -> None:
-    facts = facts_of(layers=8, head_bytes=900 * MIB)
+    facts = facts_of(layers=8, head_bytes=900 * MIB)  # as long as the layers are streamed
     plans = [plan_or_none(facts, on_cpu(budget * MIB, max_context=512)) for budget in range(500, 8000, 50)]
     kinds = [(plan.head, plan.layers_per_batch) for plan in plans if plan is not None]
     assert [kind for kind, _ in itertools.groupby(kinds)][-2:] == [("resident", 1), ("resident", 2)]
@@ -420,7 +561,7 @@ def test_the_kv_cache_has_the_size_that_was_predicted(config: PreTrainedConfig) 
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        cache = model(torch.arange(5, 15).view(2, 5), use_cache=True).past_key_values
+        cache = cache_of(model(torch.arange(5, 15).view(2, 5), use_cache=True))
     measured = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     assert footprint(model.config, 4, eager_attention=False).kv_elements * 10 == measured
 

@@ -20,6 +20,7 @@ from airstream.checkpoint import files
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Job, Landing, Piece, ReadCancelled, Reader
 from airstream.errors import ClosedError, ReadError
+from airstream.fill import Fill
 from airstream.ring import ring_bytes
 from airstream.slab import Slab
 from airstream.streamer import Region, Streamer
@@ -92,7 +93,7 @@ class FakeReader:
         on_done: Callable[[BaseException | None], None],
         urgent: bool = False,
     ) -> Job:
-        request = Request(pieces, landing, Job(landing, 1, on_done), urgent)
+        request = Request(pieces, landing, Job(1, on_done), urgent)
         self.requests.append(request)
         self.asked.append(self._batch_of[pieces[0].offset])
         if self._eager:
@@ -120,7 +121,7 @@ def new_streamer(slabs: Sequence[Slab], reader: Any, prefetch: int, ring_pages: 
     nbytes = (
         ring_bytes([slab.nbytes for slab in slabs], prefetch + 1) if ring_pages is None else ring_pages * PAGE_BYTES
     )
-    return Streamer(slabs, nbytes, prefetch, reader, CpuBackend(CHUNK_BYTES))
+    return Streamer([Fill(slab, slab.nbytes) for slab in slabs], nbytes, prefetch, reader, CpuBackend(CHUNK_BYTES))
 
 
 def visit(streamer: Streamer, slabs: Sequence[Slab], batch: int) -> bool:

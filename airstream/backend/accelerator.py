@@ -7,13 +7,15 @@ not grow with the layers, a layer of any size streams through it, and disk and b
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from airstream.backend.base import Backend, Packing, Runtime
 from airstream.backend.host_memory import HostBuffer
-from airstream.backend.landing import cast_into
+from airstream.backend.landing import HostLanding, Staging, cast_into
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Piece
 
@@ -37,18 +39,23 @@ class AcceleratorBackend(Backend):
         self._runtime = runtime
         self._copies = runtime.new_stream()
         self._computed = runtime.new_event()
+        self._chunk_bytes = chunk_bytes
+        self._staging = Staging(chunk_bytes)
         self._lanes = [_Lane(runtime, self._copies, chunk_bytes) for _ in range(num_workers)]
         pinned = [lane.pinned for lane in self._lanes]
         if not all(pinned):
             logger.warning("host memory could not be pinned: copies to %s will be slower", self.device)
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
+    def allocate(self, nbytes: int, touch: bool = True) -> torch.Tensor:  # noqa: ARG002 - device memory never faults
         memory = self._runtime.empty(nbytes)
         self.release()  # the allocator may hand out memory that queued computations still use: copies wait for them
         return memory
 
     def landing(self, memory: torch.Tensor) -> DeviceLanding:
         return DeviceLanding(memory, self._lanes)
+
+    def keep_ready(self, nbytes: int) -> HostWeights:
+        return HostWeights(nbytes, self._runtime, self._copies, self._lanes, self._chunk_bytes, self._staging)
 
     def new_fence(self) -> Any:
         return self._runtime.new_event()
@@ -88,6 +95,51 @@ class DeviceLanding:
         self._lanes[worker].send(piece, self._memory[piece.target : piece.target + piece.target_bytes])
 
 
+class HostWeights:
+    """Weights in host memory on their way to the device, pinned if the system allows it.
+
+    Pinned, they are copied from where they lie. Otherwise reader threads take them through their staging buffers, so
+    that the thread that computes never waits for a copy.
+    """
+
+    def __init__(
+        self, nbytes: int, runtime: Runtime, copies: Any, lanes: list[_Lane], chunk_bytes: int, staging: Staging
+    ) -> None:
+        self.nbytes = nbytes
+        self._runtime = runtime
+        self._copies = copies
+        self._lanes = lanes
+        self._chunk_bytes = chunk_bytes
+        self._staging = staging
+        self._buffer = HostBuffer(nbytes, touch=False)
+        self._pinned = False
+
+    def landing(self) -> HostLanding:
+        return HostLanding(self._buffer.tensor, self._staging)
+
+    def filled(self) -> None:
+        self._pinned = self._runtime.pin(self._buffer)  # only now: pinning would have touched every page, in one go
+
+    def send(self, pairs: Sequence[tuple[torch.Tensor, int]]) -> list[Callable[[int], None]]:
+        if self._pinned:
+            for target, start in pairs:
+                self._runtime.copy(target, self._buffer.tensor[start : start + target.numel()], self._copies)
+            return []
+        return [
+            partial(self._relay, target[done : done + self._chunk_bytes], start + done)
+            for target, start in pairs
+            for done in range(0, target.numel(), self._chunk_bytes)
+        ]
+
+    def _relay(self, target: torch.Tensor, start: int, worker: int) -> None:
+        self._lanes[worker].relay(self._buffer.tensor[start : start + target.numel()], target)
+
+    def close(self) -> None:
+        if self._pinned:
+            self._runtime.unpin(self._buffer)
+        self._pinned = False
+
+
 class _Lane:
     """One reader thread's way to the device: two staging buffers, used in turn."""
 
@@ -104,10 +156,22 @@ class _Lane:
     def pinned(self) -> bool:
         return all(self._pinned)
 
-    def window(self, piece: Piece) -> memoryview:
+    def relay(self, source: torch.Tensor, destination: torch.Tensor) -> None:
+        """Copy `source`, in pageable host memory, to the device by way of a staging buffer."""
+        self._next()
+        staged = self._buffers[self._turn].tensor[: source.numel()]
+        staged.copy_(source)
+        self._runtime.copy(destination, staged, self._copies)
+        self._copies.record_event(self._sent[self._turn])
+
+    def _next(self) -> None:
+        """Turn to the other buffer; blocks this reader thread until what was in it has been copied."""
         self._turn = (self._turn + 1) % BUFFERS_PER_WORKER
-        self._sent[self._turn].synchronize()  # blocks this reader thread only
+        self._sent[self._turn].synchronize()
         self._cast[self._turn] = None
+
+    def window(self, piece: Piece) -> memoryview:
+        self._next()
         phase = piece.offset % PAGE_BYTES
         return self._buffers[self._turn].view[phase : phase + piece.nbytes]
 

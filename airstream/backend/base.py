@@ -9,6 +9,7 @@ under the very code that drives CUDA.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -45,8 +46,11 @@ class Backend(ABC):
     """How tensors must lie in a slab so that reads land without a detour and kernels find them aligned."""
 
     @abstractmethod
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """A uint8 tensor of `nbytes` on the device, touched, so that the token loop neither faults nor allocates."""
+    def allocate(self, nbytes: int, touch: bool = True) -> torch.Tensor:
+        """A uint8 tensor of `nbytes` on the device, touched, so that the token loop neither faults nor allocates.
+
+        What is filled only once need not be touched before: `touch=False` leaves it to the reads that fill it.
+        """
 
     @abstractmethod
     def landing(self, memory: torch.Tensor) -> Landing:
@@ -72,6 +76,10 @@ class Backend(ABC):
     def release(self) -> None:
         """Mark the computation submitted so far, by the calling thread, as the last reader of what it has read."""
 
+    def keep_ready(self, nbytes: int) -> ReadyMemory:
+        """Host memory for weights that cross to the device on every pass. Only where device and host are two."""
+        raise NotImplementedError
+
     @abstractmethod
     def synchronize(self) -> None:
         """Block until the device has done all that was submitted. Never called in the token loop."""
@@ -79,6 +87,28 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Give back everything but the tensors handed out. Idempotent."""
+
+
+class ReadyMemory(Protocol):
+    """Host memory from which weights are copied to the device, again and again."""
+
+    nbytes: int
+
+    def landing(self) -> Landing:
+        """Where reads that fill it land."""
+
+    def filled(self) -> None:
+        """All of it has been read: make copies from it as fast as the system allows. Blocks; not for the token loop."""
+
+    def send(self, pairs: Sequence[tuple[torch.Tensor, int]]) -> Sequence[Callable[[int], None]]:
+        """Queue a copy to each uint8 device tensor from the byte that stands with it. Does not block.
+
+        Returns:
+            Errands for reader threads, without which the copies are not queued; none if all of them are.
+        """
+
+    def close(self) -> None:
+        """Give it back. Idempotent; no copy may be under way."""
 
 
 class Event(Protocol):

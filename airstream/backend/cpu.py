@@ -18,8 +18,8 @@ class CpuBackend(Backend):
         self.device = torch.device("cpu")
         self._staging = Staging(chunk_bytes)
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        return HostBuffer(nbytes).tensor
+    def allocate(self, nbytes: int, touch: bool = True) -> torch.Tensor:
+        return HostBuffer(nbytes, touch).tensor
 
     def landing(self, memory: torch.Tensor) -> HostLanding:
         return HostLanding(memory, self._staging)

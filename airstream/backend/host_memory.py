@@ -27,18 +27,20 @@ class HostBuffer:
     """`nbytes` of page-aligned, zeroed host memory. It is given back with the last view of it.
 
     A large one is touched in the background, while the first reads into it are already under way: they find their pages
-    or touch them themselves, and nobody waits.
+    or touch them themselves, and nobody waits. With `touch=False` that is left to the reads altogether.
 
     Attributes:
         tensor: the memory as a uint8 tensor of shape (nbytes,).
         view: the same memory as a writable memoryview.
     """
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, touch: bool = True) -> None:
         self.nbytes = nbytes
         mapping = _map(max(round_up(nbytes, PAGE_BYTES), PAGE_BYTES))
         self.view = memoryview(mapping)[:nbytes]
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
+        if not touch:
+            return
         if nbytes <= SLICE_BYTES or sys.platform != "linux":
             _fault_in(mapping)
         else:

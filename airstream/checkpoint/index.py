@@ -95,6 +95,17 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
         return len(self._tensors)
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` has the files of a checkpoint, complete by name. Opens no file of weights.
+
+    Raises:
+        CheckpointError: the shard index is not one.
+    """
+    expected = _weight_map(folder)
+    files = _checkpoint_files(folder, expected) if expected is not None else list(folder.glob("*.safetensors"))
+    return bool(files) and all(file.is_file() for file in files)
+
+
 def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file, in file order, with every claim of its header checked against the file."""
     header, data_start, file_bytes = _load_header(file)

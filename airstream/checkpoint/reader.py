@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -68,14 +69,20 @@ class Landing(Protocol):
         """The window of `piece` has been filled."""
 
 
-class Job:
-    """Reads that belong together. `on_done` is called once, by a reader thread, with None or the first error."""
+OnDone = Callable[[BaseException | None], None]
+"""What is called, once, by a reader thread, when a job has ended: with None, or with its first error."""
 
-    def __init__(self, landing: Landing, num_pieces: int, on_done: Callable[[BaseException | None], None]) -> None:
-        self.landing = landing
+Errand = Callable[[int], None]
+"""Something a reader thread does besides reading; it is given its number."""
+
+
+class Job:
+    """Reads, or errands, that belong together."""
+
+    def __init__(self, num_steps: int, on_done: OnDone) -> None:
         self._on_done = on_done
         self._lock = threading.Lock()
-        self._open = num_pieces
+        self._open = num_steps
         self._error: BaseException | None = None
         self.cancelled = False
 
@@ -102,6 +109,10 @@ def _nothing(_: BaseException | None) -> None:
     pass
 
 
+_Step = Callable[[int, "_EdgePages"], None]
+"""One read or errand, given the reader thread's number and its scratch page."""
+
+
 class Reader:
     """Worker threads that read pieces of files.
 
@@ -120,7 +131,7 @@ class Reader:
         self.chunk_bytes = chunk_bytes
         self.bytes_read = 0
         self._files: dict[Path, WeightFile] = {}
-        self._queue: deque[tuple[Job, Piece]] = deque()
+        self._queue: deque[tuple[Job, _Step]] = deque()
         self._wake = threading.Condition()
         self._closed = False
         self._workers: list[threading.Thread] = []
@@ -148,26 +159,27 @@ class Reader:
         """Whether every file is read around the page cache."""
         return all(file.direct for file in self._files.values())
 
-    def submit(
-        self,
-        pieces: Sequence[Piece],
-        landing: Landing,
-        on_done: Callable[[BaseException | None], None],
-        urgent: bool = False,
-    ) -> Job:
+    def submit(self, pieces: Sequence[Piece], landing: Landing, on_done: OnDone, urgent: bool = False) -> Job:
         """Start reading `pieces`, in order, ahead of all that waits if `urgent`. Does not block."""
-        chunks = [chunk for piece in pieces for chunk in split(piece, self.chunk_bytes)]
-        job = Job(landing, len(chunks), on_done)
+        chunks = (chunk for piece in pieces for chunk in split(piece, self.chunk_bytes))
+        return self._enqueue([partial(self._read, landing, chunk) for chunk in chunks], on_done, urgent)
+
+    def run(self, errands: Sequence[Errand], on_done: OnDone, urgent: bool = False) -> Job:
+        """Have reader threads do `errands`, in order, ahead of all that waits if `urgent`. Does not block."""
+        return self._enqueue([partial(_do, errand) for errand in errands], on_done, urgent)
+
+    def _enqueue(self, steps: Sequence[_Step], on_done: OnDone, urgent: bool) -> Job:
+        job = Job(len(steps), on_done)
         with self._wake:
             if self._closed:
                 raise ClosedError("the reader is closed")
-            entries = [(job, chunk) for chunk in chunks]
+            entries = [(job, step) for step in steps]
             if urgent:
                 self._queue.extendleft(reversed(entries))
             else:
                 self._queue.extend(entries)
             self._wake.notify(len(entries))
-        if not chunks:
+        if not steps:
             on_done(None)
         return job
 
@@ -211,18 +223,11 @@ class Reader:
                     self._wake.wait()
                 if not self._queue:
                     return
-                job, piece = self._queue.popleft()
-            job.finished_one(ReadCancelled() if job.skips else self._try_to_read(worker, job.landing, piece, edges))
-            del job  # while this thread waits, it must not keep a slab alive
+                job, step = self._queue.popleft()
+            job.finished_one(ReadCancelled() if job.skips else _error_of(step, worker, edges))
+            del job, step  # while this thread waits, it must not keep a slab alive
 
-    def _try_to_read(self, worker: int, landing: Landing, piece: Piece, edges: _EdgePages) -> BaseException | None:
-        try:
-            self._read(worker, landing, piece, edges)
-        except BaseException as error:  # whatever it is, the thread that waits for the job must see it
-            return error
-        return None
-
-    def _read(self, worker: int, landing: Landing, piece: Piece, edges: _EdgePages) -> None:
+    def _read(self, landing: Landing, piece: Piece, worker: int, edges: _EdgePages) -> None:
         file = self._files[piece.file]
         window = landing.window(worker, piece, file.direct)
         if file.direct:
@@ -232,6 +237,18 @@ class Reader:
         landing.landed(worker, piece, file.direct)
         with self._wake:
             self.bytes_read += piece.nbytes
+
+
+def _do(errand: Errand, worker: int, _: _EdgePages) -> None:
+    errand(worker)
+
+
+def _error_of(step: _Step, worker: int, edges: _EdgePages) -> BaseException | None:
+    try:
+        step(worker, edges)
+    except BaseException as error:  # whatever it is, the thread that waits for the job must see it
+        return error
+    return None
 
 
 class _EdgePages:

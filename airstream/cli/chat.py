@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from airstream.cli.parser import generation_options
 from airstream.cli.session import encode_chat, load, note, printer
+from airstream.compat import cache_keyword
 
 
 class Conversation:
@@ -30,7 +31,8 @@ class Conversation:
         prompt_ids = inputs["input_ids"]
         cache = self._reusable_cache(prompt_ids[0].cpu())
         self._cache = None  # an interrupted pass leaves it longer in some layers than in others
-        ids = self._model.generate(**inputs, **self._options, past_key_values=cache, streamer=streamer)
+        keyword = cache_keyword(self._model)
+        ids = self._model.generate(**inputs, **self._options, **{keyword: cache}, streamer=streamer)
         self._cache, self._cached_ids = cache, ids[0, :-1].cpu()  # the last token has been chosen, not yet been seen
         reply: str = self._model.tokenizer.decode(ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
         self._messages = [*asked, {"role": "assistant", "content": reply}]

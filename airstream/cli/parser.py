@@ -51,6 +51,13 @@ def build_parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     _add_loading(plan)
     plan.set_defaults(run=_command("plan"))
+
+    hardware = commands.add_parser("hardware", help="what this machine's disk, memory and processors can do")
+    hardware.add_argument("path", nargs="?", default=".", help="a folder on the disk to measure (default: this one)")
+    hardware.add_argument("--device", help="device that computes (default: the accelerator if there is one, else cpu)")
+    hardware.add_argument("--refresh", action="store_true", help="measure again, whatever is known already")
+    hardware.add_argument("--json", action="store_true", help="print the rates as JSON")
+    hardware.set_defaults(run=_command("hardware"))
     return parser
 
 

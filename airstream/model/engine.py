@@ -1,12 +1,18 @@
-"""A running model's machinery, assembled from a plan: reader, ring, residents, hooks. It owns what has to be closed."""
+"""A running model's machinery, assembled from a plan, and changed for another one when memory has to be used otherwise.
+
+It owns what has to be closed: reader, backend, resident weights, and the executor of the current plan.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -15,38 +21,56 @@ from airstream.backend import Backend
 from airstream.checkpoint.reader import Reader
 from airstream.compat import KeyConversion
 from airstream.errors import BudgetError, ClosedError
-from airstream.footprint import Footprint
-from airstream.layout import TensorSpec
+from airstream.model.executor import Executor
 from airstream.model.head import avoid_weight_copy
-from airstream.model.residency import Residency
 from airstream.model.residents import bind_residents
+from airstream.model.store import Store
 from airstream.model.units import Parts
-from airstream.plan import Plan
-from airstream.slab import Slab, pack
-from airstream.streamer import Streamer, StreamStats
+from airstream.plan import ModelFacts, Plan, Request, Workload, make_plan, smallest_plan
+from airstream.streamer import StreamStats
 from airstream.units import format_bytes
+
+logger = logging.getLogger(__name__)
+
+MIN_GAIN = 0.02
+"""Of all weights: what has to become resident besides for a change of plan to be worth its while."""
+
+GROWTH = 1.25
+"""When a sequence outgrows its plan, the next one is made for so much more context, so that it lasts a while."""
 
 
 class Engine:
     """Runs `model` by `plan`. Takes over `reader` and `backend`: they are closed with it.
 
-    Reads the resident weights (blocking), then starts to read ahead. Peak bytes per memory: `plan.peak_bytes`.
+    Reads the small weights outside the layers (blocking); layers follow when the model runs, or, if the plan is not
+    going to change with the first call, at once. Peak bytes per memory: `plan.peak_bytes`.
+
+    Args:
+        facts, request: what `plan` was made of, and other plans can be.
+        is_final: calls are to be made to fit the plan, not the plan the calls.
     """
 
     def __init__(
         self,
         model: PreTrainedModel,
         parts: Parts,
+        facts: ModelFacts,
+        request: Request,
         plan: Plan,
-        footprint: Footprint,
         folder: Path,
         reader: Reader,
         backend: Backend,
+        is_final: bool,
     ) -> None:
         self.plan = plan
         self.folder = folder
         self.device = backend.device
-        self._footprint = footprint
+        self.stats = StreamStats()
+        self._facts = facts
+        self._request = request
+        self._normal = plan
+        self._is_final = is_final
+        self._executor: Executor | None = None
         self._reader = reader
         self._lock = threading.RLock()
         self._closing = ExitStack()
@@ -55,70 +79,114 @@ class Engine:
         self._closing.callback(reader.close)
         try:
             convert = KeyConversion(model).convert
-            by_unit = dict(parts.units) | ({parts.head[0]: parts.head[1]} if parts.head else {})
-            slabs = [_slab(batch.units, by_unit, backend) for batch in plan.batches]
-            residents = parts.resident
-            if parts.head and plan.head == "resident":
-                residents += parts.head[1]
-            for binding in bind_residents(model, residents, parts.rows, reader, backend, convert):
+            for binding in bind_residents(model, parts.resident, reader, backend, convert):
                 self._closing.callback(binding.unbind)
             if parts.head and self.device.type == "cpu":
                 self._closing.callback(avoid_weight_copy(model.get_submodule(parts.head[0])).remove)
-            self._streamer = Streamer(slabs, plan.ring_bytes, plan.prefetch_batches, reader, backend)
-            self._closing.callback(self._streamer.close)
-            self._residency = Residency(model, [batch.units for batch in plan.batches], slabs, self._streamer, convert)
-            self._closing.callback(self._residency.close)
-            self._streamer.start()
+            store = Store(parts.specs, backend)
+            self._closing.callback(store.close)
+            self._closing.callback(self._stop)
+            # A proxy: the model has the engine, and must not be kept alive by it.
+            proxy = weakref.proxy(model)
+            self._execute = partial(Executor, proxy, parts, facts, store, reader, backend, convert, self.stats)
+            self._executor = self._execute(plan)
+            if is_final:
+                self._executor.streamer.start()
         except BaseException:
             self.close()
             raise
-
-    @property
-    def stats(self) -> StreamStats:
-        return self._streamer.stats
 
     @contextmanager
     def guard(self) -> Iterator[None]:
         """Around every call of the model: one thread at a time, no autograd, nothing left bound after a failure."""
         with self._lock, torch.no_grad():
-            if self._closed:
-                raise ClosedError("the model is closed: load it again with from_pretrained()")
+            self._check_open()
             try:
                 yield
             except BaseException:
-                self._residency.let_go()
+                if self._executor is not None:
+                    self._executor.residency.let_go()
                 raise
 
-    def admit(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Refuse a forward pass whose KV cache and activations would break the budget, before it has begun.
+    def expect(self, work: Workload) -> None:
+        """A generation is about to begin that asks for `work` at its end.
+
+        What it does not need of the memory that was set aside for KV cache and activations holds weights meanwhile.
+        """
+        if self._is_final:
+            return
+        plan = self._with_room_for(work)
+        if plan is None:
+            return  # it may end early; a pass that does not fit is refused when it comes to it
+        gain = plan.resident_bytes + plan.hosted_bytes - self.plan.resident_bytes - self.plan.hosted_bytes
+        if work.bytes(self._facts.footprint) > self.plan.work_bytes or gain > MIN_GAIN * plan.checkpoint_bytes:
+            self._normal = plan
+            self._change(plan)
+
+    def admit(self, work: Workload) -> None:
+        """Make room for a forward pass, or refuse it, before it has begun.
+
+        If its KV cache and activations need more than is set aside for them, resident weights are given up; when it
+        needs no more than usual, they come back.
 
         Raises:
-            BudgetError: with the numbers and what to change.
+            BudgetError: nothing more can be given up; with the numbers and what to change.
         """
-        inputs = next(
-            (x for x in (kwargs.get("input_ids"), *args[:1], kwargs.get("inputs_embeds")) if x is not None), None
-        )
-        if inputs is None:
-            return
-        batch_size, tokens = inputs.shape[0], inputs.shape[1]
-        past = kwargs.get("past_key_values")
-        context = tokens + (past.get_seq_length() if past is not None and hasattr(past, "get_seq_length") else 0)
-        keep = kwargs.get("logits_to_keep", 0)
-        logits = keep.numel() if isinstance(keep, torch.Tensor) else keep or tokens
-        need = self._footprint.kv_bytes(batch_size, context)
-        need += self._footprint.activation_bytes(batch_size, tokens, context, logits)
+        self._check_open()
+        need = work.bytes(self._facts.footprint)
         if need > self.plan.work_bytes:
+            self._outgrow(work, need)
+        elif self.plan is not self._normal and need <= self._normal.work_bytes:
+            self._change(self._normal)
+
+    def _outgrow(self, work: Workload, need: int) -> None:
+        """Change to a plan with room for `work`, and some more if there is some."""
+        plan = self._with_room_for(replace(work, context=int(GROWTH * work.context))) or self._with_room_for(work)
+        if plan is None:
             raise BudgetError(
-                f"{batch_size} x {context:,} tokens ({tokens:,} of them new, logits of {logits:,}) need "
-                f"{format_bytes(need)} for KV cache and activations, max_memory leaves "
-                f"{format_bytes(self.plan.work_bytes)}. "
+                f"{work.batch_size} x {work.context:,} tokens ({work.tokens:,} of them new, logits of "
+                f"{work.logits:,}) need {format_bytes(need)} for KV cache and activations, max_memory leaves "
+                f"{format_bytes(smallest_plan(self._facts, replace(self._request, max_context=1)).work_bytes)}. "
                 "Raise max_memory, or shorten the prompt (generate() takes prefill_chunk_size) or the batch"
             )
+        logger.warning(
+            "%s x %s tokens need %s for KV cache and activations: %s of resident weights are streamed from now on",
+            work.batch_size,
+            f"{work.context:,}",
+            format_bytes(need),
+            format_bytes(self.plan.resident_bytes - plan.resident_bytes),
+        )
+        self._change(plan)
+
+    def _with_room_for(self, work: Workload) -> Plan | None:
+        request = replace(self._request, max_context=work.context, max_batch_size=work.batch_size, workload=work)
+        try:
+            return make_plan(self._facts, request)
+        except BudgetError:
+            return None
+
+    def _change(self, plan: Plan) -> None:
+        """Go on by `plan`, between two passes. What stays in memory under both plans stays where it is."""
+        self._stop()
+        self._executor = self._execute(plan)
+        self.plan = plan
+        self._check_open()  # another thread may have closed the engine, and not have seen this executor
+        self._executor.streamer.start()
+
+    def _stop(self) -> None:
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the model is closed: load it again with from_pretrained()")
 
     def measure_link(self) -> tuple[int, float]:
         """Bytes and wall seconds of one pass over all streamed layers without computing. Blocks for that long."""
         with self.guard():
-            return self._streamer.measure_link()
+            assert self._executor is not None  # an open engine has one
+            return self._executor.streamer.measure_link()
 
     def abandon(self) -> None:
         """`close`, for the garbage collector, which may call from one of the threads that `close` waits for."""
@@ -130,11 +198,7 @@ class Engine:
     def close(self) -> None:
         """Give everything back. Idempotent. May be called from another thread while the model runs: its call raises."""
         self._closed = True
-        if streamer := getattr(self, "_streamer", None):
-            streamer.close()  # wakes a thread that waits for weights, which then leaves the lock
+        if executor := self._executor:
+            executor.streamer.close()  # wakes a thread that waits for weights, which then leaves the lock
         with self._lock:
             self._closing.close()
-
-
-def _slab(units: Sequence[str], by_unit: Mapping[str, Sequence[TensorSpec]], backend: Backend) -> Slab:
-    return pack((spec for unit in units for spec in by_unit[unit]), backend.packing)

@@ -13,15 +13,20 @@ from transformers import PreTrainedModel
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.compat import measure_kv_elements, uses_eager_attention
-from airstream.footprint import footprint
+from airstream.footprint import first_count, footprint
 from airstream.layout import TensorSpec
+from airstream.model.groups import batch_facts
 from airstream.model.units import Parts
-from airstream.plan import Batch, ModelFacts
+from airstream.plan import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.slab import distinct, pack
 from airstream.units import MIB
 
 AUTO_BATCH_BYTES = 32 * MIB
 """Layers smaller than this move several at a time: below it, the ends of reads cost more than they carry."""
+
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configs call the number of experts of a layer."""
 
 
 def gather_facts(
@@ -37,20 +42,20 @@ def gather_facts(
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     resident = pack(distinct(parts.resident), packing)
     head_specs = parts.head[1] if parts.head else ()
-    head = pack(head_specs, packing) if head_specs else None
+    head = batch_facts(parts.head[:1], head_specs, packing) if parts.head else None
     head_pieces = {spec.pieces for spec in head_specs}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
+    copies_head = device.type == "cpu" and model.dtype == torch.bfloat16
     everything = [spec for tensors in parts.units.values() for spec in tensors]
     everything += [*parts.resident, *head_specs, *parts.rows.values()]
     return ModelFacts(
         name=name,
         dtype=str(model.dtype).removeprefix("torch."),
         batchings=batchings,
-        head=Batch((parts.head[0],), head.nbytes) if parts.head and head else None,
-        head_resident_bytes=head.nbytes if head else 0,
+        head=head,
         resident_bytes=resident.nbytes + buffers,
-        rows_from_disk={name: spec.nbytes for name, spec in parts.rows.items()},
-        rows_of_head=frozenset(name for name, spec in parts.rows.items() if spec.pieces in head_pieces),
+        tables={name: Group((name,), pack((spec,), packing).nbytes, None) for name, spec in parts.rows.items()},
+        tables_of_head=frozenset(name for name, spec in parts.rows.items() if spec.pieces in head_pieces),
         checkpoint_bytes=sum(spec.nbytes for spec in distinct(everything)),
         has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")),
         conversion_bytes=max(
@@ -60,9 +65,10 @@ def gather_facts(
             model.config,
             model.dtype.itemsize,
             eager_attention=uses_eager_attention(model),
-            head_copy_bytes=head.nbytes if head and device.type == "cpu" and model.dtype == torch.bfloat16 else 0,
+            head_copy_bytes=head.slab_bytes[0] if head and copies_head else 0,
             kv_elements=measure_kv_elements(model),
         ),
+        arithmetic=_arithmetic(model, parts),
     )
 
 
@@ -75,6 +81,27 @@ def group(parts: Parts, count: int) -> Iterator[tuple[str, ...]]:
         start += size
 
 
+def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
+    in_layers = [spec for tensors in parts.units.values() for spec in tensors]
+    in_head = parts.head[1] if parts.head else ()
+    head_bytes = sum(spec.nbytes for spec in in_head)
+    expert_bytes, expert_share = sum(spec.nbytes for spec in in_layers if ".experts." in spec.name), 1.0
+    text = model.config.get_text_config(decoder=True)
+    if expert_bytes:
+        routed = first_count(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", default=1)
+        expert_share = routed / first_count(text, *EXPERT_COUNTS, default=routed)
+    heads = first_count(text, "num_attention_heads", "n_head", "num_heads", default=1)
+    hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
+    return Arithmetic(
+        num_layers=len(parts.units),
+        weight_bytes=sum(spec.nbytes for spec in in_layers) + head_bytes,
+        head_bytes=head_bytes,
+        expert_bytes=expert_bytes,
+        expert_share=min(expert_share, 1.0),
+        attention_width=heads * first_count(text, "head_dim", default=hidden // heads),
+    )
+
+
 def needs_staging(parts: Parts, packing: Packing) -> bool:
     """Whether some reads into host memory cannot land in place: for a cast, or for where they lie within a page."""
     specs = [*parts.units.values(), parts.resident, *([parts.head[1]] if parts.head else [])]
@@ -82,10 +109,9 @@ def needs_staging(parts: Parts, packing: Packing) -> bool:
     return any(piece.cast is not None or (piece.target - piece.offset) % PAGE_BYTES for piece in pieces)
 
 
-def _batches(parts: Parts, count: int, packing: Packing) -> Iterator[Batch]:
+def _batches(parts: Parts, count: int, packing: Packing) -> Iterator[BatchFacts]:
     for units in group(parts, count):
-        slab = pack((spec for unit in units for spec in parts.units[unit]), packing)
-        yield Batch(units, slab.nbytes)
+        yield batch_facts(units, (spec for unit in units for spec in parts.units[unit]), packing)
 
 
 def _counts(parts: Parts, layers_per_batch: int | Literal["auto"]) -> list[int]:

@@ -1,19 +1,21 @@
 """Hooks that have a layer's weights in place exactly while the layer runs.
 
 transformers owns the forward pass; this owns what its modules contain. Before a unit runs, the batch it belongs to is
-acquired from the streamer and its tensors are bound; after it has run, or failed, they are unbound; after the last unit
-of the batch, the batch is released.
+acquired from the streamer and its streamed tensors are bound; after it has run, or failed, they are unbound; after the
+last unit of the batch, the batch is released. Tensors that stay in memory are bound once, when they have been loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from airstream.layout import RAW_PREFIX
+from airstream.fill import Fill, Kept
+from airstream.layout import RAW_PREFIX, TensorSpec
 from airstream.model.binding import Binding, view_of
 from airstream.slab import Slab
 from airstream.streamer import Streamer
@@ -26,12 +28,27 @@ MAX_VIEWS_PER_BATCH = 16
 """Places in the ring for which a batch's views are kept ready."""
 
 
+@dataclass(slots=True)
+class _Batch:
+    """A layer batch as the hooks see it.
+
+    Attributes:
+        streamed: the places of each unit's streamed tensors.
+        kept: those of the tensors that stay, bound once `is_settled`.
+    """
+
+    fill: Fill
+    streamed: list[Binding]
+    kept: list[tuple[Kept, Binding]]
+    is_settled: bool = False
+
+
 class Residency:
     """Keeps `model`'s units supplied with weights.
 
     Args:
         batches: the names of the units in each batch.
-        slabs: how each batch's tensors lie in memory.
+        fills: what has to come for each batch, and how it lies in memory.
         convert: runs the conversions that some slabs ask for.
     """
 
@@ -39,47 +56,56 @@ class Residency:
         self,
         model: nn.Module,
         batches: Sequence[Sequence[str]],
-        slabs: Sequence[Slab],
+        fills: Sequence[Fill],
         streamer: Streamer,
         convert: Convert,
     ) -> None:
-        self._slabs = slabs
         self._streamer = streamer
         self._convert = convert
-        self._bindings: list[list[Binding]] = []
+        self._batches: list[_Batch] = []
         self._views: dict[tuple[int, int], list[list[torch.Tensor]]] = {}
         self._handles: list[RemovableHandle] = []
         self._held: int | None = None
         self._bound: list[list[torch.Tensor]] = []
-        for batch, units in enumerate(batches):
-            self._bindings.append([_binding(model, unit, slabs[batch]) for unit in units])
+        for number, (units, fill) in enumerate(zip(batches, fills, strict=False)):  # tables have no units
+            kept = [(kept, Binding(model, _inside(units, kept.slab.specs))) for kept in fill.kept]
+            streamed = [Binding(model, _inside((unit,), fill.slab.specs)) for unit in units]
+            self._batches.append(_Batch(fill, streamed, kept))
             for position, unit in enumerate(units):
-                self._hook(model.get_submodule(unit), batch, position, last=position == len(units) - 1)
+                self._hook(model.get_submodule(unit), number, position, last=position == len(units) - 1)
 
     def let_go(self) -> None:
-        """Unbind whatever is bound and release the batch that is held. Idempotent."""
+        """Unbind whatever is streamed and bound, and release the batch that is held. Idempotent."""
         if self._held is None:
             return
         batch, self._held = self._held, None
-        for binding in self._bindings[batch]:
+        for binding in self._batches[batch].streamed:
             binding.unbind()
         self._streamer.release(batch)
 
     def close(self) -> None:
-        """Remove the hooks and forget all views of the ring. Idempotent."""
+        """Remove the hooks, unbind everything and forget all views of the ring. Idempotent."""
         self.let_go()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._views.clear()
         self._bound = []
+        for batch in self._batches:
+            for _, binding in batch.kept:
+                binding.unbind()
+        self._batches.clear()
 
-    def _hook(self, module: nn.Module, batch: int, position: int, last: bool) -> None:
-        binding = self._bindings[batch][position]
+    def _hook(self, module: nn.Module, number: int, position: int, last: bool) -> None:
+        batch = self._batches[number]
+        binding = batch.streamed[position]
 
         def onload(*_: object) -> None:
-            self._hold(batch)
-            binding.bind(self._bound[position])
+            if batch.is_settled and not batch.fill.slab.nbytes:
+                return
+            self._hold(number)
+            if batch.fill.slab.nbytes:
+                binding.bind(self._bound[position])
 
         def offload(*_: object) -> None:
             binding.unbind()
@@ -89,21 +115,39 @@ class Residency:
         self._handles.append(module.register_forward_pre_hook(onload, prepend=True))
         self._handles.append(module.register_forward_hook(offload, always_call=True))
 
-    def _hold(self, batch: int) -> None:
-        if self._held == batch:
+    def _hold(self, number: int) -> None:
+        if self._held == number:
             return
         self.let_go()
-        region = self._streamer.acquire(batch)
-        self._held = batch
+        region = self._streamer.acquire(number)
+        self._held = number
+        batch = self._batches[number]
+        if not batch.is_settled:
+            self._settle(batch)
+        slab = batch.fill.slab
         if region.fresh:
-            convert_slab(self._slabs[batch], region.memory, self._convert)
+            convert_slab(slab, region.memory, self._convert)
             region.fresh = False
-        key = (batch, region.offset)
+        key = (number, region.offset)
         if key not in self._views:
-            if len(self._views) > MAX_VIEWS_PER_BATCH * len(self._slabs):
+            if len(self._views) > MAX_VIEWS_PER_BATCH * len(self._batches):
                 self._views.clear()  # places in the ring repeat; only a restless order of layers gets here
-            self._views[key] = [b.views(region.memory, self._slabs[batch].offsets) for b in self._bindings[batch]]
+            self._views[key] = [binding.views(region.memory, slab.offsets) for binding in batch.streamed]
         self._bound = self._views[key]
+
+    def _settle(self, batch: _Batch) -> None:
+        """Bind what stays in memory, for good."""
+        for kept, binding in batch.kept:
+            settle(kept, self._convert)
+            binding.bind(binding.views(kept.memory, kept.slab.offsets))
+        batch.is_settled = True
+
+
+def settle(kept: Kept, convert: Convert) -> None:
+    """Run the conversions that tensors which have just been loaded for good ask for. Once."""
+    if not kept.converted:
+        convert_slab(kept.slab, kept.memory, convert)
+        kept.converted = True
 
 
 def convert_slab(slab: Slab, memory: torch.Tensor, convert: Convert) -> None:
@@ -118,6 +162,6 @@ def convert_slab(slab: Slab, memory: torch.Tensor, convert: Convert) -> None:
             view_of(memory, slab.offsets[name], specs[name]).copy_(value)
 
 
-def _binding(model: nn.Module, unit: str, slab: Slab) -> Binding:
-    prefix = f"{unit}."
-    return Binding(model, [spec for spec in slab.specs if spec.name.startswith(prefix)])
+def _inside(units: Collection[str], specs: Sequence[TensorSpec]) -> list[TensorSpec]:
+    prefixes = tuple(f"{unit}." for unit in units)
+    return [spec for spec in specs if spec.name.startswith(prefixes)]

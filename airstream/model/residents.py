@@ -1,8 +1,11 @@
-"""What stays in place while a model runs: resident weights, and tables of which rows are read from disk."""
+"""What stays in place while a model runs: small weights outside the layers, and embedding tables.
+
+Of a table that is not in memory, only the rows that are looked up are read from disk.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -10,26 +13,18 @@ from torch import nn
 from airstream.backend import Backend
 from airstream.backend.landing import HostLanding, Staging
 from airstream.checkpoint.reader import Piece, Reader
+from airstream.fill import Kept
 from airstream.layout import TensorSpec
-from airstream.model.binding import Binding
-from airstream.model.residency import Convert, convert_slab
-from airstream.model.rows import FetchRows, RowTable
+from airstream.model.binding import Binding, view_of
+from airstream.model.residency import Convert, convert_slab, settle
+from airstream.model.rows import FetchRows, FetchTable, RowTable
 from airstream.slab import distinct, pack
 
 
 def bind_residents(
-    model: nn.Module,
-    residents: Sequence[TensorSpec],
-    rows: Mapping[str, TensorSpec],
-    reader: Reader,
-    backend: Backend,
-    convert: Convert,
+    model: nn.Module, residents: Sequence[TensorSpec], reader: Reader, backend: Backend, convert: Convert
 ) -> list[Binding]:
-    """Read `residents` into one slab and bind them; put row tables where `rows` are looked up. Blocks for the reads.
-
-    A table whose bytes are resident anyway, because the lm_head is tied to it, is bound to them instead. Weights that
-    are tied share their memory.
-    """
+    """Read `residents` into one slab and bind them. Blocks for the reads. Weights that are tied share their memory."""
     slab = pack(distinct(residents), backend.packing)
     memory = backend.allocate(slab.nbytes)
     fence = backend.new_fence()
@@ -40,13 +35,32 @@ def bind_residents(
     convert_slab(slab, memory, convert)
     at = {_identity(spec): slab.offsets[spec.name] for spec in slab.specs}
     bindings = []
-    for spec in (*residents, *rows.values()):
+    for spec in residents:
         binding = Binding(model, [spec])
-        if _identity(spec) in at:
-            binding.bind(binding.views(memory, {spec.name: at[_identity(spec)]}))
-        else:
-            fetch = _row_fetcher(spec, reader, backend.device)
-            binding.bind([RowTable(fetch, spec.shape, spec.dtype, backend.device)])
+        binding.bind(binding.views(memory, {spec.name: at[_identity(spec)]}))
+        bindings.append(binding)
+    return bindings
+
+
+def bind_tables(
+    model: nn.Module,
+    tables: Mapping[str, TensorSpec],
+    kept: Callable[[TensorSpec], Kept | None],
+    reader: Reader,
+    backend: Backend,
+    convert: Convert,
+) -> list[Binding]:
+    """Put a table where rows are looked up. Nothing is read yet.
+
+    Args:
+        kept: where the bytes of a table stay, if they do. Until they have been loaded, rows are read from disk.
+    """
+    bindings = []
+    for spec in tables.values():
+        binding = Binding(model, [spec])
+        rows = _row_fetcher(spec, reader, backend.device)
+        whole = _whole_table(spec, kept(spec), binding, backend, convert)
+        binding.bind([RowTable(rows, whole, spec.shape, spec.dtype, backend.device)])
         bindings.append(binding)
     return bindings
 
@@ -54,6 +68,26 @@ def bind_residents(
 def _identity(spec: TensorSpec) -> object:
     """Equal for tensors that are made of the same bytes."""
     return spec.pieces or spec.name
+
+
+def _whole_table(
+    spec: TensorSpec, kept: Kept | None, binding: Binding, backend: Backend, convert: Convert
+) -> FetchTable:
+    """Gives the table once it is in memory, and puts it in the place of the one that is not."""
+
+    def fetch() -> torch.Tensor | None:
+        if kept is None or not kept.loaded:
+            return None
+        fence = backend.new_fence()
+        backend.end_fill(fence)
+        backend.wait_filled(fence)  # the copies that brought it may still be queued
+        settle(kept, convert)
+        (name,) = (other.name for other in kept.slab.specs if _identity(other) == _identity(spec))
+        offset = kept.slab.offsets[name]
+        binding.bind(binding.views(kept.memory, {spec.name: offset}))
+        return view_of(kept.memory, offset, spec)
+
+    return fetch
 
 
 def _row_fetcher(spec: TensorSpec, reader: Reader, device: torch.device) -> FetchRows:

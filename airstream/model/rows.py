@@ -13,6 +13,9 @@ from airstream.errors import UnsupportedError
 FetchRows = Callable[[Sequence[int]], torch.Tensor]
 """Row numbers, ascending and different -> a tensor of those rows on the device that computes."""
 
+FetchTable = Callable[[], torch.Tensor | None]
+"""The whole table, if it is in memory by now."""
+
 
 class RowTable(torch.Tensor):
     """Stands for a table of shape (num_rows, width) in an `nn.Embedding`, without its values.
@@ -21,12 +24,15 @@ class RowTable(torch.Tensor):
     dtype and device; any other use raises `UnsupportedError`.
     """
 
-    _fetch: FetchRows
+    _rows: FetchRows
+    _whole: FetchTable
 
     @staticmethod
-    def __new__(cls, fetch: FetchRows, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> RowTable:
+    def __new__(
+        cls, rows: FetchRows, whole: FetchTable, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> RowTable:
         table: RowTable = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-        table._fetch = fetch
+        table._rows, table._whole = rows, whole
         return table
 
     def __init__(self, *_: Any) -> None:
@@ -53,8 +59,11 @@ class RowTable(torch.Tensor):
 def _embedding(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
     """`F.embedding(ids, table)`. The other arguments are for training, and `max_norm`, which no language model uses."""
     assert isinstance(weight, RowTable)
+    whole = weight._whole()
+    if whole is not None:
+        return F.embedding(ids, whole)
     different, positions = torch.unique(ids, return_inverse=True)
     numbers = different.tolist()
     if numbers and not 0 <= numbers[0] <= numbers[-1] < weight.shape[0]:
         raise IndexError(f"token ids from {numbers[0]} to {numbers[-1]} are not in the table of {weight.shape[0]} rows")
-    return F.embedding(positions, weight._fetch(numbers))
+    return F.embedding(positions, weight._rows(numbers))

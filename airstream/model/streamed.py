@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from airstream.errors import UnsupportedError
+from airstream.model import workload
 from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
 
 if TYPE_CHECKING:
@@ -110,11 +111,16 @@ class StreamedModel(GuardedModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._engine.guard():
-            self._engine.admit(args, kwargs)
+            work = workload.of_pass(args, kwargs)
+            if work is not None:
+                self._engine.admit(work)
             return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         with self._engine.guard():
+            expected = workload.of_generation(self.generation_config, args, kwargs)  # type: ignore[attr-defined]
+            if expected is not None:
+                self._engine.expect(expected)
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def to(self, *args: Any, **kwargs: Any) -> StreamedModel:

@@ -39,6 +39,13 @@ class Parts:
     rows: Mapping[str, TensorSpec]
     resident: tuple[TensorSpec, ...]
 
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """All tensors by name."""
+        in_units = (spec for tensors in self.units.values() for spec in tensors)
+        in_head = self.head[1] if self.head else ()
+        return {spec.name: spec for spec in (*in_units, *in_head, *self.rows.values(), *self.resident)}
+
 
 def find_units(model: nn.Module) -> list[list[str]]:
     """The names of all units, one list per outermost ModuleList."""

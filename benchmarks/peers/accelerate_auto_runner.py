@@ -15,14 +15,14 @@ def load(request: Request) -> Any:
         request.checkpoint,
         dtype="auto",
         device_map="auto",
-        max_memory={"cpu": request.budget_bytes},
+        max_memory=None if request.budget_bytes is None else {"cpu": request.budget_bytes},
         offload_folder=request.work / "offload",
     )
 
 
 def details(model: Any) -> dict[str, Any]:
     """How many modules ended up where."""
-    places = list(model.hf_device_map.values())
+    places = list(getattr(model, "hf_device_map", {"": "cpu"}).values())  # none where all of it fits
     return {"modules_on": {place: places.count(place) for place in sorted(set(places))}}
 
 

@@ -1,11 +1,11 @@
-"""airstream on the CPU, told the memory budget."""
+"""airstream on the CPU, told the memory budget, or left to take what there is."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from airstream import AutoModel
-from benchmarks.peers.measure import Request, Runner, generate_with_transformers, main
+from benchmarks.peers.measure import AUTO, Request, Runner, generate_with_transformers, main
 
 
 def load(request: Request) -> Any:
@@ -14,7 +14,7 @@ def load(request: Request) -> Any:
         request.checkpoint,
         dtype="auto",
         device="cpu",
-        max_memory={"cpu": request.budget_bytes},
+        max_memory={"cpu": AUTO if request.budget_bytes is None else request.budget_bytes},
         max_context=len(request.prompt) + request.num_tokens,
     )
 

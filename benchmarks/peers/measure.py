@@ -21,6 +21,7 @@ from typing import Any
 from benchmarks.limited import disk_read_bytes
 
 PREPARED_NAME = "prepared.json"
+AUTO = "auto"  # a budget that the system chooses itself
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Request:
     work: Path  # this system's own folder for what it has to write; kept between runs
     prompt: list[int]
     num_tokens: int
-    budget_bytes: int  # what a system that takes a memory budget is told
+    budget_bytes: int | None  # what a system that takes a memory budget is told; None: it chooses one itself
 
     def arguments(self) -> list[str]:
         """The command line that `parse` turns into this request again."""
@@ -40,7 +41,7 @@ class Request:
             f"--work={self.work}",
             f"--prompt={','.join(map(str, self.prompt))}",
             f"--tokens={self.num_tokens}",
-            f"--budget-bytes={self.budget_bytes}",
+            f"--budget-bytes={AUTO if self.budget_bytes is None else self.budget_bytes}",
         ]
 
 
@@ -110,7 +111,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str, Request]:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--prompt", type=parse_tokens, required=True, metavar="ID,ID,...")
     parser.add_argument("--tokens", type=int, required=True, dest="num_tokens")
-    parser.add_argument("--budget-bytes", type=int, required=True)
+    parser.add_argument("--budget-bytes", type=parse_budget, required=True)
     fields = vars(parser.parse_args(argv))
     return fields.pop("action"), Request(**fields)
 
@@ -118,6 +119,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str, Request]:
 def parse_tokens(text: str) -> list[int]:
     """`"10,11,12"` as token ids."""
     return [int(part) for part in text.split(",")]
+
+
+def parse_budget(text: str) -> int | None:
+    """A number of bytes, or None for `"auto"`."""
+    return None if text == AUTO else int(text)
 
 
 def prepare_once(runner: Runner, request: Request) -> dict[str, float]:

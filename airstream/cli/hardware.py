@@ -1,0 +1,42 @@
+"""`airstream hardware [PATH]`: what this machine can do, measured once and then remembered."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from airstream.config import resolve_device
+from airstream.rates import store
+from airstream.rates.facts import HardwareFacts
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the rates and where each comes from; measure them first if nobody has, or if asked to."""
+    folder, device = Path(arguments.path), resolve_device(arguments.device)
+    facts = None if arguments.refresh else store.stored(folder, device)
+    where = f"kept in {store.store_file()}; --refresh measures again"
+    if facts is None:
+        facts = _measure(folder, device)
+        where = _save(folder, device, facts)
+    if arguments.json:
+        print(facts.to_json())
+    else:
+        print(facts)
+        print(where)
+
+
+def _measure(folder: Path, device: torch.device) -> HardwareFacts:
+    from airstream.rates.measure import measure  # brings transformers, which showing what is stored can do without
+
+    return measure(folder, device, progress=lambda what: print(f"measuring {what} ...", file=sys.stderr))
+
+
+def _save(folder: Path, device: torch.device, facts: HardwareFacts) -> str:
+    """Keep the facts if that is possible; what has been measured is shown either way."""
+    try:
+        return f"kept in {store.save(folder, device, facts)}; --refresh measures again"
+    except OSError as error:
+        return f"not kept: {store.store_file()} cannot be written ({error.strerror})"

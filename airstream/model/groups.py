@@ -1,0 +1,71 @@
+"""Which tensors of a layer batch become resident together, and in which order.
+
+Groups are runs of neighbours in the file. They are given away from the two ends of the batch, the smaller end first:
+what is left to stream stays one run, and small steps come first, while budgets are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from airstream.backend.base import Packing
+from airstream.checkpoint.files import PAGE_BYTES
+from airstream.layout import TensorSpec
+from airstream.plan import BatchFacts, Group
+from airstream.slab import in_file_order, pack
+from airstream.units import round_up
+
+MIN_SHARE = 1 / 16
+"""Of its batch that a group makes up at least: norms and biases go along with their neighbours."""
+
+HOST_PACKING = Packing(follows_file=True, alignment=0)
+"""How tensors lie in host memory that reads land in."""
+
+
+def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Packing) -> BatchFacts:
+    """The sizes of the batch `units` whose tensors are `specs`, for every number of its groups that is resident."""
+    specs = tuple(specs)
+    groups = list(_in_order_of_residency(specs))
+    slabs, reads = [], []
+    for count in range(len(groups) + 1):
+        rest = tuple(spec for group in groups[count:] for spec in group)
+        slab = pack(rest, packing)
+        slabs.append(max(slab.nbytes, 0 if packing.follows_file else _apart(rest)))
+        reads.append(slab.read_bytes)
+    return BatchFacts(tuple(units), tuple(_group(group, packing) for group in groups), tuple(slabs), tuple(reads))
+
+
+def _apart(specs: Sequence[TensorSpec]) -> int:
+    """The bytes of a slab for an accelerator in which each tensor lies by itself, whatever comes from host memory."""
+    return round_up(sum(round_up(spec.nbytes, 256) for spec in specs), PAGE_BYTES)
+
+
+def _group(specs: Sequence[TensorSpec], packing: Packing) -> Group:
+    converted = any(spec.made_by is not None for spec in specs)
+    host_bytes = None if converted else pack(specs, HOST_PACKING).nbytes
+    return Group(tuple(spec.name for spec in specs), pack(specs, packing).nbytes, host_bytes)
+
+
+def _in_order_of_residency(specs: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
+    groups = _neighbours(specs)
+    while groups:
+        first, last = _nbytes(groups[0]), _nbytes(groups[-1])
+        yield groups.pop(0 if first < last else -1)
+
+
+def _neighbours(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
+    """`specs` in groups that lie together; all in one where a converter has to see them."""
+    if any(spec.made_by is not None for spec in specs):
+        return [list(specs)]
+    enough = MIN_SHARE * _nbytes(specs)
+    groups: list[list[TensorSpec]] = []
+    for spec in in_file_order(specs):
+        if groups and (_nbytes(groups[-1]) < enough or spec.nbytes < enough):
+            groups[-1].append(spec)
+        else:
+            groups.append([spec])
+    return groups
+
+
+def _nbytes(specs: Sequence[TensorSpec]) -> int:
+    return sum(spec.nbytes for spec in specs)

@@ -1,0 +1,28 @@
+"""Planning: what stays in memory, what is streamed, and what the peak will be, by arithmetic alone."""
+
+from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
+from airstream.plan.plan import ACTIVATIONS, KV_CACHE, Batch, Plan, Tier
+from airstream.plan.planner import CONTEXTS, MIN_OVERLAPPED_CONTEXT, make_plan, smallest_plan
+from airstream.plan.request import HOST, Request, Workload
+from airstream.plan.whatif import quantised, with_advice
+
+__all__ = [
+    "ACTIVATIONS",
+    "Arithmetic",
+    "CONTEXTS",
+    "HOST",
+    "KV_CACHE",
+    "MIN_OVERLAPPED_CONTEXT",
+    "Batch",
+    "BatchFacts",
+    "Group",
+    "ModelFacts",
+    "Plan",
+    "Request",
+    "Tier",
+    "Workload",
+    "make_plan",
+    "quantised",
+    "smallest_plan",
+    "with_advice",
+]

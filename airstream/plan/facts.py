@@ -1,0 +1,98 @@
+"""What the planner has to know of a model: sizes, and in which order its tensors may become resident. No tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from airstream.footprint import Footprint
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors of one batch that become resident together.
+
+    Attributes:
+        names: of the tensors.
+        nbytes: that they take in the memory of the device that computes.
+        host_bytes: that they take in host memory, waiting there to be copied to an accelerator; None if they cannot.
+    """
+
+    names: tuple[str, ...]
+    nbytes: int
+    host_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchFacts:
+    """Layers that move together, and what is left to move once some of their tensors have become resident.
+
+    Attributes:
+        units: the names of their modules, in order.
+        groups: in the order in which they become resident, chosen so that what is left lies together in the file.
+        slab_bytes: of the slab with the rest, by the number of groups that are resident: `len(groups) + 1` of them.
+        read_bytes: that are read from disk to fill it, likewise.
+    """
+
+    units: tuple[str, ...]
+    groups: tuple[Group, ...]
+    slab_bytes: tuple[int, ...]
+    read_bytes: tuple[int, ...]
+
+    def resident_bytes(self, count: int) -> int:
+        """Of the first `count` groups."""
+        return sum(group.nbytes for group in self.groups[:count])
+
+    def host_bytes(self, resident: int, hosted: int) -> int:
+        """Host memory of the `hosted` groups after the first `resident` ones."""
+        return sum(group.host_bytes or 0 for group in self.groups[resident : resident + hosted])
+
+    def names(self, start: int, stop: int) -> tuple[str, ...]:
+        """The tensors of groups `start` to `stop`."""
+        return tuple(name for group in self.groups[start:stop] for name in group.names)
+
+
+@dataclass(frozen=True, slots=True)
+class Arithmetic:
+    """What a token multiplies with, for predictions of time.
+
+    Attributes:
+        weight_bytes: of all layers and the lm_head; `head_bytes` of them are the latter's.
+        expert_bytes: of them, routed experts; one token is routed to `expert_share` of those.
+        attention_width: the width of a token's queries in one layer, in elements.
+    """
+
+    num_layers: int
+    weight_bytes: int
+    head_bytes: int
+    expert_bytes: int
+    expert_share: float
+    attention_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """A model's sizes.
+
+    Attributes:
+        batchings: for every number of layers per batch that may be chosen, best first, the batches it gives.
+        head: the lm_head as a batch of its own if it can be streamed, else None.
+        resident_bytes: weights and buffers that always stay in memory.
+        tables: of which only the rows needed are read, unless there is room for all: by parameter name.
+        tables_of_head: those among them that are in memory anyway once the head is, because they are tied to it.
+        checkpoint_bytes: all weights.
+        conversion_bytes: what a converter of transformers needs for its results before they are in place.
+    """
+
+    name: str
+    dtype: str
+    batchings: Mapping[int, tuple[BatchFacts, ...]]
+    head: BatchFacts | None
+    resident_bytes: int
+    tables: Mapping[str, Group]
+    tables_of_head: frozenset[str]
+    checkpoint_bytes: int
+    conversion_bytes: int
+    has_tokenizer: bool
+    footprint: Footprint
+    arithmetic: Arithmetic

@@ -1,0 +1,136 @@
+"""The plan: what stays in memory, what is streamed, through how much ring, and what the peak will be.
+
+Numbers and names only. It prints as a table and round-trips through JSON; whatever executes it decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from airstream.plan.text import describe
+from airstream.predict import Prediction
+
+KV_CACHE, ACTIVATIONS = "KV cache", "activations"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Layers that move together, and where their tensors are between two uses.
+
+    Attributes:
+        units: the names of their modules, in order.
+        nbytes: of the slab that passes through the ring; 0 if everything is resident.
+        read_bytes: of it, those that come from disk each time; the others come from host memory.
+        resident: names of the tensors that stay on the device that computes, and `resident_bytes` of them.
+        hosted: names of the tensors that stay in host memory and cross to the accelerator, `hosted_bytes` of them.
+    """
+
+    units: tuple[str, ...]
+    nbytes: int
+    read_bytes: int
+    resident: tuple[str, ...] = ()
+    resident_bytes: int = 0
+    hosted: tuple[str, ...] = ()
+    hosted_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tier:
+    """One memory: its budget, and what the plan puts there, in bytes."""
+
+    budget_bytes: int
+    budget_note: str
+    items: Mapping[str, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.items.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a model is going to run. Printable; `to_json` and `from_json` are inverse.
+
+    Attributes:
+        batches: all layers, and the lm_head if it can be streamed, in the order in which the model lists them.
+        layers_per_batch, prefetch_batches: layers that move together; batches that are read ahead.
+        ring_bytes: memory on the device that what is streamed passes through.
+        tables: embedding tables that are resident, by name, and their bytes.
+        rows_from_disk: embedding tables of which only the rows needed are read.
+        tiers: memory by name: "cpu", and the accelerator's index as a string; the one that computes is first.
+        max_context, max_batch_size: tokens per sequence and sequences that KV cache and activations are planned for.
+        prediction: how long it is going to take, if the rates of the machine were given.
+        would_help: what would make decoding faster, and how many times, if that was asked for.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    batches: tuple[Batch, ...]
+    layers_per_batch: int
+    prefetch_batches: int
+    ring_bytes: int
+    head: str
+    tables: Mapping[str, int]
+    rows_from_disk: Mapping[str, int]
+    checkpoint_bytes: int
+    direct_io: bool
+    max_context: int
+    max_batch_size: int
+    tiers: Mapping[str, Tier] = field(default_factory=dict)
+    prediction: Prediction | None = None
+    would_help: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that cross the ring in one pass over all layers."""
+        return sum(batch.nbytes for batch in self.batches)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that are read from disk in one pass over all layers, once what is resident has been loaded."""
+        return sum(batch.read_bytes for batch in self.batches)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights that stay on the device that computes, though they could be streamed."""
+        return sum(batch.resident_bytes for batch in self.batches) + sum(self.tables.values())
+
+    @property
+    def hosted_bytes(self) -> int:
+        """Weights that stay in host memory for an accelerator."""
+        return sum(batch.hosted_bytes for batch in self.batches)
+
+    @property
+    def work_bytes(self) -> int:
+        """What the budget of the computing device leaves for KV cache and activations once the weights are placed."""
+        tier = next(iter(self.tiers.values()))
+        return tier.budget_bytes - tier.peak_bytes + tier.items[KV_CACHE] + tier.items[ACTIVATIONS]
+
+    @property
+    def peak_bytes(self) -> dict[str, int]:
+        """The predicted rise of each memory's use above what it was before `from_pretrained`."""
+        return {name: tier.peak_bytes for name, tier in self.tiers.items()}
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        data = json.loads(text)
+        data["batches"] = tuple(Batch(**_with_tuples(batch)) for batch in data["batches"])
+        data["tiers"] = {name: Tier(**tier) for name, tier in data["tiers"].items()}
+        if data["prediction"] is not None:
+            data["prediction"] = Prediction.from_dict(data["prediction"])
+        return cls(**data)
+
+    def __str__(self) -> str:
+        return describe(self)
+
+
+def _with_tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has lists where the dataclasses have tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

@@ -1,0 +1,234 @@
+"""Making the plan, by arithmetic: a pure function of the model's sizes, the budgets and the request.
+
+First the frame: the longest context, then the lm_head in memory, then large batches and reading ahead, as far as the
+budgets hold them. Then what is left of each budget is filled with resident tensors, spread evenly over the layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from airstream.errors import BudgetError
+from airstream.plan.facts import BatchFacts, ModelFacts
+from airstream.plan.outlook import with_prediction
+from airstream.plan.plan import ACTIVATIONS, KV_CACHE, Batch, Plan, Tier
+from airstream.plan.request import HOST, Request, Workload
+from airstream.plan.spread import counts_after, resident_order
+from airstream.plan.text import too_small
+from airstream.ring import ring_bytes
+from airstream.units import MIB
+
+HOST_RUNTIME_BYTES = 32 * MIB
+"""What a first forward pass adds to the host process on its own: lazily imported code, thread stacks, kernel caches."""
+
+DEVICE_RUNTIME_BYTES = 128 * MIB
+"""Matrix-multiplication workspaces and the rounding of the device's allocator."""
+
+CONTEXTS = (4096, 2048, 1024, 512, 256, 128)
+"""Contexts tried, in tokens, when `max_context` is not given: the longest that the budget holds is planned for."""
+
+MIN_OVERLAPPED_CONTEXT = 512
+"""Below this, rather give up reading ahead than context."""
+
+AHEAD_BYTES = 64 * MIB
+"""To be read ahead, at least: twice what the reader has in flight, so that the disk never waits for room."""
+
+MAX_AHEAD = 8
+"""Batches read ahead, at most."""
+
+_cached_ring_bytes = lru_cache(maxsize=4096)(ring_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What is decided first. `prefetch` None: as many batches ahead as make up `AHEAD_BYTES`."""
+
+    layers: int
+    prefetch: int | None
+    head_resident: bool
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Placing:
+    """How many groups of each batch stay on the device, and how many of the next ones in host memory."""
+
+    resident: Sequence[int]
+    hosted: Sequence[int]
+    with_tables: bool = False
+
+
+def make_plan(facts: ModelFacts, request: Request) -> Plan:
+    """The best plan that fits the budgets.
+
+    Preferred, in this order: reading ahead, a longer context, a resident lm_head, larger batches, more batches ahead.
+    What is left of the budgets holds resident tensors.
+
+    Raises:
+        BudgetError: not even the smallest plan fits; the message has the smallest budgets that would do.
+    """
+    for frame in _frames(facts, request):
+        if _fits(_bare_plan(facts, request, frame)):
+            return with_prediction(_fill(facts, request, frame), facts, request)
+    raise BudgetError(too_small(smallest_plan(facts, request)))
+
+
+def smallest_plan(facts: ModelFacts, request: Request) -> Plan:
+    """The plan with the lowest peak, whether it fits or not."""
+    plans = (_bare_plan(facts, request, frame) for frame in _frames(facts, request))
+    return min(plans, key=lambda plan: sum(plan.peak_bytes.values()))
+
+
+def _bare_plan(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
+    """The plan of `frame` with nothing resident but what it says."""
+    nothing = [0] * len(_batches(facts, frame))
+    return _plan(facts, request, frame, _Placing(_with_head(nothing, facts, frame), nothing))
+
+
+def _frames(facts: ModelFacts, request: Request) -> Iterator[_Frame]:
+    """Every frame worth considering, best first."""
+    depths = (None, 1, 0) if request.prefetch_batches is None else (request.prefetch_batches,)
+    longest = facts.footprint.max_position
+    contexts = [min(longest, tokens) for tokens in CONTEXTS] if request.max_context is None else [request.max_context]
+    overlapped = [context for context in contexts if context >= MIN_OVERLAPPED_CONTEXT] or contexts
+    heads = (True, False) if facts.head is not None else (True,)
+    ahead = [depth for depth in depths if depth != 0]
+    for allowed_contexts, allowed_depths in ((overlapped, ahead), (contexts, depths)):
+        for context in dict.fromkeys(allowed_contexts):
+            for head_resident in heads:
+                for layers in facts.batchings:
+                    for depth in allowed_depths:
+                        yield _Frame(layers, depth, head_resident, context)
+
+
+def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
+    """The plan of `frame` with as much resident as fits."""
+    batches = _batches(facts, frame)
+    layers = batches[: len(facts.batchings[frame.layers])]
+    order = resident_order(layers)
+    nothing = [0] * len(batches)
+
+    def resident(steps: int) -> _Placing:
+        counts = counts_after(order, steps, len(layers)) + [0] * (len(batches) - len(layers))
+        return _Placing(_with_head(counts, facts, frame), nothing, with_tables=steps > len(order))
+
+    def fits(placing: _Placing) -> bool:
+        return _fits(_plan(facts, request, frame, placing))
+
+    steps = _most(lambda steps: fits(resident(steps)), len(order) + bool(facts.tables))
+    chosen = resident(steps)
+    if request.tier != HOST:
+        rest = [batch for batch in order[min(steps, len(order)) :] if _can_be_hosted(layers[batch])]
+        if not frame.head_resident and facts.head is not None and _can_be_hosted(facts.head):
+            rest.insert(0, len(layers))
+
+        def hosted(count: int) -> _Placing:
+            return _Placing(chosen.resident, counts_after(rest, count, len(batches)), chosen.with_tables)
+
+        chosen = hosted(_most(lambda count: fits(hosted(count)), len(rest)))
+    return _plan(facts, request, frame, chosen)
+
+
+def _most(holds: Callable[[int], bool], limit: int) -> int:
+    """The largest count up to `limit` for which `holds`, which is true for 0 and, once false, false for more."""
+    if holds(limit):
+        return limit
+    low, high = 0, limit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _can_be_hosted(batch: BatchFacts) -> bool:
+    return all(group.host_bytes is not None for group in batch.groups)
+
+
+def _with_head(counts: Sequence[int], facts: ModelFacts, frame: _Frame) -> Sequence[int]:
+    """`counts` with all groups of the lm_head, the last batch, if it is resident."""
+    if facts.head is None or not frame.head_resident:
+        return counts
+    return [*counts[:-1], len(facts.head.groups)]
+
+
+def _batches(facts: ModelFacts, frame: _Frame) -> tuple[BatchFacts, ...]:
+    return facts.batchings[frame.layers] + ((facts.head,) if facts.head is not None else ())
+
+
+def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing) -> Plan:
+    """The plan in which everything has been decided; it may not fit."""
+    batches = tuple(map(_place, _batches(facts, frame), placing.resident, placing.hosted))
+    sizes = tuple(batch.nbytes for batch in batches if batch.nbytes)
+    depth = frame.prefetch if frame.prefetch is not None else enough_ahead(sizes)
+    tables = {name: group.nbytes for name, group in facts.tables.items() if name not in facts.tables_of_head}
+    tables = tables if placing.with_tables else {}
+    in_memory = tables.keys() | (facts.tables_of_head if frame.head_resident else frozenset())
+    ring = _cached_ring_bytes(sizes, depth + 1)
+    resident = facts.resident_bytes + sum(batch.resident_bytes for batch in batches) + sum(tables.values())
+    return Plan(
+        model=facts.name,
+        dtype=facts.dtype,
+        device=request.device,
+        batches=batches,
+        layers_per_batch=frame.layers,
+        prefetch_batches=depth,
+        ring_bytes=ring,
+        head="none" if facts.head is None else "resident" if frame.head_resident else "streamed",
+        tables=tables,
+        rows_from_disk={name: group.nbytes for name, group in facts.tables.items() if name not in in_memory},
+        checkpoint_bytes=facts.checkpoint_bytes,
+        direct_io=request.direct_io,
+        max_context=frame.context,
+        max_batch_size=request.max_batch_size,
+        tiers=_tiers(facts, request, frame, ring, resident, sum(batch.hosted_bytes for batch in batches)),
+    )
+
+
+def _tiers(
+    facts: ModelFacts, request: Request, frame: _Frame, ring: int, resident: int, hosted: int
+) -> dict[str, Tier]:
+    need = facts.footprint
+    workload = request.workload or Workload.generation(request.max_batch_size, frame.context)
+    work = {
+        "ring": ring,
+        "resident weights": resident,
+        KV_CACHE: workload.kv_bytes(need),
+        ACTIVATIONS: workload.activation_bytes(need),
+        "conversion": facts.conversion_bytes,
+    }
+    host = {
+        "weights kept ready": hosted,
+        "staging": request.staging_bytes,
+        "tokenizer": need.tokenizer_bytes if facts.has_tokenizer else 0,
+        "runtime": HOST_RUNTIME_BYTES,
+    }
+    items = {HOST: work | host}
+    if request.tier != HOST:
+        items = {request.tier: work | {"runtime": DEVICE_RUNTIME_BYTES}, HOST: host}
+    return {name: Tier(request.budgets[name], request.budget_notes[name], parts) for name, parts in items.items()}
+
+
+def _place(batch: BatchFacts, resident: int, hosted: int) -> Batch:
+    return Batch(
+        units=batch.units,
+        nbytes=batch.slab_bytes[resident],
+        read_bytes=batch.read_bytes[resident + hosted],
+        resident=batch.names(0, resident),
+        resident_bytes=batch.resident_bytes(resident),
+        hosted=batch.names(resident, resident + hosted),
+        hosted_bytes=batch.host_bytes(resident, hosted),
+    )
+
+
+def enough_ahead(sizes: Sequence[int]) -> int:
+    """How many batches to read ahead so that the disk never waits for room."""
+    if not sizes:
+        return 1
+    average = max(sum(sizes) // len(sizes), 1)
+    return min(-(-AHEAD_BYTES // average), MAX_AHEAD, max(len(sizes) - 1, 1))
+
+
+def _fits(plan: Plan) -> bool:
+    return all(tier.peak_bytes <= tier.budget_bytes for tier in plan.tiers.values())

@@ -1,0 +1,70 @@
+"""What is asked of the planner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from airstream.footprint import Footprint
+from airstream.rates.facts import HardwareFacts
+
+HOST = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """One forward pass: `tokens` new tokens for each of `batch_size` sequences that then are `context` tokens long."""
+
+    batch_size: int
+    context: int
+    tokens: int
+    logits: int
+
+    @classmethod
+    def generation(cls, batch_size: int, context: int, prompt_tokens: int | None = None) -> Workload:
+        """The most that generation up to `context` tokens asks for: the prompt's pass, with the KV cache of the end.
+
+        Without `prompt_tokens`, a prompt may be as long as the context. `generate` looks at the last logits only.
+        """
+        return cls(batch_size, context, prompt_tokens or context, 1)
+
+    def kv_bytes(self, need: Footprint) -> int:
+        """The KV cache after the pass."""
+        return need.kv_bytes(self.batch_size, self.context)
+
+    def activation_bytes(self, need: Footprint) -> int:
+        """The activations at their largest."""
+        return need.activation_bytes(self.batch_size, self.tokens, self.context, self.logits)
+
+    def bytes(self, need: Footprint) -> int:
+        """Both together."""
+        return self.kv_bytes(need) + self.activation_bytes(need)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user asked for; None means that the planner chooses.
+
+    Attributes:
+        budgets: bytes per tier: "cpu", and the index of the accelerator if one is used.
+        budget_notes: per tier, where the budget comes from.
+        workload: to make room for, whatever `max_context` and `max_batch_size` say; for one that has outgrown them.
+        hardware: what the machine can do, if seconds are to be predicted, for prompts of `prompt_tokens`.
+    """
+
+    device: str
+    budgets: Mapping[str, int]
+    budget_notes: Mapping[str, str]
+    prefetch_batches: int | None = None
+    max_context: int | None = None
+    max_batch_size: int = 1
+    direct_io: bool = True
+    staging_bytes: int = 0
+    workload: Workload | None = None
+    hardware: HardwareFacts | None = None
+    prompt_tokens: int = 512
+
+    @property
+    def tier(self) -> str:
+        """The tier that the model computes in: "cpu", or the accelerator's index."""
+        return self.device.partition(":")[2] or (HOST if self.device == HOST else "0")

@@ -1,0 +1,109 @@
+"""Plans in words: the printed table, and the message for a budget that is too small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from airstream.plan.request import HOST
+from airstream.units import MIB, format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from airstream.plan.plan import Plan
+
+
+def describe(plan: Plan) -> str:
+    """`plan` as a table of at most 100 columns."""
+    return "\n".join((*_model_lines(plan), *_time_lines(plan), *_tier_lines(plan)))
+
+
+def _model_lines(plan: Plan) -> Iterator[str]:
+    yield f"{plan.model} ({format_bytes(plan.checkpoint_bytes)}, {plan.dtype}) on {plan.device}"
+    yield f"  resident     {_resident(plan)}"
+    if plan.hosted_bytes:
+        rest = f"{format_bytes(plan.read_bytes)} from disk" if plan.read_bytes else "nothing from disk"
+        yield f"  host memory  {format_bytes(plan.hosted_bytes)} of what is streamed comes from there, {rest}"
+    yield f"  streamed     {_streamed(plan)}"
+    yield f"  lm_head      {plan.head}"
+    for name, nbytes in plan.rows_from_disk.items():
+        yield f"  rows only    {name} ({format_bytes(nbytes)} on disk)"
+    yield f"  workload     up to {plan.max_batch_size} sequence(s) of {plan.max_context:,} tokens"
+
+
+def _time_lines(plan: Plan) -> Iterator[str]:
+    expected = plan.prediction
+    if expected is None:
+        return
+    rates = "measured rates" if not expected.assumed else f"not measured: {', '.join(expected.assumed)}"
+    sequences = f" for {expected.batch_size} sequences" if expected.batch_size > 1 else ""
+    yield (
+        f"  expected     {format_seconds(expected.decode_seconds)} a token{sequences}, bound by {expected.bottleneck} "
+        f"({rates})"
+    )
+    yield (
+        f"               first token of {expected.prompt_tokens:,} after {format_seconds(expected.prefill_seconds)}, "
+        f"in later calls {format_seconds(expected.warm_prefill_seconds)}"
+    )
+    if plan.would_help:
+        yield f"  would help   {', '.join(f'{what}: {factor:.1f}x' for what, factor in plan.would_help.items())}"
+
+
+def _resident(plan: Plan) -> str:
+    whole = sum(batch.nbytes == 0 for batch in plan.batches)
+    partial = sum(bool(batch.resident) and batch.nbytes > 0 for batch in plan.batches)
+    parts = [f"{whole} of {len(plan.batches)} batches" if whole else "", f"parts of {partial}" if partial else ""]
+    return f"{format_bytes(plan.resident_bytes)}: {', '.join(filter(None, parts)) or 'nothing'}"
+
+
+def _streamed(plan: Plan) -> str:
+    count = sum(batch.nbytes > 0 for batch in plan.batches)
+    if not count:
+        return "nothing: all of it is in memory after the first pass"
+    reads = "around the page cache" if plan.direct_io else "through the page cache"
+    ahead = f"{plan.prefetch_batches} ahead" if plan.prefetch_batches else "none ahead"
+    return (
+        f"{count} batches of {plan.layers_per_batch} layer(s), {format_bytes(plan.streamed_bytes)} a pass, "
+        f"{ahead}, {reads}"
+    )
+
+
+def _tier_lines(plan: Plan) -> Iterator[str]:
+    for name, tier in plan.tiers.items():
+        yield (
+            f"  {_tier_name(name):<13}peak {format_bytes(tier.peak_bytes)} of {format_bytes(tier.budget_bytes)} "
+            f"({tier.budget_note})"
+        )
+        for label, nbytes in tier.items.items():
+            if nbytes:
+                yield f"    {label:<18}{format_bytes(nbytes):>10}"
+
+
+def too_small(plan: Plan) -> str:
+    """The message for a budget that even `plan`, the smallest there is, does not fit."""
+    nbytes, largest = max(((batch.nbytes, batch.units[0]) for batch in plan.batches), default=(0, "nothing"))
+    needs = []
+    for name, tier in plan.tiers.items():
+        if tier.peak_bytes > tier.budget_bytes:
+            parts = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in tier.items.items() if nbytes)
+            needs.append(
+                f"{_tier_name(name)} needs {format_bytes(tier.peak_bytes)} ({parts}), "
+                f"max_memory gives {format_bytes(tier.budget_bytes)}"
+            )
+    remedy = ", ".join(f"{_key(name)}: {_rounded_up(tier.peak_bytes)}" for name, tier in plan.tiers.items())
+    return (
+        f"{plan.model} does not fit: {'; '.join(needs)}. The largest layer batch is {largest!r} with "
+        f"{format_bytes(nbytes)}; the smallest budget that would do, for batches of {plan.max_batch_size} x "
+        f"{plan.max_context} tokens, is max_memory={{{remedy}}}"
+    )
+
+
+def _rounded_up(nbytes: int) -> str:
+    return f'"{-(-nbytes // MIB)}MiB"'
+
+
+def _key(name: str) -> str:
+    return name if name.isdigit() else f'"{name}"'
+
+
+def _tier_name(name: str) -> str:
+    return "host memory" if name == HOST else f"device {name}"

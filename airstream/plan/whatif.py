@@ -1,0 +1,80 @@
+"""What would make a model faster: plans for the same model with more memory, a faster disk, or smaller weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from airstream.errors import BudgetError
+from airstream.plan.facts import BatchFacts, Group, ModelFacts
+from airstream.plan.plan import Plan
+from airstream.plan.planner import make_plan
+from airstream.plan.request import HOST, Request
+from airstream.rates.facts import Rate
+from airstream.units import GIB
+
+MORE_BYTES = 8 * GIB
+FAST_DISK = Rate(7e9, "assumed: NVMe on PCIe 4")
+
+FOUR_BIT = 4.5
+"""Bits per weight of common 4-bit formats, the scales of their blocks included (Q4_0 of GGUF: 18 bytes for 32)."""
+
+WORTH_SAYING = 1.05
+
+
+def with_advice(plan: Plan, facts: ModelFacts, request: Request) -> Plan:
+    """`plan` with what would make decoding faster, best first, and how many times. Plans several times over."""
+    if plan.prediction is None:
+        return plan
+    factors = {}
+    for what, other_facts, other_request in _alternatives(facts, request):
+        try:
+            other = make_plan(other_facts, other_request)
+        except BudgetError:
+            continue
+        if other.prediction is not None:
+            factors[what] = round(plan.prediction.decode_seconds / other.prediction.decode_seconds, 2)
+    best = sorted(((factor, what) for what, factor in factors.items() if factor >= WORTH_SAYING), reverse=True)
+    return replace(plan, would_help={what: factor for factor, what in best})
+
+
+def _alternatives(facts: ModelFacts, request: Request) -> Iterator[tuple[str, ModelFacts, Request]]:
+    for tier, budget in request.budgets.items():
+        name = "RAM" if tier == HOST else "device memory"
+        yield f"+8 GiB of {name}", facts, replace(request, budgets={**request.budgets, tier: budget + MORE_BYTES})
+    hardware = request.hardware
+    if hardware is not None and hardware.disk.per_second < FAST_DISK.per_second:
+        yield "a 7 GB/s disk", facts, replace(request, hardware=replace(hardware, disk=FAST_DISK))
+    yield "4-bit weights", quantised(facts, FOUR_BIT), request
+
+
+def quantised(facts: ModelFacts, bits: float) -> ModelFacts:
+    """`facts` of the same model whose layers are stored, moved and kept with `bits` per weight.
+
+    The lm_head, the embeddings and what is small stay as they are, as in most quantised checkpoints. Expanding the
+    weights is taken to cost nothing beside reading them.
+    """
+    share = bits / (8 * facts.footprint.item_bytes)
+    sums = facts.arithmetic
+    in_layers = sums.weight_bytes - sums.head_bytes
+    return replace(
+        facts,
+        batchings={
+            count: tuple(_scaled(batch, share) for batch in batches) for count, batches in facts.batchings.items()
+        },
+        checkpoint_bytes=facts.checkpoint_bytes - in_layers + int(share * in_layers),
+        arithmetic=replace(
+            sums,
+            weight_bytes=sums.head_bytes + int(share * in_layers),
+            expert_bytes=int(share * sums.expert_bytes),
+        ),
+    )
+
+
+def _scaled(batch: BatchFacts, share: float) -> BatchFacts:
+    groups = tuple(
+        Group(g.names, int(share * g.nbytes), None if g.host_bytes is None else int(share * g.host_bytes))
+        for g in batch.groups
+    )
+    slabs, reads = ([int(share * nbytes) for nbytes in sizes] for sizes in (batch.slab_bytes, batch.read_bytes))
+    return BatchFacts(batch.units, groups, tuple(slabs), tuple(reads))

@@ -1,0 +1,219 @@
+"""Seconds from bytes: what a pass over all layers is going to take, and which link it waits for.
+
+Knows what one pass moves and multiplies (`Traffic`) and what the machine can do (`HardwareFacts`); divides the one by
+the other. Refuses to know plans, configs and devices, and measures nothing. docs/machine.md states the model, with its
+limits; where it meets the cost model of FlexGen (Sheng et al. 2023, section 4.3), its terms stand beside ours:
+
+    T      = T_pre * l + T_gen * (n - 1) * l                     `Prediction.generate_seconds`
+    T_gen  = max(ctog, gtoc, dtoc, ctod, comp) of one layer      `decode_seconds` = T_gen * l
+    dtoc, ctog                                                   disk to host ("disk"), host to device ("H2D")
+    gtoc, ctod                                                   0: nothing is written back
+    comp                                                         "memory bandwidth" + "compute"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from airstream.errors import ArgumentError
+from airstream.rates.facts import HardwareFacts, Rate
+
+DISK, HOST_COPY, H2D, MEMORY, COMPUTE = "disk", "host copy", "H2D", "memory bandwidth", "compute"
+
+LINK_OF_RATE = {"disk": DISK, "host_copy": HOST_COPY, "h2d": H2D, "h2d_pageable": H2D}
+"""Fields of `HardwareFacts`, and the link that each is a rate of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Traffic:
+    """What one pass over all layers moves and multiplies: of one model, under one plan.
+
+    Attributes:
+        dtype: of the computation, "bfloat16"; `item_bytes` of one element.
+        on_cpu: the CPU computes; then reading and copying take time from it.
+        num_layers: that one pass calls.
+        weight_bytes: of all weights that are multiplied with, resident or not. Embedding rows are looked up: not they.
+        head_bytes: of them, the lm_head, which sees one position of each sequence.
+        expert_bytes: of them, routed experts; `expert_share` of those is what one token is routed to.
+        kv_bytes_per_token: keys and values of one token of one sequence, all layers together.
+        attention_width: heads times their width: of the queries of one token in one layer.
+        disk_bytes: read from disk in every pass.
+        first_disk_bytes: read from disk in the first pass, which also fills what stays resident.
+        cached_bytes: read out of the page cache in every pass, not from disk.
+        h2d_bytes, h2d_pageable_bytes: that cross to the accelerator in every pass, from pinned memory and from other.
+        first_h2d_bytes: that cross from pinned memory in the first pass.
+        reads_ahead: the next layers move while one is computed.
+    """
+
+    dtype: str
+    item_bytes: int
+    on_cpu: bool
+    num_layers: int
+    weight_bytes: int
+    head_bytes: int = 0
+    expert_bytes: int = 0
+    expert_share: float = 1.0
+    kv_bytes_per_token: int
+    attention_width: int
+    disk_bytes: int
+    first_disk_bytes: int
+    cached_bytes: int = 0
+    h2d_bytes: int = 0
+    h2d_pageable_bytes: int = 0
+    first_h2d_bytes: int = 0
+    reads_ahead: bool = True
+
+    def touched_bytes(self, tokens: int) -> float:
+        """Weights that `tokens` tokens multiply with, all together: of the experts, those one of them is routed to.
+
+        Expected, if every token draws its experts on its own: B tokens find 1 - (1 - share)^B of them.
+        """
+        return self.weight_bytes - self.expert_bytes * (1 - self.expert_share) ** tokens
+
+    def flops(self, batch_size: int, tokens: int, context: int) -> float:
+        """Floating-point operations of a pass: two per weight and token, four per query element and token attended to.
+
+        Every layer is taken to attend to the whole context: for sliding windows that is too many.
+        """
+        idle_bytes = self.expert_bytes * (1 - self.expert_share)
+        elements = (self.weight_bytes - self.head_bytes - idle_bytes) * tokens + self.head_bytes
+        attention = 4 * self.num_layers * self.attention_width * tokens * context
+        return batch_size * (2 * elements / self.item_bytes + attention)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """How long generation is going to take. JSON-able through `asdict`; `from_dict` is its inverse.
+
+    Attributes:
+        batch_size, prompt_tokens, context: sequences, tokens of each prompt, tokens in the KV cache while decoding.
+        decode_seconds: of one step: one token for every sequence.
+        prefill_seconds: of the first call's pass over the prompt, in which all weights come from disk.
+        warm_prefill_seconds: of the same pass in later calls, when what stays resident is resident.
+        bottleneck: the link that `decode_seconds` waits for; `prefill_bottleneck` that of `prefill_seconds`.
+        links: seconds that a decode step keeps each link busy. "disk", "host copy" and "H2D" overlap with each other
+            and with the sum of "memory bandwidth" (weights and keys and values are read) and "compute" (all else). Of
+            the time for reading weights and that for multiplying, only the longer one counts. Where the CPU computes,
+            "host copy" belongs to the sum.
+        rates: that were used, by their field in `HardwareFacts`.
+    """
+
+    batch_size: int
+    prompt_tokens: int
+    context: int
+    decode_seconds: float
+    prefill_seconds: float
+    warm_prefill_seconds: float
+    bottleneck: str
+    prefill_bottleneck: str
+    links: Mapping[str, float]
+    rates: Mapping[str, Rate]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """While decoding, all sequences together."""
+        return self.batch_size / self.decode_seconds
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """The rates among `rates` that were not measured on this machine."""
+        return tuple(name for name, rate in self.rates.items() if not rate.is_measured)
+
+    def generate_seconds(self, new_tokens: int) -> float:
+        """Of a first call that generates `new_tokens` tokens per sequence: T_pre * l + T_gen * (n - 1) * l."""
+        return self.prefill_seconds + (new_tokens - 1) * self.decode_seconds
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Prediction:
+        """What `asdict` gave."""
+        return cls(**{**data, "rates": {name: Rate(**rate) for name, rate in data["rates"].items()}})
+
+
+def predict(traffic: Traffic, hardware: HardwareFacts, batch_size: int, prompt_tokens: int, context: int) -> Prediction:
+    """What `traffic` takes on `hardware`.
+
+    Args:
+        batch_size: sequences that are generated at once.
+        prompt_tokens: of each sequence, in one pass.
+        context: tokens of each sequence in the KV cache during the decode step that is asked for; for the mean over a
+            generation of n tokens, the prompt's and n / 2 more.
+
+    Raises:
+        ArgumentError: bytes cross a link that `hardware` has no rate for.
+    """
+    warm = {
+        "disk": traffic.disk_bytes,
+        "host_copy": traffic.cached_bytes,
+        "h2d": traffic.h2d_bytes,
+        "h2d_pageable": traffic.h2d_pageable_bytes,
+    }
+    first = warm | {"disk": traffic.first_disk_bytes, "host_copy": 0, "h2d": traffic.first_h2d_bytes}
+    decode = _links(traffic, hardware, warm, batch_size, 1, context)
+    prefill = _links(traffic, hardware, first, batch_size, prompt_tokens, prompt_tokens)
+    warm_prefill = _links(traffic, hardware, warm, batch_size, prompt_tokens, prompt_tokens)
+    return Prediction(
+        batch_size=batch_size,
+        prompt_tokens=prompt_tokens,
+        context=context,
+        decode_seconds=_seconds(traffic, decode),
+        prefill_seconds=_seconds(traffic, prefill),
+        warm_prefill_seconds=_seconds(traffic, warm_prefill),
+        bottleneck=_bottleneck(traffic, decode),
+        prefill_bottleneck=_bottleneck(traffic, prefill),
+        links=decode,
+        rates=_rates(traffic, hardware, [name for name in warm if warm[name] or first[name]]),
+    )
+
+
+def _links(
+    traffic: Traffic, hardware: HardwareFacts, moved: Mapping[str, int], batch_size: int, tokens: int, context: int
+) -> dict[str, float]:
+    """Seconds that a pass over `tokens` new tokens per sequence keeps each link busy."""
+    seconds = dict.fromkeys((DISK, HOST_COPY, H2D, MEMORY, COMPUTE), 0.0)
+    for name, nbytes in moved.items():
+        if nbytes:
+            seconds[LINK_OF_RATE[name]] += nbytes / _rate(hardware, name).per_second
+    bandwidth = hardware.weights_rate(traffic.dtype).per_second
+    reading = traffic.touched_bytes(batch_size * tokens) / bandwidth
+    multiplying = traffic.flops(batch_size, tokens, context) / hardware.flops_rate(traffic.dtype).per_second
+    seconds[MEMORY if reading >= multiplying else COMPUTE] += max(reading, multiplying)
+    seconds[MEMORY] += batch_size * context * traffic.kv_bytes_per_token / bandwidth
+    seconds[COMPUTE] += traffic.num_layers * hardware.layer_seconds
+    if traffic.on_cpu and traffic.reads_ahead:  # else the CPU has nothing better to do while it reads
+        seconds[COMPUTE] += moved["disk"] * hardware.disk_cpu_seconds_per_byte / hardware.num_cores
+    return seconds
+
+
+def _seconds(traffic: Traffic, links: Mapping[str, float]) -> float:
+    moving, working = _sides(traffic, links)
+    overlapped = max(moving.values()), sum(working.values())
+    return max(overlapped) if traffic.reads_ahead else sum(overlapped)
+
+
+def _bottleneck(traffic: Traffic, links: Mapping[str, float]) -> str:
+    moving, working = _sides(traffic, links)
+    slower = moving if max(moving.values()) > sum(working.values()) else working
+    return max(slower, key=lambda name: slower[name])
+
+
+def _sides(traffic: Traffic, links: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """The links that overlap, and those whose times add up because one processor does them all."""
+    busy = (MEMORY, COMPUTE, HOST_COPY) if traffic.on_cpu else (MEMORY, COMPUTE)
+    return {name: links[name] for name in links if name not in busy}, {name: links[name] for name in busy}
+
+
+def _rates(traffic: Traffic, hardware: HardwareFacts, crossed: list[str]) -> dict[str, Rate]:
+    arithmetic = {"weights": hardware.weights_rate(traffic.dtype), "flops": hardware.flops_rate(traffic.dtype)}
+    return {name: _rate(hardware, name) for name in crossed} | arithmetic
+
+
+def _rate(hardware: HardwareFacts, name: str) -> Rate:
+    rate: Rate | None = getattr(hardware, name)
+    if rate is None:
+        raise ArgumentError(
+            f"weights cross to an accelerator, but the rates of {hardware.machine} have no {name!r}: "
+            "they were measured for another computing device"
+        )
+    return rate

@@ -1,0 +1,163 @@
+"""How fast the disk gives weights: the engine's reader, read size and threads, into memory like the engine's.
+
+Knows files and free space. Writes nothing beside a checkpoint, and leaves no file behind. Refuses to know formats: what
+it reads, it does not look at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+from airstream.backend.host_memory import HostBuffer
+from airstream.backend.landing import HostLanding, Staging
+from airstream.checkpoint.files import PAGE_BYTES
+from airstream.checkpoint.reader import CHUNK_BYTES, Piece, ReadCancelled, Reader
+from airstream.errors import ArgumentError, DiskSpaceError
+from airstream.rates.effort import Effort
+from airstream.units import format_bytes
+
+__all__ = ["DiskSpeed", "measure_disk"]
+
+SMALLEST_SHARE = 8
+"""A test file may shrink to this part of what was wanted where the disk is nearly full."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    """What reading cost.
+
+    Attributes:
+        cpu_seconds_per_byte: of this process, in all of its threads.
+        direct: whether reads went around the page cache to the end; some file systems refuse that.
+    """
+
+    bytes_per_second: float
+    cpu_seconds_per_byte: float
+    direct: bool
+
+
+def measure_disk(folder: Path, effort: Effort) -> DiskSpeed:
+    """Read what `folder` holds, or a test file on its file system. Blocks for the time `effort` gives it.
+
+    Raises:
+        ArgumentError: there is nowhere to write a test file.
+        DiskSpaceError: there is no room for one.
+        ReadError: the disk failed.
+    """
+    with _files(folder, effort) as files, Reader(files, direct=True) as reader:
+        buffer = HostBuffer(effort.ring_bytes)
+        buffer.tensor.zero_()  # touched before the clock runs, as the engine's ring is after its first pass
+        return _read(reader, _pieces(files, effort), HostLanding(buffer.tensor, Staging(CHUNK_BYTES)), effort)
+
+
+def _read(reader: Reader, pieces: Sequence[Piece], landing: HostLanding, effort: Effort) -> DiskSpeed:
+    """Queue everything, as the engine does, so that the disk never drains; then give up what the time is too short for.
+
+    What was under way at that point is waited for and counts, bytes and seconds.
+    """
+    done = threading.Event()
+    outcome: list[BaseException | None] = []
+
+    def on_done(error: BaseException | None) -> None:
+        outcome.append(error)
+        done.set()
+
+    started, cpu_started = time.perf_counter(), time.process_time()
+    job = reader.submit(pieces, landing, on_done)
+    while not done.wait(effort.disk_seconds):
+        if reader.bytes_read:  # or else the disk is so slow that the time is not up before the first read
+            job.cancel()
+            done.wait()
+    seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+    if outcome[0] is not None and not isinstance(outcome[0], ReadCancelled):
+        raise outcome[0]
+    return DiskSpeed(reader.bytes_read / seconds, cpu_seconds / reader.bytes_read, reader.direct)
+
+
+def _pieces(files: Sequence[Path], effort: Effort) -> list[Piece]:
+    """`effort.disk_bytes` of whole pages, from `files` in turn and over again, each read landing in place."""
+    runs = [
+        Piece(file, offset, min(effort.ring_bytes, size - offset), target=0)
+        for file, size in ((file, file.stat().st_size // PAGE_BYTES * PAGE_BYTES) for file in files)
+        for offset in range(0, size, effort.ring_bytes)
+    ]
+    pieces: list[Piece] = []
+    left = effort.disk_bytes
+    for run in cycle(runs):
+        if left <= 0:
+            break
+        pieces.append(run)
+        left -= run.nbytes
+    return pieces
+
+
+@contextlib.contextmanager
+def _files(folder: Path, effort: Effort) -> Iterator[list[Path]]:
+    """The weights in `folder` if there are enough of them, else a test file that lasts as long as the context."""
+    weights = sorted(folder.glob("*.safetensors"))
+    if sum(file.stat().st_size for file in weights) >= effort.file_bytes:
+        yield weights
+    else:
+        with _test_file(_place_for_file(folder), effort.file_bytes) as file:
+            yield [file]
+
+
+def _place_for_file(folder: Path) -> Path:
+    """A folder on the same file system that can be written, and holds no checkpoint: nothing is put beside one."""
+    device = folder.stat().st_dev
+    for place in (folder, *folder.resolve().parents, Path(tempfile.gettempdir())):
+        with contextlib.suppress(OSError):
+            same = place.stat().st_dev == device
+            if same and os.access(place, os.W_OK) and not any(place.glob("*.safetensors")):
+                return place
+    raise ArgumentError(
+        f"the disk of {folder} cannot be measured: no folder there can be written, and it holds too few weights to "
+        "read. Name a folder on the same disk that can be written"
+    )
+
+
+@contextlib.contextmanager
+def _test_file(folder: Path, wanted_bytes: int) -> Iterator[Path]:
+    """A file in `folder` that the disk really holds: random, written through, gone when the context ends, however."""
+    free = shutil.disk_usage(folder).free
+    nbytes = min(wanted_bytes, free // 2) // PAGE_BYTES * PAGE_BYTES
+    if nbytes < wanted_bytes // SMALLEST_SHARE:
+        raise DiskSpaceError(
+            f"measuring the disk writes {format_bytes(wanted_bytes // SMALLEST_SHARE)} at least, and leaves as much "
+            f"free; in {folder}, {format_bytes(free)} are free. Free some, or name a folder with a checkpoint"
+        )
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=".airstream-disk-test-", dir=folder)
+    except OSError as error:
+        raise ArgumentError(
+            f"{folder} cannot be written ({error.strerror}): name another folder on its disk"
+        ) from error
+    try:
+        _fill(descriptor, nbytes, folder)
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _fill(descriptor: int, nbytes: int, folder: Path) -> None:
+    """Write `nbytes` that do not compress, and wait until they are on the disk and no longer in the page cache."""
+    block = os.urandom(min(nbytes, CHUNK_BYTES))
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            for start in range(0, nbytes, len(block)):
+                stream.write(block[: nbytes - start])
+            stream.flush()
+            os.fsync(descriptor)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, nbytes, os.POSIX_FADV_DONTNEED)
+    except OSError as error:
+        raise DiskSpaceError(f"writing {format_bytes(nbytes)} in {folder} failed: {error.strerror}") from error
