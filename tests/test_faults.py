@@ -102,7 +102,7 @@ def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
 def refused(folder: Path, error: type[AirstreamError], *said: str, **options: Any) -> str:
     """`folder` cannot be loaded: exactly `error`, whose message says all of `said`; nothing is left at that moment."""
     with pytest.raises(AirstreamError) as caught:
-        AutoModel.from_pretrained(folder, device="cpu", page_cache=False, **options)
+        AutoModel.from_pretrained(folder, **({"device": "cpu", "page_cache": False} | options))
     message = str(caught.value)
     assert type(caught.value) is error, f"{type(caught.value).__name__}: {message}"
     for words in said:
@@ -304,7 +304,8 @@ def test_a_read_error_in_the_middle_of_generation(
         disk.fail_after(num_reads, times=1_000_000, one_place=True)
         with pytest.raises(ReadError, match=os.strerror(errno.EIO)) as caught:
             tokens_of(model)
-        assert disk.num_failed in (1, 2), "once for all, or once ahead and once when it was needed"
+        # Once ahead and once when it was needed, for each of the layers that have a part of the page.
+        assert 1 <= disk.num_failed <= 4
         assert re.search(r"reading [\d,]+ bytes at [\d,]+ of ", str(caught.value))
         assert any(str(shard) in str(caught.value) for shard in shards(checkpoint))
         assert all(parameter.is_meta for parameter in model.model.layers.parameters()), "weights are still in place"
@@ -493,7 +494,7 @@ def test_a_budget_that_is_too_small(checkpoint: Path, expected: torch.Tensor, mo
     assert opened == [], "weights were opened before the budget was found to be too small"
     match = re.search(r"max_memory=(\{.*\})", message)
     assert match, message
-    with load(checkpoint, max_memory=ast.literal_eval(match[1])) as model:
+    with AutoModel.from_pretrained(checkpoint, device="cpu", max_memory=ast.literal_eval(match[1])) as model:
         assert torch.equal(tokens_of(model), expected)
 
 

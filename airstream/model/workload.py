@@ -20,7 +20,7 @@ def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Workload | None:
     if inputs is None:
         return None
     batch_size, tokens = inputs.shape[0], inputs.shape[1]
-    past = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+    past: Any = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
     context = tokens + (past.get_seq_length() if hasattr(past, "get_seq_length") else 0)
     keep = kwargs.get("logits_to_keep", 0)
     return Workload(batch_size, context, tokens, keep.numel() if isinstance(keep, torch.Tensor) else keep or tokens)
