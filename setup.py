@@ -8,11 +8,13 @@ HERE = Path(__file__).parent
 
 EXTRAS = {
     "demo": ["gguf>=0.17"],
+    "plot": ["matplotlib>=3.8"],
     "quant": ["bitsandbytes>=0.46; platform_system != 'Darwin'", "optimum>=2.0"],
     "test": [
         "accelerate>=1.1",
         "gguf>=0.17",
         "hypothesis>=6.100",
+        "matplotlib>=3.8",
         "mypy>=1.15",
         "ipykernel>=6.29",
         "nbclient>=0.10",

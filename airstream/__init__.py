@@ -24,7 +24,10 @@ from airstream.errors import (
 
 if TYPE_CHECKING:
     from airstream.auto import AutoModel
+    from airstream.machine import Machine
+    from airstream.pictures import plot_plan
     from airstream.plan import Plan
+    from airstream.table import plan_table
 
 __version__ = "0.1.0"
 
@@ -37,10 +40,13 @@ __all__ = [
     "CheckpointNotFoundError",
     "ClosedError",
     "DiskSpaceError",
+    "Machine",
     "Plan",
     "ReadError",
     "UnsupportedError",
     "__version__",
+    "plan_table",
+    "plot_plan",
 ]
 
 
@@ -49,10 +55,22 @@ def __getattr__(name: str) -> Any:
         from airstream.auto import AutoModel
 
         return AutoModel
+    if name == "Machine":
+        from airstream.machine import Machine
+
+        return Machine
     if name == "Plan":
         from airstream.plan import Plan
 
         return Plan
+    if name == "plan_table":
+        from airstream.table import plan_table
+
+        return plan_table
+    if name == "plot_plan":
+        from airstream.pictures import plot_plan
+
+        return plot_plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,29 +15,21 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
-from airstream import hardware
-from airstream.backend import create_backend, packing_of, staging_bytes
+from airstream.backend import create_backend, packing_of
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.imagined import imagine
 from airstream.checkpoint.index import CheckpointIndex, has_weights
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
 from airstream.compat import build_on_meta, finish_loading, load_generation_config, model_class
-from airstream.config import LoadOptions, MaxMemory, parse_max_memory, refuse_unknown, resolve_device
-from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.config import LoadOptions, MaxMemory, check_count, parse_max_memory, refuse_unknown
+from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.layout import TORCH_DTYPES, read_specs
+from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
 from airstream.model.engine import Engine
 from airstream.model.facts import gather_facts, needs_staging
 from airstream.model.streamed import StreamedModel, make_streamed
 from airstream.model.units import Parts, divide
-from airstream.plan import HOST, ModelFacts, Plan, Request, make_plan, with_advice
-from airstream.rates.store import facts_for
-from airstream.units import format_bytes
-
-AUTO_SHARE = 0.9
-"""Of free memory, what a budget that is not given takes. The rest is head-room for everybody else."""
-
-PAGE_CACHE_SHARE = 0.5
-"""A checkpoint within this share of the memory left over is read through the page cache: it will stay there."""
+from airstream.plan import ModelFacts, Plan, Request, make_plan, with_advice
 
 
 class AutoModel:
@@ -99,17 +92,30 @@ class AutoModel:
         return _assemble(prepared, make_plan(prepared.facts, prepared.request))
 
     @classmethod
-    def plan(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Plan:
+    def plan(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        *,
+        machine: Machine = THIS_MACHINE,
+        prompt_tokens: int | None = None,
+        **options: Any,
+    ) -> Plan:
         """The plan that `from_pretrained` would follow with the same arguments, and what would make it faster.
 
         Reads headers; where the weights are not there, the config alone, and plans for what transformers would write.
+
+        Args:
+            machine: to plan for, if not this one: `Machine(gpu="RTX 3090", ram="64GiB", disk_gbps=3.5)`.
+            prompt_tokens: of the prompt whose first token is predicted; 512, or as many as the context holds, if not
+                given.
+            options: as `from_pretrained`.
         """
-        refuse_unknown((name for name in options if name not in _OPTION_NAMES), _OPTION_NAMES)
-        prepared = _prepare(pretrained_model_name_or_path, LoadOptions(**options), with_weights=False)
+        prepared = ask(pretrained_model_name_or_path, options, machine, prompt_tokens)
         return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
 
 
 _OPTION_NAMES = tuple(option.name for option in fields(LoadOptions))
+_PLAN_NAMES = (*_OPTION_NAMES, "machine", "prompt_tokens")
 
 
 @dataclass(frozen=True)
@@ -124,12 +130,37 @@ class _Prepared:
     index: CheckpointIndex
     parts: Parts
     facts: ModelFacts
+    question: Question
     request: Request
 
 
-def _prepare(name: str | os.PathLike[str], options: LoadOptions, with_weights: bool = True) -> _Prepared:
-    device = resolve_device(options.device)
-    budgets = parse_max_memory(options.max_memory, device)
+def ask(
+    name: str | os.PathLike[str],
+    options: Mapping[str, Any],
+    machine: Machine = THIS_MACHINE,
+    prompt_tokens: int | None = None,
+) -> _Prepared:
+    """The sizes of a model and what is asked of the planner, weights or not. Arguments as `AutoModel.plan`."""
+    refuse_unknown((name for name in options if name not in _OPTION_NAMES), _PLAN_NAMES)
+    known = LoadOptions(**options)
+    if prompt_tokens is not None:
+        check_count("prompt_tokens", prompt_tokens, at_least=1)
+        if prompt_tokens > (known.max_context or prompt_tokens):
+            raise ArgumentError(
+                f"a prompt of prompt_tokens={prompt_tokens} does not fit into max_context={known.max_context} tokens"
+            )
+    return _prepare(name, known, with_weights=False, machine=machine, prompt_tokens=prompt_tokens or PROMPT_TOKENS)
+
+
+def _prepare(
+    name: str | os.PathLike[str],
+    options: LoadOptions,
+    with_weights: bool = True,
+    machine: Machine = THIS_MACHINE,
+    prompt_tokens: int = PROMPT_TOKENS,
+) -> _Prepared:
+    device = machine.device(options.device)
+    parse_max_memory(options.max_memory, device)  # a mistake in it is told before anything is downloaded
     folder = resolve(
         name,
         options.revision,
@@ -149,38 +180,9 @@ def _prepare(name: str | os.PathLike[str], options: LoadOptions, with_weights: b
     packing = packing_of(device)
     facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch)
     staged = device.type != "cpu" or needs_staging(parts, packing)
-    request = _request(facts, device, budgets, options, staged)
-    request = replace(request, hardware=facts_for(folder, device))
-    return _Prepared(options, folder, device, dtype, model, index, parts, facts, request)
-
-
-def _request(
-    facts: ModelFacts, device: torch.device, given: dict[str, int], options: LoadOptions, staged: bool
-) -> Request:
-    """What is asked of the planner: the user's numbers, and measured ones where there are none."""
-    available = {HOST: hardware.available_host_bytes()}
-    if device.type != "cpu" and str(device.index) not in given:
-        available[str(device.index)] = hardware.available_device_bytes(device)
-    shares = {name: int(AUTO_SHARE * free) for name, free in available.items()}
-    notes = {name: f"{AUTO_SHARE:.0%} of the {format_bytes(free)} available" for name, free in available.items()}
-    budgets = shares | given
-    left_over = available[HOST] - min(budgets[HOST], available[HOST])
-    return Request(
-        device=str(device),
-        budgets=budgets,
-        budget_notes=notes | dict.fromkeys(given, "given"),
-        prefetch_batches=None if options.prefetch_batches == "auto" else options.prefetch_batches,
-        max_context=options.max_context,
-        max_batch_size=options.max_batch_size,
-        direct_io=_direct_io(facts, left_over, options),
-        staging_bytes=staging_bytes(device, NUM_WORKERS, CHUNK_BYTES) if staged else 0,
-    )
-
-
-def _direct_io(facts: ModelFacts, left_over: int, options: LoadOptions) -> bool:
-    if options.page_cache == "auto":
-        return facts.checkpoint_bytes > PAGE_CACHE_SHARE * left_over
-    return not options.page_cache
+    question = Question(options, machine, folder, device, staged, prompt_tokens)
+    request = request_for(question, facts)
+    return _Prepared(options, folder, device, dtype, model, index, parts, facts, question, request)
 
 
 def _assemble(prepared: _Prepared, plan: Plan) -> StreamedModel:

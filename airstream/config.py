@@ -38,13 +38,13 @@ class LoadOptions:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
-        _check_count("max_batch_size", self.max_batch_size, at_least=1)
+        check_count("max_batch_size", self.max_batch_size, at_least=1)
         if self.max_context is not None:
-            _check_count("max_context", self.max_context, at_least=1)
+            check_count("max_context", self.max_context, at_least=1)
         if self.layers_per_batch != "auto":
-            _check_count("layers_per_batch", self.layers_per_batch, at_least=1)
+            check_count("layers_per_batch", self.layers_per_batch, at_least=1)
         if self.prefetch_batches != "auto":
-            _check_count("prefetch_batches", self.prefetch_batches, at_least=0)
+            check_count("prefetch_batches", self.prefetch_batches, at_least=0)
         if self.page_cache not in ("auto", True, False):
             raise ArgumentError(f'page_cache={self.page_cache!r}: use True, False or "auto"')
         named = getattr(torch, self.dtype.removeprefix("torch."), None) if isinstance(self.dtype, str) else self.dtype
@@ -104,6 +104,7 @@ def refuse_unknown(arguments: Iterable[str], known: Iterable[str]) -> None:
         raise ArgumentError(f"from_pretrained() has no argument {name!r}: {hint}")
 
 
-def _check_count(name: str, value: object, at_least: int) -> None:
+def check_count(name: str, value: object, at_least: int) -> None:
+    """Raise unless `value` is a whole number of `at_least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ArgumentError(f"{name}={value!r} must be a whole number of at least {at_least}")

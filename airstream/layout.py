@@ -207,15 +207,17 @@ def _specs_of_rows(
     counts = [math.prod(tensor.shape) // width for tensor in stored]
     starts = [0, *itertools.accumulate(counts[:-1])]
     everything = torch.cat([ids.reshape(-1) for ids in outputs.values()])
-    if everything.dtype != torch.int64 or not torch.equal(everything.sort().values, torch.arange(sum(counts))):
+    if not _is_permutation(everything, sum(counts)):
         return None
+    begins = torch.zeros(sum(counts) + 1, dtype=torch.bool)  # one more: an empty source may be the last
+    begins[starts] = True
     specs = []
     for name, ids in outputs.items():
         shape = (*ids.shape[:-1], width) if width > 1 else tuple(ids.shape)
         if name not in targets or tuple(targets[name].shape) != tuple(shape) or (width > 1 and ids.shape[-1] != 1):
             return None
         pieces = []
-        for begin, first, count in _runs(ids.reshape(-1), starts):
+        for begin, first, count in _runs(ids.reshape(-1), begins):
             number = bisect.bisect_right(starts, first) - 1
             row_bytes = width * TORCH_DTYPES[stored[number].dtype].itemsize
             start = (first - starts[number]) * row_bytes
@@ -224,10 +226,22 @@ def _specs_of_rows(
     return specs
 
 
-def _runs(ids: torch.Tensor, starts: Sequence[int]) -> list[tuple[int, int, int]]:
-    """Runs of consecutive numbers in `ids` within one source: (position in `ids`, first number, how many)."""
+def _is_permutation(ids: torch.Tensor, count: int) -> bool:
+    """Whether `ids` are the numbers up to `count`, each of them once. Millions of them: sorting would take seconds."""
+    if ids.dtype != torch.int64 or ids.numel() != count or not bool(((ids >= 0) & (ids < count)).all()):
+        return False
+    seen = torch.zeros(count, dtype=torch.bool)
+    seen[ids] = True
+    return bool(seen.all())
+
+
+def _runs(ids: torch.Tensor, begins: torch.Tensor) -> list[tuple[int, int, int]]:
+    """Runs of consecutive numbers in `ids` within one source: (position in `ids`, first number, how many).
+
+    `begins` says of every number whether a source begins with it.
+    """
     breaks = ids[1:] != ids[:-1] + 1
-    breaks |= torch.isin(ids[1:], torch.tensor(starts))
+    breaks |= begins[ids[1:]]
     edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), ids.numel()]
     firsts = ids[edges[:-1]].tolist()
     return [(begin, first, end - begin) for begin, end, first in zip(edges, edges[1:], firsts, strict=False)]

@@ -26,8 +26,10 @@ FLOORS: list[list[str]] = [
     ["slab", "config", "rates.*", "predict", "checkpoint.imagined"],
     ["plan", "plan.*", "fill"],
     ["streamer"],
-    ["model.*", "report"],
-    ["auto", "demo.*"],
+    ["model.*", "report", "machine"],
+    ["auto", "demo.*", "landscape", "table_text"],
+    ["table"],
+    ["pictures"],
     [""],  # the package itself: its public names, looked up when they are first asked for
     ["cli.*"],
     ["__main__"],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.conftest import WriteTiny, stream
+from tests.conftest import STREAMING, WriteTiny, least_memory, stream
 from tests.tiny_models import TINY
 
 pytestmark = [
@@ -17,7 +17,15 @@ pytestmark = [
 ]
 
 IDS = torch.arange(3, 15)[None]
-OPTIONS: dict[str, Any] = {"device": "cuda", "max_memory": {0: "2GiB", "cpu": "2GiB"}}
+OPTIONS: dict[str, Any] = {"device": "cuda", "max_batch_size": 1}
+GIB = 1 << 30
+MEMORY: dict[str, dict[Any, int]] = {
+    "all is streamed": {},
+    "part is resident": {0: 200_000},
+    "all is in host memory": {"cpu": GIB},
+    "all is resident": {0: GIB, "cpu": GIB},
+}
+"""What there is beyond the least."""
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -33,11 +41,14 @@ def test_logits_and_tokens_equal_the_resident_model(name: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2, 3])
 @pytest.mark.parametrize("layers", [1, 3])
-def test_many_passes_through_a_small_ring(prefetch: int, layers: int, tiny: WriteTiny) -> None:
+@pytest.mark.parametrize("more", MEMORY.values(), ids=MEMORY)
+def test_many_passes_whatever_stays(prefetch: int, layers: int, more: dict[Any, int], tiny: WriteTiny) -> None:
     folder = tiny("llama", torch.bfloat16)
     resident = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map="cuda")
     expected = resident.generate(IDS.cuda(), max_new_tokens=64, do_sample=False)
-    with stream(folder, prefetch_batches=prefetch, layers_per_batch=layers, **OPTIONS) as model:
+    options = STREAMING | OPTIONS | {"prefetch_batches": prefetch, "layers_per_batch": layers}
+    memory = {tier: size + more.get(tier, 0) for tier, size in least_memory(folder, **options).items()}
+    with stream(folder, **options, max_memory=memory) as model:
         assert torch.equal(model.generate(IDS.cuda(), max_new_tokens=64, do_sample=False), expected)
 
 

@@ -17,14 +17,19 @@ pytestmark = pytest.mark.realmodel
 QUESTION = [{"role": "user", "content": "Why is the sky blue? Answer in two sentences."}]
 
 
+@pytest.mark.parametrize("max_memory", ["180MiB", "280MiB", "600MiB"])  # about a third resident, most, all
 @pytest.mark.parametrize("layers_per_batch", [1, 7])
-def test_the_streamed_answer_is_the_resident_answer(smollm2_folder: Path, layers_per_batch: int) -> None:
+def test_the_streamed_answer_is_the_resident_answer(
+    smollm2_folder: Path, layers_per_batch: int, max_memory: str
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     inputs = tokenizer.apply_chat_template(QUESTION, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     resident = AutoModelForCausalLM.from_pretrained(smollm2_folder, dtype="auto")
     expected = resident.generate(**inputs, max_new_tokens=24, do_sample=False)
     options = {"layers_per_batch": layers_per_batch, "page_cache": False, "max_context": 128}
-    with stream(smollm2_folder, max_memory="400MiB", **options) as model:
+    with stream(smollm2_folder, max_memory=max_memory, max_batch_size=1, **options) as model:
+        assert (model.plan.streamed_bytes == 0) is (max_memory == "600MiB")
+        assert model.plan.resident_bytes > 0
         assert torch.equal(model.generate(**inputs, max_new_tokens=24, do_sample=False), expected)
         with torch.no_grad():
             assert torch.equal(model(**inputs).logits, resident(**inputs).logits)

@@ -1,4 +1,4 @@
-"""The command line: `airstream demo | generate | chat | plan`. Parses, calls, prints; decides nothing."""
+"""The command line: `airstream demo | generate | chat | plan | hardware`. Parses, calls, prints; decides nothing."""
 
 from __future__ import annotations
 

@@ -46,9 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
     _add_loading(chat)
     chat.set_defaults(run=_command("chat"))
 
-    plan = commands.add_parser("plan", help="what would be resident, what streamed, and the predicted peak")
-    plan.add_argument("model", help="folder or hub id of a checkpoint")
-    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan = commands.add_parser("plan", help="what would be resident, what streamed, the predicted peak and seconds")
+    plan.add_argument("models", nargs="+", metavar="MODEL", help="folder or hub id; its config is enough")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("--prompt-tokens", type=int, metavar="N", help="of the prompt whose first token is predicted")
+    plan.add_argument("--table", action="store_true", help="models x precisions x cards: what fits, what streams")
+    plan.add_argument("--format", choices=("text", "markdown", "csv", "json"), help="of the table (default: text)")
+    plan.add_argument("--plot", metavar="FILE", help="draw seconds per token over sizes of memory: plan.png")
+    _add_machine(plan)
     _add_loading(plan)
     plan.set_defaults(run=_command("plan"))
 
@@ -86,13 +91,20 @@ def parse_memory(sizes: list[str]) -> str | dict[int | str, str]:
     return budgets
 
 
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("another machine (what is not given is as here)")
+    group.add_argument("--gpu", metavar="CARD", help='"RTX 3090", which need not be here; "3090,4090" with --table')
+    group.add_argument("--ram", metavar="SIZE", help="all memory of the host: 64GiB")
+    group.add_argument("--disk-gbps", type=float, metavar="GB/S", help="of the disk that the checkpoint lies on")
+
+
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading (as in AutoModel.from_pretrained)")
     group.add_argument("--max-memory", nargs="+", metavar="SIZE", help="4GiB, or 0=4GiB cpu=8GiB; default: most of it")
     group.add_argument("--device", help="device that computes (default: the accelerator if there is one, else cpu)")
     group.add_argument("--dtype", help='of the weights (default: "auto", the checkpoint\'s own)')
-    group.add_argument("--max-context", type=int, metavar="TOKENS", help="tokens per sequence to plan for")
-    group.add_argument("--max-batch-size", type=int, metavar="N", help="sequences to plan for (default: 1)")
+    group.add_argument("--max-context", "--context", type=int, metavar="TOKENS", help="tokens per sequence to plan for")
+    group.add_argument("--max-batch-size", "--batch", type=int, metavar="N", help="sequences to plan for (default: 1)")
     group.add_argument("--layers-per-batch", type=_int_or_auto, metavar="N", help="layers moved as one unit")
     group.add_argument("--prefetch-batches", type=_int_or_auto, metavar="N", help="layer batches read ahead; 0: none")
     group.add_argument(

@@ -101,6 +101,8 @@ class Engine:
         """Around every call of the model: one thread at a time, no autograd, nothing left bound after a failure."""
         with self._lock, torch.no_grad():
             self._check_open()
+            if self._executor is None:  # an earlier change of plan was interrupted
+                self._change(self.plan)
             try:
                 yield
             except BaseException:
@@ -113,13 +115,14 @@ class Engine:
 
         What it does not need of the memory that was set aside for KV cache and activations holds weights meanwhile.
         """
-        if self._is_final:
+        fits = work.bytes(self._facts.footprint) <= self.plan.work_bytes
+        if self._is_final or (fits and not self.plan.streamed_bytes):
             return
         plan = self._with_room_for(work)
         if plan is None:
             return  # it may end early; a pass that does not fit is refused when it comes to it
         gain = plan.resident_bytes + plan.hosted_bytes - self.plan.resident_bytes - self.plan.hosted_bytes
-        if work.bytes(self._facts.footprint) > self.plan.work_bytes or gain > MIN_GAIN * plan.checkpoint_bytes:
+        if not fits or gain > MIN_GAIN * plan.checkpoint_bytes:
             self._normal = plan
             self._change(plan)
 
@@ -168,8 +171,8 @@ class Engine:
     def _change(self, plan: Plan) -> None:
         """Go on by `plan`, between two passes. What stays in memory under both plans stays where it is."""
         self._stop()
-        self._executor = self._execute(plan)
         self.plan = plan
+        self._executor = self._execute(plan)
         self._check_open()  # another thread may have closed the engine, and not have seen this executor
         self._executor.streamer.start()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -33,22 +34,23 @@ class Executor:
         stats: StreamStats,
         plan: Plan,
     ) -> None:
-        self._closing = ExitStack()
         fills = store.fills(plan, facts)
-        self.streamer = Streamer(fills, plan.ring_bytes, plan.prefetch_batches, reader, backend, stats)
-        self._closing.callback(self.streamer.close)
-        self.residency = Residency(model, [batch.units for batch in plan.batches], fills, self.streamer, convert)
-        self._closing.callback(self.residency.close)
-
-        def kept(table: TensorSpec) -> Kept | None:
-            tied = (
-                next((spec.name for spec in parts.head[1] if spec.pieces == table.pieces), None) if parts.head else None
-            )
-            return store.kept(table.name) or (store.kept(tied) if tied else None)
-
-        for binding in bind_tables(model, parts.rows, kept, reader, backend, convert):
-            self._closing.callback(binding.unbind)
+        with ExitStack() as closing:
+            self.streamer = Streamer(fills, plan.ring_bytes, plan.prefetch_batches, reader, backend, stats)
+            closing.callback(self.streamer.close)
+            self.residency = Residency(model, [batch.units for batch in plan.batches], fills, self.streamer, convert)
+            closing.callback(self.residency.close)
+            for binding in bind_tables(model, parts.rows, partial(_kept, store, parts), reader, backend, convert):
+                closing.callback(binding.unbind)
+            self._closing = closing.pop_all()
 
     def close(self) -> None:
         """Unbind everything, stop reading, give the ring back. Idempotent. What stays in the store stays."""
         self._closing.close()
+
+
+def _kept(store: Store, parts: Parts, table: TensorSpec) -> Kept | None:
+    """Where the bytes of `table` stay, if they do: under its own name, or as the lm_head that it is tied to."""
+    in_head = parts.head[1] if parts.head else ()
+    names = [table.name, *(spec.name for spec in in_head if spec.pieces == table.pieces)]
+    return next(filter(None, map(store.kept, names)), None)

@@ -13,10 +13,13 @@ from airstream.checkpoint.files import PAGE_BYTES
 from airstream.layout import TensorSpec
 from airstream.plan import BatchFacts, Group
 from airstream.slab import in_file_order, pack
-from airstream.units import round_up
+from airstream.units import MIB, round_up
 
 MIN_SHARE = 1 / 16
 """Of its batch that a group makes up at least: norms and biases go along with their neighbours."""
+
+DEVICE_BLOCK_BYTES = 2 * MIB
+"""torch's allocators give large blocks of device memory in multiples of this."""
 
 HOST_PACKING = Packing(follows_file=True, alignment=0)
 """How tensors lie in host memory that reads land in."""
@@ -43,7 +46,10 @@ def _apart(specs: Sequence[TensorSpec]) -> int:
 def _group(specs: Sequence[TensorSpec], packing: Packing) -> Group:
     converted = any(spec.made_by is not None for spec in specs)
     host_bytes = None if converted else pack(specs, HOST_PACKING).nbytes
-    return Group(tuple(spec.name for spec in specs), pack(specs, packing).nbytes, host_bytes)
+    nbytes = pack(specs, packing).nbytes
+    if not packing.follows_file and nbytes > MIB:
+        nbytes = round_up(nbytes, DEVICE_BLOCK_BYTES)
+    return Group(tuple(spec.name for spec in specs), nbytes, host_bytes)
 
 
 def _in_order_of_residency(specs: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:

@@ -1,0 +1,122 @@
+"""Seconds per token over sizes of memory, for one model and the rates of one machine. Plans, many of them.
+
+Knows plans. Refuses to know pictures (`pictures` draws this), and whether such a machine exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from airstream.errors import BudgetError
+from airstream.machine import AUTO_SHARE
+from airstream.plan import HOST, ModelFacts, Request, make_plan
+
+__all__ = ["Landscape", "Spot", "survey"]
+
+SPAN = 40
+"""The largest memory that is looked at, in terms of the smallest."""
+
+BEYOND = 1.2
+"""The largest memory that is looked at, in terms of what holds everything."""
+
+SIZES_OF_MAP, SIZES_OF_CURVE = 32, 64
+"""Of each memory: where there are two, and where there is one."""
+
+ROOMY = 1 << 50
+"""Bytes that hold any model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """What a plan gives with one size of each memory: seconds per token, and weights read from disk for each."""
+
+    seconds: float
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Landscape:
+    """Sizes of memory, in bytes, of which a plan takes 90 %, and what they give.
+
+    Attributes:
+        context: tokens that are planned for.
+        device_bytes: sizes of the accelerator's memory, rising; empty where the CPU computes.
+        host_bytes: sizes of host memory, rising.
+        spots: by device size, or one for the CPU, and then by host size; None where the model does not fit.
+        here_bytes: what the machine that was asked for has: of device memory, if there is any, and of host memory.
+        here: what that gives.
+    """
+
+    context: int
+    device_bytes: tuple[int, ...]
+    host_bytes: tuple[int, ...]
+    spots: tuple[tuple[Spot | None, ...], ...]
+    here_bytes: tuple[int, ...]
+    here: Spot | None
+
+    def ram_without_disk(self) -> list[float | None]:
+        """By device size, the host memory from which on nothing comes from disk any more; None if that is never."""
+        return [_enough(self.host_bytes, spots) for spots in self.spots]
+
+
+def survey(facts: ModelFacts, request: Request) -> Landscape:
+    """Plans for `request` with memories of many sizes, whatever its own budgets are.
+
+    All of them are for one context: the one asked for, or else the longest that is planned for. What is read comes from
+    disk, around the page cache.
+    """
+    whole = make_plan(facts, replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), hardware=None))
+    request = replace(request, max_context=whole.max_context, direct_io=True)
+    peak, everything = whole.peak_bytes[request.tier], facts.checkpoint_bytes + whole.peak_bytes[HOST]
+    on_host = request.tier == HOST
+    device_bytes = () if on_host else _sizes(peak, SIZES_OF_MAP)
+    host_bytes = _sizes(peak, SIZES_OF_CURVE) if on_host else _sizes(everything, SIZES_OF_MAP)
+    memories: Sequence[Mapping[str, int]] = [{request.tier: size} for size in device_bytes] or [{}]
+    here = {tier: int(request.budgets[tier] / AUTO_SHARE) for tier in dict.fromkeys((request.tier, HOST))}
+    return Landscape(
+        context=whole.max_context,
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        spots=tuple(tuple(_spots(facts, request, memory, host_bytes)) for memory in memories),
+        here_bytes=tuple(here.values()),
+        here=_spot(facts, request, here),
+    )
+
+
+def _sizes(nbytes: int, count: int) -> tuple[int, ...]:
+    """Sizes of memory up to one whose budget holds `nbytes`, evenly spread over their logarithms."""
+    largest = BEYOND * nbytes / AUTO_SHARE
+    return tuple(int(largest * SPAN ** (number / (count - 1) - 1)) for number in range(count))
+
+
+def _spots(
+    facts: ModelFacts, request: Request, memory: Mapping[str, int], host_bytes: Sequence[int]
+) -> Iterator[Spot | None]:
+    """One for each of `host_bytes`. Once nothing comes from disk, more host memory changes nothing."""
+    last: Spot | None = None
+    for size in host_bytes:
+        if last is None or last.disk_bytes:
+            last = _spot(facts, request, {**memory, HOST: size})
+        yield last
+
+
+def _spot(facts: ModelFacts, request: Request, memory: Mapping[str, int]) -> Spot | None:
+    budgets = {name: int(AUTO_SHARE * nbytes) for name, nbytes in memory.items()}
+    try:
+        plan = make_plan(facts, replace(request, budgets=budgets))
+    except BudgetError:
+        return None
+    assert plan.prediction is not None  # the request says what the machine can do
+    return Spot(plan.prediction.decode_seconds, plan.read_bytes)
+
+
+def _enough(host_bytes: Sequence[int], spots: Sequence[Spot | None]) -> float | None:
+    """Every byte that is still read from disk needs one of host memory's budget."""
+    enough = None
+    for size, spot in zip(host_bytes, spots, strict=True):
+        if spot is not None and spot.disk_bytes:
+            enough = size + spot.disk_bytes / AUTO_SHARE
+        elif spot is not None and enough is None:
+            enough = float(size)
+    return enough

@@ -1,0 +1,281 @@
+"""Seconds per token over sizes of memory, as a picture. Needs matplotlib, which the extra `plot` brings.
+
+Knows matplotlib. Refuses to know how the numbers come about: `landscape` has them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from airstream.auto import ask
+from airstream.errors import ArgumentError, UnsupportedError
+from airstream.landscape import Landscape, survey
+from airstream.machine import AUTO_SHARE, THIS_MACHINE, Machine
+from airstream.plan import ModelFacts, Request
+from airstream.table import short_name
+from airstream.units import GIB, format_bytes, format_seconds
+
+__all__ = ["plot_plan"]
+
+STEPS = (1, 1.5, 2, 3, 5, 7)
+"""Seconds that have a line, times powers of ten."""
+
+TICKS = tuple(step * 2.0**power for power in range(-8, 14) for step in (1, 1.5))
+"""Sizes of memory, in GiB, that are written to an axis."""
+
+COLOURS, DARKEST, SHADES = "YlGnBu", 0.72, 48
+"""From light to dark as seconds grow, also without colours, and never so dark that black is hard to read on it."""
+
+LABEL_ROWS = (0.3, 0.12, 0.8, 0.55, 0.92)
+"""Of the height, where a line may have its label: the first at which there is room."""
+
+STAR = {"marker": "*", "markersize": 14, "color": "black", "markeredgecolor": "white"}
+
+DOES_NOT_FIT = "0.9"
+"""The grey of sizes that do not do."""
+
+
+def plot_plan(
+    model: str | os.PathLike[str],
+    *,
+    machine: Machine = THIS_MACHINE,
+    file: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Any:
+    """Draw the predicted seconds per token of `model` over sizes of memory, as a `matplotlib.figure.Figure`.
+
+    With an accelerator it is a map over its memory and the host's; where the CPU computes, a curve over host memory.
+    A mark shows where `machine` is. Plans hundreds of times, which takes seconds.
+
+    Args:
+        model: folder or hub id; its config is enough.
+        machine: whose rates are used: this one, or `Machine(gpu="RTX 3090", ram="64GiB", disk_gbps=7)`.
+        file: to write; its ending says in which format: .png, .svg, .pdf.
+        options: as `AutoModel.from_pretrained`.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+        ArgumentError: `file` has an ending that matplotlib does not know, or an option makes no sense.
+    """
+    figure = _figure()
+    if file is not None:
+        _check_file(figure, Path(file))
+    asked = ask(model, options, machine)
+    landscape = survey(asked.facts, asked.request)
+    axes = figure.subplots()
+    if landscape.device_bytes:
+        _draw_map(figure, axes, landscape)
+    else:
+        _draw_curve(axes, landscape)
+    title = f"{short_name(model)}{_title(landscape, asked.facts, asked.request, machine)}"
+    axes.set_title(title, fontsize=10, loc="left")
+    if file is not None:
+        figure.savefig(file)
+    return figure
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, nothing that the whole process shares
+    except ImportError:
+        raise UnsupportedError('drawing needs matplotlib: pip install "airstream[plot]"') from None
+    return Figure(figsize=(8, 5.4), dpi=110, layout="constrained")
+
+
+def _check_file(figure: Any, file: Path) -> None:
+    """Before seconds are spent on plans."""
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if file.suffix.removeprefix(".").lower() not in known:
+        raise ArgumentError(f"{file} is no kind of picture that can be drawn: use .{', .'.join(known)}")
+    if not file.absolute().parent.is_dir():
+        raise ArgumentError(f"{file} cannot be written: there is no folder {file.parent}")
+
+
+def _title(landscape: Landscape, facts: ModelFacts, request: Request, machine: Machine) -> str:
+    hardware = request.hardware
+    assert hardware is not None  # there is always something to assume
+    sequences = f"{request.max_batch_size} sequences of " if request.max_batch_size > 1 else ""
+    bus = f"bus {hardware.h2d.per_second / 1e9:.3g} GB/s, " if hardware.h2d is not None else ""
+    return (
+        f": {format_bytes(facts.checkpoint_bytes)} in {facts.dtype}, {sequences}{landscape.context:,} tokens\n"
+        f"{machine.gpu or request.device}: {bus}disk {hardware.disk.per_second / 1e9:.3g} GB/s ({hardware.disk.source})"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- the map
+
+
+def _draw_map(figure: Any, axes: Any, landscape: Landscape) -> None:
+    x, y = ([size / GIB for size in sizes] for sizes in (landscape.device_bytes, landscape.host_bytes))
+    by_ram = zip(*landscape.spots, strict=True)
+    seconds = [[math.nan if spot is None else spot.seconds for spot in row] for row in by_ram]
+    levels = _draw_seconds(figure, axes, x, y, seconds)
+    _set_scale(axes, "x", x, "VRAM")
+    _set_scale(axes, "y", y, "RAM")
+    _shade(axes, x, sum(not any(spots) for spots in landscape.spots))
+    room = _Room(axes)
+    _mark(axes, room, landscape)
+    _draw_edge(axes, room, landscape)
+    _label_lines(room, seconds, levels)
+
+
+def _draw_seconds(
+    figure: Any, axes: Any, x: Sequence[float], y: Sequence[float], seconds: Sequence[Sequence[float]]
+) -> list[float]:
+    """Shades, and lines at round numbers of seconds, which are returned."""
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    values = [value for row in seconds for value in row if not math.isnan(value)]
+    low, high = 0.999 * min(values), 1.001 * max(values)
+    levels = list(_levels(low, high))
+    shades = [low * (high / low) ** (step / SHADES) for step in range(SHADES + 1)]
+    colours = ListedColormap([colormaps[COLOURS](DARKEST * step / 255) for step in range(256)])
+    filled = axes.contourf(x, y, seconds, levels=shades, norm=LogNorm(low, high), cmap=colours)
+    filled.set_edgecolor("face")  # else there are hair lines between the shades
+    if levels:
+        axes.contour(x, y, seconds, levels=levels, colors="black", linewidths=0.7)
+    bar = figure.colorbar(filled, ax=axes, label="predicted seconds per token", ticks=levels, format="%g")
+    bar.minorticks_off()
+    return levels
+
+
+@dataclass
+class _Room:
+    """Texts on a map, none over another. Places are shares of its width and height."""
+
+    axes: Any
+    taken: list[tuple[float, float, float, float]] = field(default_factory=list)
+
+    def write(self, x: float, y: float, text: str, **style: Any) -> bool:
+        """`text` around a point, if there is room."""
+        half_width, half_height = (0.0056 if style.get("weight") else 0.0048) * len(text) + 0.012, 0.022
+        box = (x - half_width, y - half_height, x + half_width, y + half_height)
+        inside = box[0] > 0 and box[1] > 0 and box[2] < 1 and box[3] < 1
+        if not inside or any(_overlap(box, other) for other in self.taken):
+            return False
+        self.taken.append(box)
+        frame = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+        style = {"ha": "center", "va": "center", "fontsize": 8, "bbox": frame} | style
+        self.axes.text(x, y, text, transform=self.axes.transAxes, **style)
+        return True
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _mark(axes: Any, room: _Room, landscape: Landscape) -> None:
+    """Where the machine is, if that is on the map."""
+    vram, ram = landscape.here_bytes
+    x, y = _share(landscape.device_bytes, vram), _share(landscape.host_bytes, ram)
+    if landscape.here is None or not (0 < x < 1 and 0 < y < 1):
+        return
+    axes.plot(x, y, transform=axes.transAxes, **STAR)
+    room.taken.append((x - 0.02, y - 0.03, x + 0.02, y + 0.03))
+    text = f"{vram / GIB:.3g} + {ram / GIB:.3g} GiB: {format_seconds(landscape.here.seconds)}"
+    side = 0.035 + 0.0056 * len(text)
+    if not room.write(x + side, y, text, weight="bold"):
+        room.write(x - side, y, text, weight="bold")
+
+
+def _draw_edge(axes: Any, room: _Room, landscape: Landscape) -> None:
+    """The line above which host memory holds what device memory does not."""
+    places = [
+        (_share(landscape.device_bytes, vram), _share(landscape.host_bytes, ram))
+        for vram, ram in zip(landscape.device_bytes, landscape.ram_without_disk(), strict=True)
+        if ram is not None
+    ]
+    falling = places[: 1 + next((number for number, (_, y) in enumerate(places) if y <= 0), len(places))]
+    axes.plot(
+        *zip(*falling, strict=True), color="black", linewidth=1.6, linestyle=(0, (4, 2)), transform=axes.transAxes
+    )
+    for x, y in falling[len(falling) // 8 :]:
+        if room.write(x, y + 0.035, "above: nothing from disk", style="italic"):
+            return
+
+
+def _shade(axes: Any, sizes: Sequence[float], count: int) -> None:
+    """The first `count` sizes of the horizontal axis, which do not do."""
+    axes.axvspan(sizes[0], sizes[count], color=DOES_NOT_FIT, zorder=0)
+    width = count / (len(sizes) - 1)
+    if width > 0.03:
+        style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 8, "transform": axes.transAxes}
+        axes.text(width / 2, 0.5, "does not fit", **style)
+
+
+def _label_lines(room: _Room, seconds: Sequence[Sequence[float]], levels: Sequence[float]) -> None:
+    """The seconds of a line, where it crosses one of a few heights and nothing else is written."""
+    for level in levels:
+        for height in LABEL_ROWS:
+            row = seconds[round(height * (len(seconds) - 1))]
+            at = _crossing(row, level)
+            if at is not None and room.write(at / (len(row) - 1), height, f"{level:g} s"):
+                break
+
+
+def _crossing(row: Sequence[float], level: float) -> float | None:
+    """The place, counted in values, at which the falling values of `row` pass `level`; between two of them, by logs."""
+    for number, (left, right) in enumerate(itertools.pairwise(row)):
+        if left >= level > right:
+            return number + math.log(left / level) / math.log(left / right)
+    return None
+
+
+# ----------------------------------------------------------------------------------------------------------- the curve
+
+
+def _draw_curve(axes: Any, landscape: Landscape) -> None:
+    (spots,) = landscape.spots
+    x = [size / GIB for size in landscape.host_bytes]
+    fitting = [(size, spot.seconds) for size, spot in zip(x, spots, strict=True) if spot is not None]
+    axes.plot(*zip(*fitting, strict=True), color="black", linewidth=1.8)
+    _set_scale(axes, "x", x, "RAM")
+    _set_seconds(axes, [seconds for _, seconds in fitting])
+    axes.grid(visible=True, color="0.85", linewidth=0.6)
+    _shade(axes, x, spots.count(None))
+    (ram,) = landscape.here_bytes
+    here = landscape.here
+    if here is not None and x[0] < ram / GIB < x[-1]:
+        axes.plot(ram / GIB, here.seconds, **STAR)
+        text = f"{ram / GIB:.3g} GiB: {format_seconds(here.seconds)}"
+        axes.annotate(text, (ram / GIB, here.seconds), (8, 8), textcoords="offset points", weight="bold")
+
+
+# ------------------------------------------------------------------------------------------------------------- scales
+
+
+def _set_scale(axes: Any, which: str, sizes: Sequence[float], label: str) -> None:
+    """Sizes of memory on the axis `which`, by their logarithms."""
+    axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
+    axes.set(**{f"{which}scale": "log", f"{which}lim": (sizes[0], sizes[-1])})
+    ticks = [tick for tick in TICKS if sizes[0] <= tick <= sizes[-1]]
+    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.set_ticks([], minor=True)
+    axis.set_label_text(f"{label} in GiB, of which {AUTO_SHARE:.0%} is used")
+
+
+def _set_seconds(axes: Any, seconds: Sequence[float]) -> None:
+    axes.set_yscale("log")
+    low, high = min(seconds) / 1.2, max(seconds) * 1.2
+    levels = list(_levels(low, high))
+    axes.set_ylim(low, high)
+    axes.set_yticks(levels, [f"{level:g}" for level in levels])
+    axes.set_yticks([], minor=True)
+    axes.set_ylabel("predicted seconds per token")
+
+
+def _share(sizes: Sequence[int], nbytes: float) -> float:
+    """Where `nbytes` lies between the first and the last of `sizes`."""
+    return math.log(nbytes / sizes[0]) / math.log(sizes[-1] / sizes[0])
+
+
+def _levels(low: float, high: float) -> Iterator[float]:
+    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
+        yield from (level for step in STEPS if low < (level := step * 10.0**power) < high)
