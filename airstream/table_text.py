@@ -22,7 +22,7 @@ WIDTH = 100
 """Of text, in columns."""
 
 UNITS = (
-    "Sizes are in GiB; needs: to hold all of it, with that context. Shares are of the weights, what is in neither "
+    "Sizes are in GiB. KV: the cache for that context; needs: to hold all of it in VRAM. Shares are of the weights, what is in neither "
     "stays on disk."
 )
 
@@ -30,7 +30,7 @@ OF_A_CARD: Mapping[str, Callable[[Row], str]] = {
     "card": lambda row: row.card,
     "VRAM": lambda row: f"{row.vram_bytes / GIB:.0f}",
     "context": lambda row: f"{row.context:,}",
-    "KV cache": lambda row: f"{row.kv_bytes / GIB:.2f}",
+    "KV": lambda row: f"{row.kv_bytes / GIB:.2f}",
     "needs": lambda row: f"{row.needed_bytes / GIB:.1f}",
     "verdict": lambda row: row.verdict if row.least_vram_bytes is None else "",
     "in VRAM": lambda row: _share(row, row.resident_bytes),
@@ -96,7 +96,10 @@ def _verdict(row: Row) -> str:
 
 
 def _share(row: Row, nbytes: int) -> str:
-    return "" if row.decode_seconds is None else f"{nbytes / row.weights_bytes:.0%}"
+
+    if row.decode_seconds is None:
+        return ""
+    return f"{min(1.0, nbytes / row.weights_bytes):.0%}"  # small tensors take more room than they have bytes
 
 
 def as_markdown(table: Table) -> str:
