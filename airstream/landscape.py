@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 
 from airstream.errors import BudgetError
 from airstream.machine import AUTO_SHARE
-from airstream.plan import HOST, ModelFacts, Request, make_plan
+from airstream.plan import HOST, ModelFacts, Request, make_plan, smallest_plan
 
 __all__ = ["Landscape", "Spot", "survey"]
 
-SPAN = 40
-"""The largest memory that is looked at, in terms of the smallest."""
-
 BEYOND = 1.2
 """The largest memory that is looked at, in terms of what holds everything."""
+
+BELOW, SPAN = 0.85, 40
+"""The smallest one, in terms of the least that does; but not below this part of the largest."""
 
 SIZES_OF_MAP, SIZES_OF_CURVE = 32, 64
 """Of each memory: where there are two, and where there is one."""
@@ -68,10 +68,12 @@ def survey(facts: ModelFacts, request: Request) -> Landscape:
     """
     whole = make_plan(facts, replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), hardware=None))
     request = replace(request, max_context=whole.max_context, direct_io=True)
-    peak, everything = whole.peak_bytes[request.tier], facts.checkpoint_bytes + whole.peak_bytes[HOST]
-    on_host = request.tier == HOST
-    device_bytes = () if on_host else _sizes(peak, SIZES_OF_MAP)
-    host_bytes = _sizes(peak, SIZES_OF_CURVE) if on_host else _sizes(everything, SIZES_OF_MAP)
+    least, most = smallest_plan(facts, request).peak_bytes, whole.peak_bytes
+    device_bytes: tuple[int, ...] = ()
+    host_bytes = _sizes(least[HOST], most[HOST], SIZES_OF_CURVE)
+    if request.tier != HOST:
+        device_bytes = _sizes(least[request.tier], most[request.tier], SIZES_OF_MAP)
+        host_bytes = _sizes(least[HOST], most[HOST] + facts.checkpoint_bytes, SIZES_OF_MAP)
     memories: Sequence[Mapping[str, int]] = [{request.tier: size} for size in device_bytes] or [{}]
     here = {tier: int(request.budgets[tier] / AUTO_SHARE) for tier in dict.fromkeys((request.tier, HOST))}
     return Landscape(
@@ -84,10 +86,11 @@ def survey(facts: ModelFacts, request: Request) -> Landscape:
     )
 
 
-def _sizes(nbytes: int, count: int) -> tuple[int, ...]:
-    """Sizes of memory up to one whose budget holds `nbytes`, evenly spread over their logarithms."""
-    largest = BEYOND * nbytes / AUTO_SHARE
-    return tuple(int(largest * SPAN ** (number / (count - 1) - 1)) for number in range(count))
+def _sizes(least: int, most: int, count: int) -> tuple[int, ...]:
+    """Sizes of memory around those whose budgets are `least` and `most`, evenly spread over their logarithms."""
+    largest = BEYOND * most / AUTO_SHARE
+    span = min(largest / (BELOW * least / AUTO_SHARE), SPAN)
+    return tuple(int(largest * span ** (number / (count - 1) - 1)) for number in range(count))
 
 
 def _spots(

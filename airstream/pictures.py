@@ -102,9 +102,10 @@ def _title(landscape: Landscape, facts: ModelFacts, request: Request, machine: M
     assert hardware is not None  # there is always something to assume
     sequences = f"{request.max_batch_size} sequences of " if request.max_batch_size > 1 else ""
     bus = f"bus {hardware.h2d.per_second / 1e9:.3g} GB/s, " if hardware.h2d is not None else ""
+    where = request.device if machine.card is None else machine.card.name
     return (
         f": {format_bytes(facts.checkpoint_bytes)} in {facts.dtype}, {sequences}{landscape.context:,} tokens\n"
-        f"{machine.gpu or request.device}: {bus}disk {hardware.disk.per_second / 1e9:.3g} GB/s ({hardware.disk.source})"
+        f"{where}: {bus}disk {hardware.disk.per_second / 1e9:.3g} GB/s ({hardware.disk.source})"
     )
 
 
@@ -245,7 +246,10 @@ def _draw_curve(axes: Any, landscape: Landscape) -> None:
     if here is not None and x[0] < ram / GIB < x[-1]:
         axes.plot(ram / GIB, here.seconds, **STAR)
         text = f"{ram / GIB:.3g} GiB: {format_seconds(here.seconds)}"
-        axes.annotate(text, (ram / GIB, here.seconds), (8, 8), textcoords="offset points", weight="bold")
+        beside: dict[str, Any] = {"xytext": (8, 8)}  # the curve falls: there is room on its right, and below
+        if _share(landscape.host_bytes, ram) > 0.7:
+            beside = {"xytext": (-8, -16), "ha": "right"}
+        axes.annotate(text, (ram / GIB, here.seconds), textcoords="offset points", weight="bold", **beside)
 
 
 # ------------------------------------------------------------------------------------------------------------- scales

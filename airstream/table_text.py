@@ -22,8 +22,8 @@ WIDTH = 100
 """Of text, in columns."""
 
 UNITS = (
-    "Sizes are in GiB. KV: the cache for that context; needs: to hold all of it in VRAM. Shares are of the weights, what is in neither "
-    "stays on disk."
+    "Sizes are in GiB. KV: the cache for that context; needs: to hold all of it in VRAM. Shares are of the weights: "
+    "what is in neither stays on disk."
 )
 
 OF_A_CARD: Mapping[str, Callable[[Row], str]] = {

@@ -233,8 +233,12 @@ def test_what_has_no_effect_is_refused(words: list[str], said: str, capsys: pyte
 # --------------------------------------------------------------------------------------------------------- the picture
 
 
-def surveyed(folder: Path, machine: Machine, **options: Any) -> Landscape:
-    asked = ask(folder, options, machine)
+CARD = Machine(gpu="3060 12GB", ram="8GiB", disk_gbps=3.5)
+
+
+@pytest.fixture(scope="module")
+def found(configs: dict[str, Path]) -> Landscape:
+    asked = ask(configs["llama-8b"], {"max_context": 1024}, CARD)
     return survey(asked.facts, asked.request)
 
 
@@ -247,8 +251,7 @@ def is_falling(values: Sequence[float]) -> bool:
     return all(right <= 1.05 * left for left, right in itertools.pairwise(values))
 
 
-def test_more_memory_is_not_slower(configs: dict[str, Path]) -> None:
-    found = surveyed(configs["llama-8b"], replace(MACHINE, gpu="3090"), max_context=1024)
+def test_more_memory_is_not_slower(found: Landscape) -> None:
     assert all(is_falling(seconds(spots)) for spots in found.spots)
     assert all(is_falling(seconds(spots)) for spots in zip(*found.spots, strict=True))
     assert found.spots[0][0] is None
@@ -257,8 +260,7 @@ def test_more_memory_is_not_slower(configs: dict[str, Path]) -> None:
     assert last.disk_bytes == 0
 
 
-def test_from_some_memory_on_nothing_comes_from_disk(configs: dict[str, Path]) -> None:
-    found = surveyed(configs["llama-8b"], replace(MACHINE, gpu="3090"), max_context=1024)
+def test_from_some_memory_on_nothing_comes_from_disk(found: Landscape) -> None:
     for spots, enough in zip(found.spots, found.ram_without_disk(), strict=True):
         for size, spot in zip(found.host_bytes, spots, strict=True):
             assert spot is None or enough is not None
@@ -266,10 +268,8 @@ def test_from_some_memory_on_nothing_comes_from_disk(configs: dict[str, Path]) -
                 assert (spot.disk_bytes == 0) is (size > enough)
 
 
-def test_the_mark_is_the_plan_of_the_machine(configs: dict[str, Path]) -> None:
-    machine = Machine(gpu="3060 12GB", ram="8GiB", disk_gbps=2)
-    found = surveyed(configs["llama-8b"], machine, max_context=1024)
-    plan = AutoModel.plan(configs["llama-8b"], machine=machine, max_context=1024)
+def test_the_mark_is_the_plan_of_the_machine(configs: dict[str, Path], found: Landscape) -> None:
+    plan = AutoModel.plan(configs["llama-8b"], machine=CARD, max_context=1024)
     assert plan.prediction is not None
     assert found.here is not None
     assert found.here.seconds == pytest.approx(plan.prediction.decode_seconds, rel=0.001)
@@ -280,7 +280,7 @@ def test_the_mark_is_the_plan_of_the_machine(configs: dict[str, Path]) -> None:
 def test_a_picture_is_written_and_no_text_is_over_another(
     configs: dict[str, Path], tmp_path: Path, device: str
 ) -> None:
-    machine = Machine(gpu="3060 12GB" if device == "map" else None, ram="8GiB", disk_gbps=3.5)
+    machine = CARD if device == "map" else replace(CARD, gpu=None)
     options = {} if device == "map" else {"device": "cpu"}
     figure = plot_plan(configs["llama-8b"], machine=machine, file=tmp_path / "plan.png", max_context=1024, **options)
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
