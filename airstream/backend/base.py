@@ -78,7 +78,7 @@ class Backend(ABC):
 
     def keep_ready(self, nbytes: int) -> ReadyMemory:
         """Host memory for weights that cross to the device on every pass. Only where device and host are two."""
-        raise NotImplementedError
+        raise NotImplementedError("host and device memory are one here: there is nothing to copy")
 
     @abstractmethod
     def synchronize(self) -> None:

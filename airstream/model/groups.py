@@ -18,6 +18,9 @@ from airstream.units import MIB, round_up
 MIN_SHARE = 1 / 16
 """Of its batch that a group makes up at least: norms and biases go along with their neighbours."""
 
+TINY_SHARE = 1 / 16
+"""Of such a group: what is smaller never starts one."""
+
 DEVICE_BLOCK_BYTES = 2 * MIB
 """torch's allocators give large blocks of device memory in multiples of this."""
 
@@ -66,10 +69,14 @@ def _neighbours(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
     enough = MIN_SHARE * _nbytes(specs)
     groups: list[list[TensorSpec]] = []
     for spec in in_file_order(specs):
-        if groups and (_nbytes(groups[-1]) < enough or spec.nbytes < enough):
+        beside = bool(groups) and groups[-1][-1].pieces[-1].file == spec.pieces[0].file
+        if beside and (_nbytes(groups[-1]) < enough or spec.nbytes < TINY_SHARE * enough):
             groups[-1].append(spec)
         else:
             groups.append([spec])
+    if len(groups) > 1 and _nbytes(groups[-1]) < enough:
+        last = groups.pop()
+        groups[-1] += last
     return groups
 
 
