@@ -5,6 +5,7 @@ Knows plans. Refuses to know pictures (`pictures` draws this), and whether such 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -115,11 +116,11 @@ def _spot(facts: ModelFacts, request: Request, memory: Mapping[str, int]) -> Spo
 
 
 def _enough(host_bytes: Sequence[int], spots: Sequence[Spot | None]) -> float | None:
-    """Every byte that is still read from disk needs one of host memory's budget."""
+    """Every byte that is still read from disk needs one of host memory's budget, if none of that was left over."""
     enough = None
     for size, spot in zip(host_bytes, spots, strict=True):
         if spot is not None and spot.disk_bytes:
             enough = size + spot.disk_bytes / AUTO_SHARE
-        elif spot is not None and enough is None:
-            enough = float(size)
+        elif spot is not None:
+            return min(enough or math.inf, size)
     return enough
