@@ -42,6 +42,7 @@ setup(
         "huggingface_hub>=1.0",
         "filelock>=3.15",
         "psutil>=5.9",
+        "tqdm>=4.66",
     ],
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["airstream = airstream.cli:main"]},

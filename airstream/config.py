@@ -36,6 +36,8 @@ class LoadOptions:
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
     trust_remote_code: bool = False
+    profiling_mode: bool = False
+    progress: bool | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         check_count("max_batch_size", self.max_batch_size, at_least=1)
@@ -47,6 +49,8 @@ class LoadOptions:
             check_count("prefetch_batches", self.prefetch_batches, at_least=0)
         if self.page_cache not in ("auto", True, False):
             raise ArgumentError(f'page_cache={self.page_cache!r}: use True, False or "auto"')
+        if self.progress not in ("auto", True, False):
+            raise ArgumentError(f'progress={self.progress!r}: use True, False or "auto"')
         named = getattr(torch, self.dtype.removeprefix("torch."), None) if isinstance(self.dtype, str) else self.dtype
         if self.dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
             raise ArgumentError(

@@ -52,15 +52,15 @@ def available_device_bytes(device: torch.device) -> int:
 
 
 class PeakMemory:
-    """The peak of this process's resident memory above what it was when this was made, in bytes.
+    """The peak of this process's resident memory from now on, above what it is now, in bytes; or above `start`.
 
     Linux can forget an earlier peak; elsewhere the peak since the start of the process stands in, which is no lower.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, start: int | None = None) -> None:
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        self._start = process_bytes()
+        self._start = process_bytes() if start is None else start
 
     def rise(self) -> int:
         return max(0, self._peak() - self._start)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from airstream.auto import ask
-from airstream.errors import ArgumentError, UnsupportedError
+from airstream.figures import check_file, new_figure
 from airstream.landscape import Landscape, survey
 from airstream.machine import AUTO_SHARE, THIS_MACHINE, Machine
 from airstream.plan import ModelFacts, Request
@@ -63,9 +63,9 @@ def plot_plan(
         UnsupportedError: matplotlib is not installed.
         ArgumentError: `file` has an ending that matplotlib does not know, or an option makes no sense.
     """
-    figure = _figure()
+    figure = new_figure()
     if file is not None:
-        _check_file(figure, Path(file))
+        check_file(figure, Path(file))
     asked = ask(model, options, machine)
     landscape = survey(asked.facts, asked.request)
     axes = figure.subplots()
@@ -78,23 +78,6 @@ def plot_plan(
     if file is not None:
         figure.savefig(file)
     return figure
-
-
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, nothing that the whole process shares
-    except ImportError:
-        raise UnsupportedError('drawing needs matplotlib: pip install "airstream[plot]"') from None
-    return Figure(figsize=(8, 5.4), dpi=110, layout="constrained")
-
-
-def _check_file(figure: Any, file: Path) -> None:
-    """Before seconds are spent on plans."""
-    known = sorted(figure.canvas.get_supported_filetypes())
-    if file.suffix.removeprefix(".").lower() not in known:
-        raise ArgumentError(f"{file} is no kind of picture that can be drawn: use .{', .'.join(known)}")
-    if not file.absolute().parent.is_dir():
-        raise ArgumentError(f"{file} cannot be written: there is no folder {file.parent}")
 
 
 def _title(landscape: Landscape, facts: ModelFacts, request: Request, machine: Machine) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from airstream.hardware import PeakMemory
 from airstream.plan import HOST, Plan
-from airstream.streamer import StreamStats
+from airstream.stats import StreamStats
 from airstream.units import format_bytes, format_seconds
 
 

@@ -24,7 +24,9 @@ from airstream.checkpoint.reader import ReadCancelled, Reader
 from airstream.errors import ClosedError
 from airstream.fill import Fill, Filling
 from airstream.order import AccessOrder
+from airstream.probe import Probe
 from airstream.ring import Ring, room_sizes
+from airstream.stats import StreamStats
 
 
 @dataclass(slots=True)
@@ -37,6 +39,7 @@ class Region:
         fresh: True after a fill; whoever makes something of the bytes in place, once, sets it to False.
         filling: reads are under way.
         users: calls that wait for it, or compute with it. Without any, it stays intact until its place is needed.
+        read_bytes, host_bytes: that came from disk and host memory to fill it, until they have been reported.
         error: what kept it from being filled.
     """
 
@@ -46,29 +49,10 @@ class Region:
     fresh: bool = True
     filling: bool = True
     users: int = 0
+    read_bytes: int = 0
+    host_bytes: int = 0
     work: Filling | None = None
     error: BaseException | None = None
-
-
-@dataclass(slots=True)
-class StreamStats:
-    """What the streamer has done so far.
-
-    Attributes:
-        streamed_bytes: read from disk: into the ring, and once for what then stays in memory.
-        host_bytes: copied to the device from host memory.
-        stall_seconds: wall time in which `acquire` waited for bytes.
-        read_seconds: wall time in which at least one batch was being read.
-        acquired: batches handed out.
-        missed: of those, the ones whose read had not even been started.
-    """
-
-    streamed_bytes: int = 0
-    host_bytes: int = 0
-    stall_seconds: float = 0.0
-    read_seconds: float = 0.0
-    acquired: int = 0
-    missed: int = 0
 
 
 class Streamer:
@@ -89,8 +73,10 @@ class Streamer:
         reader: Reader,
         backend: Backend,
         stats: StreamStats | None = None,
+        probe: Probe | None = None,
     ) -> None:
         self.stats = stats or StreamStats()
+        self._probe = probe or Probe()
         self._fills = fills
         self._prefetch = prefetch
         self._reader = reader
@@ -119,6 +105,8 @@ class Streamer:
             ReadError: its bytes could not be read. The next call tries again.
             ClosedError: the streamer was closed.
         """
+        if listener := self._probe.listener:
+            listener.begin_wait()
         with self._changed:
             self._check_open()
             self._order.observe(batch)
@@ -126,6 +114,9 @@ class Streamer:
             self.stats.missed += batch not in self._regions and not self._fills[batch].is_complete
             region = self._use(batch)
         self._backend.wait_filled(self._fences[batch])
+        if listener:
+            listener.waited(region.read_bytes, region.host_bytes)
+            region.read_bytes = region.host_bytes = 0
         return region
 
     def release(self, batch: int) -> None:
@@ -241,10 +232,12 @@ class Streamer:
             for other in lost:
                 del self._regions[other]
         region = Region(batch, offset, self._memory[offset : offset + fill.slab.nbytes])
+        region.read_bytes, region.host_bytes = fill.to_read_bytes, fill.ready_bytes
         self._regions[batch] = region
+        self._report_ring()
         self._count_reading(+1)
         self._backend.begin_fill()
-        on_done = partial(self._filled, region, fill.to_read_bytes)
+        on_done = partial(self._filled, region, region.read_bytes)
         work = Filling(fill, region.memory, self._reader, self._backend, on_done, urgent)
         region.work = work if region.filling else None
         return True
@@ -267,6 +260,11 @@ class Streamer:
         del self._regions[batch]
         if self._fills[batch].room:
             self._ring.free(batch)
+        self._report_ring()
+
+    def _report_ring(self) -> None:
+        if listener := self._probe.listener:
+            listener.ring_holds(sum(self._rooms[batch] for batch in self._regions))
 
     def _filled(self, region: Region, read_bytes: int, error: BaseException | None) -> None:
         """All reads of `region` have ended; called by a reader thread."""

@@ -67,10 +67,10 @@ def resident(tiny: WriteTiny) -> Resident:
 
 @contextmanager
 def simulated_accelerator(
-    memory_limit: int | None = None, raise_races: bool = True, is_pinnable: bool = True
+    memory_limit: int | None = None, raise_races: bool = True, is_pinnable: bool = True, **times: float
 ) -> Iterator[SimDevice]:
-    """`sim:0` as a device of airstream's. Close its models inside."""
-    with SimDevice(memory_limit, raise_races) as device:
+    """`sim:0` as a device of airstream's, as slow as `times` say. Close its models inside."""
+    with SimDevice(memory_limit, raise_races, **times) as device:
         RUNTIMES["sim"] = lambda _: SimRuntime(device, is_pinnable)
         try:
             yield device

@@ -6,8 +6,11 @@
 
 It knows whose memory is whose (`SimTensor`; mixing devices is an error) and how much there is of it, that asynchronous
 copies are late (`SimRuntime.copy` moves nothing until somebody waits), and which accesses are ordered behind which
-(vector clocks; two that are not ordered, one of them a write, are a race). It refuses to know time, autograd and
+(vector clocks; two that are not ordered, one of them a write, are a race). It refuses to know autograd and
 airstream.
+
+It can be slow, too: given `kernel_seconds` and `copy_bytes_per_second`, every operation and every copy takes that long
+on its stream, in real time. Whoever waits sleeps until it is over, and `SimStream.busy` has the truth for profilers.
 
 Computations run at once, in the calling thread, yet count as unfinished work of the compute stream until an event
 recorded behind them has been waited for: that is how a slot overwritten too early is caught although its reader is long
@@ -28,6 +31,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
+import time
 import weakref
 from bisect import bisect_left
 from collections import deque
@@ -142,22 +146,30 @@ class History:
 
 
 class _Point(NamedTuple):
-    """A place in a stream's queue, and what is known to be done once the stream has reached it."""
+    """A place in a stream's queue, what is known to be done once the stream has reached it, and when it does."""
 
     stream: SimStream
     position: int
     clock: Clock
+    at: float
 
     def reach(self) -> None:
         self.stream.advance(self.position)
+
+    def sleep(self) -> None:
+        """Block until the stream has reached it. Called without the device's lock."""
+        time.sleep(max(0.0, self.at - time.perf_counter()))
 
 
 class SimStream:
     """An ordered queue of device work, done only as far as somebody waits for it; at once if it is eager.
 
     It knows the order of its work, not what the work is. Its own entry in its clock counts epochs, which end where an
-    event is recorded. Virtual time would belong here: `submit` sees copies and waits come, `advance` sees them done,
-    and a computation passes through `access`. These, and `mark`, are called with the device's lock held.
+    event is recorded. All but `record_event` and `wait_event` are called with the device's lock held.
+
+    Attributes:
+        busy: when it was at work, in seconds of `time.perf_counter`.
+        free_at: when all work that is queued will be done.
     """
 
     def __init__(self, sim: SimDevice, index: int, name: str, is_eager: bool) -> None:
@@ -166,6 +178,8 @@ class SimStream:
         self.clock: Clock = {index: 1}
         self._sim = sim
         self._is_eager = is_eager
+        self.busy: list[tuple[float, float]] = []
+        self.free_at = 0.0
         self._queue: deque[Callable[[], None]] = deque()
         self._num_submitted = 0
         self._num_done = 0
@@ -181,7 +195,15 @@ class SimStream:
         with self._sim.lock:
             if event.point is not None:
                 self.clock = _join(self.clock, event.point.clock)
+                self.free_at = max(self.free_at, event.point.at)
                 self.submit(event.point.reach)
+
+    def spend(self, seconds: float) -> None:
+        """Be busy for so long, once all that is queued is done."""
+        if seconds:
+            start = max(self.free_at, time.perf_counter())
+            self.free_at = start + seconds
+            self.busy.append((start, self.free_at))
 
     def submit(self, work: Callable[[], None]) -> None:
         self._queue.append(work)
@@ -198,7 +220,7 @@ class SimStream:
     def mark(self) -> _Point:
         """The end of the queue. Ends the epoch, so that the point does not cover what comes behind it."""
         self._follow_host()
-        point = _Point(self, self._num_submitted, self.clock)
+        point = _Point(self, self._num_submitted, self.clock, max(self.free_at, time.perf_counter()))
         self.clock = {**self.clock, self.index: self.clock[self.index] + 1}
         return point
 
@@ -221,9 +243,15 @@ class SimEvent:
 
     def synchronize(self) -> None:
         """Have the stream's work done up to this point."""
+        if self.point is not None:
+            self.point.sleep()
         with self._sim.lock:
             if self.point is not None:
                 self._sim.wait_on_host(self.point)
+
+    def query(self) -> bool:
+        """Whether the stream has reached this point."""
+        return self.point is None or self.point.at <= time.perf_counter()
 
 
 class Memory:
@@ -244,10 +272,20 @@ class SimDevice:
     Args:
         memory_limit: device bytes that may be allocated at once; more raises `torch.OutOfMemoryError`.
         raise_races: raise `RaceError` where a race is found, if on the main thread. The others wait for `check`.
+        kernel_seconds: that every operation takes which is not a view.
+        copy_bytes_per_second: of copies from the host; None: they take no time.
     """
 
-    def __init__(self, memory_limit: int | None = None, raise_races: bool = True) -> None:
+    def __init__(
+        self,
+        memory_limit: int | None = None,
+        raise_races: bool = True,
+        kernel_seconds: float = 0.0,
+        copy_bytes_per_second: float | None = None,
+    ) -> None:
         _register()
+        self.kernel_seconds = kernel_seconds
+        self.copy_bytes_per_second = copy_bytes_per_second
         self.device = torch.device("sim", 0)
         self.memory_limit = memory_limit
         self.allocated_bytes = 0
@@ -290,8 +328,12 @@ class SimDevice:
     def synchronize(self) -> None:
         """Have all work done that was submitted."""
         with self.lock:
-            for stream in self._streams:
-                self.wait_on_host(stream.mark())
+            points = [stream.mark() for stream in self._streams]
+        for point in points:
+            point.sleep()
+        with self.lock:
+            for point in points:
+                self.wait_on_host(point)
 
     def wait_on_host(self, point: _Point) -> None:
         """Reach `point`, and let the host know. The caller holds the lock."""
@@ -303,6 +345,8 @@ class SimDevice:
         storage = weakref.ref(source.untyped_storage())
         with self.lock:
             self.touch(destination, stream, "a copy", is_write=True)
+            if self.copy_bytes_per_second is not None:
+                stream.spend(destination.nbytes / self.copy_bytes_per_second)
             stream.submit(functools.partial(self._move, destination.raw, storage, _byte_range(source)[0]))
 
     def _move(self, destination: torch.Tensor, source: weakref.ref[torch.UntypedStorage], start: int) -> None:
@@ -442,10 +486,16 @@ class _Operation:
             for tensor, is_write in self.operands:
                 if isinstance(tensor, SimTensor) and not self.func.is_view:
                     self.sim.touch(tensor, self.sim.compute_stream, self.func, is_write)
+            if not self.func.is_view:
+                self.sim.compute_stream.spend(self.sim.kernel_seconds)
             result = self._run_on_cpu()
-            if self._blocks_host():
-                self.sim.wait_on_host(self.sim.compute_stream.mark())
-            return result if self.leaves_sim else tree_map(self._wrap, result)
+            point = self.sim.compute_stream.mark() if self._blocks_host() else None
+            wrapped = result if self.leaves_sim else tree_map(self._wrap, result)
+        if point is not None:
+            point.sleep()
+            with self.sim.lock:
+                self.sim.wait_on_host(point)
+        return wrapped
 
     def _find_operands(self) -> Iterator[tuple[torch.Tensor, bool]]:
         """Each tensor that goes in, and whether it is written."""
@@ -612,6 +662,23 @@ class SimRuntime:
 
     def new_event(self) -> SimEvent:
         return SimEvent(self._sim)
+
+    def new_timer(self) -> SimEvent:
+        return SimEvent(self._sim)
+
+    def elapsed_seconds(self, start: SimEvent, end: SimEvent) -> float:
+        assert start.point is not None
+        assert end.point is not None
+        return end.point.at - start.point.at
+
+    def used_bytes(self) -> int:
+        return self._sim.allocated_bytes
+
+    def peak_bytes(self) -> int:
+        return self._sim.peak_bytes
+
+    def forget_peak(self) -> None:
+        self._sim.peak_bytes = self._sim.allocated_bytes
 
     def compute_stream(self) -> SimStream:
         return self._sim.compute_stream

@@ -18,15 +18,16 @@ ROOT = Path(airstream.__file__).parent
 
 FLOORS: list[list[str]] = [
     ["errors"],
-    ["units"],
+    ["units", "probe", "figures", "stats"],
     ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts"],
     ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],
     ["backend.base", "compat", "hardware", "rates.store"],
     ["backend.*", "layout", "footprint", "ring", "order"],
     ["slab", "config", "rates.*", "predict", "checkpoint.imagined"],
     ["plan", "plan.*", "fill"],
-    ["streamer"],
+    ["streamer", "profiling", "profiling.*"],
     ["model.*", "report", "machine"],
+    ["live"],
     ["auto", "demo.*", "landscape", "table_text"],
     ["table"],
     ["pictures"],

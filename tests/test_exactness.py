@@ -264,6 +264,15 @@ def test_conversions(
         assert_equal(model, reference if device == "cpu" else on_accelerator(reference))
 
 
+@pytest.mark.parametrize("device", ["cpu", "sim:0"])
+def test_conversions_are_profiled(converted_folder: Path, sim: SimDevice, device: str) -> None:
+    with stream(converted_folder, device) as model, model.profile() as profile:
+        model(torch.arange(3, 12)[None].to(device))
+    costs = profile.total
+    assert 0 < costs.links["convert"].seconds <= costs.compute_seconds
+    assert 0 < costs.links["convert"].nbytes <= costs.read_bytes
+
+
 def test_conversions_are_needed_and_planned_for(plain_folder: Path, converted_folder: Path) -> None:
     plain, stored = load_file(plain_folder / "model.safetensors"), load_file(converted_folder / "model.safetensors")
     assert {"lm_head_transposed.weight", "model.layers.3.mlp.gate_up.weight"} <= stored.keys()

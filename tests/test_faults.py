@@ -33,7 +33,7 @@ from airstream.errors import (
     ReadError,
     UnsupportedError,
 )
-from airstream.model import residency
+from airstream.model import engine
 from airstream.plan import ModelFacts, Request, planner
 from tests.conftest import STREAMING, least_memory
 from tests.test_reader import descriptors, reader_threads
@@ -442,16 +442,17 @@ def test_a_conversion_that_fails_is_done_again(
 ) -> None:
     """What had been read, but not converted when the call failed, must not pass for weights in the next call."""
     store_transposed(checkpoint, "down_proj_transposed", monkeypatch)
-    real, failures = residency.convert_slab, iter([MemoryError("no room to convert")])
+    real, failures = engine.convert_slab, list[MemoryError]()
 
     def convert_slab(*arguments: Any) -> None:
-        if (failure := next(failures, None)) is not None:
-            raise failure
+        if failures:
+            raise failures.pop()
         real(*arguments)
 
+    monkeypatch.setattr(engine, "convert_slab", convert_slab)
     with load(checkpoint) as model:
         assert torch.equal(tokens_of(model), expected)
-        monkeypatch.setattr(residency, "convert_slab", convert_slab)
+        failures.append(MemoryError("no room to convert"))
         with pytest.raises(MemoryError, match="no room to convert"):
             tokens_of(model)
         assert torch.equal(tokens_of(model), expected)

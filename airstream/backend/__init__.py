@@ -11,6 +11,7 @@ from airstream.backend.base import Backend, Packing, Runtime
 from airstream.backend.cpu import CpuBackend
 from airstream.backend.torch_runtime import TorchRuntime
 from airstream.checkpoint.files import PAGE_BYTES
+from airstream.probe import Probe
 
 __all__ = [
     "RUNTIMES",
@@ -27,12 +28,15 @@ RUNTIMES: dict[str, Callable[[torch.device], Runtime]] = {}
 """Runtimes of device types that torch's own streams and events do not serve, by type."""
 
 
-def create_backend(device: torch.device, num_workers: int, chunk_bytes: int) -> Backend:
-    """The backend of `device`, for a reader of `num_workers` threads that reads `chunk_bytes` at a time."""
+def create_backend(device: torch.device, num_workers: int, chunk_bytes: int, probe: Probe | None = None) -> Backend:
+    """The backend of `device`, for a reader of `num_workers` threads that reads `chunk_bytes` at a time.
+
+    What it copies and converts, `probe` is told.
+    """
     if device.type == "cpu":
-        return CpuBackend(chunk_bytes)
+        return CpuBackend(chunk_bytes, probe)
     runtime = RUNTIMES.get(device.type, TorchRuntime)
-    return AcceleratorBackend(runtime(device), num_workers, chunk_bytes)
+    return AcceleratorBackend(runtime(device), num_workers, chunk_bytes, probe)
 
 
 def packing_of(device: torch.device) -> Packing:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from airstream.backend.base import Backend, Packing, Runtime
+from airstream.backend.clock import DeviceClock
 from airstream.backend.host_memory import HostBuffer
 from airstream.backend.landing import HostLanding, Staging, cast_into
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Piece
+from airstream.probe import CONVERT, H2D, HOST_COPY, Moment, Probe
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +36,15 @@ class AcceleratorBackend(Backend):
     # 256 bytes is what device allocators give and what matrix kernels ask about when they choose an algorithm.
     packing = Packing(follows_file=False, alignment=256)
 
-    def __init__(self, runtime: Runtime, num_workers: int, chunk_bytes: int) -> None:
+    def __init__(self, runtime: Runtime, num_workers: int, chunk_bytes: int, probe: Probe | None = None) -> None:
         self.device = runtime.device
         self._runtime = runtime
-        self._copies = runtime.new_stream()
+        self._clock = DeviceClock(runtime)
+        self._bus = _Bus(runtime, self._clock, probe or Probe())
         self._computed = runtime.new_event()
         self._chunk_bytes = chunk_bytes
-        self._staging = Staging(chunk_bytes)
-        self._lanes = [_Lane(runtime, self._copies, chunk_bytes) for _ in range(num_workers)]
+        self._staging = Staging(chunk_bytes, probe)
+        self._lanes = [_Lane(runtime, self._bus, chunk_bytes) for _ in range(num_workers)]
         pinned = [lane.pinned for lane in self._lanes]
         if not all(pinned):
             logger.warning("host memory could not be pinned: copies to %s will be slower", self.device)
@@ -55,22 +58,43 @@ class AcceleratorBackend(Backend):
         return DeviceLanding(memory, self._lanes)
 
     def keep_ready(self, nbytes: int) -> HostWeights:
-        return HostWeights(nbytes, self._runtime, self._copies, self._lanes, self._chunk_bytes, self._staging)
+        return HostWeights(nbytes, self._runtime, self._bus, self._lanes, self._chunk_bytes, self._staging)
 
     def new_fence(self) -> Any:
         return self._runtime.new_event()
 
     def begin_fill(self) -> None:
-        self._copies.wait_event(self._computed)
+        self._bus.stream.wait_event(self._computed)
 
     def end_fill(self, fence: Any) -> None:
-        self._copies.record_event(fence)
+        self._bus.stream.record_event(fence)
 
     def wait_filled(self, fence: Any) -> None:
         self._runtime.compute_stream().wait_event(fence)
 
     def release(self) -> None:
         self._runtime.compute_stream().record_event(self._computed)
+
+    def moment(self) -> Moment:
+        return self._clock.mark(self._runtime.compute_stream())
+
+    def wait_computed(self) -> None:
+        self._clock.wait()
+
+    def start_clock(self) -> None:
+        self._clock.anchor()
+
+    def seconds(self, moments: Sequence[Moment]) -> list[float | None]:
+        return self._clock.seconds(moments)
+
+    def used_bytes(self) -> int:
+        return self._runtime.used_bytes()
+
+    def peak_bytes(self) -> int:
+        return self._runtime.peak_bytes()
+
+    def forget_peak(self) -> None:
+        self._runtime.forget_peak()
 
     def synchronize(self) -> None:
         self._runtime.synchronize()
@@ -79,6 +103,21 @@ class AcceleratorBackend(Backend):
         for lane in self._lanes:
             lane.close()
         self._lanes = []
+
+
+class _Bus:
+    """The copy stream. `probe` is told when each copy began and ended on the device."""
+
+    def __init__(self, runtime: Runtime, clock: DeviceClock, probe: Probe) -> None:
+        self.stream = runtime.new_stream()
+        self.probe = probe
+        self._runtime = runtime
+        self._moment = partial(clock.mark, self.stream)
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        """Queue a copy to the device. Does not block; `source` must stay as it is until it ran."""
+        with self.probe.queued(H2D, source.numel(), self._moment):
+            self._runtime.copy(destination, source, self.stream)
 
 
 class DeviceLanding:
@@ -103,11 +142,11 @@ class HostWeights:
     """
 
     def __init__(
-        self, nbytes: int, runtime: Runtime, copies: Any, lanes: list[_Lane], chunk_bytes: int, staging: Staging
+        self, nbytes: int, runtime: Runtime, bus: _Bus, lanes: list[_Lane], chunk_bytes: int, staging: Staging
     ) -> None:
         self.nbytes = nbytes
         self._runtime = runtime
-        self._copies = copies
+        self._bus = bus
         self._lanes = lanes
         self._chunk_bytes = chunk_bytes
         self._staging = staging
@@ -123,7 +162,7 @@ class HostWeights:
     def send(self, pairs: Sequence[tuple[torch.Tensor, int]]) -> list[Callable[[int], None]]:
         if self._pinned:
             for target, start in pairs:
-                self._runtime.copy(target, self._buffer.tensor[start : start + target.numel()], self._copies)
+                self._bus.copy(target, self._buffer.tensor[start : start + target.numel()])
             return []
         return [
             partial(self._relay, target[done : done + self._chunk_bytes], start + done)
@@ -143,9 +182,9 @@ class HostWeights:
 class _Lane:
     """One reader thread's way to the device: two staging buffers, used in turn."""
 
-    def __init__(self, runtime: Runtime, copies: Any, chunk_bytes: int) -> None:
+    def __init__(self, runtime: Runtime, bus: _Bus, chunk_bytes: int) -> None:
         self._runtime = runtime
-        self._copies = copies
+        self._bus = bus
         self._buffers = [HostBuffer(chunk_bytes + PAGE_BYTES) for _ in range(BUFFERS_PER_WORKER)]
         self._pinned = [runtime.pin(buffer) for buffer in self._buffers]
         self._sent = [runtime.new_event() for _ in self._buffers]
@@ -160,9 +199,9 @@ class _Lane:
         """Copy `source`, in pageable host memory, to the device by way of a staging buffer."""
         self._next()
         staged = self._buffers[self._turn].tensor[: source.numel()]
-        staged.copy_(source)
-        self._runtime.copy(destination, staged, self._copies)
-        self._copies.record_event(self._sent[self._turn])
+        with self._bus.probe.span(HOST_COPY, source.numel()):
+            staged.copy_(source)
+        self._send(destination, staged)
 
     def _next(self) -> None:
         """Turn to the other buffer; blocks this reader thread until what was in it has been copied."""
@@ -180,10 +219,14 @@ class _Lane:
         source = self._buffers[self._turn].tensor[phase : phase + piece.nbytes]
         if piece.cast is not None:
             raw, source = source, torch.empty(piece.target_bytes, dtype=torch.uint8)
-            cast_into(source, raw, piece.cast)
+            with self._bus.probe.span(CONVERT, piece.nbytes):
+                cast_into(source, raw, piece.cast)
             self._cast[self._turn] = source  # must outlive the copy
-        self._runtime.copy(destination, source, self._copies)
-        self._copies.record_event(self._sent[self._turn])
+        self._send(destination, source)
+
+    def _send(self, destination: torch.Tensor, source: torch.Tensor) -> None:
+        self._bus.copy(destination, source)
+        self._bus.stream.record_event(self._sent[self._turn])
 
     def close(self) -> None:
         for event, buffer, pinned in zip(self._sent, self._buffers, self._pinned, strict=True):

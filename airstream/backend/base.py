@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from airstream.probe import Moment
+
 if TYPE_CHECKING:
     import torch
 
@@ -81,6 +83,34 @@ class Backend(ABC):
         raise NotImplementedError("host and device memory are one here: there is nothing to copy")
 
     @abstractmethod
+    def moment(self) -> Moment:
+        """For profiles: the point that the computation submitted so far, by the calling thread, leads to."""
+
+    def wait_computed(self) -> None:  # noqa: B027 - where computation is done when it returns, there is nothing to do
+        """Block until what the calling thread has submitted so far is done. Only while profiling, after a pass."""
+
+    def start_clock(self) -> None:  # noqa: B027 - a backend whose moments are seconds has nothing to do
+        """Make `seconds` right for moments from here on. Blocks as `wait_computed` does."""
+
+    @abstractmethod
+    def seconds(self, moments: Sequence[Moment]) -> list[float | None]:
+        """Each of `moments` on the clock `probe.now`, None for what has not happened yet.
+
+        The others have been dealt with: they are not to be asked for again.
+        """
+
+    def used_bytes(self) -> int:
+        """Device memory in use, where that is not the host's."""
+        return 0
+
+    def peak_bytes(self) -> int:
+        """The most of it that has been in use, since `forget_peak`."""
+        return 0
+
+    def forget_peak(self) -> None:  # noqa: B027 - the host has no such memory
+        """Let `peak_bytes` begin anew."""
+
+    @abstractmethod
     def synchronize(self) -> None:
         """Block until the device has done all that was submitted. Never called in the token loop."""
 
@@ -117,6 +147,9 @@ class Event(Protocol):
     def synchronize(self) -> None:
         """Block the host until the stream has reached this point; at once if it was never recorded."""
 
+    def query(self) -> bool:
+        """Whether the stream has reached this point."""
+
 
 class Stream(Protocol):
     """An ordered queue of device work, as `torch.Stream`."""
@@ -150,6 +183,21 @@ class Runtime(Protocol):
 
     def new_event(self) -> Event:
         """An event that has not been recorded yet."""
+
+    def new_timer(self) -> Event:
+        """An event that notes when it is passed."""
+
+    def elapsed_seconds(self, start: Any, end: Any) -> float:
+        """From when timer `start` was passed until `end` was; negative if `end` was first."""
+
+    def used_bytes(self) -> int:
+        """Device memory in use."""
+
+    def peak_bytes(self) -> int:
+        """The most device memory that has been in use, since `forget_peak`."""
+
+    def forget_peak(self) -> None:
+        """Let `peak_bytes` begin anew."""
 
     def compute_stream(self) -> Stream:
         """The stream on which the calling thread submits computations."""

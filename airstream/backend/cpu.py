@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from airstream.backend.base import Backend, Packing
 from airstream.backend.host_memory import HostBuffer
 from airstream.backend.landing import HostLanding, Staging
+from airstream.probe import Moment, Probe, now
 
 
 class CpuBackend(Backend):
@@ -14,9 +17,9 @@ class CpuBackend(Backend):
 
     packing = Packing(follows_file=True, alignment=0)
 
-    def __init__(self, chunk_bytes: int) -> None:
+    def __init__(self, chunk_bytes: int, probe: Probe | None = None) -> None:
         self.device = torch.device("cpu")
-        self._staging = Staging(chunk_bytes)
+        self._staging = Staging(chunk_bytes, probe)
 
     def allocate(self, nbytes: int, touch: bool = True) -> torch.Tensor:
         return HostBuffer(nbytes, touch).tensor
@@ -38,6 +41,12 @@ class CpuBackend(Backend):
 
     def release(self) -> None:
         pass
+
+    def moment(self) -> float:
+        return now()
+
+    def seconds(self, moments: Sequence[Moment]) -> list[float | None]:
+        return list(moments)
 
     def synchronize(self) -> None:
         pass

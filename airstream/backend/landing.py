@@ -11,12 +11,14 @@ import torch
 from airstream.backend.host_memory import HostBuffer
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Cast, Piece
+from airstream.probe import CONVERT, HOST_COPY, Probe
 
 
 class Staging:
-    """One staging buffer per reader thread, made when a thread first needs one."""
+    """One staging buffer per reader thread, made when a thread first needs one. `probe` is told what leaves them."""
 
-    def __init__(self, chunk_bytes: int) -> None:
+    def __init__(self, chunk_bytes: int, probe: Probe | None = None) -> None:
+        self.probe = probe or Probe()
         self._nbytes = chunk_bytes + PAGE_BYTES
         self._buffers: dict[int, HostBuffer] = {}
 
@@ -46,7 +48,8 @@ class HostLanding:
             return
         phase = piece.offset % PAGE_BYTES
         raw = self._staging.buffer(worker).tensor[phase : phase + piece.nbytes]
-        cast_into(self._memory[piece.target : piece.target + piece.target_bytes], raw, piece.cast)
+        with self._staging.probe.span(CONVERT if piece.cast else HOST_COPY, piece.nbytes):
+            cast_into(self._memory[piece.target : piece.target + piece.target_bytes], raw, piece.cast)
 
     def _in_place(self, piece: Piece, direct: bool) -> bool:
         congruent = (self._address + piece.target - piece.offset) % PAGE_BYTES == 0

@@ -37,6 +37,21 @@ class TorchRuntime:
     def new_event(self) -> Any:
         return torch.Event(self.device)
 
+    def new_timer(self) -> Any:
+        return torch.Event(self.device, enable_timing=True)
+
+    def elapsed_seconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3
+
+    def used_bytes(self) -> int:
+        return torch.accelerator.memory_allocated(self.device)
+
+    def peak_bytes(self) -> int:
+        return torch.accelerator.max_memory_allocated(self.device)
+
+    def forget_peak(self) -> None:
+        torch.accelerator.reset_peak_memory_stats(self.device)
+
     def compute_stream(self) -> Any:
         return torch.accelerator.current_stream(self.device)
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from airstream.checkpoint.files import PAGE_BYTES, WeightFile
 from airstream.errors import ClosedError
+from airstream.probe import DISK, Probe
 
 CHUNK_BYTES = 8 << 20
 """The largest single read. 4-16 MiB on a few threads keep an NVMe drive busy; larger ones only drain unevenly."""
@@ -119,6 +120,7 @@ class Reader:
     Args:
         files: the files that may be read; all are opened at once, so that a missing one is known now.
         direct: go around the page cache where the file system allows it.
+        probe: told about every read.
     """
 
     def __init__(
@@ -127,8 +129,10 @@ class Reader:
         direct: bool,
         num_workers: int = NUM_WORKERS,
         chunk_bytes: int = CHUNK_BYTES,
+        probe: Probe | None = None,
     ) -> None:
         self.chunk_bytes = chunk_bytes
+        self._probe = probe or Probe()
         self.bytes_read = 0
         self._files: dict[Path, WeightFile] = {}
         self._queue: deque[tuple[Job, _Step]] = deque()
@@ -230,10 +234,11 @@ class Reader:
     def _read(self, landing: Landing, piece: Piece, worker: int, edges: _EdgePages) -> None:
         file = self._files[piece.file]
         window = landing.window(worker, piece, file.direct)
-        if file.direct:
-            edges.read_direct(file, window, piece.offset)
-        else:
-            file.read_into(window, piece.offset, piece.nbytes)
+        with self._probe.span(DISK, piece.nbytes):
+            if file.direct:
+                edges.read_direct(file, window, piece.offset)
+            else:
+                file.read_into(window, piece.offset, piece.nbytes)
         landing.landed(worker, piece, file.direct)
         with self._wake:
             self.bytes_read += piece.nbytes

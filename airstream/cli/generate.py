@@ -7,7 +7,8 @@ import json
 import sys
 
 from airstream.cli.parser import generation_options
-from airstream.cli.session import encode, encode_chat, load, note, printer
+from airstream.cli.session import encode, encode_chat, load, note, printing
+from airstream.profiling import Profile
 from airstream.report import Meter
 
 
@@ -15,15 +16,29 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the continuation as it comes, or one JSON object with it and its costs."""
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     meter = Meter()
-    with load(arguments) as model:
+    is_profiling = bool(arguments.profile or arguments.trace or arguments.plot)
+    with load(arguments, profiling_mode=is_profiling) as model:
         inputs = encode_chat(model, [{"role": "user", "content": prompt}]) if arguments.chat else encode(model, prompt)
-        meter.forward_to = None if arguments.json else printer(model)
-        meter.start(model.stats)
-        output = model.generate(**inputs, **generation_options(arguments), streamer=meter)
+        with printing(model, arguments.json) as meter.forward_to:
+            meter.start(model.stats)
+            output = model.generate(**inputs, **generation_options(arguments), streamer=meter)
         report = meter.report(model.plan, model.stats)
         new_tokens = output[0, inputs["input_ids"].shape[1] :]
         if arguments.json:
             text = model.tokenizer.decode(new_tokens, skip_special_tokens=True)
-            print(json.dumps({"model": arguments.model, "prompt": prompt, "text": text, **report.to_dict()}))
+            profile = {"profile": model.last_profile.to_dict()} if is_profiling else {}
+            costs = {"model": arguments.model, "prompt": prompt, "text": text, **report.to_dict(), **profile}
+            print(json.dumps(costs))
         if arguments.stats:
             note(str(report))
+        if is_profiling:
+            _show(arguments, model.last_profile)
+
+
+def _show(arguments: argparse.Namespace, profile: Profile) -> None:
+    if arguments.profile and not arguments.json:
+        note(str(profile))
+    if arguments.trace:
+        profile.save_trace(arguments.trace)
+    if arguments.plot:
+        profile.plot(arguments.plot)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from transformers import logging as transformers_logging
 
 from airstream import AutoModel
 from airstream.cli.parser import load_options
+from airstream.cli.screen import StatusPrinter, can_show_status
 from airstream.errors import UnsupportedError
+from airstream.live import LiveLine
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> Any:
@@ -44,6 +47,18 @@ def encode_chat(model: Any, messages: Sequence[dict[str, str]]) -> dict[str, Any
 def printer(model: Any) -> TextStreamer:
     """Prints tokens to standard output as they come, without the prompt."""
     return TextStreamer(model.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+@contextmanager
+def printing(model: Any, is_quiet: bool = False) -> Iterator[Any]:
+    """What prints tokens as they come, with a line below about how fast that is where a terminal can show one."""
+    if is_quiet or not can_show_status():
+        yield None if is_quiet else printer(model)
+        return
+    printer_with_status = StatusPrinter(model.tokenizer)
+    engine = model._engine
+    with LiveLine(engine.observer, engine.stats, lambda _, text: printer_with_status.show(text)).following():
+        yield printer_with_status
 
 
 def note(text: str) -> None:

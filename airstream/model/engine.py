@@ -23,11 +23,14 @@ from airstream.compat import KeyConversion
 from airstream.errors import BudgetError, ClosedError
 from airstream.model.executor import Executor
 from airstream.model.head import avoid_weight_copy
+from airstream.model.observer import Observer
+from airstream.model.residency import convert_slab
 from airstream.model.residents import bind_residents
 from airstream.model.store import Store
 from airstream.model.units import Parts
 from airstream.plan import ModelFacts, Plan, Request, Workload, make_plan, smallest_plan
-from airstream.streamer import StreamStats
+from airstream.probe import Probe
+from airstream.stats import StreamStats
 from airstream.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,9 @@ class Engine:
 
     Args:
         facts, request: what `plan` was made of, and other plans can be.
+        probe: told by `reader` and `backend` what they do.
+        host_bytes: resident memory of the process before the model was loaded.
+        is_profiling: profile everything from the beginning.
         is_final: calls are to be made to fit the plan, not the plan the calls.
     """
 
@@ -60,6 +66,9 @@ class Engine:
         folder: Path,
         reader: Reader,
         backend: Backend,
+        probe: Probe,
+        host_bytes: int,
+        is_profiling: bool,
         is_final: bool,
     ) -> None:
         self.plan = plan
@@ -78,7 +87,8 @@ class Engine:
         self._closing.callback(backend.close)
         self._closing.callback(reader.close)
         try:
-            convert = KeyConversion(model).convert
+            self.observer = Observer(probe, backend, request, host_bytes, lambda: self.plan)
+            convert = partial(convert_slab, KeyConversion(model).convert, probe, backend.moment)
             for binding in bind_residents(model, parts.resident, reader, backend, convert):
                 self._closing.callback(binding.unbind)
             if parts.head and self.device.type == "cpu":
@@ -88,7 +98,9 @@ class Engine:
             self._closing.callback(self._stop)
             # A proxy: the model has the engine, and must not be kept alive by it.
             proxy = weakref.proxy(model)
-            self._execute = partial(Executor, proxy, parts, facts, store, reader, backend, convert, self.stats)
+            self._execute = partial(Executor, proxy, parts, facts, store, reader, backend, convert, self.stats, probe)
+            if is_profiling:
+                self.observer.start()
             self._executor = self._execute(plan)
             if is_final:
                 self._executor.streamer.start()
@@ -189,7 +201,10 @@ class Engine:
         """Bytes and wall seconds of one pass over all streamed layers without computing. Blocks for that long."""
         with self.guard():
             assert self._executor is not None  # an open engine has one
-            return self._executor.streamer.measure_link()
+            try:
+                return self._executor.streamer.measure_link()
+            finally:
+                self.observer.forget_spans()
 
     def abandon(self) -> None:
         """`close`, for the garbage collector, which may call from one of the threads that `close` waits for."""

@@ -16,7 +16,9 @@ from airstream.model.residents import bind_tables
 from airstream.model.store import Store
 from airstream.model.units import Parts
 from airstream.plan import ModelFacts, Plan
-from airstream.streamer import Streamer, StreamStats
+from airstream.probe import Probe
+from airstream.stats import StreamStats
+from airstream.streamer import Streamer
 
 
 class Executor:
@@ -32,15 +34,18 @@ class Executor:
         backend: Backend,
         convert: Convert,
         stats: StreamStats,
+        probe: Probe,
         plan: Plan,
     ) -> None:
         fills = store.fills(plan, facts)
         with ExitStack() as closing:
-            self.streamer = Streamer(fills, plan.ring_bytes, plan.prefetch_batches, reader, backend, stats)
+            self.streamer = Streamer(fills, plan.ring_bytes, plan.prefetch_batches, reader, backend, stats, probe)
             closing.callback(self.streamer.close)
-            self.residency = Residency(model, [batch.units for batch in plan.batches], fills, self.streamer, convert)
+            units = [batch.units for batch in plan.batches]
+            self.residency = Residency(model, units, fills, self.streamer, convert, probe)
             closing.callback(self.residency.close)
-            for binding in bind_tables(model, parts.rows, partial(_kept, store, parts), reader, backend, convert):
+            kept = partial(_kept, store, parts)
+            for binding in bind_tables(model, parts.rows, kept, reader, backend, convert, probe):
                 closing.callback(binding.unbind)
             self._closing = closing.pop_all()
 

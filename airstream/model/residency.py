@@ -17,11 +17,15 @@ from torch.utils.hooks import RemovableHandle
 from airstream.fill import Fill, Kept
 from airstream.layout import RAW_PREFIX, TensorSpec
 from airstream.model.binding import Binding, view_of
+from airstream.probe import CONVERT, Moment, Probe
 from airstream.slab import Slab
 from airstream.streamer import Streamer
 
-Convert = Callable[[str, Sequence[tuple[str, str, torch.Tensor]]], Mapping[str, torch.Tensor]]
+ConvertKeys = Callable[[str, Sequence[tuple[str, str, torch.Tensor]]], Mapping[str, torch.Tensor]]
 """A converter of transformers: name, (key, pattern, raw tensor) of each source -> converted tensors."""
+
+Convert = Callable[[Slab, torch.Tensor], None]
+"""Runs the conversions that a slab asks for, on its bytes, once they are there: `convert_slab` of some model."""
 
 
 MAX_VIEWS_PER_BATCH = 16
@@ -50,6 +54,7 @@ class Residency:
         batches: the names of the units in each batch.
         fills: what has to come for each batch, and how it lies in memory.
         convert: runs the conversions that some slabs ask for.
+        probe: told when units compute.
     """
 
     def __init__(
@@ -59,9 +64,11 @@ class Residency:
         fills: Sequence[Fill],
         streamer: Streamer,
         convert: Convert,
+        probe: Probe | None = None,
     ) -> None:
         self._streamer = streamer
         self._convert = convert
+        self._probe = probe or Probe()
         self._batches: list[_Batch] = []
         self._views: dict[tuple[int, int], list[list[torch.Tensor]]] = {}
         self._handles: list[RemovableHandle] = []
@@ -72,7 +79,7 @@ class Residency:
             streamed = [Binding(model, _inside((unit,), fill.slab.specs)) for unit in units]
             self._batches.append(_Batch(fill, streamed, kept))
             for position, unit in enumerate(units):
-                self._hook(model.get_submodule(unit), number, position, last=position == len(units) - 1)
+                self._hook(model.get_submodule(unit), unit, number, position)
 
     def let_go(self) -> None:
         """Unbind whatever is streamed and bound, and release the batch that is held. Idempotent."""
@@ -96,18 +103,22 @@ class Residency:
                 binding.unbind()
         self._batches.clear()
 
-    def _hook(self, module: nn.Module, number: int, position: int, last: bool) -> None:
+    def _hook(self, module: nn.Module, name: str, number: int, position: int) -> None:
         batch = self._batches[number]
         binding = batch.streamed[position]
+        last = position == len(batch.streamed) - 1
 
         def onload(*_: object) -> None:
-            if batch.is_settled and not batch.fill.slab.nbytes:
-                return
-            self._hold(number)
-            if batch.fill.slab.nbytes:
-                binding.bind(self._bound[position])
+            if batch.fill.slab.nbytes or not batch.is_settled:
+                self._hold(number)
+                if batch.fill.slab.nbytes:
+                    binding.bind(self._bound[position])
+            if listener := self._probe.listener:
+                listener.begin_unit(name)
 
         def offload(*_: object) -> None:
+            if listener := self._probe.listener:
+                listener.end_unit()
             binding.unbind()
             if last:
                 self.let_go()
@@ -126,7 +137,7 @@ class Residency:
             self._settle(batch)
         slab = batch.fill.slab
         if region.fresh:
-            convert_slab(slab, region.memory, self._convert)
+            self._convert(slab, region.memory)
             region.fresh = False
         key = (number, region.offset)
         if key not in self._views:
@@ -146,11 +157,13 @@ class Residency:
 def settle(kept: Kept, convert: Convert) -> None:
     """Run the conversions that tensors which have just been loaded for good ask for. Once."""
     if not kept.converted:
-        convert_slab(kept.slab, kept.memory, convert)
+        convert(kept.slab, kept.memory)
         kept.converted = True
 
 
-def convert_slab(slab: Slab, memory: torch.Tensor, convert: Convert) -> None:
+def convert_slab(
+    convert: ConvertKeys, probe: Probe, moment: Callable[[], Moment], slab: Slab, memory: torch.Tensor
+) -> None:
     """Run the conversions of a freshly filled slab: raw tensors in `memory` in, the model's tensors in `memory` out."""
     specs = {spec.name: spec for spec in slab.specs}
     for conversion in slab.conversions:
@@ -158,8 +171,9 @@ def convert_slab(slab: Slab, memory: torch.Tensor, convert: Convert) -> None:
             (raw.name.removeprefix(RAW_PREFIX), pattern, view_of(memory, slab.offsets[raw.name], raw))
             for raw, pattern in zip(conversion.sources, conversion.patterns, strict=True)
         ]
-        for name, value in convert(conversion.name, sources).items():
-            view_of(memory, slab.offsets[name], specs[name]).copy_(value)
+        with probe.span(CONVERT, sum(source.nbytes for _, _, source in sources), moment):
+            for name, value in convert(conversion.name, sources).items():
+                view_of(memory, slab.offsets[name], specs[name]).copy_(value)
 
 
 def _inside(units: Collection[str], specs: Sequence[TensorSpec]) -> list[TensorSpec]:

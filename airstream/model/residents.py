@@ -16,8 +16,9 @@ from airstream.checkpoint.reader import Piece, Reader
 from airstream.fill import Kept
 from airstream.layout import TensorSpec
 from airstream.model.binding import Binding, view_of
-from airstream.model.residency import Convert, convert_slab, settle
+from airstream.model.residency import Convert, settle
 from airstream.model.rows import FetchRows, FetchTable, RowTable
+from airstream.probe import Probe
 from airstream.slab import distinct, pack
 
 
@@ -32,7 +33,7 @@ def bind_residents(
     reader.read(slab.pieces, backend.landing(memory))
     backend.end_fill(fence)
     backend.wait_filled(fence)
-    convert_slab(slab, memory, convert)
+    convert(slab, memory)
     at = {_identity(spec): slab.offsets[spec.name] for spec in slab.specs}
     bindings = []
     for spec in residents:
@@ -49,6 +50,7 @@ def bind_tables(
     reader: Reader,
     backend: Backend,
     convert: Convert,
+    probe: Probe,
 ) -> list[Binding]:
     """Put a table where rows are looked up. Nothing is read yet.
 
@@ -58,8 +60,8 @@ def bind_tables(
     bindings = []
     for spec in tables.values():
         binding = Binding(model, [spec])
-        rows = _row_fetcher(spec, reader, backend.device)
-        whole = _whole_table(spec, kept(spec), binding, backend, convert)
+        rows = _row_fetcher(spec, reader, backend.device, probe)
+        whole = _whole_table(spec, kept(spec), binding, backend, convert, probe)
         binding.bind([RowTable(rows, whole, spec.shape, spec.dtype, backend.device)])
         bindings.append(binding)
     return bindings
@@ -71,7 +73,7 @@ def _identity(spec: TensorSpec) -> object:
 
 
 def _whole_table(
-    spec: TensorSpec, kept: Kept | None, binding: Binding, backend: Backend, convert: Convert
+    spec: TensorSpec, kept: Kept | None, binding: Binding, backend: Backend, convert: Convert, probe: Probe
 ) -> FetchTable:
     """Gives the table once it is in memory, and puts it in the place of the one that is not."""
 
@@ -82,6 +84,9 @@ def _whole_table(
         backend.end_fill(fence)
         backend.wait_filled(fence)  # the copies that brought it may still be queued
         settle(kept, convert)
+        if listener := probe.listener:  # this once: from here on no row comes from disk
+            listener.begin_wait()
+            listener.waited_for_rows(kept.slab.read_bytes)
         (name,) = (other.name for other in kept.slab.specs if _identity(other) == _identity(spec))
         offset = kept.slab.offsets[name]
         binding.bind(binding.views(kept.memory, {spec.name: offset}))
@@ -90,19 +95,23 @@ def _whole_table(
     return fetch
 
 
-def _row_fetcher(spec: TensorSpec, reader: Reader, device: torch.device) -> FetchRows:
+def _row_fetcher(spec: TensorSpec, reader: Reader, device: torch.device, probe: Probe) -> FetchRows:
     """Reads rows of `spec`, whose bytes are one piece of a file, to `device`."""
     (table,) = spec.pieces
     stored_row, row = table.nbytes // spec.shape[0], spec.nbytes // spec.shape[0]
     staging = Staging(stored_row)
 
     def fetch(numbers: Sequence[int]) -> torch.Tensor:
+        if listener := probe.listener:
+            listener.begin_wait()
         memory = torch.empty(len(numbers) * row, dtype=torch.uint8)
         pieces = [
             Piece(table.file, table.offset + number * stored_row, stored_row, position * row, table.cast)
             for position, number in enumerate(numbers)
         ]
         reader.read(pieces, HostLanding(memory, staging))
+        if listener:
+            listener.waited_for_rows(len(numbers) * stored_row)
         return memory.view(spec.dtype).view(len(numbers), *spec.shape[1:]).to(device)
 
     return fetch

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -15,10 +16,12 @@ from transformers import PreTrainedModel
 from airstream.errors import UnsupportedError
 from airstream.model import workload
 from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
+from airstream.plan import Workload  # likewise
 
 if TYPE_CHECKING:
     from airstream.plan import Plan
-    from airstream.streamer import StreamStats
+    from airstream.profiling import Profile
+    from airstream.stats import StreamStats
 
 
 class GuardedModule:
@@ -30,7 +33,7 @@ class GuardedModule:
     _engine: Engine
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._engine.guard():
+        with self._engine.guard(), self._engine.observer.one_pass(workload.of_pass(args, kwargs)):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the module class comes after this one
 
     def _apply(self, *_: Any, **__: Any) -> NoReturn:
@@ -68,6 +71,7 @@ class StreamedModel(GuardedModule):
 
     _tokenizer: Any = None
     _load_tokenizer: Callable[[], Any]
+    _show_progress: Callable[[Workload | None], AbstractContextManager[None]]
 
     @property
     def plan(self) -> Plan:
@@ -99,6 +103,18 @@ class StreamedModel(GuardedModule):
         """
         return self._engine.measure_link()
 
+    def profile(self) -> AbstractContextManager[Profile]:
+        """Record where the time goes: `with model.profile() as profile: model.generate(...)`, then `print(profile)`.
+
+        Waits for the device once a pass, and costs less than 2 % of the time.
+        """
+        return self._engine.observer.profile()
+
+    @property
+    def last_profile(self) -> Profile | None:
+        """The profile that began last: of everything since loading with `profiling_mode=True`, or of `profile()`."""
+        return self._engine.observer.last_profile
+
     def close(self) -> None:
         """End the reader threads, close the files, give the memory back. Idempotent; later calls raise ClosedError."""
         self._engine.close()
@@ -114,14 +130,17 @@ class StreamedModel(GuardedModule):
             work = workload.of_pass(args, kwargs)
             if work is not None:
                 self._engine.admit(work)
-            return super().__call__(*args, **kwargs)
+            with self._engine.observer.one_pass(work):
+                return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         with self._engine.guard():
             expected = workload.of_generation(self.generation_config, args, kwargs)  # type: ignore[attr-defined]
             if expected is not None:
                 self._engine.expect(expected)
-            return super().generate(*args, **kwargs)  # type: ignore[misc]
+            prompt_tokens = expected.tokens if expected is not None else 0
+            with self._engine.observer.one_call(prompt_tokens), self._show_progress(expected):
+                return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def to(self, *args: Any, **kwargs: Any) -> StreamedModel:
         """Only what changes nothing is possible: a streamed model cannot be moved or cast."""
@@ -147,13 +166,19 @@ class StreamedModel(GuardedModule):
         return self.to(torch.bfloat16)
 
 
-def make_streamed(model: PreTrainedModel, engine: Engine, load_tokenizer: Callable[[], Any]) -> None:
+def make_streamed(
+    model: PreTrainedModel,
+    engine: Engine,
+    load_tokenizer: Callable[[], Any],
+    show_progress: Callable[[Workload | None], AbstractContextManager[None]],
+) -> None:
     """Turn `model` into a streamed one: change its class, and guard its base model, which can be called on its own."""
     base = model.base_model
     if base is not model:
         _change_class(base, GuardedModule, engine)
     _change_class(model, StreamedModel, engine)
     model._load_tokenizer = load_tokenizer
+    model._show_progress = show_progress
 
 
 def _change_class(module: torch.nn.Module, mixin: type, engine: Engine) -> None:

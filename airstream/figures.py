@@ -1,0 +1,34 @@
+"""What all pictures share: matplotlib, if it is there, and files that it can write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from airstream.errors import ArgumentError, UnsupportedError
+
+
+def new_figure(width: float = 8, height: float = 5.4) -> Any:
+    """An empty `matplotlib.figure.Figure`, in inches. Needs matplotlib, which the extra `plot` brings.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, nothing that the whole process shares
+    except ImportError:
+        raise UnsupportedError('drawing needs matplotlib: pip install "airstream[plot]"') from None
+    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+
+def check_file(figure: Any, file: Path) -> None:
+    """Refuse a file that cannot be written, before seconds are spent on what goes into it.
+
+    Raises:
+        ArgumentError: matplotlib does not know its ending, or there is no such folder.
+    """
+    known = sorted(figure.canvas.get_supported_filetypes())
+    if file.suffix.removeprefix(".").lower() not in known:
+        raise ArgumentError(f"{file} is no kind of picture that can be drawn: use .{', .'.join(known)}")
+    if not file.absolute().parent.is_dir():
+        raise ArgumentError(f"{file} cannot be written: there is no folder {file.parent}")

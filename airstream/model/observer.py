@@ -1,0 +1,130 @@
+"""Watches a model run: passes and calls, for profiles and for whoever shows progress. Changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+from airstream.backend import Backend
+from airstream.hardware import PeakMemory, process_bytes
+from airstream.plan import HOST, Plan, Request, Workload
+from airstream.probe import DISK, H2D, HOST_COPY, Probe, now
+from airstream.profiling import MemoryUse, Profile, Recorder
+from airstream.rates.facts import Rate
+
+
+class Observer:
+    """One for every running model. All but `watch` is called by the thread that runs it.
+
+    Args:
+        host_bytes: resident memory of the process before the model was loaded.
+        plan: gives the plan that is being followed.
+
+    Attributes:
+        rates: what each link can do, as measured or assumed.
+        watchers: called after every pass.
+    """
+
+    def __init__(
+        self, probe: Probe, backend: Backend, request: Request, host_bytes: int, plan: Callable[[], Plan]
+    ) -> None:
+        self.watchers: list[Callable[[], None]] = []
+        self.last_profile: Profile | None = None
+        self.rates = _rates(request)
+        self._probe = probe
+        self._backend = backend
+        self._host_bytes = host_bytes
+        self._device_bytes = backend.used_bytes()
+        self._plan = plan
+        self._recorder: Recorder | None = None
+        self._inside = False
+
+    def start(self) -> Profile:
+        """Begin a profile. It grows until `stop`, or until another one begins."""
+        plan = self._plan()
+        profile = Profile(
+            plan.model,
+            plan.device,
+            plan.dtype,
+            started=now(),
+            rates=self.rates,
+            predicted_seconds=plan.prediction.decode_seconds if plan.prediction else None,
+        )
+        self._backend.forget_peak()
+        memory = partial(self._memory, PeakMemory(self._host_bytes))
+        self._resume(Recorder(profile, self._backend, memory, lambda: process_bytes() - self._host_bytes))
+        self.last_profile = profile
+        return profile
+
+    def stop(self) -> None:
+        """End the profile. Idempotent."""
+        self._resume(None)
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """A profile of what happens inside; one that is under way pauses for as long."""
+        outer = self._recorder
+        try:
+            yield self.start()
+        finally:
+            self._resume(outer)
+
+    def _resume(self, recorder: Recorder | None) -> None:
+        self._recorder = self._probe.listener = recorder
+
+    @contextmanager
+    def one_call(self, prompt_tokens: int = 0) -> Iterator[None]:
+        """Around `generate` on a prompt of so many tokens, 0 if that is not known."""
+        recorder = self._recorder
+        if recorder is None:
+            yield
+            return
+        recorder.begin_call(prompt_tokens)
+        try:
+            yield
+        finally:
+            recorder.end_call()
+
+    @contextmanager
+    def one_pass(self, work: Workload | None) -> Iterator[None]:
+        """Around a forward pass. A pass within another one, of the base model, is part of it."""
+        if self._inside:
+            yield
+            return
+        recorder, is_complete, self._inside = self._recorder, False, True
+        if recorder is not None:
+            recorder.begin_pass(work)
+        try:
+            yield
+            is_complete = True
+        finally:
+            self._inside = False
+            if recorder is not None:
+                recorder.end_pass(is_complete)
+        for watcher in self.watchers:
+            watcher()
+
+    def forget_spans(self) -> None:
+        """What has been moved was not for a pass."""
+        if self._recorder is not None:
+            self._recorder.forget_spans()
+
+    def _memory(self, host: PeakMemory) -> dict[str, MemoryUse]:
+        tiers = self._plan().tiers
+        used = {HOST: host.rise()}
+        return {
+            name: MemoryUse(
+                used.get(name, self._backend.peak_bytes() - self._device_bytes), tier.peak_bytes, tier.budget_bytes
+            )
+            for name, tier in tiers.items()
+        }
+
+
+def _rates(request: Request) -> dict[str, Rate]:
+    """What each link can do, as measured or assumed."""
+    facts = request.hardware
+    if facts is None:
+        return {}
+    rates = {DISK: facts.disk, HOST_COPY: facts.host_copy}
+    return rates | {H2D: facts.h2d} if facts.h2d is not None else rates

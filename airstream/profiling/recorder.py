@@ -1,0 +1,289 @@
+"""Turns what a probe reports into a profile, one pass at a time.
+
+Everything happens on two clocks at once: the host's, and the stream on which the device computes. While a pass runs,
+points on both are only noted. Once it is over the recorder waits for the device, a single time, and reads them all.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from airstream.backend.base import Backend
+from airstream.plan import Workload
+from airstream.probe import LINKS, Moment, Span, now
+from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs, LinkUse
+from airstream.profiling.intervals import blame, merge, total
+from airstream.profiling.profile import MAX_SPANS, MemoryUse, PassProfile, Profile
+
+
+@dataclass(slots=True)
+class _Wait:
+    """From `since` on the host's clock, but not before the stream has passed point `after`, to point `until`."""
+
+    since: float
+    after: int
+    until: int = -1
+    unit: str = ""
+    is_for_rows: bool = False
+
+
+@dataclass(slots=True)
+class _Unit:
+    name: str
+    start: int
+    end: int = -1
+
+
+@dataclass(slots=True)
+class _Pass:
+    """A pass that is under way: points in time as they were noted, and what lies between them, by their numbers.
+
+    The first point is where the pass begins, the second where its forward pass does; `end` is where that ends.
+    """
+
+    work: Workload | None
+    phase: str
+    points: list[Moment]
+    end: int = -1
+    waits: list[_Wait] = field(default_factory=list)
+    units: list[_Unit] = field(default_factory=list)
+    costs: Costs = field(default_factory=Costs)
+    is_complete: bool = False
+
+
+@dataclass(slots=True)
+class _Call:
+    """A call of `generate`; `start` as a point until its first pass is over, then in seconds."""
+
+    start: Moment
+    prompt_tokens: int
+    passes: int = 0
+    prefill_end: float | None = None
+
+
+class Recorder:
+    """Listens to a probe, and keeps `profile` up to date. Passes and calls are reported by the thread that computes.
+
+    Args:
+        memory: the use of each memory by now.
+        used_bytes: host memory in use at this moment, for traces.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        backend: Backend,
+        memory: Callable[[], Mapping[str, MemoryUse]],
+        used_bytes: Callable[[], int],
+    ) -> None:
+        self.profile = profile
+        self._backend = backend
+        self._memory = memory
+        self._used_bytes = used_bytes
+        self._pending: deque[Span] = deque(maxlen=MAX_SPANS)
+        self._call: _Call | None = None
+        self._pass: _Pass | None = None
+        self._number = 0
+        backend.start_clock()
+
+    # ------------------------------------------------------------------------------------ reported by whatever works
+
+    def add(self, span: Span) -> None:
+        self._pending.append(span)
+
+    def ring_holds(self, nbytes: int) -> None:
+        self.profile.sizes.append((now(), "ring", nbytes))
+
+    def begin_wait(self) -> None:
+        if self._pass is not None:
+            self._pass.waits.append(_Wait(now(), after=self._note(self._pass)))
+
+    def waited(self, read_bytes: int, host_bytes: int) -> None:
+        if self._pass is not None and self._end_wait(self._pass):
+            self._pass.costs.read_bytes += read_bytes
+            self._pass.costs.host_bytes += host_bytes
+
+    def waited_for_rows(self, nbytes: int) -> None:
+        if self._pass is not None and self._end_wait(self._pass):
+            self._pass.waits[-1].is_for_rows = True
+            self._pass.costs.row_bytes += nbytes
+
+    def begin_unit(self, name: str) -> None:
+        if self._pass is not None:
+            if self._pass.waits and not self._pass.waits[-1].is_for_rows:
+                self._pass.waits[-1].unit = self._pass.waits[-1].unit or name
+            self._pass.units.append(_Unit(name, self._note(self._pass)))
+
+    def end_unit(self) -> None:
+        if self._pass is not None and self._pass.units and self._pass.units[-1].end < 0:
+            self._pass.units[-1].end = self._note(self._pass)
+
+    def _end_wait(self, current: _Pass) -> bool:
+        """End the wait that has begun; False if it began before anybody listened."""
+        if not current.waits or current.waits[-1].until >= 0:
+            return False
+        current.waits[-1].until = self._note(current)
+        return True
+
+    def _note(self, current: _Pass) -> int:
+        """Note where the computing stream is, and give the point's number."""
+        current.points.append(self._backend.moment())
+        return len(current.points) - 1
+
+    # ------------------------------------------------------------------------------------ reported by the model
+
+    def begin_call(self, prompt_tokens: int = 0) -> None:
+        """`generate` begins, on a prompt of so many tokens, 0 if that is not known."""
+        self._call = _Call(self._backend.moment(), prompt_tokens)
+
+    def end_call(self) -> None:
+        """It has ended, with a result or without."""
+        if self._pass is not None:
+            self._finish(self._backend.moment())
+        self._count_first_token()
+        self._call = None
+
+    def begin_pass(self, work: Workload | None) -> None:
+        """A forward pass begins."""
+        start = self._backend.moment()
+        if self._pass is not None:
+            start = self._finish(start)
+        if self._call is not None and not self._call.passes:
+            start = self._call.start
+        # Each point is noted once: a device's event is used again once it has been read.
+        self._pass = _Pass(work, self._phase(work), [start, self._backend.moment()])
+
+    def end_pass(self, is_complete: bool) -> None:
+        """It has ended. What follows until the next one begins, or the call ends, still counts for it."""
+        current = self._pass
+        if current is None:
+            return
+        current.end = self._note(current)
+        current.is_complete = is_complete
+        for interrupted in (*current.waits[-1:], *current.units[-1:]):  # by an error
+            ending = "until" if isinstance(interrupted, _Wait) else "end"
+            if getattr(interrupted, ending) < 0:
+                setattr(interrupted, ending, current.end)
+        if self._call is None:
+            self._finish(current.points[current.end])
+        else:
+            self._call.passes += 1
+
+    def forget_spans(self) -> None:
+        """What was moved since the last pass was not for a pass."""
+        self._pending.clear()
+
+    def _phase(self, work: Workload | None) -> str:
+        call = self._call
+        if call is None:
+            return "prefill" if work is not None and work.tokens > 1 else "decode"
+        # A prompt may take several passes; until it is over, the context is no longer than it.
+        in_prompt = work is not None and work.context <= call.prompt_tokens
+        return "prefill" if in_prompt or not call.passes else "decode"
+
+    # ------------------------------------------------------------------------------------ once a pass is over
+
+    def _finish(self, end: Moment) -> float:
+        """Account for the pass that is over, up to `end`, which is returned in seconds."""
+        current, self._pass = self._pass, None
+        assert current is not None  # whoever calls has looked
+        points = current.points if end is current.points[-1] else [*current.points, end]
+        self._backend.wait_computed()
+        at = [0.0 if second is None else second for second in self._backend.seconds(points)]
+        self._backend.start_clock()
+        spans = self._take_spans(at[-1])
+        self._count(current, at, spans)
+        self._keep(current, at, spans)
+        return at[-1]
+
+    def _take_spans(self, until: float) -> list[Span]:
+        """Those that have ended by `until`, in seconds. The others stay for the next pass."""
+        taken: list[Span] = []
+        later: list[Span] = []
+        for _ in range(len(self._pending)):
+            span = self._pending.popleft()
+            start, end = self._backend.seconds((span.start, span.end))
+            span = span._replace(start=span.start if start is None else start, end=span.end if end is None else end)
+            (later if end is None or end > until else taken).append(span)
+        self._pending.extend(later)
+        return taken
+
+    def _count(self, current: _Pass, at: Sequence[float], spans: Sequence[Span]) -> None:
+        costs = current.costs
+        costs.passes, costs.tokens = 1, current.work.tokens if current.work else 0
+        moving = [span for span in spans if not _is_computed(span)]
+        busy = {link: merge((s.start, s.end) for s in moving if s.kind == link) for link in LINKS}
+        costs.io_seconds = total(merge(stretch for stretches in busy.values() for stretch in stretches))
+        for link in LINKS:
+            own = [span for span in spans if span.kind == link]
+            costs.links[link] = LinkUse(total(merge((s.start, s.end) for s in own)), sum(s.nbytes for s in own))
+        for wait in current.waits:
+            self._count_wait(wait, current, at, busy)
+        forward = at[current.end] - at[1]
+        costs.wall_seconds = at[-1] - at[0]
+        costs.stall_seconds = sum(costs.stalls.values())
+        costs.compute_seconds = forward - costs.stall_seconds
+        costs.python_seconds = costs.wall_seconds - forward
+
+    def _count_wait(
+        self, wait: _Wait, current: _Pass, at: Sequence[float], busy: Mapping[str, Sequence[tuple[float, float]]]
+    ) -> None:
+        start, end = max(wait.since, at[wait.after]), at[wait.until]
+        if end <= start:
+            return
+        causes = {ROWS: end - start} if wait.is_for_rows else blame(start, end, busy, otherwise=SCHEDULING)
+        for cause, seconds in causes.items():
+            current.costs.stalls[cause] = current.costs.stalls.get(cause, 0.0) + seconds
+        if wait.unit:
+            self.profile.layer(wait.unit).waited(causes)
+
+    def _keep(self, current: _Pass, at: Sequence[float], spans: Sequence[Span]) -> None:
+        profile, start = self.profile, at[0] - self.profile.started
+        batch_size = current.work.batch_size if current.work else 0
+        profile.add(PassProfile(self._number, current.phase, batch_size, start, current.is_complete, current.costs))
+        profile.spans.extend(span._replace(track=COMPUTE) if _is_computed(span) else span for span in spans)
+        name = f"{current.phase} pass {self._number}"
+        profile.spans.append(Span(COMPUTE, "forward", at[1], at[current.end], name=name))
+        for unit in current.units:
+            layer = profile.layer(unit.name)
+            layer.passes += 1
+            layer.compute_seconds += at[unit.end] - at[unit.start]
+            profile.spans.append(Span(COMPUTE, COMPUTE, at[unit.start], at[unit.end], name=unit.name))
+        for wait in current.waits:
+            since = max(wait.since, at[wait.after])
+            if at[wait.until] > since:
+                profile.spans.append(Span(COMPUTE, STALL, since, at[wait.until], name=wait.unit or ROWS))
+        for since, until in ((at[0], at[1]), (at[current.end], at[-1])):
+            if until > since:
+                profile.spans.append(Span(PYTHON, PYTHON, since, until, name="sampling and Python"))
+        profile.memory.update(self._memory())
+        profile.sizes.append((at[-1], "host memory", self._used_bytes()))
+        self._number += 1
+        self._count_tokens(current, at)
+
+    def _count_tokens(self, current: _Pass, at: Sequence[float]) -> None:
+        call = self._call
+        if call is None:
+            return
+        if not isinstance(call.start, float):
+            call.start = at[0]
+        if current.phase == "prefill":
+            call.prefill_end = at[-1] if current.is_complete else None
+            return
+        self._count_first_token()
+        self.profile.new_tokens += current.is_complete
+
+    def _count_first_token(self) -> None:
+        """The prompt is over: its last pass has given the first token."""
+        call = self._call
+        if call is not None and call.prefill_end is not None:
+            self.profile.ttft_seconds.append(call.prefill_end - call.start)
+            self.profile.new_tokens += 1
+            call.prefill_end = None
+
+
+def _is_computed(span: Span) -> bool:
+    """Whether the computing thread or stream itself was at work, and not a reader thread or a copy stream."""
+    return not span.track.startswith("reader-") and not span.track.endswith(" stream")

@@ -1,0 +1,107 @@
+"""A profile as a table of at most 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from airstream.probe import LINKS
+from airstream.profiling.costs import Costs
+from airstream.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from airstream.profiling.profile import LayerProfile, Profile
+
+WIDTH = 80
+MAX_LATE_LAYERS = 3
+
+
+def describe(profile: Profile) -> str:
+    """The table; it ends without a newline."""
+    if not profile.first_pass:
+        return f"{_title(profile)}: nothing has run yet"
+    sections = (_times(profile), _links(profile), _memory(profile), _late(profile))
+    return "\n".join([_title(profile), *(line for section in sections for line in section)])
+
+
+def _title(profile: Profile) -> str:
+    where = f" on {profile.device}, {profile.dtype}"
+    room = WIDTH - len(where)
+    name = profile.model if len(profile.model) <= room else f"...{profile.model[3 - room :]}"
+    return f"{name}{where}"
+
+
+def _times(profile: Profile) -> Iterator[str]:
+    decode, prefill = profile.decode, profile.prefill
+    tokens = [f"{profile.new_tokens} new tokens"] if profile.new_tokens else []
+    if profile.ttft_seconds:
+        tokens.append(f"first after {format_seconds(profile.ttft_seconds[-1])}")
+    if profile.seconds_per_token is not None:
+        tokens.append(f"then {format_seconds(profile.seconds_per_token)} each")
+        if profile.predicted_seconds is not None:
+            tokens.append(f"predicted {format_seconds(profile.predicted_seconds)}")
+    if tokens:
+        yield f"  {', '.join(tokens)}"
+    yield ""
+    columns = [(f"{costs.passes} {name}", costs) for name, costs in (("prefill", prefill), ("decode", decode))]
+    columns = [(label, costs) for label, costs in columns if costs.passes]
+    yield _row("seconds per pass", [f"{label:>20}" for label, _ in columns])
+    for label, name in (("wall", "wall_seconds"), ("compute", "compute_seconds"), ("stall", "stall_seconds")):
+        yield _row(f"  {label}", [_share(getattr(costs, name), costs) for _, costs in columns])
+    causes = sorted({cause for _, costs in columns for cause in costs.stalls})
+    for cause in causes:
+        yield _row(f"    for {cause}", [_share(costs.stalls.get(cause, 0.0), costs) for _, costs in columns])
+    yield _row("  sampling and Python", [_share(costs.python_seconds, costs) for _, costs in columns])
+
+
+def _row(label: str, cells: list[str]) -> str:
+    return f"{label:<26}{''.join(cells)}".rstrip()
+
+
+def _share(seconds: float, costs: Costs) -> str:
+    share = seconds / costs.wall_seconds if costs.wall_seconds else 0.0
+    return f"{format_seconds(seconds / costs.passes):>13}{share:>6.0%} "
+
+
+def _links(profile: Profile) -> Iterator[str]:
+    total = profile.total
+    used = [(link, total.links[link]) for link in LINKS if total.links[link].nbytes]
+    if not used:
+        return
+    yield ""
+    yield f"{'link':<14}{'bytes':>12}{'busy':>8}{'GB/s':>8}{'can do':>9}{'used':>7}"
+    for link, use in used:
+        rate = profile.rates.get(link)
+        limit = f"{rate.per_second / 1e9:>9.2f}{use.bytes_per_second / rate.per_second:>7.0%}" if rate else ""
+        note = f"  {rate.source}"[: WIDTH - 58] if rate else ""
+        busy = use.seconds / total.wall_seconds
+        yield (f"{link:<14}{format_bytes(use.nbytes):>12}{busy:>8.0%}{use.bytes_per_second / 1e9:>8.2f}{limit}{note}")
+    yield f"{total.hidden:.0%} of the transfers hidden behind computation; bottleneck: {profile.bottleneck}"
+
+
+def _memory(profile: Profile) -> Iterator[str]:
+    if profile.memory:
+        yield ""
+    for tier, use in profile.memory.items():
+        yield (
+            f"memory {tier}: peak {format_bytes(use.peak_bytes)}, planned {format_bytes(use.planned_bytes)}, "
+            f"budget {format_bytes(use.budget_bytes)}"
+        )
+
+
+def _late(profile: Profile) -> Iterator[str]:
+    late = sorted((layer for layer in profile.layers.values() if layer.late), key=lambda layer: -layer.stall_seconds)
+    if not late:
+        return
+    yield ""
+    yield f"{len(late)} of {len(profile.layers)} layers were late; most of all"
+    yield from (_late_line(layer) for layer in late[:MAX_LATE_LAYERS])
+
+
+def _late_line(layer: LayerProfile) -> str:
+    cause = max(layer.stalls, key=layer.stalls.__getitem__)
+    text = (
+        f"{layer.late} of {layer.passes} times, {format_seconds(layer.stall_seconds / layer.late)} each, "
+        f"waiting for {cause}"
+    )
+    return f"  {layer.name[-(WIDTH - len(text) - 4) :]}: {text}"
