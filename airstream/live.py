@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from airstream.hardware import process_bytes
 from airstream.model.observer import Observer
 from airstream.probe import DISK, now
 from airstream.stats import StreamStats
 from airstream.units import format_bytes, format_seconds
+
+BAR = "{percentage:3.0f}%|{bar:20}| {desc}"
 
 RECENT_PASSES = 8
 """Passes whose mean is shown."""
@@ -57,13 +58,13 @@ class LiveLine:
         """`"12 tokens, 1.66 s/token, 2.21 GB/s from disk (96 %), 2.93 GiB"`."""
         (start, bytes_before), (end, nbytes) = self._history[0], self._history[-1]
         seconds = (end - start) / max(1, len(self._history) - 1)
-        parts = [f"{self._tokens} tokens", f"{format_seconds(seconds)}/token"]
+        parts = [f"{self._tokens} token{'s' * (self._tokens > 1)}", f"{format_seconds(seconds)}/token"]
         if nbytes > bytes_before:
             rate = (nbytes - bytes_before) / max(end - start, 1e-9)
             limit = self._observer.rates.get(DISK)
             share = f" ({rate / limit.per_second:.0%})" if limit else ""
             parts.append(f"{rate / 1e9:.2f} GB/s from disk{share}")
-        parts.append(format_bytes(process_bytes()))
+        parts.append(format_bytes(self._observer.used_bytes()))
         return ", ".join(parts)
 
 
@@ -73,10 +74,10 @@ def progress_bar(observer: Observer, stats: StreamStats, max_tokens: int | None)
     from tqdm import tqdm
 
     out: Any = sys.stdout if in_notebook() else sys.stderr
-    with tqdm(total=max_tokens, file=out, unit=" tokens", bar_format="{l_bar}{bar:20}| {postfix}", leave=True) as bar:
+    with tqdm(total=max_tokens, file=out, unit=" tokens", bar_format=BAR) as bar:
 
         def show(tokens: int, text: str) -> None:
-            bar.set_postfix_str(text, refresh=False)
+            bar.set_description_str(text, refresh=False)
             bar.update(1 if not max_tokens or tokens <= max_tokens else 0)
 
         with LiveLine(observer, stats, show).following():

@@ -53,7 +53,7 @@ class Observer:
         )
         self._backend.forget_peak()
         memory = partial(self._memory, PeakMemory(self._host_bytes))
-        self._resume(Recorder(profile, self._backend, memory, lambda: process_bytes() - self._host_bytes))
+        self._resume(Recorder(profile, self._backend, memory, self.used_bytes))
         self.last_profile = profile
         return profile
 
@@ -67,6 +67,8 @@ class Observer:
         outer = self._recorder
         try:
             yield self.start()
+            if self._recorder is not None:
+                self._recorder.measure_memory()
         finally:
             self._resume(outer)
 
@@ -104,6 +106,10 @@ class Observer:
                 recorder.end_pass(is_complete)
         for watcher in self.watchers:
             watcher()
+
+    def used_bytes(self) -> int:
+        """Host memory that the process uses above what it did before the model was loaded."""
+        return process_bytes() - self._host_bytes
 
     def forget_spans(self) -> None:
         """What has been moved was not for a pass."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from airstream.figures import check_file, new_figure
 from airstream.probe import LINKS, Span
-from airstream.profiling.costs import COMPUTE, PYTHON, STALL, Costs
+from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs
 from airstream.profiling.intervals import merge
 from airstream.units import format_seconds
 
@@ -31,7 +31,13 @@ STYLES: dict[str, dict[str, Any]] = {
 }
 """From dark to light, and one of them hatched: they differ without colours too."""
 
+HATCHES = {ROWS: "....", SCHEDULING: "xxxx"}
+"""Of stalls that no link is to blame for; all others are hatched alike, in the colour of the link."""
+
 EDGE = "#333333"
+
+MIN_SHARE = 0.002
+"""Of a bar: what is smaller cannot be seen, and is left out of the legend."""
 
 
 def draw(profile: Profile, file: str | os.PathLike[str] | None = None) -> Any:
@@ -92,6 +98,8 @@ def _draw_seconds(axes: Any, profile: Profile) -> None:
         left = 0.0
         for label, seconds, style in _parts(costs):
             share = seconds / costs.wall_seconds if costs.wall_seconds else 0.0
+            if share < MIN_SHARE:
+                continue
             legend = {} if label in labelled else {"label": label}
             axes.barh(row, share, left=left, height=0.6, edgecolor=EDGE, linewidth=0.5, **style, **legend)
             if share > 0.06:
@@ -104,12 +112,12 @@ def _draw_seconds(axes: Any, profile: Profile) -> None:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("where each second went")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=4, fontsize=8, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=5, fontsize=8, frameon=False)
 
 
 def _parts(costs: Costs) -> Sequence[tuple[str, float, dict[str, Any]]]:
     stalls = sorted(costs.stalls.items(), key=lambda item: -item[1])
-    waits = [(f"stall: {cause}", seconds, _stall_style(cause)) for cause, seconds in stalls if seconds > 0]
+    waits = [(f"stall: {cause}", seconds, _stall_style(cause)) for cause, seconds in stalls]
     return [
         ("compute", costs.compute_seconds, STYLES[COMPUTE]),
         *waits,
@@ -118,4 +126,4 @@ def _parts(costs: Costs) -> Sequence[tuple[str, float, dict[str, Any]]]:
 
 
 def _stall_style(cause: str) -> dict[str, Any]:
-    return STYLES.get(cause, {"facecolor": "#ffffff"}) | {"hatch": "////"}
+    return {"facecolor": STYLES.get(cause, {}).get("facecolor", "#ffffff"), "hatch": HATCHES.get(cause, "////")}

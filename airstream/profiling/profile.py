@@ -153,7 +153,9 @@ class Profile:
         self.latest_passes.append(profiled)
 
     def layer(self, name: str) -> LayerProfile:
-        return self.layers.setdefault(name, LayerProfile(name))
+        if name not in self.layers:
+            self.layers[name] = LayerProfile(name)
+        return self.layers[name]
 
     def to_dict(self) -> dict[str, Any]:
         """All but the spans, as plain values."""

@@ -18,6 +18,10 @@ from airstream.profiling.intervals import blame, merge, total
 from airstream.profiling.profile import MAX_SPANS, MemoryUse, PassProfile, Profile
 
 
+MEMORY_SECONDS = 0.1
+"""Memory is measured no more often than this: asking the system takes as long as a small layer."""
+
+
 @dataclass(slots=True)
 class _Wait:
     """From `since` on the host's clock, but not before the stream has passed point `after`, to point `until`."""
@@ -86,6 +90,7 @@ class Recorder:
         self._call: _Call | None = None
         self._pass: _Pass | None = None
         self._number = 0
+        self._measured_at = 0.0
         backend.start_clock()
 
     # ------------------------------------------------------------------------------------ reported by whatever works
@@ -144,6 +149,7 @@ class Recorder:
             self._finish(self._backend.moment())
         self._count_first_token()
         self._call = None
+        self.measure_memory()
 
     def begin_pass(self, work: Workload | None) -> None:
         """A forward pass begins."""
@@ -170,6 +176,12 @@ class Recorder:
             self._finish(current.points[current.end])
         else:
             self._call.passes += 1
+
+    def measure_memory(self) -> None:
+        """Note what is used by now."""
+        self._measured_at = now()
+        self.profile.memory.update(self._memory())
+        self.profile.sizes.append((self._measured_at, "host memory", self._used_bytes()))
 
     def forget_spans(self) -> None:
         """What was moved since the last pass was not for a pass."""
@@ -258,8 +270,8 @@ class Recorder:
         for since, until in ((at[0], at[1]), (at[current.end], at[-1])):
             if until > since:
                 profile.spans.append(Span(PYTHON, PYTHON, since, until, name="sampling and Python"))
-        profile.memory.update(self._memory())
-        profile.sizes.append((at[-1], "host memory", self._used_bytes()))
+        if not profile.memory or at[-1] - self._measured_at > MEMORY_SECONDS:
+            self.measure_memory()
         self._number += 1
         self._count_tokens(current, at)
 

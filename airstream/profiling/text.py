@@ -64,12 +64,12 @@ def _share(seconds: float, costs: Costs) -> str:
 
 
 def _links(profile: Profile) -> Iterator[str]:
-    total = profile.total
+    phase, total = ("decode", profile.decode) if profile.decode.passes else ("prefill", profile.prefill)
     used = [(link, total.links[link]) for link in LINKS if total.links[link].nbytes]
     if not used:
         return
     yield ""
-    yield f"{'link':<14}{'bytes':>12}{'busy':>8}{'GB/s':>8}{'can do':>9}{'used':>7}"
+    yield f"{phase + ' link':<14}{'bytes':>12}{'busy':>8}{'GB/s':>8}{'can do':>9}{'used':>7}"
     for link, use in used:
         rate = profile.rates.get(link)
         limit = f"{rate.per_second / 1e9:>9.2f}{use.bytes_per_second / rate.per_second:>7.0%}" if rate else ""
