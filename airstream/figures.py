@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ def new_figure(width: float = 8, height: float = 5.4) -> Any:
         from matplotlib.figure import Figure  # not pyplot: no window, nothing that the whole process shares
     except ImportError:
         raise UnsupportedError('drawing needs matplotlib: pip install "airstream[plot]"') from None
-    return Figure(figsize=(width, height), dpi=110, layout="constrained")
+
+    class Picture(Figure):
+        def _repr_png_(self) -> bytes:
+            """What a notebook shows, without pyplot."""
+            png = io.BytesIO()
+            self.savefig(png, format="png")
+            return png.getvalue()
+
+    return Picture(figsize=(width, height), dpi=110, layout="constrained")
 
 
 def check_file(figure: Any, file: Path) -> None:
@@ -30,5 +39,14 @@ def check_file(figure: Any, file: Path) -> None:
     known = sorted(figure.canvas.get_supported_filetypes())
     if file.suffix.removeprefix(".").lower() not in known:
         raise ArgumentError(f"{file} is no kind of picture that can be drawn: use .{', .'.join(known)}")
+    check_folder(file)
+
+
+def check_folder(file: Path) -> None:
+    """Refuse a file that cannot be written because it is nowhere.
+
+    Raises:
+        ArgumentError: there is no such folder.
+    """
     if not file.absolute().parent.is_dir():
         raise ArgumentError(f"{file} cannot be written: there is no folder {file.parent}")

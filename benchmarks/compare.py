@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import conditions, limited, report
 from benchmarks.disk import read_rate
@@ -121,23 +122,33 @@ def run_turns(settings: Settings) -> tuple[list[Run], list[float]]:
     return runs, rates
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Compare; returns 1 where memory cannot be limited or no cache dropped, else 0: a peer that fails is a result."""
-    settings = parse_settings(__doc__, argv)
-    try:
-        limited.check_cold() if settings.limit_mib is None else limited.check_limit()
-    except limited.LimitError as error:
-        say(f"compare: {error}")
-        return 1
+def compare(settings: Settings) -> tuple[dict[str, Any], str]:
+    """The whole comparison: everything as `report.as_json` has it, and the Markdown table with its caption. Blocks.
+
+    Raises:
+        LimitError: memory cannot be limited here, or the page cache not be dropped.
+    """
+    limited.check_cold() if settings.limit_mib is None else limited.check_limit()
     ensure_checkpoint(settings.checkpoint, settings.shape)
     reference = reference_tokens(settings)
     runs, rates = run_turns(settings)
     reference = reference or report.fallback_reference(runs)
     context = conditions.describe(settings, rates)
-    results = report.as_json(context, runs, reference)
+    table = f"{conditions.caption(context)}\n\n{report.markdown_table(runs, reference)}\n"
+    return report.as_json(context, runs, reference), table
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare; returns 1 where memory cannot be limited or no cache dropped, else 0: a peer that fails is a result."""
+    settings = parse_settings(__doc__, argv)
+    try:
+        results, table = compare(settings)
+    except limited.LimitError as error:
+        say(f"compare: {error}")
+        return 1
     if settings.out:
         settings.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"{conditions.caption(context)}\n\n{report.markdown_table(runs, reference)}\n")
+    print(table)
     print(json.dumps(results))
     return 0
 

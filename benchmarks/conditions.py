@@ -19,7 +19,12 @@ _MODEL_KEYS = ("model_type", "dtype", "hidden_size", "intermediate_size", "num_h
 
 def describe(settings: Settings, disk_rates: Sequence[float]) -> dict[str, Any]:
     """Everything that bears on the numbers. `disk_rates`: raw bytes per second before the first turn and after each."""
-    limits = {"limit_mib": settings.limit_mib, "budget_mib": settings.budget_mib, "turns": settings.turns}
+    limits = {
+        "batch_size": settings.batch_size,
+        "limit_mib": settings.limit_mib,
+        "budget_mib": settings.budget_mib,
+        "turns": settings.turns,
+    }
     return describe_common(settings, disk_rates) | limits
 
 
@@ -67,8 +72,13 @@ def caption(conditions: dict[str, Any]) -> str:
     memory = "memory not limited" if limit is None else f"{limit} MiB of memory"
     return (
         f"{model['weight_bytes'] / 1e9:.2f} GB of {model['dtype']} weights, {memory}, "
-        f"prompt of {len(conditions['prompt'])} tokens, {conditions['num_tokens']} new ones, {conditions['decoding']}; "
+        f"{_prompts(conditions)}, {conditions['num_tokens']} new ones, {conditions['decoding']}; "
         f"{conditions['cache_state']}; turns: {conditions['turns']}, median (min-max).\n"
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 1e9:.0f} GB, "
         f"kernel {machine['kernel']}; disk raw {min(rates) / 1e9:.2f}-{max(rates) / 1e9:.2f} GB/s."
     )
+
+
+def _prompts(conditions: dict[str, Any]) -> str:
+    batch_size, length = conditions.get("batch_size", 1), len(conditions["prompt"])
+    return f"{batch_size} prompts of {length} tokens each" if batch_size > 1 else f"prompt of {length} tokens"

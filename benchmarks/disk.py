@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from threading import Lock
 
@@ -84,11 +84,23 @@ def _shared(spans: Iterator[Span]) -> Callable[[], Span | None]:
 
 def _read_spans(next_span: Callable[[], Span | None]) -> int:
     total = 0
-    with mmap.mmap(-1, CHUNK_BYTES) as buffer:  # anonymous maps are page aligned, which O_DIRECT asks for
+    with _buffer() as buffer:
         while span := next_span():
             descriptor, offset = span
             total += os.preadv(descriptor, [buffer], offset)
     return total
+
+
+def _buffer() -> mmap.mmap:
+    """Memory that a disk can be read into directly: page aligned, touched, and in huge pages.
+
+    Python's default, shared memory in small pages, halved the rate of one virtual disk (1.0 instead of 2.3 GB/s).
+    """
+    buffer = mmap.mmap(-1, CHUNK_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without huge pages: ordinary ones do
+        buffer.madvise(mmap.MADV_HUGEPAGE)
+    buffer.write(bytes(CHUNK_BYTES))
+    return buffer
 
 
 def main(argv: Sequence[str] | None = None) -> None:

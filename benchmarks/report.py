@@ -74,6 +74,7 @@ COLUMNS = {
     "peak RSS GB": "peak_rss_gb",
     "disk read GB": "read_gb",
     "own copy GB": "prepare_disk_gb",
+    "its making s": "prepare_seconds",
 }
 
 

@@ -29,6 +29,7 @@ class Setup:
     timeout_seconds: float
     prompt: list[int]
     num_tokens: int
+    batch_size: int = 1
 
     @property
     def shards(self) -> list[Path]:
@@ -53,6 +54,7 @@ class Setup:
             prompt=self.prompt,
             num_tokens=self.num_tokens,
             budget_bytes=self.budget_bytes,
+            batch_size=self.batch_size,
         )
 
 
@@ -130,11 +132,14 @@ def parse_settings(description: str | None, argv: Sequence[str] | None = None) -
     add_shared_options(parser, num_tokens=8)
     add("--limit-mib", type=parse_mib, required=True, help="memory of every run, page cache included; none: no limit")
     budget_help = f"told to systems that take one; auto: they choose (default: the limit less {RESERVE_MIB}, if any)"
+    add("--batch", type=int, default=1, dest="batch_size", help="sequences at once (default: %(default)s)")
     add("--budget-mib", type=parse_mib, default=argparse.SUPPRESS, help=budget_help)
     add("--systems", type=parse_systems, default="airstream,airllm,accelerate,llamacpp", help=", ".join(SYSTEMS))
     args = parser.parse_args(argv)
     if "budget_mib" not in args:
         args.budget_mib = None if args.limit_mib is None else args.limit_mib - RESERVE_MIB
+    if args.batch_size < 1:
+        parser.error(f"a batch of {args.batch_size} sequences is none")
     if args.budget_mib is not None and not 0 < args.budget_mib <= (args.limit_mib or args.budget_mib):
         parser.error(f"a budget of {args.budget_mib} MiB is not within the limit of {args.limit_mib} MiB")
     return Settings(**vars(args))

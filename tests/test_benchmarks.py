@@ -102,12 +102,12 @@ def test_table_has_a_row_for_every_system_and_every_failure_in_full():
     runs += [Run("c", 0, error="no environment")]
     lines = report.markdown_table(runs, Reference("transformers", [1, 2, 3])).splitlines()
     assert lines[0] == (
-        "| system | s/token | decode s/token | TTFT s | peak RSS GB | disk read GB | own copy GB "
+        "| system | s/token | decode s/token | TTFT s | peak RSS GB | disk read GB | own copy GB | its making s "
         "| tokens equal to transformers's |"
     )
-    assert lines[2] == "| a | 2.00 (1.00-3.00) | 0.75 | 2.00 | 2.00 | 3.00 | 0.00 | yes |"
-    assert lines[3] == "| b | 4.00 | 0.75 | 2.00 | 2.00 | 3.00 | 0.00 | yes |"
-    assert lines[4] == "| c | failed | - | - | - | - | - | - |"
+    assert lines[2] == "| a | 2.00 (1.00-3.00) | 0.75 | 2.00 | 2.00 | 3.00 | 0.00 | 0.00 | yes |"
+    assert lines[3] == "| b | 4.00 | 0.75 | 2.00 | 2.00 | 3.00 | 0.00 | 0.00 | yes |"
+    assert lines[4] == "| c | failed | - | - | - | - | - | - | - |"
     assert lines[6:] == ["* b, turn 1: exit status 1: Traceback / ValueError: no", "* c, turn 0: no environment"]
 
 
@@ -363,7 +363,7 @@ def test_runner_prints_its_record_last(tmp_path, capsys):
 
 
 def test_wrong_number_of_tokens_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="fake made 3 tokens and 3 ticks of the clock where 2 were asked for"):
+    with pytest.raises(RuntimeError, match="fake made 3 tokens and 3 ticks of the clock where 1 x 2 were asked for"):
         measure.measure(Runner("fake", (), lambda _: [7, 8, 9], fake_generate), request(tmp_path))
 
 
@@ -702,5 +702,5 @@ def test_gguf_holds_the_same_weights(tmp_path):
 
 def test_the_comparison_needs_no_large_library():
     """A child inherits its parent's peak RSS, so the parent must stay small."""
-    program = "import sys, benchmarks.compare, benchmarks.law; sys.exit('torch' in sys.modules)"
+    program = "import sys, benchmarks.suite, benchmarks.law; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

@@ -78,6 +78,29 @@ def test_stats_go_to_standard_error(folder: Path, capsys: pytest.CaptureFixture[
     assert "waiting for weights" not in printed.out
 
 
+def test_profile_trace_and_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, plot = tmp_path / "run.json", tmp_path / "run.png"
+    words = ("--max-new-tokens", 3, "--profile", "--trace", trace, "--plot", plot)
+    assert run("generate", folder, "w5 w6", *words) == 0
+    out, err = capsys.readouterr()
+    assert "seconds per pass" in err
+    assert "seconds per pass" not in out
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert plot.stat().st_size > 10_000
+    run("generate", folder, "w5 w6", "--max-new-tokens", 3, "--profile", "--json")
+    assert json.loads(capsys.readouterr().out)["profile"]["new_tokens"] == 3
+
+
+@pytest.mark.parametrize("option", ["--trace", "--plot"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
+    option: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", folder, "w5", option, tmp_path / "missing" / "run.png") == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert "there is no folder" in err
+
+
 def test_sampling_is_repeatable_with_a_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def sample(seed: int) -> str:
         run("generate", folder, "w5 w6", "--max-new-tokens", 12, "--temperature", 1.5, "--seed", seed)

@@ -82,13 +82,29 @@ def test_notebooks_are_stored_without_output(notebook: Path) -> None:
     assert all(not cell.outputs and cell.execution_count is None for cell in cells)
 
 
+def outputs_of(notebook: str) -> list[dict]:
+    """Run a notebook; give what its cells have shown."""
+    book = nbformat.read(ROOT / "notebooks" / notebook, as_version=4)
+    NotebookClient(book, timeout=240).execute()
+    return [output for cell in book.cells for output in cell.get("outputs", ())]
+
+
 @pytest.mark.realmodel
 def test_the_quickstart_notebook_runs(smollm2_folder: Path) -> None:
-    book = nbformat.read(ROOT / "notebooks" / "quickstart.ipynb", as_version=4)
-    NotebookClient(book, timeout=240).execute()
-    printed = "".join(output.get("text", "") for cell in book.cells for output in cell.get("outputs", ()))
+    printed = "".join(output.get("text", "") for output in outputs_of("quickstart.ipynb"))
     assert "The capital of France is Paris." in printed
     assert "GB streamed" in printed
+    assert re.search(r"\d+ tokens, .*/token, .* from disk", printed), "the live line"
+
+
+@pytest.mark.realmodel
+def test_the_profiling_notebook_runs(smollm2_folder: Path) -> None:
+    outputs = outputs_of("profiling.ipynb")
+    printed = "".join(output.get("text", "") for output in outputs)
+    waits = dict(re.findall(r"^(.+?)  .*of which +([0-9.]+) ms waiting", printed, re.MULTILINE))
+    assert float(waits["no reading ahead"]) > float(waits["enough memory"])
+    assert float(waits["enough memory"]) < 1
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -50,6 +51,42 @@ def test_many_passes_whatever_stays(prefetch: int, layers: int, more: dict[Any, 
     memory = {tier: size + more.get(tier, 0) for tier, size in least_memory(folder, **options).items()}
     with stream(folder, **options, max_memory=memory) as model:
         assert torch.equal(model.generate(IDS.cuda(), max_new_tokens=64, do_sample=False), expected)
+
+
+KERNEL_CYCLES = 20_000_000
+"""About 10 ms of a GPU that does nothing but count."""
+
+
+def test_a_profile_equals_the_truth_of_the_device(tiny: WriteTiny) -> None:
+    """Kernels of a known length in every layer, timed by events of the test's own."""
+    with stream(tiny("llama", torch.bfloat16), **OPTIONS) as model:
+        model(IDS.cuda())
+        timers: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+        def begin(*_: object) -> None:
+            timers.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            timers[-1][0].record()
+
+        def work(*_: object) -> None:
+            torch.cuda._sleep(KERNEL_CYCLES)
+            timers[-1][1].record()
+
+        for layer in model.model.layers:
+            layer.register_forward_pre_hook(begin)
+            layer.register_forward_hook(work)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        with model.profile() as profile:
+            for _ in range(5):
+                model(IDS.cuda())
+        torch.cuda.synchronize()
+        wall = time.perf_counter() - started
+    truth = sum(start.elapsed_time(end) for start, end in timers) / 1e3
+    costs = profile.total
+    assert costs.compute_seconds == pytest.approx(truth, abs=0.05 * wall)  # the lm_head and the norms are in no timer
+    assert costs.compute_seconds + costs.stall_seconds + costs.python_seconds == pytest.approx(costs.wall_seconds)
+    assert costs.wall_seconds == pytest.approx(wall, rel=0.1)
+    assert 0 < costs.links["H2D"].seconds < wall
 
 
 def test_device_memory_stays_within_the_plan_and_comes_back(tiny: WriteTiny) -> None:

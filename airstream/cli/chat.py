@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from airstream.cli.parser import generation_options
-from airstream.cli.session import encode_chat, load, note, printer
+from airstream.cli.session import encode_chat, load, note, printing
 from airstream.compat import cache_keyword
 
 
@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
         conversation = Conversation(model, arguments.system, generation_options(arguments))
         note(f"{arguments.model} is ready. Ctrl-C stops an answer, an empty line or Ctrl-D ends the chat.")
         while question := _read_line():
-            _answer(conversation, question, printer(model))
+            with printing(model) as streamer:
+                _answer(conversation, question, streamer)
 
 
 def _answer(conversation: Conversation, question: str, streamer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from airstream.cli.session import encode_chat, load, note, printer
+from airstream.cli.session import encode_chat, load, note, printing
 from airstream.demo.model import prepare
 from airstream.report import Meter
 from airstream.units import format_bytes
@@ -26,7 +26,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
         print(f"> {arguments.question}")
         inputs = encode_chat(model, [{"role": "user", "content": arguments.question}])
-        meter.forward_to = printer(model)
-        meter.start(model.stats)
-        model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, streamer=meter)
+        with printing(model) as meter.forward_to:
+            meter.start(model.stats)
+            model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, streamer=meter)
         note(str(meter.report(plan, model.stats)))

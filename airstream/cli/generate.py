@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from airstream.cli.parser import generation_options
 from airstream.cli.session import encode, encode_chat, load, note, printing
+from airstream.figures import check_file, check_folder, new_figure
 from airstream.profiling import Profile
 from airstream.report import Meter
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the continuation as it comes, or one JSON object with it and its costs."""
+    if arguments.trace:
+        check_folder(Path(arguments.trace))
+    if arguments.plot:
+        check_file(new_figure(), Path(arguments.plot))
     prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
     meter = Meter()
     is_profiling = bool(arguments.profile or arguments.trace or arguments.plot)

@@ -49,11 +49,9 @@ class Observer:
             plan.dtype,
             started=now(),
             rates=self.rates,
-            predicted_seconds=plan.prediction.decode_seconds if plan.prediction else None,
         )
         self._backend.forget_peak()
-        memory = partial(self._memory, PeakMemory(self._host_bytes))
-        self._resume(Recorder(profile, self._backend, memory, self.used_bytes))
+        self._resume(Recorder(profile, self._backend, partial(self._measure, PeakMemory(self._host_bytes))))
         self.last_profile = profile
         return profile
 
@@ -116,15 +114,14 @@ class Observer:
         if self._recorder is not None:
             self._recorder.forget_spans()
 
-    def _memory(self, host: PeakMemory) -> dict[str, MemoryUse]:
-        tiers = self._plan().tiers
-        used = {HOST: host.rise()}
-        return {
-            name: MemoryUse(
-                used.get(name, self._backend.peak_bytes() - self._device_bytes), tier.peak_bytes, tier.budget_bytes
-            )
-            for name, tier in tiers.items()
-        }
+    def _measure(self, host: PeakMemory, profile: Profile) -> None:
+        """Note in `profile` what memory is used by now, and what the plan says, which may be another one by now."""
+        plan = self._plan()
+        profile.predicted_seconds = plan.prediction.decode_seconds if plan.prediction else None
+        profile.sizes.append((now(), "host memory", self.used_bytes()))
+        for name, tier in plan.tiers.items():
+            peak = host.rise() if name == HOST else self._backend.peak_bytes() - self._device_bytes
+            profile.memory[name] = MemoryUse(peak, tier.peak_bytes, tier.budget_bytes)
 
 
 def _rates(request: Request) -> dict[str, Rate]:

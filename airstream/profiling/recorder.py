@@ -15,8 +15,7 @@ from airstream.plan import Workload
 from airstream.probe import LINKS, Moment, Span, now
 from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs, LinkUse
 from airstream.profiling.intervals import blame, merge, total
-from airstream.profiling.profile import MAX_SPANS, MemoryUse, PassProfile, Profile
-
+from airstream.profiling.profile import MAX_SPANS, PassProfile, Profile
 
 MEMORY_SECONDS = 0.1
 """Memory is measured no more often than this: asking the system takes as long as a small layer."""
@@ -71,21 +70,13 @@ class Recorder:
     """Listens to a probe, and keeps `profile` up to date. Passes and calls are reported by the thread that computes.
 
     Args:
-        memory: the use of each memory by now.
-        used_bytes: host memory in use at this moment, for traces.
+        measure: notes in the profile what memory is used by now, and what the plan says by now.
     """
 
-    def __init__(
-        self,
-        profile: Profile,
-        backend: Backend,
-        memory: Callable[[], Mapping[str, MemoryUse]],
-        used_bytes: Callable[[], int],
-    ) -> None:
+    def __init__(self, profile: Profile, backend: Backend, measure: Callable[[Profile], None]) -> None:
         self.profile = profile
         self._backend = backend
-        self._memory = memory
-        self._used_bytes = used_bytes
+        self._measure = measure
         self._pending: deque[Span] = deque(maxlen=MAX_SPANS)
         self._call: _Call | None = None
         self._pass: _Pass | None = None
@@ -180,8 +171,7 @@ class Recorder:
     def measure_memory(self) -> None:
         """Note what is used by now."""
         self._measured_at = now()
-        self.profile.memory.update(self._memory())
-        self.profile.sizes.append((self._measured_at, "host memory", self._used_bytes()))
+        self._measure(self.profile)
 
     def forget_spans(self) -> None:
         """What was moved since the last pass was not for a pass."""

@@ -16,6 +16,7 @@ def load(request: Request) -> Any:
         device="cpu",
         max_memory={"cpu": AUTO if request.budget_bytes is None else request.budget_bytes},
         max_context=len(request.prompt) + request.num_tokens,
+        max_batch_size=request.batch_size,
     )
 
 

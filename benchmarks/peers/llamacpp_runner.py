@@ -27,6 +27,8 @@ def load(request: Request) -> Any:
     4.0-4.7 seconds a decoded token, two threads 4.3-9.2). When all weights fit they are faster: the environment
     variable LLAMACPP_THREADS sets how many decode.
     """
+    if request.batch_size > 1:
+        raise SystemExit("llama-cpp-python's generate() takes one sequence at a time")
     context = len(request.prompt) + request.num_tokens
     threads = int(os.environ.get("LLAMACPP_THREADS", "0")) or None
     file = str(request.work / GGUF_NAME)

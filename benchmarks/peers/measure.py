@@ -33,6 +33,12 @@ class Request:
     prompt: list[int]
     num_tokens: int
     budget_bytes: int | None  # what a system that takes a memory budget is told; None: it chooses one itself
+    batch_size: int = 1  # sequences at once; `prompts` has theirs
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """A prompt for every sequence: the one given, and the same with all ids one higher, two higher..."""
+        return [[token + row for token in self.prompt] for row in range(self.batch_size)]
 
     def arguments(self) -> list[str]:
         """The command line that `parse` turns into this request again."""
@@ -42,6 +48,7 @@ class Request:
             f"--prompt={','.join(map(str, self.prompt))}",
             f"--tokens={self.num_tokens}",
             f"--budget-bytes={AUTO if self.budget_bytes is None else self.budget_bytes}",
+            f"--batch={self.batch_size}",
         ]
 
 
@@ -51,10 +58,10 @@ class Record:
 
     system: str
     version: str
-    tokens: list[int]
+    tokens: list[int]  # of all sequences, one after the other
     load_seconds: float  # the constructor
     ttft_seconds: float  # from the start of the constructor to the first new token
-    seconds_per_token: float  # generation over new tokens, the first pass included, loading excluded
+    seconds_per_token: float  # generation over new tokens of a sequence, the first pass included, loading excluded
     decode_seconds_per_token: float  # over the tokens after the first
     peak_rss_bytes: int  # ru_maxrss: file pages mapped into the process count, page cache does not
     read_bytes: int | None  # fetched from the disk while loading and generating
@@ -112,6 +119,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str, Request]:
     parser.add_argument("--prompt", type=parse_tokens, required=True, metavar="ID,ID,...")
     parser.add_argument("--tokens", type=int, required=True, dest="num_tokens")
     parser.add_argument("--budget-bytes", type=parse_budget, required=True)
+    parser.add_argument("--batch", type=int, default=1, dest="batch_size")
     fields = vars(parser.parse_args(argv))
     return fields.pop("action"), Request(**fields)
 
@@ -162,9 +170,10 @@ def measure(runner: Runner, request: Request) -> Record:
     tokens = runner.generate(model, request, clock)
     end = time.perf_counter()
     read_after = disk_read_bytes()
-    if not len(tokens) == len(clock.seconds) == request.num_tokens:
+    steps = request.num_tokens
+    if len(clock.seconds) != steps or len(tokens) != request.batch_size * steps:
         counts = f"{len(tokens)} tokens and {len(clock.seconds)} ticks of the clock"
-        raise RuntimeError(f"{runner.system} made {counts} where {request.num_tokens} were asked for")
+        raise RuntimeError(f"{runner.system} made {counts} where {request.batch_size} x {steps} were asked for")
     prepared = request.work / PREPARED_NAME
     record = Record(
         system=runner.system,
@@ -172,8 +181,8 @@ def measure(runner: Runner, request: Request) -> Record:
         tokens=tokens,
         load_seconds=loaded - start,
         ttft_seconds=clock.seconds[0] - start,
-        seconds_per_token=(end - loaded) / len(tokens),
-        decode_seconds_per_token=(clock.seconds[-1] - clock.seconds[0]) / max(len(tokens) - 1, 1),
+        seconds_per_token=(end - loaded) / steps,
+        decode_seconds_per_token=(clock.seconds[-1] - clock.seconds[0]) / max(steps - 1, 1),
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         read_bytes=None if read_before is None or read_after is None else read_after - read_before,
         details={"python": platform.python_version(), "cpus": os.cpu_count()}
@@ -189,7 +198,7 @@ def generate_with_transformers(model: Any, request: Request, clock: TokenClock) 
     """Greedy decoding through transformers' `generate`, end-of-sequence ignored, for every system that has it."""
     import torch  # here, because llama.cpp's environment has none
 
-    prompt = torch.tensor([request.prompt])
+    prompt = torch.tensor(request.prompts)
     output = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -199,5 +208,5 @@ def generate_with_transformers(model: Any, request: Request, clock: TokenClock) 
         pad_token_id=0,
         streamer=clock,
     )
-    new_tokens: list[int] = output[0, prompt.shape[1] :].tolist()
+    new_tokens: list[int] = output[:, prompt.shape[1] :].flatten().tolist()
     return new_tokens

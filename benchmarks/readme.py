@@ -1,0 +1,101 @@
+"""Keep the README's table of speeds equal to the measured JSON.
+
+    python -m benchmarks.readme [--check]
+
+Between `<!-- speeds: NAME -->` and `<!-- end of speeds -->` stands the table of docs/benchmarks/NAME.json. Without
+`--check` it is written anew; with it, a difference is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README, RESULTS = ROOT / "README.md", ROOT / "docs" / "benchmarks"
+MARKED = re.compile(r"(<!-- speeds: ([\w-]+) -->\n).*?(<!-- end of speeds -->)", re.DOTALL)
+
+NAMES = {
+    "airstream": "**airstream**",
+    "airllm": "AirLLM {version}",
+    "accelerate": "transformers + accelerate {version}, disk offload",
+    "accelerate-auto": 'transformers + accelerate {version}, `device_map="auto"`',
+    "llamacpp": "llama.cpp (llama-cpp-python {version}), mmap",
+    "transformers": "transformers {version}, all in memory",
+}
+VERSIONS = {
+    "airllm": "airllm",
+    "accelerate": "accelerate",
+    "accelerate-auto": "accelerate",
+    "llamacpp": "llama_cpp_python",
+    "transformers": "transformers",
+}
+"""The package whose version is in a name."""
+
+HEADER = (
+    "| | s/token after the first | s/token, the first included | seconds to first token | own copy on disk "
+    "| tokens as transformers |"
+)
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The README's table of what `benchmarks.compare` measured. Best figures in bold."""
+    medians = results["medians"]
+    columns = ("decode_seconds_per_token", "seconds_per_token", "ttft_seconds")
+    best = {column: min(spreads[column]["median"] for spreads in medians.values()) for column in columns}
+    lines = [HEADER, "|---|---|---|---|---|---|"]
+    for system in dict.fromkeys(run["system"] for run in results["runs"]):
+        name = NAMES[system].format(version=_version(results, system))
+        if system not in medians:
+            lines.append(f"| {name} | failed | | | | |")
+            continue
+        cells = [_cell(medians[system][column]["median"], best[column], column) for column in columns]
+        copy = medians[system]["prepare_disk_gb"]["median"]
+        cells += [f"{copy:.2f} GB" if copy else "none", results["tokens_equal"][system]]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: float, best: float, column: str) -> str:
+    text = f"{value:.1f}" if column == "ttft_seconds" else f"{value:.2f}"
+    return f"**{text}**" if value == best else text
+
+
+def _version(results: Mapping[str, Any], system: str) -> str:
+    """The version of `system` that ran, as its records have it."""
+    records = [run["record"] for run in results["runs"] if run["system"] == system and run["record"]]
+    packages = dict(part.split(" ") for record in records[:1] for part in record["version"].split(", "))
+    return packages.get(VERSIONS.get(system, ""), "?")
+
+
+def updated(text: str, results: Path = RESULTS) -> str:
+    """`text` with every marked table made from its JSON."""
+
+    def replace(match: re.Match[str]) -> str:
+        return match[1] + table(json.loads((results / f"{match[2]}.json").read_text())) + match[3]
+
+    return MARKED.sub(replace, text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the tables, or compare them; returns 1 if they differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, fail on a difference")
+    is_check = parser.parse_args(argv).check
+    text = README.read_text()
+    new = updated(text)
+    if is_check and new != text:
+        print("README.md differs from docs/benchmarks: run `python -m benchmarks.readme`", file=sys.stderr)
+        return 1
+    if not is_check:
+        README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
