@@ -154,4 +154,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    limited.end_when_asked()
     sys.exit(main())

@@ -208,4 +208,5 @@ def parse_shares(text: str) -> list[float]:
 
 
 if __name__ == "__main__":
+    limited.end_when_asked()
     sys.exit(main())

@@ -223,6 +223,14 @@ def run(
         )
 
 
+def end_when_asked() -> None:
+    """Let SIGTERM end this program as an exception does: what it has started is killed then, and its cgroup removed.
+
+    A peer that is left behind computes on, and spoils whatever is measured next.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def _wait(pid: int, timeout_seconds: float | None) -> bool:
     """Wait for the end of a child without reaping it. False: it still runs after `timeout_seconds`."""
     handle = os.pidfd_open(pid)

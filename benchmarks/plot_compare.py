@@ -19,6 +19,7 @@ from benchmarks.plot_law import BLUE, GREY, INK, check_matplotlib
 __all__ = ["check_matplotlib", "draw_case", "draw_scale"]
 
 OURS = "airstream"
+SMALL: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5}
 LIGHT = "#c9c9c9"
 PANELS = {"decode_seconds_per_token": "s/token after the first", "seconds_per_token": "s/token, the first included"}
 Results = Mapping[str, Any]
@@ -82,7 +83,7 @@ def draw_scale(all_results: Sequence[Results], out: Path) -> None:
     limit = points[0][1]["limit_mib"]
     if limit is not None:
         memory.axhline(limit * 2**20 / 1e9, color=GREY, linestyle=(0, (5, 3)), linewidth=1.1)
-        memory.text(0, limit * 2**20 / 1e9, " the limit", va="bottom", fontsize=8.5, color=GREY)
+        memory.annotate("the limit", (0, limit * 2**20 / 1e9), xytext=(4, -12), color=GREY, **SMALL)
     memory.set_ylabel("peak memory, GB")
     for axes in (seconds, memory):
         axes.set_xlabel("weights, GB")
@@ -101,7 +102,7 @@ def _draw_points(axes: Any, sizes: Sequence[float], spreads: Sequence[Mapping[st
     ]
     axes.errorbar(sizes, middle, yerr=bars, color=BLUE, marker="o", markersize=6, capsize=4, linewidth=1.4)
     for size, value in zip(sizes, middle, strict=True):
-        axes.annotate(f"{value:.2f}", (size, value), xytext=(4, -12), textcoords="offset points", fontsize=8.5)
+        axes.annotate(f"{value:.2f}", (size, value), xytext=(-6, 6), ha="right", **SMALL)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -213,6 +213,22 @@ def _is_running(pid: int) -> bool:
     return state not in "ZX"  # a killed orphan may wait for its reaper
 
 
+@needs_linux
+def test_a_comparison_that_is_told_to_end_leaves_no_peer_behind(tmp_path):
+    peer = tmp_path / "peer.pid"
+    program = (
+        "import sys\nfrom benchmarks import limited\nlimited.end_when_asked()\n"
+        f"limited.run(['sh', '-c', 'echo $$ > {peer}; sleep 60'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) as process:
+        deadline = time.monotonic() + 30
+        while not (peer.exists() and peer.read_text().strip()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.terminate()
+        assert process.wait(timeout=30) == 143
+    assert _ends_soon(int(peer.read_text()))
+
+
 def test_out_of_memory_is_said_in_words():
     outcome = limited.Outcome(-9, 3.0, 0, None, is_out_of_memory=True)
     assert report.judge("fake", 1, outcome, "", "last words").error == (

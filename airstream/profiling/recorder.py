@@ -159,10 +159,10 @@ class Recorder:
             return
         current.end = self._note(current)
         current.is_complete = is_complete
-        for interrupted in (*current.waits[-1:], *current.units[-1:]):  # by an error
-            ending = "until" if isinstance(interrupted, _Wait) else "end"
-            if getattr(interrupted, ending) < 0:
-                setattr(interrupted, ending, current.end)
+        for wait in current.waits[-1:]:
+            wait.until = current.end if wait.until < 0 else wait.until  # an error has ended it
+        for unit in current.units[-1:]:
+            unit.end = current.end if unit.end < 0 else unit.end
         if self._call is None:
             self._finish(current.points[current.end])
         else:
