@@ -90,8 +90,9 @@ class _Reporting:
     def __enter__(self) -> None:
         self._start = self._moment()
 
-    def __exit__(self, *_: object) -> None:
-        self._listener.add(Span(*self._about, self._start, self._moment(), self._nbytes))
+    def __exit__(self, error: object, *_: object) -> None:
+        nbytes = self._nbytes if error is None else 0
+        self._listener.add(Span(*self._about, self._start, self._moment(), nbytes))
 
 
 def _track() -> str:

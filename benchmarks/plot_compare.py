@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,8 +117,6 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _small_print(results: Results) -> str:
-    import textwrap
-
     return "\n".join(textwrap.wrap(conditions.caption(dict(results)).replace("\n", " "), 130))
 
 

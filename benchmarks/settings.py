@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -87,10 +87,19 @@ def parse_systems(text: str) -> list[System]:
     Raises:
         argparse.ArgumentTypeError: one of them is unknown.
     """
+    return [SYSTEMS[name] for name in known_names(text, SYSTEMS)]
+
+
+def known_names(text: str, known: Collection[str]) -> list[str]:
+    """`"one,other"` as names, each once.
+
+    Raises:
+        argparse.ArgumentTypeError: one of them is not `known`.
+    """
     names = list(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in SYSTEMS]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(SYSTEMS)}")
-    return [SYSTEMS[name] for name in names]
+    if unknown := [name for name in names if name not in known]:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    return names
 
 
 def parse_mib(text: str) -> int | None:

@@ -16,11 +16,12 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks import compare, limited, plot_compare
 from benchmarks.compare import say
-from benchmarks.settings import Settings, absolute
+from benchmarks.settings import Settings, absolute, known_names
 from benchmarks.systems import SYSTEMS
 
 W6, SEVEN_B = "3072,8192,28,32000,24,8", "4096,11008,32,32000,32,32"
@@ -154,23 +155,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=Path("docs/benchmarks").absolute(),
         help="for results (default: docs/benchmarks)",
     )
-    add("--cases", type=parse_cases, default=list(CASES), help="some of them, by name (default: all)")
+    add(
+        "--cases",
+        type=partial(known_names, known=CASES),
+        default=list(CASES),
+        help="some of them, by name (default: all)",
+    )
     add("--turns", type=int, default=5, help="runs of every system (default: %(default)s)")
     add("--timeout", type=float, default=1800.0, help="of a run (default: %(default)s s)")
     add("--list", action="store_true", help="say what cases there are, and end")
     return parser.parse_args(argv)
-
-
-def parse_cases(text: str) -> list[str]:
-    """`"w6-3000mib,w6-5500mib"` as names.
-
-    Raises:
-        argparse.ArgumentTypeError: one of them is unknown.
-    """
-    names = list(dict.fromkeys(text.split(",")))
-    if unknown := [name for name in names if name not in CASES]:
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; known: {', '.join(CASES)}")
-    return names
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airstream import ArgumentError, UnsupportedError
-from airstream.probe import CONVERT, DISK, H2D, HOST_COPY, Probe, Span
-from airstream.profiling import Costs, PassProfile, Profile
+from airstream.probe import CONVERT, DISK, H2D, HOST_COPY, LINKS, Probe, Span
+from airstream.profiling import Costs, LinkUse, MemoryUse, PassProfile, Profile
 from airstream.profiling import profile as profile_module
 from airstream.profiling.intervals import blame, merge, total, within
+from airstream.rates.facts import Rate
 from tests.conftest import WriteTiny, simulated_accelerator, stream
 from tests.sim import SimDevice
 
@@ -59,16 +61,16 @@ def test_a_profile_equals_the_truth_of_the_device(folder: Path, layer_seconds: f
         nbytes = model.plan.batches[1].nbytes
     with slow_model(folder, nbytes / layer_seconds) as (model, device), model.profile() as profile:
         device.compute_stream.busy.clear()
-        ids, h2d_bytes = IDS.to("sim:0"), device.h2d_bytes
-        busy_before = sum(end - start for start, end in device._streams[1].busy)
+        copies_before = len(device._streams[1].busy)
+        ids = IDS.to("sim:0")
         started = time.perf_counter()
         for _ in range(3):
             model(ids)
         device.synchronize()
         wall = time.perf_counter() - started
-        costs, compute, copies = profile.total, device.compute_stream.busy, device._streams[1].busy
-        h2d_bytes = device.h2d_bytes - h2d_bytes
-        copy_seconds = sum(end - start for start, end in copies) - busy_before
+        costs, compute = profile.total, device.compute_stream.busy
+        profiled_until = profile.started + profile.passes[-1].start + profile.passes[-1].costs.wall_seconds
+        copies = [(start, end) for start, end in device._streams[1].busy[copies_before:] if end <= profiled_until]
 
     assert costs.passes == 3
     assert costs.compute_seconds == pytest.approx(total(compute), abs=0.02 * wall)
@@ -76,10 +78,8 @@ def test_a_profile_equals_the_truth_of_the_device(folder: Path, layer_seconds: f
     assert costs.wall_seconds == pytest.approx(compute[-1][1] - compute[0][0], abs=0.02 * wall)
     assert costs.python_seconds < 0.02 * wall
     assert (costs.stall_seconds > 0.3 * wall) is (layer_seconds > 0.1), "the case is not what it is meant to be"
-    # copies that were queued before the profile, or are still queued after it, are the difference
+    assert costs.links[H2D].seconds == pytest.approx(total(copies), rel=0.02)
     assert costs.links[H2D].bytes_per_second == pytest.approx(nbytes / layer_seconds, rel=0.02)
-    assert abs(costs.links[H2D].nbytes - h2d_bytes) <= 2 * nbytes
-    assert costs.links[H2D].seconds <= 1.02 * copy_seconds + 2 * layer_seconds
     if layer_seconds > 0.1:
         later = [each.costs for each in profile.passes[1:]]  # what the first waited for was queued before it
         assert all(each.stalls[H2D] > 0.95 * each.stall_seconds for each in later)
@@ -89,15 +89,18 @@ def test_a_profile_equals_the_truth_of_the_device(folder: Path, layer_seconds: f
 @pytest.mark.parametrize("clock", [time.perf_counter, time.process_time], ids=["wall clock", "process time"])
 def test_a_clock_around_asynchronous_work_is_wrong_by_more_than_half(folder: Path, clock: Any) -> None:
     naive: list[float] = []
+    kernels: list[int] = []
     with slow_model(folder, 1e12) as (model, device), model.profile() as profile:
         for layer in model.model.layers:
             layer.register_forward_pre_hook(lambda *_: naive.append(-clock()))
+            layer.register_forward_pre_hook(lambda *_: kernels.append(-len(device.compute_stream.busy)))
             layer.register_forward_hook(lambda *_: naive.append(clock()))
+            layer.register_forward_hook(lambda *_: kernels.append(len(device.compute_stream.busy)))
         model(IDS.to("sim:0"))
-        measured = sum(profile.layers[name].compute_seconds for name in profile.layers if "layers." in name)
-        truth = total(device.compute_stream.busy[-round(profile.total.compute_seconds / KERNEL_SECONDS) :])
-    assert measured == pytest.approx(truth, rel=0.25)  # of all kernels, most are in layers
-    assert sum(naive) < 0.5 * measured
+    measured = sum(layer.compute_seconds for name, layer in profile.layers.items() if ".layers." in name)
+    truth = sum(kernels) * KERNEL_SECONDS
+    assert measured == pytest.approx(truth, rel=0.02)
+    assert sum(naive) < 0.5 * truth
 
 
 def test_process_time_misses_the_waiting(folder: Path) -> None:
@@ -187,13 +190,17 @@ def test_weights_in_host_memory_are_bytes_of_the_bus(folder: Path) -> None:
 def test_what_is_loaded_for_good_counts_once(folder: Path) -> None:
     with stream(folder, max_memory="1GiB", profiling_mode=True) as model:
         model.generate(IDS, max_new_tokens=3, do_sample=False)
+        model.measure_link()  # waits for what is loaded once; the embedding table need not be there before
+        model.generate(IDS, max_new_tokens=3, do_sample=False)
         profile = model.last_profile
         first, *others = (each.costs for each in profile.passes)
         assert first.read_bytes == sum(unit_bytes(model, name) for name in profile.layers)
-        assert [costs.read_bytes for costs in others] == [0, 0]
+        assert not any(costs.read_bytes for costs in others)
         table = model.get_input_embeddings().weight
-        assert [costs.row_bytes for costs in others] == [table.nbytes, 0], "the table, once it is in memory"
-        assert first.row_bytes == IDS.numel() * table.nbytes // table.shape[0]
+        row_bytes = [costs.row_bytes for costs in (first, *others)]
+        loaded = row_bytes.index(table.nbytes)
+        assert all(0 < nbytes <= IDS.numel() * table.nbytes // table.shape[0] for nbytes in row_bytes[:loaded])
+        assert not any(row_bytes[loaded + 1 :]), "the table is in memory"
 
 
 def unit_bytes(model: Any, name: str) -> int:
@@ -307,6 +314,7 @@ def test_memory_is_compared_with_the_plan(folder: Path) -> None:
         model.generate(IDS.to("sim:0"), max_new_tokens=3, do_sample=False)
         memory = model.last_profile.memory
         assert set(memory) == {"0", "cpu"}
+        assert {what for _, what, _ in model.last_profile.sizes} == {"ring", "host memory", "device memory"}
         assert 0 < memory["0"].peak_bytes <= memory["0"].planned_bytes <= memory["0"].budget_bytes
         assert memory["0"].planned_bytes == model.plan.tiers["0"].peak_bytes
 
@@ -329,10 +337,46 @@ def test_the_table_fits_and_says_what_it_is_about(shown: Profile) -> None:
         assert any(word in line for line in lines), word
 
 
-def test_a_long_name_is_cut_and_an_empty_profile_says_so() -> None:
-    text = str(Profile("a/" * 60, "cuda:0", "bfloat16", started=0.0))
-    assert "nothing has run yet" in text
-    assert len(text.splitlines()[0]) <= 110
+def test_a_long_name_is_cut_and_an_empty_profile_says_so(tmp_path: Path) -> None:
+    profile = Profile("a/" * 60, "cuda:0", "bfloat16", started=0.0)
+    assert "nothing has run yet" in str(profile)
+    assert max(map(len, str(profile).splitlines())) <= 80
+    profile.save_trace(tmp_path / "run.json")
+    pytest.importorskip("matplotlib")
+    profile.plot(tmp_path / "run.png")
+
+
+def test_the_table_of_large_numbers_fits_too() -> None:
+    profile = Profile("m" * 100, "cuda:0", "bfloat16", 0.0, dict.fromkeys(LINKS, Rate(25.123e9, "measured " * 9)))
+    causes = dict.fromkeys((*LINKS, "embedding rows", "scheduling"), 7000.0)
+    for phase in ("prefill", "decode"):
+        links = {link: LinkUse(9000.0, 1 << 43) for link in LINKS}
+        costs = Costs(1, 9, 90_000.0, 9000.0, 42_000.0, 9000.0, 9000.0, stalls=dict(causes), links=links)
+        profile.add(PassProfile(0, phase, 16, 0.0, True, costs))
+    profile.new_tokens, profile.predicted_seconds = 10**7, 7322.0
+    profile.ttft_seconds.append(7322.0)
+    profile.layer("model.layers." * 9).waited(causes)
+    profile.memory["cpu"] = MemoryUse(1 << 42, 1 << 42, 1 << 42)
+    assert max(map(len, str(profile).splitlines())) <= 80
+
+
+def test_what_the_page_cache_gives_is_not_held_against_the_disk(folder: Path) -> None:
+    with stream(folder, page_cache=True) as model, model.profile() as profile:
+        model(IDS)
+        assert DISK not in model._engine.observer.rates
+    assert "through page cache" in str(profile)
+    assert max(map(len, str(profile).splitlines())) <= 80
+    assert not profile.to_dict()["is_direct"]
+
+
+def test_a_read_that_fails_has_moved_nothing() -> None:
+    probe, spans = Probe(), []
+    probe.listener = types.SimpleNamespace(add=spans.append)  # type: ignore[assignment]
+    with pytest.raises(OSError, match="broken"), probe.span(DISK, 100):
+        raise OSError("broken")
+    with probe.span(DISK, 7):
+        pass
+    assert [span.nbytes for span in spans] == [0, 7]
 
 
 def test_json_has_all_figures(shown: Profile) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from benchmarks import compare, plot_compare, readme, report, suite
 from benchmarks.limited import LimitError
 from benchmarks.peers.measure import Request, generate_with_transformers
 from benchmarks.report import Reference, Run
+from benchmarks.settings import known_names
 from tests.test_benchmarks import record
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +54,7 @@ def test_every_case_makes_sense(tmp_path: Path) -> None:
 
 
 def test_cases_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    assert suite.parse_cases("w6-3000mib,w6-3000mib") == ["w6-3000mib"]
+    assert known_names("w6-3000mib,w6-3000mib", suite.CASES) == ["w6-3000mib"]
     with pytest.raises(SystemExit):
         suite.main(["--cases", "nonsense"])
     assert "known: w6-3000mib" in capsys.readouterr().err
@@ -152,7 +152,3 @@ def test_a_batch_gives_the_tokens_of_all_sequences(tiny: Any) -> None:
     assert len(tokens) == 8
     assert tokens[4:] == alone
     assert len(clock.seconds) == 4
-
-
-def test_a_spread_is_plain_data() -> None:
-    assert asdict(report.Spread.of([1.0, 3.0])) == {"median": 2.0, "min": 1.0, "max": 3.0}

@@ -87,7 +87,7 @@ class Engine:
         self._closing.callback(backend.close)
         self._closing.callback(reader.close)
         try:
-            self.observer = Observer(probe, backend, request, host_bytes, lambda: self.plan)
+            self.observer = Observer(probe, backend, request, reader.direct, host_bytes, lambda: self.plan)
             convert = partial(convert_slab, KeyConversion(model).convert, probe, backend.moment)
             for binding in bind_residents(model, parts.resident, reader, backend, convert):
                 self._closing.callback(binding.unbind)

@@ -15,9 +15,10 @@ from airstream.rates.facts import Rate
 
 
 class Observer:
-    """One for every running model. All but `watch` is called by the thread that runs it.
+    """One for every running model. Passes and calls are reported by the thread that runs it.
 
     Args:
+        is_direct: the reader goes around the page cache: only then is the disk's rate what its reads can be held to.
         host_bytes: resident memory of the process before the model was loaded.
         plan: gives the plan that is being followed.
 
@@ -27,11 +28,18 @@ class Observer:
     """
 
     def __init__(
-        self, probe: Probe, backend: Backend, request: Request, host_bytes: int, plan: Callable[[], Plan]
+        self,
+        probe: Probe,
+        backend: Backend,
+        request: Request,
+        is_direct: bool,
+        host_bytes: int,
+        plan: Callable[[], Plan],
     ) -> None:
         self.watchers: list[Callable[[], None]] = []
         self.last_profile: Profile | None = None
-        self.rates = _rates(request)
+        self.rates = _rates(request, is_direct)
+        self._is_direct = is_direct
         self._probe = probe
         self._backend = backend
         self._host_bytes = host_bytes
@@ -41,23 +49,13 @@ class Observer:
         self._inside = False
 
     def start(self) -> Profile:
-        """Begin a profile. It grows until `stop`, or until another one begins."""
+        """Begin a profile. It grows until another one begins."""
         plan = self._plan()
-        profile = Profile(
-            plan.model,
-            plan.device,
-            plan.dtype,
-            started=now(),
-            rates=self.rates,
-        )
+        profile = Profile(plan.model, plan.device, plan.dtype, now(), self.rates, self._is_direct)
         self._backend.forget_peak()
         self._resume(Recorder(profile, self._backend, partial(self._measure, PeakMemory(self._host_bytes))))
         self.last_profile = profile
         return profile
-
-    def stop(self) -> None:
-        """End the profile. Idempotent."""
-        self._resume(None)
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
@@ -87,14 +85,18 @@ class Observer:
             recorder.end_call()
 
     @contextmanager
-    def one_pass(self, work: Workload | None) -> Iterator[None]:
-        """Around a forward pass. A pass within another one, of the base model, is part of it."""
+    def one_pass(self, work: Callable[[], Workload | None]) -> Iterator[None]:
+        """Around a forward pass. A pass within another one, of the base model, is part of it.
+
+        Args:
+            work: says what the pass asks for; only called while profiling.
+        """
         if self._inside:
             yield
             return
         recorder, is_complete, self._inside = self._recorder, False, True
         if recorder is not None:
-            recorder.begin_pass(work)
+            recorder.begin_pass(work())
         try:
             yield
             is_complete = True
@@ -119,15 +121,17 @@ class Observer:
         plan = self._plan()
         profile.predicted_seconds = plan.prediction.decode_seconds if plan.prediction else None
         profile.sizes.append((now(), "host memory", self.used_bytes()))
+        if len(plan.tiers) > 1:
+            profile.sizes.append((now(), "device memory", self._backend.used_bytes() - self._device_bytes))
         for name, tier in plan.tiers.items():
             peak = host.rise() if name == HOST else self._backend.peak_bytes() - self._device_bytes
             profile.memory[name] = MemoryUse(peak, tier.peak_bytes, tier.budget_bytes)
 
 
-def _rates(request: Request) -> dict[str, Rate]:
+def _rates(request: Request, is_direct: bool) -> dict[str, Rate]:
     """What each link can do, as measured or assumed."""
     facts = request.hardware
     if facts is None:
         return {}
-    rates = {DISK: facts.disk, HOST_COPY: facts.host_copy}
-    return rates | {H2D: facts.h2d} if facts.h2d is not None else rates
+    rates = {DISK: facts.disk if is_direct else None, HOST_COPY: facts.host_copy, H2D: facts.h2d}
+    return {link: rate for link, rate in rates.items() if rate is not None}

@@ -33,7 +33,7 @@ class GuardedModule:
     _engine: Engine
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._engine.guard(), self._engine.observer.one_pass(workload.of_pass(args, kwargs)):
+        with self._engine.guard(), self._engine.observer.one_pass(lambda: workload.of_pass(args, kwargs)):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the module class comes after this one
 
     def _apply(self, *_: Any, **__: Any) -> NoReturn:
@@ -130,7 +130,7 @@ class StreamedModel(GuardedModule):
             work = workload.of_pass(args, kwargs)
             if work is not None:
                 self._engine.admit(work)
-            with self._engine.observer.one_pass(work):
+            with self._engine.observer.one_pass(lambda: work):
                 return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

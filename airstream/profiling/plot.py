@@ -112,7 +112,8 @@ def _draw_seconds(axes: Any, profile: Profile) -> None:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("where each second went")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=5, fontsize=8, frameon=False)
+    if labelled:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=5, fontsize=8, frameon=False)
 
 
 def _parts(costs: Costs) -> Sequence[tuple[str, float, dict[str, Any]]]:

@@ -92,6 +92,7 @@ class Profile:
 
     Attributes:
         rates: what each link was measured to be capable of, by its name in `Costs.links`, where that is known.
+        is_direct: the disk is read around the page cache; if not, what is "from disk" may come from memory.
         predicted_seconds: per decoded token, by the plan.
         prefill, decode: sums over all passes of each kind.
         passes: the first pass, and the latest `MAX_PASSES`.
@@ -108,6 +109,7 @@ class Profile:
     dtype: str
     started: float
     rates: Mapping[str, Rate] = field(default_factory=dict)
+    is_direct: bool = True
     predicted_seconds: float | None = None
     prefill: Costs = field(default_factory=Costs)
     decode: Costs = field(default_factory=Costs)
@@ -122,9 +124,8 @@ class Profile:
 
     @property
     def passes(self) -> list[PassProfile]:
-        first = self.first_pass
-        known = first is None or (self.latest_passes and self.latest_passes[0].number == first.number)
-        return list(self.latest_passes) if known or first is None else [first, *self.latest_passes]
+        latest, first = list(self.latest_passes), self.first_pass
+        return latest if first is None or latest[0] is first else [first, *latest]
 
     @property
     def total(self) -> Costs:
@@ -168,6 +169,7 @@ class Profile:
             "ttft_seconds": list(self.ttft_seconds),
             "seconds_per_token": self.seconds_per_token,
             "predicted_seconds_per_token": self.predicted_seconds,
+            "is_direct": self.is_direct,
             "rates": {link: _plain(rate) for link, rate in self.rates.items()},
             "memory": {tier: _plain(use) for tier, use in self.memory.items()},
             "total": self.total.to_dict(),

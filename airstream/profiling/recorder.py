@@ -7,13 +7,13 @@ points on both are only noted. Once it is over the recorder waits for the device
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from airstream.backend.base import Backend
 from airstream.plan import Workload
 from airstream.probe import LINKS, Moment, Span, now
-from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs, LinkUse
+from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs, LinkUse, add_causes
 from airstream.profiling.intervals import blame, merge, total
 from airstream.profiling.profile import MAX_SPANS, PassProfile, Profile
 
@@ -221,30 +221,21 @@ class Recorder:
         for link in LINKS:
             own = [span for span in spans if span.kind == link]
             costs.links[link] = LinkUse(total(merge((s.start, s.end) for s in own)), sum(s.nbytes for s in own))
-        for wait in current.waits:
-            self._count_wait(wait, current, at, busy)
+        for wait, start, end in _stalls(current, at):
+            causes = {ROWS: end - start} if wait.is_for_rows else blame(start, end, busy, otherwise=SCHEDULING)
+            add_causes(costs.stalls, causes)
+            if wait.unit:
+                self.profile.layer(wait.unit).waited(causes)
         forward = at[current.end] - at[1]
         costs.wall_seconds = at[-1] - at[0]
         costs.stall_seconds = sum(costs.stalls.values())
         costs.compute_seconds = forward - costs.stall_seconds
         costs.python_seconds = costs.wall_seconds - forward
 
-    def _count_wait(
-        self, wait: _Wait, current: _Pass, at: Sequence[float], busy: Mapping[str, Sequence[tuple[float, float]]]
-    ) -> None:
-        start, end = max(wait.since, at[wait.after]), at[wait.until]
-        if end <= start:
-            return
-        causes = {ROWS: end - start} if wait.is_for_rows else blame(start, end, busy, otherwise=SCHEDULING)
-        for cause, seconds in causes.items():
-            current.costs.stalls[cause] = current.costs.stalls.get(cause, 0.0) + seconds
-        if wait.unit:
-            self.profile.layer(wait.unit).waited(causes)
-
     def _keep(self, current: _Pass, at: Sequence[float], spans: Sequence[Span]) -> None:
-        profile, start = self.profile, at[0] - self.profile.started
+        profile, began = self.profile, at[0] - self.profile.started
         batch_size = current.work.batch_size if current.work else 0
-        profile.add(PassProfile(self._number, current.phase, batch_size, start, current.is_complete, current.costs))
+        profile.add(PassProfile(self._number, current.phase, batch_size, began, current.is_complete, current.costs))
         profile.spans.extend(span._replace(track=COMPUTE) if _is_computed(span) else span for span in spans)
         name = f"{current.phase} pass {self._number}"
         profile.spans.append(Span(COMPUTE, "forward", at[1], at[current.end], name=name))
@@ -253,10 +244,8 @@ class Recorder:
             layer.passes += 1
             layer.compute_seconds += at[unit.end] - at[unit.start]
             profile.spans.append(Span(COMPUTE, COMPUTE, at[unit.start], at[unit.end], name=unit.name))
-        for wait in current.waits:
-            since = max(wait.since, at[wait.after])
-            if at[wait.until] > since:
-                profile.spans.append(Span(COMPUTE, STALL, since, at[wait.until], name=wait.unit or ROWS))
+        for wait, start, end in _stalls(current, at):
+            profile.spans.append(Span(COMPUTE, STALL, start, end, name=wait.unit or ROWS))
         for since, until in ((at[0], at[1]), (at[current.end], at[-1])):
             if until > since:
                 profile.spans.append(Span(PYTHON, PYTHON, since, until, name="sampling and Python"))
@@ -284,6 +273,14 @@ class Recorder:
             self.profile.ttft_seconds.append(call.prefill_end - call.start)
             self.profile.new_tokens += 1
             call.prefill_end = None
+
+
+def _stalls(current: _Pass, at: Sequence[float]) -> Iterator[tuple[_Wait, float, float]]:
+    """The waits that took time, with when they began and ended."""
+    for wait in current.waits:
+        start, end = max(wait.since, at[wait.after]), at[wait.until]
+        if end > start:
+            yield wait, start, end
 
 
 def _is_computed(span: Span) -> bool:

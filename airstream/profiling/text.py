@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from airstream.probe import LINKS
+from airstream.probe import DISK, LINKS
 from airstream.profiling.costs import Costs
 from airstream.units import format_bytes, format_seconds
 
@@ -15,11 +16,14 @@ if TYPE_CHECKING:
 WIDTH = 80
 MAX_LATE_LAYERS = 3
 
+PAGE_CACHE = "through page cache"
+"""Why there is no saying how fast the disk is: what is read may be in memory already."""
+
 
 def describe(profile: Profile) -> str:
     """The table; it ends without a newline."""
     if not profile.first_pass:
-        return f"{_title(profile)}: nothing has run yet"
+        return f"{_title(profile)}\n  nothing has run yet"
     sections = (_times(profile), _links(profile), _memory(profile), _late(profile))
     return "\n".join([_title(profile), *(line for section in sections for line in section)])
 
@@ -40,12 +44,10 @@ def _times(profile: Profile) -> Iterator[str]:
         tokens.append(f"then {format_seconds(profile.seconds_per_token)} each")
         if profile.predicted_seconds is not None:
             tokens.append(f"predicted {format_seconds(profile.predicted_seconds)}")
-    if tokens:
-        yield f"  {', '.join(tokens)}"
+    yield from textwrap.wrap(", ".join(tokens), WIDTH, initial_indent="  ", subsequent_indent="  ")
     yield ""
-    columns = [(f"{costs.passes} {name}", costs) for name, costs in (("prefill", prefill), ("decode", decode))]
-    columns = [(label, costs) for label, costs in columns if costs.passes]
-    yield _row("seconds per pass", [f"{label:>20}" for label, _ in columns])
+    columns = [(name, costs) for name, costs in (("prefill", prefill), ("decode", decode)) if costs.passes]
+    yield _row("seconds per pass", [f"{f'{costs.passes} {name}':>20}" for name, costs in columns])
     for label, name in (("wall", "wall_seconds"), ("compute", "compute_seconds"), ("stall", "stall_seconds")):
         yield _row(f"  {label}", [_share(getattr(costs, name), costs) for _, costs in columns])
     causes = sorted({cause for _, costs in columns for cause in costs.stalls})
@@ -69,13 +71,14 @@ def _links(profile: Profile) -> Iterator[str]:
     if not used:
         return
     yield ""
-    yield f"{phase + ' link':<14}{'bytes':>12}{'busy':>8}{'GB/s':>8}{'can do':>9}{'used':>7}"
+    yield f"{phase + ' link':<14}{'a pass':>12}{'busy':>8}{'GB/s':>8}{'can do':>9}{'used':>7}"
     for link, use in used:
         rate = profile.rates.get(link)
-        limit = f"{rate.per_second / 1e9:>9.2f}{use.bytes_per_second / rate.per_second:>7.0%}" if rate else ""
-        note = f"  {rate.source}"[: WIDTH - 58] if rate else ""
-        busy = use.seconds / total.wall_seconds
-        yield (f"{link:<14}{format_bytes(use.nbytes):>12}{busy:>8.0%}{use.bytes_per_second / 1e9:>8.2f}{limit}{note}")
+        figures = f"{format_bytes(use.nbytes / total.passes):>12}{use.seconds / total.wall_seconds:>8.0%}"
+        speed, limit, source = use.bytes_per_second, f"{'':16}", "" if profile.is_direct or link != DISK else PAGE_CACHE
+        if rate is not None:
+            limit, source = f"{rate.per_second / 1e9:>9.2f}{speed / rate.per_second:>7.0%}", rate.source
+        yield f"{link:<14}{figures}{speed / 1e9:>8.2f}{limit}  {source}".rstrip()[:WIDTH]
     yield f"{total.hidden:.0%} of the transfers hidden behind computation; bottleneck: {profile.bottleneck}"
 
 
