@@ -61,6 +61,8 @@ class Streamer:
     With `prefetch=0` nothing is read before it is asked for: the synchronous path. What a batch keeps in memory comes
     along when the batch is first read; a batch that has nothing left to stream is then no longer read ahead.
 
+    `order` is that in which to begin, until another one is observed: as they are listed, if it is not given.
+
     Peak device bytes: `ring_bytes`. Owns no thread of its own: reads run on the reader's threads, and whoever frees
     room in the ring starts the next one. All methods may be called from any thread.
     """
@@ -74,6 +76,7 @@ class Streamer:
         backend: Backend,
         stats: StreamStats | None = None,
         probe: Probe | None = None,
+        order: Sequence[int] | None = None,
     ) -> None:
         self.stats = stats or StreamStats()
         self._probe = probe or Probe()
@@ -85,7 +88,7 @@ class Streamer:
         self._ring = Ring(ring_bytes)
         self._rooms = room_sizes([fill.room for fill in fills])
         self._all_fit = sum(self._rooms) <= ring_bytes
-        self._order = AccessOrder(range(len(fills)))
+        self._order = AccessOrder(order or range(len(fills)))
         self._regions: dict[int, Region] = {}
         self._fences: list[Any] = [backend.new_fence() for _ in fills]
         self._changed = threading.Condition()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel
 
 from airstream.backend import Backend
 from airstream.checkpoint.reader import Reader
-from airstream.fill import Kept
+from airstream.fill import Fill, Kept
 from airstream.layout import TensorSpec
 from airstream.model.residency import Convert, Residency
 from airstream.model.residents import bind_tables
@@ -39,7 +40,10 @@ class Executor:
     ) -> None:
         fills = store.fills(plan, facts)
         with ExitStack() as closing:
-            self.streamer = Streamer(fills, plan.ring_bytes, plan.prefetch_batches, reader, backend, stats, probe)
+            order = _order(len(plan.batches), fills)
+            self.streamer = Streamer(
+                fills, plan.ring_bytes, plan.prefetch_batches, reader, backend, stats, probe, order
+            )
             closing.callback(self.streamer.close)
             units = [batch.units for batch in plan.batches]
             self.residency = Residency(model, units, fills, self.streamer, convert, probe)
@@ -52,6 +56,16 @@ class Executor:
     def close(self) -> None:
         """Unbind everything, stop reading, give the ring back. Idempotent. What stays in the store stays."""
         self._closing.close()
+
+
+def _order(num_batches: int, fills: Sequence[Fill]) -> list[int]:
+    """What to read first: a layer batch, then tables that stay, then the other batches.
+
+    Nothing ever asks for a table: read last, as they are listed, they would still be coming in while the first token
+    after the prompt is computed.
+    """
+    tables = range(num_batches, len(fills))
+    return [*range(min(1, num_batches)), *tables, *range(1, num_batches)]
 
 
 def _kept(store: Store, parts: Parts, table: TensorSpec) -> Kept | None:
