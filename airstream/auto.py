@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer
 
-from airstream.backend import create_backend, packing_of
-from airstream.checkpoint.hub import resolve
-from airstream.checkpoint.imagined import imagine
-from airstream.checkpoint.index import CheckpointIndex, has_weights
+from airstream.backend import create_backend
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
-from airstream.compat import build_on_meta, finish_loading, load_generation_config, model_class
-from airstream.config import LoadOptions, MaxMemory, check_count, parse_max_memory, refuse_unknown
-from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.compat import finish_loading, load_generation_config
+from airstream.config import LoadOptions, MaxMemory, refuse_unknown
+from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.hardware import process_bytes
-from airstream.layout import TORCH_DTYPES, read_specs
 from airstream.live import in_notebook, progress_bar
-from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
+from airstream.machine import THIS_MACHINE, Machine
 from airstream.model.engine import Engine
-from airstream.model.facts import gather_facts, needs_staging
 from airstream.model.streamed import StreamedModel, make_streamed
-from airstream.model.units import Parts, divide
-from airstream.plan import ModelFacts, Plan, Request, Workload, make_plan, with_advice
+from airstream.plan import Plan, Workload, make_plan, with_advice
+from airstream.prepare import OPTION_NAMES, Prepared, ask, prepare
 from airstream.probe import Probe
 
 
@@ -94,10 +86,10 @@ class AutoModel:
             CheckpointNotFoundError, CheckpointError: there is no such checkpoint, or it is incomplete or corrupt.
             BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do.
         """
-        known = {name: value for name, value in locals().items() if name in _OPTION_NAMES}
-        refuse_unknown(unknown, _OPTION_NAMES)
+        known = {name: value for name, value in locals().items() if name in OPTION_NAMES}
+        refuse_unknown(unknown, OPTION_NAMES)
         host_bytes = process_bytes()
-        prepared = _prepare(pretrained_model_name_or_path, LoadOptions(**known))
+        prepared = prepare(pretrained_model_name_or_path, LoadOptions(**known))
         return _assemble(prepared, make_plan(prepared.facts, prepared.request), host_bytes)
 
     @classmethod
@@ -123,78 +115,7 @@ class AutoModel:
         return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
 
 
-_OPTION_NAMES = tuple(option.name for option in fields(LoadOptions))
-_PLAN_NAMES = (*_OPTION_NAMES, "machine", "prompt_tokens")
-
-
-@dataclass(frozen=True)
-class _Prepared:
-    """Everything known about a model before the first weight is read."""
-
-    options: LoadOptions
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype
-    model: PreTrainedModel
-    index: CheckpointIndex
-    parts: Parts
-    facts: ModelFacts
-    question: Question
-    request: Request
-
-
-def ask(
-    name: str | os.PathLike[str],
-    options: Mapping[str, Any],
-    machine: Machine = THIS_MACHINE,
-    prompt_tokens: int | None = None,
-) -> _Prepared:
-    """The sizes of a model and what is asked of the planner, weights or not. Arguments as `AutoModel.plan`."""
-    refuse_unknown((name for name in options if name not in _OPTION_NAMES), _PLAN_NAMES)
-    known = LoadOptions(**options)
-    if prompt_tokens is not None:
-        check_count("prompt_tokens", prompt_tokens, at_least=1)
-        if prompt_tokens > (known.max_context or prompt_tokens):
-            raise ArgumentError(
-                f"a prompt of prompt_tokens={prompt_tokens} does not fit into max_context={known.max_context} tokens"
-            )
-    return _prepare(name, known, with_weights=False, machine=machine, prompt_tokens=prompt_tokens or PROMPT_TOKENS)
-
-
-def _prepare(
-    name: str | os.PathLike[str],
-    options: LoadOptions,
-    with_weights: bool = True,
-    machine: Machine = THIS_MACHINE,
-    prompt_tokens: int = PROMPT_TOKENS,
-) -> _Prepared:
-    device = machine.device(options.device)
-    parse_max_memory(options.max_memory, device)  # a mistake in it is told before anything is downloaded
-    folder = resolve(
-        name,
-        options.revision,
-        options.token,
-        options.cache_dir,
-        options.local_files_only,
-        with_code=options.trust_remote_code,
-        with_weights=with_weights,
-    )
-    config = _load_config(folder, options)
-    index = CheckpointIndex.open(folder) if with_weights or has_weights(folder) else None
-    dtype = _resolve_dtype(options.dtype, config, index)
-    model_cls = model_class(config, folder, options.trust_remote_code)
-    model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
-    index = index or imagine(model)
-    parts = divide(model, read_specs(model, index, dtype))
-    packing = packing_of(device)
-    facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch)
-    staged = device.type != "cpu" or needs_staging(parts, packing)
-    question = Question(options, machine, folder, device, staged, prompt_tokens)
-    request = request_for(question, facts)
-    return _Prepared(options, folder, device, dtype, model, index, parts, facts, question, request)
-
-
-def _assemble(prepared: _Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
+def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     model = prepared.model
     load_generation_config(model, os.fspath(prepared.folder))
     finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
@@ -242,32 +163,3 @@ def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise CheckpointNotFoundError(f"{folder} has no tokenizer that transformers can load: {error}") from error
-
-
-def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
-    file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointNotFoundError(f"{folder} has no config.json: it is not the folder of a transformers model")
-    try:
-        is_object = isinstance(json.loads(file.read_bytes()), dict)
-    except ValueError:
-        is_object = False
-    if not is_object:
-        raise CheckpointError(f"{file} is not a JSON object. Download it again")
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except (StrictDataclassError, TypeError) as error:
-        raise CheckpointError(f"{file} does not describe a model: {error}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedError(f"transformers cannot read {file}: {error}") from error
-
-
-def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: CheckpointIndex | None) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype != "auto":
-        return getattr(torch, dtype.removeprefix("torch."))
-    if config.dtype is not None:
-        return config.dtype
-    stored = (TORCH_DTYPES[tensor.dtype] for tensor in (index or {}).values())
-    return next((candidate for candidate in stored if candidate.is_floating_point), torch.get_default_dtype())

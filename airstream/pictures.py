@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from airstream.auto import ask
 from airstream.figures import check_file, new_figure
 from airstream.landscape import Landscape, survey
 from airstream.machine import AUTO_SHARE, THIS_MACHINE, Machine
 from airstream.plan import ModelFacts, Request
+from airstream.prepare import ask
 from airstream.table import short_name
 from airstream.units import GIB, format_bytes, format_seconds
 

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import torch
 
-from airstream.auto import ask
 from airstream.config import parse_max_memory
 from airstream.errors import ArgumentError, BudgetError
 from airstream.machine import AUTO_SHARE, THIS_MACHINE, Machine, Question, request_for
 from airstream.plan import HOST, ModelFacts, Plan, Request, make_plan, quantised, smallest_plan
 from airstream.plan.whatif import FOUR_BIT
+from airstream.prepare import ask
 from airstream.rates.cards import find_card
 from airstream.table_text import as_markdown, as_text
 from airstream.units import GIB, format_bytes

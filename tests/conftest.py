@@ -22,11 +22,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from airstream import AutoModel, BudgetError
-from airstream.auto import _prepare
 from airstream.backend import RUNTIMES
 from airstream.compat import CACHE_KEYWORDS, cache_keyword
 from airstream.config import LoadOptions
 from airstream.plan import smallest_plan
+from airstream.prepare import prepare
 from tests.realmodel import smollm2_folder  # noqa: F401 - a fixture
 from tests.sim import SimDevice, SimRuntime
 from tests.tiny_models import write_tiny
@@ -101,7 +101,7 @@ STREAMING: dict[str, Any] = {"layers_per_batch": 1, "prefetch_batches": 1, "max_
 def least_memory(folder: Path, device: str = "cpu", **options: Any) -> dict[int | str, int]:
     """The smallest max_memory that will do, to the byte, with nothing left over for weights that stay."""
     budget = {"cpu": "64GiB"} if device == "cpu" else {"cpu": "64GiB", 0: "64GiB"}
-    prepared = _prepare(folder, LoadOptions(device=device, **(options | {"max_memory": budget})))
+    prepared = prepare(folder, LoadOptions(device=device, **(options | {"max_memory": budget})))
     peaks = smallest_plan(prepared.facts, prepared.request).peak_bytes
     return {int(tier) if tier.isdigit() else tier: nbytes for tier, nbytes in peaks.items()}
 

@@ -21,13 +21,13 @@ FLOORS: list[list[str]] = [
     ["units", "probe", "figures", "stats"],
     ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts"],
     ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],
-    ["backend.base", "compat", "hardware", "rates.store"],
+    ["backend.base", "compat", "compat.*", "hardware", "rates.store"],
     ["backend.*", "layout", "footprint", "ring", "order"],
     ["slab", "config", "rates.*", "predict", "checkpoint.imagined"],
     ["plan", "plan.*", "fill"],
     ["streamer", "profiling", "profiling.*"],
     ["model.*", "report", "machine"],
-    ["live"],
+    ["live", "prepare"],
     ["auto", "demo.*", "landscape", "table_text"],
     ["table"],
     ["pictures"],
@@ -134,8 +134,11 @@ def imported_names(module: str, top: str) -> Iterator[tuple[str, str]]:
             yield from ((str(node.module), alias.name) for alias in node.names)
 
 
-SEMI_PRIVATE = {name for where, name in imported_names("compat", "transformers") if where != "transformers"}
-OTHERS = pytest.mark.parametrize("module", [module for module in TREES if module != "compat"], ids=str)
+COMPAT = [module for module in TREES if module.partition(".")[0] == "compat"]
+SEMI_PRIVATE = {
+    name for module in COMPAT for where, name in imported_names(module, "transformers") if where != "transformers"
+}
+OTHERS = pytest.mark.parametrize("module", [module for module in TREES if module not in COMPAT], ids=str)
 
 
 def test_compat_wraps_something() -> None:

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from airstream import ArgumentError, AutoModel, BudgetError, Machine, UnsupportedError, plan_table, plot_plan
-from airstream.auto import ask
 from airstream.cli import main
 from airstream.landscape import Landscape, Spot, survey
 from airstream.plan.whatif import FOUR_BIT
+from airstream.prepare import ask
 from airstream.table import CARDS, Row, Table
 from airstream.table_text import FORMATS, as_markdown, as_text
 from airstream.units import GIB, MIB

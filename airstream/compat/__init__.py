@@ -1,0 +1,34 @@
+"""The only package that touches semi-private functions of transformers, so that a new release is one folder's work.
+
+What it wraps: building a model without weights, the renames and conversions that transformers 5 applies to checkpoint
+keys, the dtype each parameter must have, and what `from_pretrained` does after the last weight has been loaded. The
+same calls work from 5.17 on; the test matrix runs the oldest and the newest supported release.
+"""
+
+from airstream.compat.building import build_on_meta, finish_loading, load_generation_config, model_class
+from airstream.compat.traits import CACHE_KEYWORDS, cache_keyword, measure_kv_elements, uses_eager_attention
+from airstream.compat.weights import (
+    DtypePlan,
+    KeyConversion,
+    may_be_missing,
+    natural_order,
+    stored_tensors,
+    tied_names,
+)
+
+__all__ = [
+    "CACHE_KEYWORDS",
+    "DtypePlan",
+    "KeyConversion",
+    "build_on_meta",
+    "cache_keyword",
+    "finish_loading",
+    "load_generation_config",
+    "may_be_missing",
+    "measure_kv_elements",
+    "model_class",
+    "natural_order",
+    "stored_tensors",
+    "tied_names",
+    "uses_eager_attention",
+]
