@@ -46,7 +46,8 @@ class TensorSpec:
 
     Attributes:
         pieces: their `target` counts from the first byte of this tensor. Empty if `made_by` makes it.
-        moved: a converter of transformers put it together, so that a resident model has it in memory of its own.
+        moved: a converter of transformers put it together, or it was not mapped to begin with, so that a resident model
+            has it in memory of its own.
     """
 
     name: str
@@ -99,9 +100,8 @@ def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtyp
         if pattern is None:
             stored = index[key]
             _check_shape(name, stored.shape, tuple(targets[name].shape), key)
-            specs[name] = TensorSpec(
-                name, wanted[name], stored.shape, (_piece(stored, 0, stored.nbytes, 0, wanted[name]),)
-            )
+            piece = _piece(stored, 0, stored.nbytes, 0, wanted[name])
+            specs[name] = TensorSpec(name, wanted[name], stored.shape, (piece,), moved=not stored.is_mapped)
         else:
             converted.setdefault(name, []).append((key, pattern))
     for name, sources in converted.items():

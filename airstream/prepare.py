@@ -18,9 +18,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from airstream.backend import packing_of
+from airstream.checkpoint.formats import has_weights, open_checkpoint
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.imagined import imagine
-from airstream.checkpoint.index import CheckpointIndex, has_weights
+from airstream.checkpoint.index import CheckpointIndex
 from airstream.compat import build_on_meta, model_class
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
@@ -87,7 +88,7 @@ def prepare(
         with_weights=with_weights,
     )
     config = _load_config(folder, options)
-    index = CheckpointIndex.open(folder) if with_weights or has_weights(folder) else None
+    index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
     dtype = _resolve_dtype(options.dtype, config, index)
     model_cls = model_class(config, folder, options.trust_remote_code)
     model = build_on_meta(model_cls, config, dtype, options.attn_implementation)

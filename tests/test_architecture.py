@@ -20,6 +20,8 @@ FLOORS: list[list[str]] = [
     ["errors"],
     ["units", "probe", "figures", "stats"],
     ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts"],
+    ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
+    ["checkpoint.gather", "checkpoint.formats"],
     ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],
     ["backend.base", "compat", "compat.*", "hardware", "rates.store"],
     ["backend.*", "layout", "footprint", "ring", "order"],
