@@ -87,11 +87,8 @@ def prepare(
         with_code=options.trust_remote_code,
         with_weights=with_weights,
     )
-    config = _load_config(folder, options)
     index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
-    dtype = _resolve_dtype(options.dtype, config, index)
-    model_cls = model_class(config, folder, options.trust_remote_code)
-    model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    model, dtype = build_model(folder, options, index)
     index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype))
     packing = packing_of(device)
@@ -100,6 +97,16 @@ def prepare(
     question = Question(options, machine, folder, device, staged, prompt_tokens)
     request = request_for(question, facts)
     return Prepared(options, folder, device, dtype, model, index, parts, facts, question, request)
+
+
+def build_model(
+    folder: Path, options: LoadOptions, index: CheckpointIndex | None
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model that the config in `folder` describes, on the meta device, and the dtype of its weights."""
+    config = _load_config(folder, options)
+    dtype = _resolve_dtype(options.dtype, config, index)
+    model_cls = model_class(config, folder, options.trust_remote_code)
+    return build_on_meta(model_cls, config, dtype, options.attn_implementation), dtype
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:

@@ -30,7 +30,7 @@ FLOORS: list[list[str]] = [
     ["streamer", "profiling", "profiling.*"],
     ["model.*", "report", "machine"],
     ["live", "prepare"],
-    ["auto", "demo.*", "landscape", "table_text"],
+    ["auto", "demo.*", "landscape", "table_text", "repacking", "repacking.*", "verification", "verification.*"],
     ["table"],
     ["pictures"],
     [""],  # the package itself: its public names, looked up when they are first asked for

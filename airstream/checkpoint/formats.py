@@ -45,7 +45,7 @@ def open_checkpoint(folder: Path, progress: bool = True) -> CheckpointIndex:
         if other is not None:
             raise CheckpointError(
                 f"tensor {tensor.name!r} is in two files, {other.file.name} and {tensor.file.name}: remove one. If "
-                "each has the part of one GPU of several, convert them with the script that transformers has for the model"
+                "each has the part of one GPU of several, convert them with the script of transformers for the model"
             )
         if isinstance(tensor, StoredTensor):
             stored[tensor.name] = tensor
