@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from airstream.machine import Machine
     from airstream.pictures import plot_plan
     from airstream.plan import Plan
+    from airstream.repacking.repack import repack
     from airstream.table import plan_table
+    from airstream.verification.verify import verify
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,8 @@ __all__ = [
     "__version__",
     "plan_table",
     "plot_plan",
+    "repack",
+    "verify",
 ]
 
 
@@ -71,6 +75,14 @@ def __getattr__(name: str) -> Any:
         from airstream.pictures import plot_plan
 
         return plot_plan
+    if name == "repack":
+        from airstream.repacking.repack import repack
+
+        return repack
+    if name == "verify":
+        from airstream.verification.verify import verify
+
+        return verify
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -18,7 +18,7 @@ from filelock import FileLock
 from airstream.errors import DiskSpaceError
 from airstream.units import format_bytes
 
-__all__ = ["cache_folder", "is_complete", "make_once"]
+__all__ = ["cache_folder", "is_complete", "make_once", "sync"]
 
 MANIFEST = "airstream-manifest.json"
 
@@ -66,7 +66,7 @@ def make_once(folder: Path, recipe: str, build: Callable[[Path, Path], None], pe
             if os.path.lexists(folder):  # incomplete, or of another recipe: a folder cannot be replaced, only renamed
                 folder.replace(Path(work, "replaced"))
             made.replace(folder)
-        _sync(folder.parent)
+        sync(folder.parent)
     return folder
 
 
@@ -86,11 +86,11 @@ def _seal(folder: Path, recipe: str) -> None:
     """Put the files of `folder` on the disk, then the manifest that vouches for them."""
     sizes = _file_sizes(folder)
     for name in sizes:
-        _sync(folder / name)
+        sync(folder / name)
     manifest = json.dumps({"recipe": recipe, "files": sizes}, indent=2, sort_keys=True)
     (folder / MANIFEST).write_text(manifest + "\n", encoding="utf-8")
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def _file_sizes(folder: Path) -> dict[str, int]:
@@ -98,7 +98,7 @@ def _file_sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name != MANIFEST}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Block until the file or folder `path` is on the disk, so that a power cut cannot leave a name without bytes."""
     if path.is_dir() and sys.platform == "win32":
         return  # Windows cannot open a folder

@@ -15,7 +15,8 @@ import bisect
 import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,8 @@ class TensorSpec:
 
     Attributes:
         pieces: their `target` counts from the first byte of this tensor. Empty if `made_by` makes it.
-        moved: a converter of transformers put it together, so that a resident model has it in memory of its own.
+        moved: a converter of transformers put it together, or it was not mapped to begin with, so that a resident model
+            has it in memory of its own.
     """
 
     name: str
@@ -76,12 +78,20 @@ class Conversion:
     sources: tuple[TensorSpec, ...]
 
 
-def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtype) -> dict[str, TensorSpec]:
+def read_specs(
+    model: PreTrainedModel,
+    index: CheckpointIndex,
+    dtype: torch.dtype,
+    faults: list[CheckpointError] | None = None,
+    may_lack: bool = False,
+) -> dict[str, TensorSpec]:
     """The byte plan of every tensor of `model` that the checkpoint provides, tied names included.
 
     Args:
         model: on the meta device.
         dtype: what floating-point parameters are to be, as `from_pretrained(dtype=...)`.
+        faults: takes all that is wrong, instead of the first of it being raised.
+        may_lack: tensors may be missing.
 
     Raises:
         CheckpointError: a tensor is missing or has another shape than the model.
@@ -98,18 +108,30 @@ def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtyp
             continue  # weights of parts that this class does not have (a multi-token-prediction head, say)
         if pattern is None:
             stored = index[key]
-            _check_shape(name, stored.shape, tuple(targets[name].shape), key)
-            specs[name] = TensorSpec(
-                name, wanted[name], stored.shape, (_piece(stored, 0, stored.nbytes, 0, wanted[name]),)
-            )
+            with _noting(faults):
+                _check_shape(name, stored.shape, tuple(targets[name].shape), key)
+            piece = _piece(stored, 0, stored.nbytes, 0, wanted[name])
+            specs[name] = TensorSpec(name, wanted[name], stored.shape, (piece,), moved=not stored.is_mapped)
         else:
             converted.setdefault(name, []).append((key, pattern))
     for name, sources in converted.items():
-        for spec in _trace(conversion, name, sources, index, targets, wanted):
-            specs[spec.name] = spec
+        with _noting(faults):
+            for spec in _trace(conversion, name, sources, index, targets, wanted):
+                specs[spec.name] = spec
     _resolve_ties(model, specs, targets)
-    _check_complete(model, specs, targets)
+    if not may_lack:
+        _check_complete(model, specs, targets, faults)
     return specs
+
+
+@contextmanager
+def _noting(faults: list[CheckpointError] | None) -> Iterator[None]:
+    try:
+        yield
+    except CheckpointError as error:
+        if faults is None:
+            raise
+        faults.append(error)
 
 
 def _piece(stored: StoredTensor, start: int, nbytes: int, target: int, dtype: torch.dtype) -> Piece:
@@ -260,11 +282,16 @@ def _resolve_ties(model: PreTrainedModel, specs: dict[str, TensorSpec], targets:
 
 
 def _check_complete(
-    model: PreTrainedModel, specs: Mapping[str, TensorSpec], targets: Mapping[str, torch.Tensor]
+    model: PreTrainedModel,
+    specs: Mapping[str, TensorSpec],
+    targets: Mapping[str, torch.Tensor],
+    faults: list[CheckpointError] | None,
 ) -> None:
     optional = [re.compile(pattern) for pattern in may_be_missing(model)]
     missing = [name for name in targets if name not in specs and not any(p.search(name) for p in optional)]
-    if missing:
+    if faults is not None:
+        faults += [CheckpointError(f"tensor {name!r} {list(targets[name].shape)} is missing") for name in missing]
+    elif missing:
         names = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of the {len(targets)} tensors of {type(model).__name__}: {names}. "

@@ -18,9 +18,10 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from airstream.backend import packing_of
+from airstream.checkpoint.formats import has_weights, open_checkpoint
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.imagined import imagine
-from airstream.checkpoint.index import CheckpointIndex, has_weights
+from airstream.checkpoint.index import CheckpointIndex
 from airstream.compat import build_on_meta, model_class
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
@@ -86,11 +87,8 @@ def prepare(
         with_code=options.trust_remote_code,
         with_weights=with_weights,
     )
-    config = _load_config(folder, options)
-    index = CheckpointIndex.open(folder) if with_weights or has_weights(folder) else None
-    dtype = _resolve_dtype(options.dtype, config, index)
-    model_cls = model_class(config, folder, options.trust_remote_code)
-    model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
+    model, dtype = build_model(folder, options, index)
     index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype))
     packing = packing_of(device)
@@ -99,6 +97,16 @@ def prepare(
     question = Question(options, machine, folder, device, staged, prompt_tokens)
     request = request_for(question, facts)
     return Prepared(options, folder, device, dtype, model, index, parts, facts, question, request)
+
+
+def build_model(
+    folder: Path, options: LoadOptions, index: CheckpointIndex | None
+) -> tuple[PreTrainedModel, torch.dtype]:
+    """The model that the config in `folder` describes, on the meta device, and the dtype of its weights."""
+    config = _load_config(folder, options)
+    dtype = _resolve_dtype(options.dtype, config, index)
+    model_cls = model_class(config, folder, options.trust_remote_code)
+    return build_on_meta(model_cls, config, dtype, options.attn_implementation), dtype
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:

@@ -20,6 +20,8 @@ FLOORS: list[list[str]] = [
     ["errors"],
     ["units", "probe", "figures", "stats"],
     ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts"],
+    ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
+    ["checkpoint.gather", "checkpoint.formats"],
     ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],
     ["backend.base", "compat", "compat.*", "hardware", "rates.store"],
     ["backend.*", "layout", "footprint", "ring", "order"],
@@ -28,7 +30,7 @@ FLOORS: list[list[str]] = [
     ["streamer", "profiling", "profiling.*"],
     ["model.*", "report", "machine"],
     ["live", "prepare"],
-    ["auto", "demo.*", "landscape", "table_text"],
+    ["auto", "demo.*", "landscape", "table_text", "repacking", "repacking.*", "verification", "verification.*"],
     ["table"],
     ["pictures"],
     [""],  # the package itself: its public names, looked up when they are first asked for

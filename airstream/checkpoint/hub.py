@@ -1,13 +1,14 @@
 """From what the user names to a folder with a checkpoint: a local folder as it is, a hub id through huggingface_hub.
 
 Downloads show progress, resume where they broke off, and are verified by huggingface_hub. Only what is needed comes:
-configuration and tokenizer first, then the shards that the checkpoint's own index names.
+configuration and tokenizer first, then the shards that the checkpoint's own index names; safetensors if there are any,
+pickles if not.
 """
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -21,8 +22,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE
-from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.checkpoint.formats import PICKLE_FILE, PICKLE_INDEX
+from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE, read_weight_map
+from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
@@ -67,7 +69,12 @@ def resolve(
 
     try:
         folder = download(SMALL_FILES)
-        return download(SMALL_FILES + _weight_files(folder)) if with_weights else folder
+        if with_weights:
+            for names in _weight_files(folder):
+                download(SMALL_FILES + names)
+                if any(any(folder.glob(name)) for name in names):
+                    break
+        return folder
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointNotFoundError(
             f"the hub does not give out {name!r} (revision {revision or 'main'}): {_first_line(error)}. "
@@ -88,15 +95,20 @@ def resolve(
         ) from error
 
 
-def _weight_files(folder: Path) -> list[str]:
-    """The shards that the index names, or the one file there is without an index."""
-    index = folder / SHARD_INDEX
-    if not index.is_file():
-        return [SINGLE_FILE]
-    try:
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is not a shard index ({error!r}). Download it again") from None
+def _weight_files(folder: Path) -> Iterator[list[str]]:
+    """What to ask for, one after the other until something of it is there: nothing says which weights there are.
+
+    The shards that an index names, or the one file there is without an index.
+    """
+    if (folder / SHARD_INDEX).is_file():
+        yield sorted(set(read_weight_map(folder / SHARD_INDEX).values()))
+        return
+    yield [SINGLE_FILE]
+    if (folder / PICKLE_INDEX).is_file():
+        yield sorted(set(read_weight_map(folder / PICKLE_INDEX).values()))
+    else:
+        yield [PICKLE_FILE]
+        yield ["*.pth"]
 
 
 def _first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,11 @@ SHARD_INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """One tensor of a checkpoint: `nbytes` bytes at `offset` of `file`, row-major, little-endian."""
+    """One tensor of a checkpoint: `nbytes` bytes at `offset` of `file`, row-major, little-endian.
+
+    Attributes:
+        is_mapped: a resident model has it where it lies in the file, mapped, rather than in memory of its own.
+    """
 
     name: str
     file: Path
@@ -43,6 +48,7 @@ class StoredTensor:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    is_mapped: bool = True
 
     @property
     def end(self) -> int:
@@ -59,7 +65,7 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
 
     @classmethod
     def open(cls, folder: Path) -> CheckpointIndex:
-        """Read and check every header of the checkpoint in `folder`.
+        """Read and check every header of the safetensors checkpoint in `folder`; `formats` knows the other formats.
 
         Raises:
             CheckpointNotFoundError: no checkpoint, or a shard that the index names is missing.
@@ -144,7 +150,7 @@ def _load_header(file: Path) -> tuple[dict[str, Any], int, int]:
     except OSError as error:
         raise CheckpointError(f"shard {file} cannot be read: {error.strerror}") from error
     try:
-        header = json.loads(raw)
+        header = json.loads(raw, object_pairs_hook=without_duplicates)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: the header is not JSON ({error}). Download it again") from None
     if not isinstance(header, dict):
@@ -170,8 +176,17 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
     index = folder / SHARD_INDEX
     if (folder / SINGLE_FILE).is_file() or not index.is_file():
         return None
+    return read_weight_map(index)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard, as the index file `index` says. Shards lie beside it: whatever else it names is refused.
+
+    Raises:
+        CheckpointError: it is not an index, or names something outside its folder.
+    """
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
+        weight_map = json.loads(index.read_bytes(), object_pairs_hook=without_duplicates)["weight_map"]
         shards = set(weight_map.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is not a shard index ({error!r}). Download it again") from None
@@ -179,6 +194,16 @@ def _weight_map(folder: Path) -> dict[str, str] | None:
         if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") or set("\\\0") & set(shard):
             raise CheckpointError(f"{index} names the shard {shard!r}: shards must lie beside the index")
     return dict(weight_map)
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused if a key is there twice: readers disagree on which of them counts."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        twice = counts.most_common(1)[0][0]
+        raise ValueError(f"the key {twice!r} is there twice")
+    return values
 
 
 def _checkpoint_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
@@ -189,9 +214,6 @@ def _checkpoint_files(folder: Path, weight_map: Mapping[str, str] | None) -> lis
     files = sorted(folder.glob("*.safetensors"))
     if files:
         return files
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-        raise CheckpointNotFoundError(
-            f"{folder} has pickled weights (*.bin), airstream streams safetensors. "
-            "Load it once with transformers and call save_pretrained() to convert it"
-        )
-    raise CheckpointNotFoundError(f"{folder} has no checkpoint: expected {SINGLE_FILE} or {SHARD_INDEX}")
+    raise CheckpointNotFoundError(
+        f"{folder} has no checkpoint: expected {SINGLE_FILE}, {SHARD_INDEX} or pytorch_model.bin"
+    )

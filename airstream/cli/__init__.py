@@ -1,4 +1,4 @@
-"""The command line: `airstream demo | generate | chat | plan | hardware`. Parses, calls, prints; decides nothing."""
+"""The command line: `airstream demo | generate | chat | plan | ...`. Parses, calls, prints; decides nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for an error that is ours to explain, 130 after Ctrl-C."""
     arguments = build_parser().parse_args(argv)
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except AirstreamError as error:
         print(f"airstream: {error}", file=sys.stderr)
         return 1
@@ -25,4 +25,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output went away: `airstream generate ... | head`
         sys.stderr.close()
         return 1
-    return 0

@@ -10,7 +10,11 @@ from typing import Any
 from airstream import __version__
 from airstream.errors import ArgumentError
 
-Command = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.Namespace], int | None]
+"""Returns the exit status, if it is not 0."""
+
+
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,19 +70,47 @@ def build_parser() -> argparse.ArgumentParser:
     hardware.add_argument("--refresh", action="store_true", help="measure again, whatever is known already")
     hardware.add_argument("--json", action="store_true", help="print the rates as JSON")
     hardware.set_defaults(run=_command("hardware"))
+
+    _add_files(commands)
     return parser
+
+
+def _add_files(commands: Any) -> None:
+    repack = commands.add_parser("repack", help="write a checkpoint anew, each layer in one piece; or some layers only")
+    repack.add_argument("model", help="folder or hub id of a checkpoint, which is only read")
+    repack.add_argument("out", help="folder to write, new or empty; a run that was killed goes on where it was")
+    repack.add_argument("--layers", metavar="5:15", help="only layers 5 to 14, for a machine that runs only these")
+    repack.add_argument(
+        "--shard-size", default="4GiB", metavar="SIZE", help="of a file, at most (default: %(default)s)"
+    )
+    _add_hub(repack.add_argument_group("source (as in AutoModel.from_pretrained)"))
+    repack.set_defaults(run=_command("repack"))
+
+    verify = commands.add_parser("verify", help="prove a checkpoint complete and uncorrupted, or name what is not")
+    verify.add_argument("model", help="folder or hub id of a checkpoint")
+    verify.add_argument("--deep", action="store_true", help="look for NaN and infinite values too")
+    verify.add_argument("--quick", action="store_true", help="names, shapes and sizes only: read no weights")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_hub(verify.add_argument_group("source (as in AutoModel.from_pretrained)"))
+    verify.set_defaults(run=_command("verify"))
 
 
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `from_pretrained` among those of the command line; those not given are left to its defaults."""
     names = (
         "dtype", "device", "max_context", "max_batch_size", "layers_per_batch", "prefetch_batches", "page_cache",
-        "attn_implementation", "revision", "token", "cache_dir", "local_files_only", "trust_remote_code",
+        "attn_implementation", *HUB_OPTIONS,
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     if arguments.max_memory:
         options["max_memory"] = parse_memory(arguments.max_memory)
     return options
+
+
+def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where a checkpoint comes from, among the arguments of the command line."""
+    given = ((name, getattr(arguments, name)) for name in HUB_OPTIONS)
+    return {name: value for name, value in given if value is not None}
 
 
 def parse_memory(sizes: list[str]) -> str | dict[int | str, str]:
@@ -114,6 +146,10 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         "--page-cache", action=argparse.BooleanOptionalAction, help="read through the page cache (default: if it fits)"
     )
     group.add_argument("--attn-implementation", help="as in transformers")
+    _add_hub(group)
+
+
+def _add_hub(group: Any) -> None:
     group.add_argument("--revision", help="of the hub repository")
     group.add_argument("--token", help="of the hub")
     group.add_argument("--cache-dir", help="of the hub")
@@ -146,7 +182,8 @@ def _int_or_auto(text: str) -> int | str:
 
 
 def _command(name: str) -> Command:
-    def run(arguments: argparse.Namespace) -> None:
-        importlib.import_module(f"airstream.cli.{name}").run(arguments)
+    def run(arguments: argparse.Namespace) -> int | None:
+        status: int | None = importlib.import_module(f"airstream.cli.{name}").run(arguments)
+        return status
 
     return run

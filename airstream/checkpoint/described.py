@@ -1,0 +1,145 @@
+"""What the names and storages in a pickle of weights stand for: descriptions of tensors, made of checked numbers.
+
+Nothing here looks a name up, and nothing has the size that a file claims.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from airstream.checkpoint.index import ITEM_BYTES
+
+MAX_DIMENSIONS = 64
+
+STORAGE_DTYPES: Mapping[str, str] = {
+    "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "DoubleStorage": "F64",
+    "LongStorage": "I64", "IntStorage": "I32", "ShortStorage": "I16", "CharStorage": "I8", "ByteStorage": "U8",
+    "BoolStorage": "BOOL", "ComplexFloatStorage": "C64", "UntypedStorage": "U8",
+}  # fmt: skip
+"""safetensors' name of what each class of storage holds."""
+
+TORCH_TYPES: Mapping[str, str] = {
+    "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "uint16": "U16", "uint32": "U32", "uint64": "U64",
+    "complex64": "C64", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "F8_E8M0",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A name of Python's that the file mentions. It is never looked up."""
+
+    full: str
+
+
+@dataclass(frozen=True, slots=True)
+class PickledStorage:
+    """A run of elements outside the pickle: all of storage `key`, or what begins at its byte `start`."""
+
+    key: str
+    dtype: str
+    total_elements: int
+    start: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class PickledTensor:
+    """Elements of a storage, as in `torch.as_strided`: offset and strides count elements of `dtype`."""
+
+    storage: PickledStorage
+    dtype: str
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def described_storage(saved: Any) -> PickledStorage:
+    """What `torch.save` notes of a storage: ("storage", its class, key, device, elements), and in old files a view."""
+    kind, cls, key, _, elements, *view = saved
+    if kind != "storage" or not isinstance(cls, Name) or type(key) is not str:
+        raise ValueError("a storage was expected")
+    dtype = STORAGE_DTYPES.get(cls.full.rpartition(".")[2])
+    if dtype is None:
+        raise ValueError(f"storages of type {cls.full} are not known")
+    item_bytes = ITEM_BYTES[dtype]
+    first, count = 0, elements
+    if view and view[0] is not None:
+        _, first, count = view[0]
+    _check_whole((elements, first, count))
+    if first + count > elements:
+        raise ValueError(f"a view of {count:,} elements from {first:,} of {elements:,}")
+    return PickledStorage(key, dtype, elements, first * item_bytes, count * item_bytes)
+
+
+def make(function: Any, arguments: Any) -> Any:
+    """What stands for calling `function`."""
+    make = MAKERS.get(function.full) if isinstance(function, Name) else None
+    if make is None or type(arguments) is not tuple:
+        raise ValueError(f"{function} is called")
+    return make(*arguments)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> PickledTensor:
+    return _described_tensor(storage, None, offset, shape, stride)
+
+
+def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) -> PickledTensor:
+    _, _, dtype, *_ = others  # whether it needs gradients, hooks
+    name = TORCH_TYPES.get(dtype.full.removeprefix("torch.")) if isinstance(dtype, Name) else None
+    if name is None:
+        raise ValueError(f"{dtype} is not a type of element")
+    return _described_tensor(storage, name, offset, shape, stride)
+
+
+def _described_tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, stride: Any) -> PickledTensor:
+    if not isinstance(storage, PickledStorage):
+        raise TypeError("a tensor without a storage")
+    if type(shape) is not tuple or type(stride) is not tuple or not len(shape) == len(stride) <= MAX_DIMENSIONS:
+        raise ValueError("a tensor whose shape and strides do not belong together")
+    _check_whole((offset, *shape, *stride))
+    return PickledTensor(storage, dtype or storage.dtype, offset, shape, stride)
+
+
+def _check_whole(values: tuple[Any, ...]) -> None:
+    if not all(type(value) is int and 0 <= value < 1 << 63 for value in values):
+        raise ValueError("a size, offset or stride that is none")
+
+
+def _same(first: Any = None, *_: Any) -> Any:
+    """A parameter is its tensor; a `torch.Size` is its tuple."""
+    return first
+
+
+def _nothing(*_: Any) -> None:
+    """What does not matter: a device, bytes beside the weights."""
+
+
+def _dictionary(pairs: Any = (), *_: Any) -> dict[Any, Any]:
+    return {key: value for key, value in pairs if type(key) in (str, int)}
+
+
+MAKERS: Mapping[str, Callable[..., Any]] = {
+    "collections.OrderedDict": _dictionary,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _typed_tensor,
+    "torch._utils._rebuild_parameter": _same,
+    "torch._utils._rebuild_parameter_with_state": _same,
+    "torch._tensor._rebuild_from_type_v2": lambda function, _, arguments, *__: make(function, arguments),
+    "torch.Size": _same,
+    "torch.device": _nothing,
+    "_codecs.encode": _nothing,
+}
+
+KNOWN_NAMES = frozenset(
+    [
+        *MAKERS,
+        "torch.Tensor",
+        "torch.nn.parameter.Parameter",
+        *(f"torch.{name}" for name in TORCH_TYPES),
+        *(f"{module}.{name}" for module in ("torch", "torch.cuda", "torch.storage") for name in STORAGE_DTYPES),
+    ]
+)

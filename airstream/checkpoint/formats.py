@@ -1,0 +1,103 @@
+"""Which format of checkpoint a folder holds: safetensors, or what `torch.save` pickles. The order is transformers'.
+
+Knows names of files; what is in them is for the module of each format.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from airstream.checkpoint.gather import gather
+from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE, CheckpointIndex, StoredTensor, read_weight_map
+from airstream.checkpoint.index import has_weights as has_safetensors
+from airstream.checkpoint.pickles import ScatteredTensor, read_pickle
+from airstream.errors import CheckpointError
+
+PICKLE_FILE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE_SUFFIXES = (".bin", ".pth")
+
+NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model)")
+"""What begins the names of pickles that trainers leave beside a checkpoint."""
+
+
+def open_checkpoint(folder: Path, progress: bool = True) -> CheckpointIndex:
+    """The index of the checkpoint in `folder`, safetensors before pickles.
+
+    Args:
+        progress: show a bar if tensors have to be rearranged in the cache folder first.
+
+    Raises:
+        CheckpointNotFoundError: no checkpoint, or a shard that the index names is missing.
+        CheckpointError: a file is truncated or corrupt, or refers to code; nothing was loaded or executed.
+    """
+    expected, files = _pickles(folder)
+    if not files:
+        return CheckpointIndex.open(folder)
+    stored: dict[str, StoredTensor] = {}
+    scattered: dict[str, ScatteredTensor] = {}
+    for tensor in _tensors(files):
+        if expected is not None and expected.get(tensor.name, tensor.file.name) != tensor.file.name:
+            continue  # the index places it in another file
+        other = stored.get(tensor.name) or scattered.get(tensor.name)
+        if other is not None:
+            raise CheckpointError(
+                f"tensor {tensor.name!r} is in two files, {other.file.name} and {tensor.file.name}: remove one. If "
+                "each has the part of one GPU of several, convert them with the script of transformers for the model"
+            )
+        if isinstance(tensor, StoredTensor):
+            stored[tensor.name] = tensor
+        else:
+            scattered[tensor.name] = tensor
+    for name, shard in (expected or {}).items():
+        if name not in stored and name not in scattered:
+            raise CheckpointError(
+                f"{folder / shard}: tensor {name!r} is missing, though {PICKLE_INDEX} places it there"
+            )
+    if scattered:
+        stored |= {tensor.name: tensor for tensor in gather(list(scattered.values()), progress)}
+    return CheckpointIndex(stored)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `folder` has the files of a checkpoint, complete by name. Opens no file of weights.
+
+    Raises:
+        CheckpointError: the shard index is not one.
+    """
+    _, files = _pickles(folder)
+    return all(file.is_file() for file in files) if files else has_safetensors(folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of the checkpoint in `folder`, by name: some of them may be missing."""
+    _, files = _pickles(folder)
+    if files:
+        return files
+    expected = read_weight_map(folder / SHARD_INDEX) if (folder / SHARD_INDEX).is_file() else None
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    return [folder / shard for shard in sorted(set((expected or {}).values()))] or sorted(folder.glob("*.safetensors"))
+
+
+def _tensors(files: list[Path]) -> Iterator[StoredTensor | ScatteredTensor]:
+    for file in files:
+        for tensors in read_pickle(file):
+            yield from tensors
+
+
+def _pickles(folder: Path) -> tuple[Mapping[str, str] | None, list[Path]]:
+    """The index of a pickled checkpoint, if it has one, and its files; no files if it is not pickled."""
+    if any((folder / name).is_file() for name in (SINGLE_FILE, SHARD_INDEX)):
+        return None, []
+    if (folder / PICKLE_FILE).is_file():
+        return None, [folder / PICKLE_FILE]
+    if (folder / PICKLE_INDEX).is_file():
+        expected = read_weight_map(folder / PICKLE_INDEX)
+        return expected, [folder / shard for shard in sorted(set(expected.values()))]
+    if any(folder.glob("*.safetensors")):
+        return None, []
+    others = sorted(file for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
+    return None, [file for file in others if not NOT_WEIGHTS.match(file.name)]

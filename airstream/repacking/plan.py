@@ -1,0 +1,154 @@
+"""What a repacked checkpoint looks like: which tensors in which order in which file. Pure; reads and writes nothing.
+
+Tensors of one layer lie side by side in the order in which the model lists them, and every layer begins on a page of
+its file. safetensors allows no gaps between tensors, so a file ends where the next layer would not begin on a page.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from airstream.checkpoint.files import PAGE_BYTES
+from airstream.checkpoint.index import ITEM_BYTES, SINGLE_FILE, StoredTensor
+from airstream.errors import ArgumentError
+
+
+class Member(NamedTuple):
+    """A tensor of the checkpoint, and the model's name that it becomes or becomes part of: None if it is not used."""
+
+    tensor: StoredTensor
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What the model says of its tensors.
+
+    Attributes:
+        names: of all its parameters and buffers, in its own order.
+        units: its layers, in order; one run of names for each stack of layers.
+        ties: name -> the name whose weight it shares.
+    """
+
+    names: Sequence[str]
+    stacks: Sequence[Sequence[str]]
+    ties: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file: tensors one behind the other."""
+
+    file: str
+    tensors: tuple[StoredTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Of its data."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+class Group(NamedTuple):
+    """Tensors that lie together: those of one layer, or what is outside the layers on one side of them."""
+
+    unit: str | None
+    members: list[Member]
+
+
+def plan_shards(
+    members: Iterable[Member], order: Order, layers: tuple[int, int] | None, shard_bytes: int
+) -> list[Shard]:
+    """The files of the repacked checkpoint.
+
+    Args:
+        members: tensors of the checkpoint; those of one name in the order in which they are to lie.
+        layers: the first layer that is kept and the one behind the last; all, if not given. What comes before the
+            layers (embeddings) goes with the first layer, what comes behind them (norm, lm_head) with the last one.
+        shard_bytes: what a file should not be larger than. A layer is never cut.
+    """
+    groups = _groups(_distinct(members, order.ties), order)
+    if layers is not None:
+        groups = _within(groups, order, *layers)
+    files: list[list[StoredTensor]] = []
+    size = 0
+    for group in groups:
+        tensors = [member.tensor for member in group.members]
+        tensors.sort(key=lambda tensor: -ITEM_BYTES[tensor.dtype])  # keeps every element on a multiple of its size
+        nbytes = sum(tensor.nbytes for tensor in tensors)
+        if not files or size % PAGE_BYTES or size + nbytes > shard_bytes:
+            files.append([])
+            size = 0
+        files[-1] += tensors
+        size += nbytes
+    if len(files) == 1:
+        return [Shard(SINGLE_FILE, tuple(files[0]))]
+    return [
+        Shard(f"model-{number:05}-of-{len(files):05}.safetensors", tuple(tensors))
+        for number, tensors in enumerate(files, start=1)
+    ]
+
+
+def parse_layers(layers: str | range | tuple[int, int] | None, count: int) -> tuple[int, int] | None:
+    """The first of the `count` layers and the one behind the last that `layers` names: `"5:15"`, `":15"`, `"5:"`.
+
+    Raises:
+        ArgumentError: it names none, or layers that are not there.
+    """
+    if layers is None:
+        return None
+    try:
+        first, end = layers.split(":") if isinstance(layers, str) else (layers[0], layers[1])
+        if isinstance(layers, range):
+            first, end = (layers.start, layers.stop) if layers.step == 1 else (-1, -1)
+        bounds = (int(first or 0), count if end == "" else int(end))
+    except (ValueError, TypeError, IndexError):
+        bounds = (-1, -1)
+    if not 0 <= bounds[0] < bounds[1] <= count:
+        raise ArgumentError(f'layers={layers!r}: the model has layers 0 to {count - 1}; write "5:15" for 5 to 14')
+    return bounds
+
+
+def _groups(members: Sequence[Member], order: Order) -> list[Group]:
+    """In the order of the model; what it does not use comes last."""
+    places = {name: number for number, name in enumerate(order.names)}
+    units = {unit for stack in order.stacks for unit in stack}
+    ordered = sorted(members, key=lambda member: places.get(member.name or "", len(places)))
+    runs = groupby(ordered, key=lambda member: (member.name is None, _unit_of(member.name, units)))
+    return [Group(unit, list(run)) for (_, unit), run in runs]
+
+
+def _unit_of(name: str | None, units: set[str]) -> str | None:
+    parts = (name or "").split(".")
+    return next((unit for end in range(1, len(parts)) if (unit := ".".join(parts[:end])) in units), None)
+
+
+def _distinct(members: Iterable[Member], ties: Mapping[str, str]) -> list[Member]:
+    """Without second copies of tied weights that lie in the same place of the same file."""
+    kept: dict[object, Member] = {}
+    for member in members:
+        tensor, name = member
+        kept.setdefault((tensor.file, tensor.offset, tensor.nbytes, ties.get(name or "", name or tensor.name)), member)
+    return list(kept.values())
+
+
+def _within(groups: Sequence[Group], order: Order, first: int, end: int) -> list[Group]:
+    """The groups of some layers, and what is outside on the side that they reach."""
+    (stack,) = order.stacks
+    wanted = set(stack[first:end])
+    at = [number for number, group in enumerate(groups) if group.unit is not None]
+    kept = []
+    for number, (unit, members) in enumerate(groups):
+        is_last = end == len(stack)
+        if unit is not None:
+            members = members if unit in wanted else []
+        elif members[0].name is None:
+            members = []
+        elif number < at[0] and first > 0:  # what the lm_head is tied to goes with the lm_head too
+            members = [member for member in members if is_last and member.name in set(order.ties.values())]
+        elif number > at[-1] and not is_last:
+            members = []
+        kept.append(Group(unit, members))
+    return [group for group in kept if group.members]

@@ -1,0 +1,236 @@
+"""`airstream.repack`: a checkpoint written anew so that each layer is one run of bytes, or just some of its layers.
+
+The result takes its name when it is complete; before that it lies in a hidden folder beside it, from which a run that
+was killed goes on. The original is only read.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from airstream import __version__
+from airstream.cache import sync
+from airstream.checkpoint.index import ITEM_BYTES, SHARD_INDEX, CheckpointIndex
+from airstream.compat import KeyConversion, natural_order, tied_names
+from airstream.config import LoadOptions
+from airstream.errors import ArgumentError, DiskSpaceError, UnsupportedError
+from airstream.model.units import find_units
+from airstream.prepare import Prepared, prepare
+from airstream.repacking.manifest import (
+    FORMAT,
+    JOURNAL,
+    MANIFEST,
+    digest_of,
+    fingerprint,
+    read_journal,
+    read_manifest,
+    write_json,
+)
+from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
+from airstream.repacking.write import header_of, sha256_of, write_shard
+from airstream.units import format_bytes, parse_bytes
+
+NOT_COPIED = re.compile(
+    r"\..*|.*\.(safetensors|bin|pth|pt|gguf|h5|msgpack|onnx|ot|tflite|index\.json)|" + re.escape(MANIFEST)
+)
+"""Files of weights, which are rewritten, and copies of them in other formats; hidden files."""
+
+
+def repack(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    layers: str | range | tuple[int, int] | None = None,
+    shard_size: int | str = "4GiB",
+    progress: bool = True,
+    **options: Any,
+) -> Path:
+    """Write the checkpoint `model` to the folder `out`, each layer as one run of bytes that begins on a page.
+
+    The tensors keep their names and their bytes, and all small files are copied as they are, so that transformers loads
+    the result like the original. `airstream-repack.json` in it says what it was made from and has the checksum of every
+    file. A run that was killed goes on where it was. Blocks; takes 16 MiB of host memory for any model.
+
+    Args:
+        model: a folder or hub id; safetensors or pickles. It is only read.
+        out: a folder that does not exist or is empty. A complete repack of the same checkpoint is left as it is.
+        layers: `"5:15"` writes layers 5 to 14 only, for a machine that runs only these. What comes before the layers
+            (embeddings) goes with the first layer, what comes behind them (norm, lm_head) with the last.
+        shard_size: what a file should not be larger than; a layer is never cut.
+        progress: show a bar on standard error, if that is a terminal.
+        options: revision, token, cache_dir, local_files_only, trust_remote_code as in `AutoModel.from_pretrained`.
+
+    Raises:
+        ArgumentError: `out` is in use for something else, or `layers` are not there.
+        CheckpointError: the checkpoint is incomplete or corrupt.
+        DiskSpaceError: the disk has not enough room; the message has the numbers. What is finished is kept.
+    """
+    target = Path(out).expanduser().absolute()
+    shard_bytes = parse_bytes(shard_size, "shard_size")
+    prepared = prepare(model, LoadOptions(device="cpu", **options))
+    _check_target(target, prepared.folder)
+    shards, chosen = _planned(prepared, layers, shard_bytes)
+    recipe = {
+        "format": FORMAT,
+        "source": fingerprint(prepared.index.files),
+        "layers": None if chosen is None else list(chosen),
+        "shards": {shard.file: [tensor.name for tensor in shard.tensors] for shard in shards},
+    }
+    known = digest_of(recipe)
+    facts = {"recipe": known, "airstream": __version__} | {name: recipe[name] for name in recipe if name != "shards"}
+    lock = target.with_name(f".{target.name}-repacking.lock")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0):
+            if not _is_done(target, known):
+                work = target.with_name(f".{target.name}-repacking")
+                _Repack(work, shards, facts, progress).fill(prepared.folder)
+                _give_name(work, target)
+            lock.unlink(missing_ok=True)
+    except Timeout:
+        raise ArgumentError(f"another process is repacking into {target}") from None
+    return target
+
+
+def _is_done(target: Path, recipe: str) -> bool:
+    if not target.exists() or not any(target.iterdir()):
+        return False
+    if (read_manifest(target) or {}).get("recipe") == recipe:
+        return True
+    raise ArgumentError(f"{target} is not empty, nor a repack of the same checkpoint: name another folder")
+
+
+def _give_name(work: Path, target: Path) -> None:
+    (work / JOURNAL).unlink()
+    sync(work)
+    if target.exists():
+        target.rmdir()
+    work.replace(target)
+    sync(target.parent)
+
+
+def _check_target(target: Path, folder: Path) -> None:
+    real, source = target.resolve(), folder.resolve()
+    if real == source or source in real.parents:
+        raise ArgumentError(
+            f"{target} is inside the checkpoint {folder}, which is never written to: name another folder"
+        )
+    if target.exists() and not target.is_dir():
+        raise ArgumentError(f"{target} is a file: name a folder")
+
+
+def _planned(
+    prepared: Prepared, layers: str | range | tuple[int, int] | None, shard_bytes: int
+) -> tuple[list[Shard], tuple[int, int] | None]:
+    model, index = prepared.model, prepared.index
+    unknown = next((tensor for tensor in index.values() if tensor.dtype not in ITEM_BYTES), None)
+    if unknown is not None:
+        raise UnsupportedError(
+            f"tensor {unknown.name!r} is stored as {unknown.dtype}, which safetensors has no name for"
+        )
+    stacks = find_units(model)
+    if layers is not None and len(stacks) != 1:
+        raise ArgumentError(f"layers={layers!r}: {type(model).__name__} has {len(stacks)} stacks of layers, not one")
+    chosen = parse_layers(layers, len(stacks[0])) if layers is not None else None
+    names = list(model.state_dict())
+    members = _members(index, KeyConversion(model), set(names))
+    return plan_shards(members, Order(names, stacks, tied_names(model)), chosen, shard_bytes), chosen
+
+
+def _members(index: CheckpointIndex, conversion: KeyConversion, names: set[str]) -> list[Member]:
+    renamed = ((key, conversion.rename(key)[0]) for key in natural_order(index))
+    return [Member(index[key], name if name in names else None) for key, name in renamed]
+
+
+class _Repack:
+    """One repack under way in the folder `work`."""
+
+    def __init__(self, work: Path, shards: Sequence[Shard], facts: Mapping[str, Any], progress: bool) -> None:
+        self._work = work
+        self._shards = shards
+        self._facts = dict(facts)
+        self._progress = progress
+        self._done: dict[str, dict[str, Any]] = {}
+        work.mkdir(exist_ok=True)
+
+    def fill(self, source: Path) -> None:
+        """Write what is not there yet, the manifest last."""
+        from tqdm import tqdm
+
+        total = sum(shard.nbytes for shard in self._shards)
+        off = None if self._progress else True
+        with tqdm(total=total, unit="B", unit_scale=True, desc="repacking", disable=off) as bar:
+            self._take_over(bar.update)
+            self._check_free_space(source)
+            for shard in self._shards:
+                if shard.file not in self._done:
+                    self._write(shard, bar.update)
+        for file in copied_files(source):
+            shutil.copyfile(file, self._work / file.name)
+            sync(self._work / file.name)
+            self._note(file.name, sha256_of(self._work / file.name))
+        if len(self._shards) > 1:
+            write_json(self._work / SHARD_INDEX, self._index())
+            self._note(SHARD_INDEX, sha256_of(self._work / SHARD_INDEX))
+        write_json(self._work / MANIFEST, self._facts | {"files": self._done})
+
+    def _take_over(self, on_bytes: Any) -> None:
+        """Keep what a run before has finished, if it made the same and its files have their checksums; else nothing."""
+        journal = read_journal(self._work) or {}
+        same = journal.get("recipe") == self._facts["recipe"]
+        shards = {shard.file: shard for shard in self._shards} if same else {}
+        for name, entry in journal.get("files", {}).items():
+            file = self._work / name
+            if name in shards and file.is_file() and sha256_of(file) == entry["sha256"]:
+                self._done[name] = entry
+                on_bytes(shards[name].nbytes)
+        for file in self._work.iterdir():
+            if file.name not in self._done:
+                file.unlink()
+        self._save()
+
+    def _check_free_space(self, source: Path) -> None:
+        missing = [shard for shard in self._shards if shard.file not in self._done]
+        needed = sum(len(header_of(shard)) + shard.nbytes for shard in missing)
+        needed += sum(file.stat().st_size for file in copied_files(source))
+        free = shutil.disk_usage(self._work).free
+        if free < needed:
+            raise DiskSpaceError(
+                f"repacking needs {format_bytes(needed)} more in {self._work.parent}; {format_bytes(free)} are free. "
+                "Free some, or name a folder on another disk"
+            )
+
+    def _write(self, shard: Shard, on_bytes: Any) -> None:
+        try:
+            self._note(shard.file, write_shard(self._work / shard.file, shard, on_bytes))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise DiskSpaceError(
+                f"the disk of {self._work.parent} is full; {len(self._done)} of {len(self._shards)} files are done. "
+                "Free some and run the same again: it goes on from there"
+            ) from error
+
+    def _note(self, name: str, checksum: str) -> None:
+        self._done[name] = {"bytes": (self._work / name).stat().st_size, "sha256": checksum}
+        self._save()
+
+    def _save(self) -> None:
+        write_json(self._work / JOURNAL, {"format": FORMAT, "recipe": self._facts["recipe"], "files": self._done})
+
+    def _index(self) -> dict[str, Any]:
+        places = {tensor.name: shard.file for shard in self._shards for tensor in shard.tensors}
+        return {"metadata": {"total_size": sum(shard.nbytes for shard in self._shards)}, "weight_map": places}
+
+
+def copied_files(folder: Path) -> list[Path]:
+    """The small files of a checkpoint, which belong to any copy of it: config, tokenizer, code."""
+    return [file for file in sorted(folder.iterdir()) if file.is_file() and not NOT_COPIED.fullmatch(file.name)]

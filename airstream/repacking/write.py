@@ -1,0 +1,101 @@
+"""Writing one file of a repacked checkpoint: the header, then ranges of other files, with a checksum on the way.
+
+Knows bytes. A file gets its name when it is whole and on the disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from airstream.checkpoint.files import WeightFile
+from airstream.checkpoint.write import header_bytes
+from airstream.repacking.plan import Shard
+
+CHUNK_BYTES = 8 << 20
+"""Read at once. Two of them are all the memory it takes: one is read while the other one is hashed and written."""
+
+OnBytes = Callable[[int], object]
+
+
+def header_of(shard: Shard) -> bytes:
+    """What precedes the tensors of `shard`."""
+    return header_bytes((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors)
+
+
+def write_shard(file: Path, shard: Shard, on_bytes: OnBytes) -> str:
+    """Write `shard` to `file`, whole and on the disk or not at all. Returns its SHA-256. Blocks.
+
+    Args:
+        on_bytes: told how many bytes of tensors have been written since the last time.
+    """
+    part = file.with_name(file.name + ".part")
+    digest = hashlib.sha256()
+    with part.open("wb", buffering=0) as out, ThreadPoolExecutor(1, "airstream-repack") as writer:
+
+        def take(chunk: memoryview | bytes) -> None:
+            digest.update(chunk)
+            done = 0
+            while done < len(chunk):
+                done += out.write(chunk[done:]) or 0
+
+        take(header_of(shard))
+        pending: Future[None] | None = None
+        for chunk in _chunks(shard):
+            if pending is not None:
+                pending.result()
+            pending = writer.submit(take, chunk)
+            on_bytes(len(chunk))
+        if pending is not None:
+            pending.result()
+        os.fsync(out.fileno())
+    part.replace(file)
+    return digest.hexdigest()
+
+
+def _chunks(shard: Shard) -> Iterator[memoryview]:
+    """The bytes of the tensors, in two buffers in turn: a chunk is valid until the next but one is asked for."""
+    buffers = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(2)]
+    files: dict[Path, WeightFile] = {}
+    turn = 0
+    try:
+        for file, offset, nbytes in _runs(shard):
+            if file not in files:
+                files[file] = WeightFile(file, direct=False)
+            for start in range(0, nbytes, CHUNK_BYTES):
+                turn = 1 - turn
+                chunk = buffers[turn][: min(CHUNK_BYTES, nbytes - start)]
+                files[file].read_into(chunk, offset + start, len(chunk))
+                yield chunk
+    finally:
+        for opened in files.values():
+            opened.close()
+
+
+def _runs(shard: Shard) -> Iterator[tuple[Path, int, int]]:
+    """Ranges of files: tensors that lie side by side already are read as one."""
+    run: tuple[Path, int, int] | None = None
+    for tensor in shard.tensors:
+        if run is not None and tensor.file == run[0] and tensor.offset == run[1] + run[2]:
+            run = (run[0], run[1], run[2] + tensor.nbytes)
+            continue
+        if run is not None:
+            yield run
+        run = (tensor.file, tensor.offset, tensor.nbytes)
+    if run is not None:
+        yield run
+
+
+def sha256_of(file: Path, on_bytes: OnBytes = lambda _: None) -> str:
+    """The SHA-256 of a file, read once."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(buffer[:count])
+            on_bytes(count)
+    return digest.hexdigest()

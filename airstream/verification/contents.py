@@ -1,0 +1,84 @@
+"""What the headers of a checkpoint say, as far as they can be read: all that is wrong, not the first of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from airstream.checkpoint.formats import PICKLE_INDEX, weight_files
+from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE, StoredTensor, read_header, read_weight_map
+from airstream.checkpoint.pickles import read_pickle
+from airstream.errors import CheckpointError
+
+
+@dataclass
+class Contents:
+    """The files of a checkpoint and the tensors in them.
+
+    Attributes:
+        tensors: by name; of tensors that are not contiguous, the range of bytes that they lie in.
+        files: whose headers are right.
+        is_whole: every file could be read, so that a tensor that is not here is nowhere.
+    """
+
+    tensors: dict[str, StoredTensor] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    is_whole: bool = True
+
+
+def read_contents(folder: Path) -> Contents:
+    """The headers of everything in `folder`. Reads no weights."""
+    contents = Contents()
+    try:
+        expected, files = _expected(folder), weight_files(folder)
+    except CheckpointError as error:
+        return Contents(faults=[str(error)], is_whole=False)
+    if not files:
+        return Contents(faults=[f"{folder} has no checkpoint: neither safetensors nor pickles"], is_whole=False)
+    for file in files:
+        read = read_header if file.suffix == ".safetensors" else _read_pickle
+        _add(contents, file, read, expected)
+    unread = {file.name for file in files} - {file.name for file in contents.files}
+    for name, shard in (expected or {}).items():
+        if name not in contents.tensors and shard not in unread:
+            contents.faults.append(f"{folder / shard}: tensor {name!r} is missing, though the index places it there")
+    return contents
+
+
+def _add(
+    contents: Contents,
+    file: Path,
+    read: Callable[[Path], Sequence[StoredTensor]],
+    expected: Mapping[str, str] | None,
+) -> None:
+    try:
+        tensors = read(file)
+    except CheckpointError as error:
+        contents.faults.append(str(error))
+        contents.is_whole = False
+        return
+    contents.files.append(file)
+    for tensor in tensors:
+        if expected is not None and expected.get(tensor.name, file.name) != file.name:
+            continue  # the index places it in another file
+        if tensor.name in contents.tensors:
+            other = contents.tensors[tensor.name].file.name
+            contents.faults.append(f"tensor {tensor.name!r} is in two files, {other} and {file.name}")
+        contents.tensors[tensor.name] = tensor
+
+
+def _expected(folder: Path) -> dict[str, str] | None:
+    names = {SHARD_INDEX: SINGLE_FILE, PICKLE_INDEX: "pytorch_model.bin"}
+    for index, single in names.items():
+        if (folder / single).is_file():
+            return None
+        if (folder / index).is_file():
+            return read_weight_map(folder / index)
+    return None
+
+
+def _read_pickle(file: Path) -> list[StoredTensor]:
+    stored, scattered = read_pickle(file)
+    return stored + [StoredTensor(t.name, t.file, t.offset, t.nbytes, t.dtype, t.shape) for t in scattered]

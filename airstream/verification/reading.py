@@ -1,0 +1,93 @@
+"""Every byte of a file, read once around the page cache: for its checksum, and for values that are no numbers.
+
+Knows files and elements. A disk that fails to give a byte back is a fault like any other.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from airstream.checkpoint.files import PAGE_BYTES, WeightFile
+from airstream.checkpoint.index import ITEM_BYTES, StoredTensor
+from airstream.errors import CheckpointNotFoundError, ReadError
+from airstream.layout import TORCH_DTYPES
+from airstream.units import round_up
+from airstream.verification.checksums import Checksum
+
+CHUNK_BYTES = 8 << 20
+OnBytes = Callable[[int], object]
+
+
+def check_file(file: Path, checksum: Checksum | None, tensors: Sequence[StoredTensor], on_bytes: OnBytes) -> list[str]:
+    """What is wrong with the bytes of `file`. Blocks; takes 16 MiB of memory.
+
+    Args:
+        checksum: that it should have, if that is known.
+        tensors: in it, whose values are to be looked at.
+    """
+    scans = [_Scan(tensor) for tensor in tensors if TORCH_DTYPES[tensor.dtype].is_floating_point]
+    try:
+        size = file.stat().st_size
+        digest = checksum.digest(size) if checksum is not None else None
+        for offset, chunk in _chunks(file, size):
+            if digest is not None:
+                digest.update(chunk)
+            for scan in scans:
+                scan.feed(offset, chunk)
+            on_bytes(len(chunk))
+    except FileNotFoundError:
+        return [f"{file} is missing"]
+    except (ReadError, CheckpointNotFoundError) as error:
+        return [str(error)]
+    faults = [fault for scan in scans if (fault := scan.fault())]
+    if checksum is not None and digest is not None and digest.hexdigest() != checksum.hexadecimal:
+        faults.insert(
+            0,
+            f"{file} is corrupt: its checksum is {digest.hexdigest()}, according to {checksum.said_by} it should be "
+            f"{checksum.hexadecimal}. Make or download it again",
+        )
+    return faults
+
+
+def _chunks(file: Path, size: int) -> Iterator[tuple[int, memoryview]]:
+    buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+    opened = WeightFile(file, direct=True)
+    try:
+        for offset in range(0, size, CHUNK_BYTES):
+            count = min(CHUNK_BYTES, size - offset)
+            opened.read_into(buffer[: round_up(count, PAGE_BYTES)], offset, count)
+            yield offset, buffer[:count]
+    finally:
+        opened.close()
+
+
+class _Scan:
+    """Counts the values of one tensor that are NaN or infinite, as its bytes come by."""
+
+    def __init__(self, tensor: StoredTensor) -> None:
+        self._tensor = tensor
+        self._dtype = TORCH_DTYPES[tensor.dtype]
+        self._rest = bytearray()
+        self._count = 0
+
+    def feed(self, offset: int, chunk: memoryview) -> None:
+        start, end = max(self._tensor.offset, offset), min(self._tensor.end, offset + len(chunk))
+        if start >= end:
+            return
+        data = self._rest + chunk[start - offset : end - offset]
+        item_bytes = ITEM_BYTES[self._tensor.dtype]
+        whole = len(data) - len(data) % item_bytes  # an element may lie across two chunks
+        self._rest = data[whole:]
+        if whole:
+            values = torch.frombuffer(data, dtype=self._dtype, count=whole // item_bytes)
+            values = values.float() if item_bytes == 1 else values  # torch cannot ask float8 directly
+            self._count += int(values.numel() - torch.isfinite(values).sum())
+
+    def fault(self) -> str | None:
+        if not self._count:
+            return None
+        return f"{self._tensor.file}: tensor {self._tensor.name!r} has {self._count:,} values that are NaN or infinite"

@@ -1,0 +1,54 @@
+"""What was found wrong with a checkpoint, and how far anybody looked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from airstream.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """The result of `airstream.verify`. Printed, it has a line for every fault, and one about what was checked.
+
+    Attributes:
+        folder: the checkpoint.
+        faults: what is wrong, in words; each names the file or the tensor.
+        notes: what could not be checked, or is odd without being wrong.
+        num_files: files of weights whose headers are right.
+        num_tensors: in them.
+        checked_files: files, small ones included, whose checksums were known and have been compared.
+        read_bytes: read from the disk.
+        values_scanned: every weight was looked at, for NaN and infinite values.
+        seconds: it took.
+    """
+
+    folder: Path
+    faults: tuple[str, ...]
+    notes: tuple[str, ...]
+    num_files: int
+    num_tensors: int
+    checked_files: int
+    read_bytes: int
+    values_scanned: bool
+    seconds: float
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.faults
+
+    def to_json(self) -> str:
+        """Everything, as one JSON object."""
+        return json.dumps({"is_sound": self.is_sound, **asdict(self), "folder": str(self.folder)}, indent=2)
+
+    def __str__(self) -> str:
+        verdict = "sound" if self.is_sound else f"{len(self.faults)} fault{'s' * (len(self.faults) > 1)}"
+        summary = (
+            f"{self.folder}: {verdict}; {self.num_tensors} tensors in {self.num_files} files, "
+            f"{self.checked_files} checksums compared, {format_bytes(self.read_bytes)} read"
+            f"{', every value looked at' if self.values_scanned else ''} in {format_seconds(self.seconds)}"
+        )
+        return "\n".join([*self.faults, *(f"note: {note}" for note in self.notes), summary])

@@ -1,0 +1,122 @@
+"""`airstream.verify`: whether a checkpoint is complete and uncorrupted. Composes what the modules beside it look at."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from airstream.checkpoint.hub import resolve
+from airstream.checkpoint.index import CheckpointIndex
+from airstream.config import LoadOptions
+from airstream.errors import AirstreamError, CheckpointError, UnsupportedError
+from airstream.layout import read_specs
+from airstream.prepare import build_model
+from airstream.repacking.manifest import read_manifest
+from airstream.verification.checksums import Checksum, known_checksums
+from airstream.verification.contents import Contents, read_contents
+from airstream.verification.reading import check_file
+from airstream.verification.report import VerifyReport
+
+NUM_READERS = 4
+"""Files that are read at once: one thread hashes about as fast as one disk reads."""
+
+
+def verify(
+    model: str | os.PathLike[str], *, deep: bool = False, read: bool = True, progress: bool = True, **options: Any
+) -> VerifyReport:
+    """Look at all of checkpoint `model` and say everything that is wrong with it.
+
+    Headers against their files; every tensor that the model of config.json needs, with its shape; checksums, where
+    there is something to compare with: the manifest of `airstream.repack`, the names that the hub's cache gives its
+    files. All weights are read once, at the speed of the disk, so that what the disk cannot give back is found too.
+
+    Args:
+        model: a folder or hub id.
+        deep: look for NaN and infinite values too.
+        read: False leaves out everything that reads weights.
+        progress: show a bar on standard error, if that is a terminal.
+        options: revision, token, cache_dir, local_files_only, trust_remote_code as in `AutoModel.from_pretrained`.
+
+    Raises:
+        CheckpointNotFoundError: there is no such folder or repository.
+    """
+    started = time.monotonic()
+    known = LoadOptions(device="cpu", **options)
+    folder = resolve(
+        model, known.revision, known.token, known.cache_dir, known.local_files_only, with_code=known.trust_remote_code
+    )
+    contents = read_contents(folder)
+    faults, notes = list(contents.faults), list[str]()
+    manifest: Mapping[str, Any] | None = None
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        faults.append(str(error))
+    layers = (manifest or {}).get("layers")
+    unfit, unchecked = _compare_with_model(folder, known, contents, is_part=layers is not None)
+    faults += unfit
+    notes += unchecked
+    if layers is not None:
+        notes.append(f"it has layers {layers[0]} to {layers[1] - 1} only: other tensors are not expected")
+    checksums = known_checksums(folder, manifest)
+    if not any(file in checksums for file in contents.files):
+        notes.append("no checksums of its weights are known")
+    wrong, read_bytes = _read_files(contents, checksums, deep, progress) if read else ([], 0)
+    return VerifyReport(
+        folder,
+        tuple(faults + wrong),
+        tuple(notes),
+        num_files=len(contents.files),
+        num_tensors=len(contents.tensors),
+        checked_files=len(checksums) if read else 0,
+        read_bytes=read_bytes,
+        values_scanned=read and deep,
+        seconds=time.monotonic() - started,
+    )
+
+
+def _compare_with_model(
+    folder: Path, options: LoadOptions, contents: Contents, is_part: bool
+) -> tuple[list[str], list[str]]:
+    """What the model needs and the tensors do not give, and what could not be found out."""
+    index = CheckpointIndex(contents.tensors)
+    try:
+        model, dtype = build_model(folder, options, index)
+    except UnsupportedError as error:
+        return [], [f"tensors are not compared with a model: {error}"]
+    except AirstreamError as error:
+        return [str(error)], []
+    faults: list[CheckpointError] = []
+    read_specs(model, index, dtype, faults, may_lack=is_part or not contents.is_whole)
+    notes = [] if contents.is_whole else ["files are missing or corrupt: the tensors in them are not named one by one"]
+    return [str(fault) for fault in faults], notes
+
+
+def _read_files(
+    contents: Contents, checksums: Mapping[Path, Checksum], deep: bool, progress: bool
+) -> tuple[list[str], int]:
+    """What is wrong with the bytes, and how many of them have been read."""
+    from tqdm import tqdm
+
+    files = sorted({*contents.files, *checksums})
+    tensors = {file: [t for t in contents.tensors.values() if t.file == file] if deep else [] for file in files}
+    total = sum(file.stat().st_size for file in files if file.is_file())
+    off = None if progress else True
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=off) as bar,
+        ThreadPoolExecutor(NUM_READERS, "airstream-verify") as pool,
+    ):
+        read: list[int] = []
+
+        def on_bytes(count: int) -> None:
+            read.append(count)
+            bar.update(count)
+
+        def check(file: Path) -> Sequence[str]:
+            return check_file(file, checksums.get(file), tensors[file], on_bytes)
+
+        return [fault for faults in pool.map(check, files) for fault in faults], sum(read)
