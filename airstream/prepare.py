@@ -21,7 +21,7 @@ from airstream.backend import packing_of
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.imagined import imagine
 from airstream.checkpoint.index import CheckpointIndex, has_weights
-from airstream.compat import build_on_meta, model_class
+from airstream.compat import Quantizer, build_on_meta, find_quantizer, measure_kv_elements, model_class
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.layout import TORCH_DTYPES, read_specs
@@ -48,6 +48,7 @@ class Prepared:
     facts: ModelFacts
     question: Question
     request: Request
+    quantizer: Quantizer | None = None
 
 
 def ask(
@@ -88,17 +89,32 @@ def prepare(
     )
     config = _load_config(folder, options)
     index = CheckpointIndex.open(folder) if with_weights or has_weights(folder) else None
+    quantizer = find_quantizer(config, device)
     dtype = _resolve_dtype(options.dtype, config, index)
+    dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
     model_cls = model_class(config, folder, options.trust_remote_code)
     model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    kv_elements = measure_kv_elements(model)  # while its modules compute on any device
+    if quantizer is not None:
+        _check_planned_from_headers(index, quantizer)
+        quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
     index = index or imagine(model)
-    parts = divide(model, read_specs(model, index, dtype))
+    parts = divide(model, read_specs(model, index, dtype, quantizer))
     packing = packing_of(device)
-    facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch)
+    facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch, kv_elements)
     staged = device.type != "cpu" or needs_staging(parts, packing)
     question = Question(options, machine, folder, device, staged, prompt_tokens)
     request = request_for(question, facts)
-    return Prepared(options, folder, device, dtype, model, index, parts, facts, question, request)
+    return Prepared(options, folder, device, dtype, model, index, parts, facts, question, request, quantizer)
+
+
+def _check_planned_from_headers(index: CheckpointIndex | None, quantizer: Quantizer) -> None:
+    """What a quantised checkpoint holds is in its headers alone: a config does not say how each tensor is packed."""
+    if index is None:
+        raise UnsupportedError(
+            f"the model is quantised with {quantizer.method}, and only its config is here: planning needs the headers "
+            "of its weights. Download the checkpoint first"
+        )
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
