@@ -119,6 +119,8 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     model = prepared.model
     load_generation_config(model, os.fspath(prepared.folder))
     finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
+    if prepared.quantizer is not None:
+        prepared.quantizer.finish(model)
     probe = Probe()
     reader = Reader(prepared.index.files, plan.direct_io, probe=probe)
     try:
@@ -139,6 +141,7 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         host_bytes,
         is_profiling=prepared.options.profiling_mode,
         is_final=prepared.options.max_context is not None,
+        quantizer=prepared.quantizer,
     )
     load_tokenizer = partial(_load_tokenizer, prepared.folder, prepared.options.trust_remote_code)
     make_streamed(model, engine, load_tokenizer, _progress(engine, prepared.options.progress))

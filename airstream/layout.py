@@ -17,71 +17,36 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
+from airstream.allocations import Allocations
 from airstream.checkpoint.index import CheckpointIndex, StoredTensor
-from airstream.checkpoint.reader import Cast, Piece
-from airstream.compat import DtypePlan, KeyConversion, may_be_missing, natural_order, tied_names
+from airstream.compat import (
+    DtypePlan,
+    KeyConversion,
+    Quantizer,
+    may_be_missing,
+    natural_order,
+    tied_names,
+)
 from airstream.errors import CheckpointError
+from airstream.tensors import RAW_PREFIX, TORCH_DTYPES, Conversion, TensorSpec, piece_of, plain_spec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-RAW_PREFIX = "raw:"
-"""Before the names of raw tensors: a converted tensor may be called like the one it is made of."""
-
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """One parameter or buffer of the model, and the pieces of the checkpoint it is made of.
-
-    Attributes:
-        pieces: their `target` counts from the first byte of this tensor. Empty if `made_by` makes it.
-        moved: a converter of transformers put it together, or it was not mapped to begin with, so that a resident model
-            has it in memory of its own.
-    """
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
-    made_by: Conversion | None = None
-    moved: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """A converter of transformers that has to see values, to be run on raw tensors after they have been read.
-
-    Attributes:
-        name: the name it is looked up by.
-        patterns: for each source, the pattern by which transformers knows it.
-        sources: the raw tensors, named by their checkpoint keys behind `RAW_PREFIX`.
-    """
-
-    name: str
-    patterns: tuple[str, ...]
-    sources: tuple[TensorSpec, ...]
+__all__ = ["RAW_PREFIX", "TORCH_DTYPES", "Conversion", "TensorSpec", "read_specs"]
 
 
 def read_specs(
     model: PreTrainedModel,
     index: CheckpointIndex,
     dtype: torch.dtype,
+    quantizer: Quantizer | None = None,
+    *,
     faults: list[CheckpointError] | None = None,
     may_lack: bool = False,
 ) -> dict[str, TensorSpec]:
@@ -90,6 +55,7 @@ def read_specs(
     Args:
         model: on the meta device.
         dtype: what floating-point parameters are to be, as `from_pretrained(dtype=...)`.
+        quantizer: of the checkpoint, if it is quantised.
         faults: takes all that is wrong, instead of the first of it being raised.
         may_lack: tensors may be missing.
 
@@ -100,7 +66,7 @@ def read_specs(
     dtype_plan = DtypePlan(model, dtype)
     wanted = {name: dtype_plan(name, tensor.dtype) for name, tensor in targets.items()}
     specs: dict[str, TensorSpec] = {}
-    conversion = KeyConversion(model)
+    conversion = KeyConversion(model, quantizer)
     converted: dict[str, list[tuple[str, str]]] = {}
     for key in natural_order(index):
         name, pattern = conversion.rename(key)
@@ -110,8 +76,9 @@ def read_specs(
             stored = index[key]
             with _noting(faults):
                 _check_shape(name, stored.shape, tuple(targets[name].shape), key)
-            piece = _piece(stored, 0, stored.nbytes, 0, wanted[name])
-            specs[name] = TensorSpec(name, wanted[name], stored.shape, (piece,), moved=not stored.is_mapped)
+            specs[name] = plain_spec(
+                name, stored, conversion.source_dtype(None, TORCH_DTYPES[stored.dtype], wanted[name])
+            )
         else:
             converted.setdefault(name, []).append((key, pattern))
     for name, sources in converted.items():
@@ -132,15 +99,6 @@ def _noting(faults: list[CheckpointError] | None) -> Iterator[None]:
         if faults is None:
             raise
         faults.append(error)
-
-
-def _piece(stored: StoredTensor, start: int, nbytes: int, target: int, dtype: torch.dtype) -> Piece:
-    """`nbytes` of `stored` from byte `start`, for a tensor of `dtype`, at its byte `target` (before a cast)."""
-    source = TORCH_DTYPES[stored.dtype]
-    if source == dtype:
-        return Piece(stored.file, stored.offset + start, nbytes, target)
-    cast = Cast(str(source).removeprefix("torch."), str(dtype).removeprefix("torch."), source.itemsize, dtype.itemsize)
-    return Piece(stored.file, stored.offset + start, nbytes, target // source.itemsize * dtype.itemsize, cast)
 
 
 def _check_shape(name: str, stored: Sequence[int], expected: Sequence[int], key: str) -> None:
@@ -164,23 +122,68 @@ def _trace(
     It is run on row numbers, every row collapsed to a single one, which costs a thousandth of running it on weights.
     """
     stored = [index[key] for key, _ in sources]
-    width = _common_width(stored)
-    outputs = _try_convert(conversion, name, sources, _numbered(stored, width))
-    if outputs is not None:
-        specs = _specs_of_rows(outputs, stored, width, targets, wanted)
+    if conversion.unpacks(sources[0][1]):
+        if len(sources) == 1 and (passed := _passed_through(conversion, name, sources, stored[0], targets)) is not None:
+            return [passed]
+        if conversion.makes_object(sources[0][1]):
+            return [_object_of(conversion, name, sources, stored, wanted)]
+    else:
+        width = _common_width(stored)
+        outputs = _try_convert(conversion, name, sources, _numbered(stored, width))
+        moved = TORCH_DTYPES[stored[0].dtype]
+        dtypes = {
+            output: conversion.source_dtype(None, moved, wanted[output]) for output in outputs or () if output in wanted
+        }
+        specs = _specs_of_rows(outputs, stored, width, targets, dtypes) if outputs else None
         if specs is not None:
             return specs
     shapes = [torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta") for tensor in stored]
-    outputs = _try_convert(conversion, name, sources, shapes)
+    with Allocations(shapes) as allocations:
+        outputs = _try_convert(conversion, name, sources, shapes)
     if outputs is None or any(_shape_of(targets, output) != tuple(outputs[output].shape) for output in outputs):
         listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
         raise CheckpointError(
             f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's {len(stored)} "
             f"tensors ({listed}, ...): one of them is missing or has the wrong shape"
         )
-    raw = tuple(_raw_spec(tensor, wanted[name]) for tensor in stored)
-    made_by = Conversion(name, tuple(pattern for _, pattern in sources), raw)
+    patterns, raw = _raw_specs(conversion, sources, stored, wanted[name])
+    made_by = Conversion(name, patterns, raw, allocations.peak_bytes)
     return [TensorSpec(output, wanted[output], _shape_of(targets, output), (), made_by) for output in outputs]
+
+
+def _passed_through(
+    conversion: KeyConversion,
+    name: str,
+    sources: Sequence[tuple[str, str]],
+    stored: StoredTensor,
+    targets: Mapping[str, torch.Tensor],
+) -> TensorSpec | None:
+    """The byte plan of a tensor that is not packed, though the converter of packed ones sees it; None if it is.
+
+    The converter may cast it. So it is run on numbers that every floating-point type of two bytes holds exactly.
+    """
+    dtype = TORCH_DTYPES[stored.dtype]
+    if not dtype.is_floating_point or dtype.itemsize < 2 or stored.shape != _shape_of(targets, name):
+        return None
+    numbers = (_numbered([stored], _common_width([stored]))[0] % 251).to(dtype)
+    passed = (_try_convert(conversion, name, sources, [numbers]) or {}).get(name)
+    if passed is None or not torch.equal(passed.double(), numbers.double()):
+        return None
+    return plain_spec(name, stored, passed.dtype)
+
+
+def _object_of(
+    conversion: KeyConversion,
+    name: str,
+    sources: Sequence[tuple[str, str]],
+    stored: Sequence[StoredTensor],
+    wanted: Mapping[str, torch.dtype],
+) -> TensorSpec:
+    """A weight that is an object. Its own size is that of its largest source: of the packed weight."""
+    patterns, raw = _raw_specs(conversion, sources, stored, wanted[name])
+    made_by = Conversion(name, patterns, raw, *conversion.expansion(name), is_object=True)
+    weight = max(raw, key=lambda source: source.nbytes)
+    return TensorSpec(name, weight.dtype, weight.shape, (), made_by)
 
 
 def _try_convert(
@@ -188,7 +191,7 @@ def _try_convert(
 ) -> dict[str, torch.Tensor] | None:
     try:
         return conversion.convert(name, [(*source, tensor) for source, tensor in zip(sources, tensors, strict=True)])
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError):
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError):
         return None  # it needs real shapes or values, or a source is missing: the caller finds out which
 
 
@@ -196,9 +199,17 @@ def _shape_of(targets: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]
     return tuple(targets[name].shape) if name in targets else ()
 
 
-def _raw_spec(stored: StoredTensor, dtype: torch.dtype) -> TensorSpec:
-    """`stored` as the converters of transformers get it: in its own shape, already cast."""
-    return TensorSpec(RAW_PREFIX + stored.name, dtype, stored.shape, (_piece(stored, 0, stored.nbytes, 0, dtype),))
+def _raw_specs(
+    conversion: KeyConversion, sources: Sequence[tuple[str, str]], stored: Sequence[StoredTensor], wanted: torch.dtype
+) -> tuple[tuple[str, ...], tuple[TensorSpec, ...]]:
+    """`stored` as the converters of transformers get it: in its own shape, already cast; and the patterns."""
+    patterns = tuple(pattern for _, pattern in sources)
+    dtypes = [TORCH_DTYPES[tensor.dtype] for tensor in stored]
+    raw = tuple(
+        plain_spec(RAW_PREFIX + tensor.name, tensor, conversion.source_dtype(pattern, dtype, wanted))
+        for pattern, tensor, dtype in zip(patterns, stored, dtypes, strict=True)
+    )
+    return patterns, raw
 
 
 def _common_width(stored: Sequence[StoredTensor]) -> int:
@@ -243,7 +254,7 @@ def _specs_of_rows(
             number = bisect.bisect_right(starts, first) - 1
             row_bytes = width * TORCH_DTYPES[stored[number].dtype].itemsize
             start = (first - starts[number]) * row_bytes
-            pieces.append(_piece(stored[number], start, count * row_bytes, begin * row_bytes, wanted[name]))
+            pieces.append(piece_of(stored[number], start, count * row_bytes, begin * row_bytes, wanted[name]))
         specs.append(TensorSpec(name, wanted[name], tuple(shape), tuple(pieces), moved=True))
     return specs
 

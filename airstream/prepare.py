@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -22,7 +22,7 @@ from airstream.checkpoint.formats import has_weights, open_checkpoint
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.imagined import imagine
 from airstream.checkpoint.index import CheckpointIndex
-from airstream.compat import build_on_meta, model_class
+from airstream.compat import Quantizer, build_on_meta, find_quantizer, measure_kv_elements, model_class
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.layout import TORCH_DTYPES, read_specs
@@ -49,6 +49,7 @@ class Prepared:
     facts: ModelFacts
     question: Question
     request: Request
+    quantizer: Quantizer | None = None
 
 
 def ask(
@@ -88,25 +89,53 @@ def prepare(
         with_weights=with_weights,
     )
     index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
-    model, dtype = build_model(folder, options, index)
+    model, dtype, quantizer, kv_elements = build_model(folder, options, device, index)
     index = index or imagine(model)
-    parts = divide(model, read_specs(model, index, dtype))
+    parts = divide(model, read_specs(model, index, dtype, quantizer))
     packing = packing_of(device)
-    facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch)
+    facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch, kv_elements)
     staged = device.type != "cpu" or needs_staging(parts, packing)
     question = Question(options, machine, folder, device, staged, prompt_tokens)
     request = request_for(question, facts)
-    return Prepared(options, folder, device, dtype, model, index, parts, facts, question, request)
+    return Prepared(options, folder, device, dtype, model, index, parts, facts, question, request, quantizer)
 
 
-def build_model(
-    folder: Path, options: LoadOptions, index: CheckpointIndex | None
-) -> tuple[PreTrainedModel, torch.dtype]:
-    """The model that the config in `folder` describes, on the meta device, and the dtype of its weights."""
+def _check_planned_from_headers(index: CheckpointIndex | None, quantizer: Quantizer) -> None:
+    """What a quantised checkpoint holds is in its headers alone: a config does not say how each tensor is packed."""
+    if index is None:
+        raise UnsupportedError(
+            f"the model is quantised with {quantizer.method}, and only its config is here: planning needs the headers "
+            "of its weights. Download the checkpoint first"
+        )
+
+
+class Built(NamedTuple):
+    """A model on the meta device, the dtype of its weights, and what was found out on the way.
+
+    Attributes:
+        quantizer: of the checkpoint, if it is quantised.
+        kv_elements: that one token adds to the KV cache, if that could be measured.
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    quantizer: Quantizer | None
+    kv_elements: int | None
+
+
+def build_model(folder: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None) -> Built:
+    """The model that the config in `folder` describes, with the modules that its weights need to compute on `device`."""
     config = _load_config(folder, options)
+    quantizer = find_quantizer(config, device)
     dtype = _resolve_dtype(options.dtype, config, index)
+    dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
     model_cls = model_class(config, folder, options.trust_remote_code)
-    return build_on_meta(model_cls, config, dtype, options.attn_implementation), dtype
+    model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    kv_elements = measure_kv_elements(model)  # while its modules compute on any device
+    if quantizer is not None:
+        _check_planned_from_headers(index, quantizer)
+        quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
+    return Built(model, dtype, quantizer, kv_elements)
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:

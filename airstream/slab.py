@@ -42,21 +42,25 @@ def distinct(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     return list({(spec.pieces or spec.name): spec for spec in specs}.values())
 
 
+def stored_specs(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """What is read for `specs`: themselves, or the raw tensors that they are made of."""
+    return list(dict.fromkeys(stored for spec in specs for stored in spec.stored))
+
+
 def pack(specs: Iterable[TensorSpec], packing: Packing, elsewhere: Collection[str] = ()) -> Slab:
     """Lay `specs` out in one slab, neighbours in a file side by side, so that few large reads fill it.
 
-    Those whose names are in `elsewhere` have room in it, but are not read: their bytes come from elsewhere.
+    Those whose names are in `elsewhere`, raw ones too, have room in it, but are not read: they come from elsewhere.
     """
     specs = tuple(specs)
     conversions = tuple(dict.fromkeys(spec.made_by for spec in specs if spec.made_by is not None))
-    stored = [spec for spec in specs if spec.made_by is None]
-    stored += [source for conversion in conversions for source in conversion.sources]
+    stored = stored_specs(specs)
     builder = _SlabBuilder(packing)
     for spec in in_file_order(spec for spec in stored if spec.name not in elsewhere):
         builder.add(spec)
-    for spec in specs:
-        if spec.made_by is not None or spec.name in elsewhere:
-            builder.reserve(spec)
+    made = [spec for spec in specs if spec.made_by is not None and not spec.made_by.is_object]
+    for spec in [*(spec for spec in stored if spec.name in elsewhere), *made]:
+        builder.reserve(spec)
     return Slab(round_up(builder.end, PAGE_BYTES), tuple(builder.pieces), builder.offsets, specs, conversions)
 
 

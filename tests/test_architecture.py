@@ -18,12 +18,12 @@ ROOT = Path(airstream.__file__).parent
 
 FLOORS: list[list[str]] = [
     ["errors"],
-    ["units", "probe", "figures", "stats"],
+    ["units", "probe", "figures", "stats", "allocations"],
     ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts"],
     ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
     ["checkpoint.gather", "checkpoint.formats"],
     ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],
-    ["backend.base", "compat", "compat.*", "hardware", "rates.store"],
+    ["backend.base", "compat", "compat.*", "hardware", "rates.store", "tensors"],
     ["backend.*", "layout", "footprint", "ring", "order"],
     ["slab", "config", "rates.*", "predict", "checkpoint.imagined"],
     ["plan", "plan.*", "fill"],

@@ -218,7 +218,10 @@ def test_the_facts_of_a_model_need_only_its_config() -> None:
     model = build(falcon_180b())
     parts = parts_of(model, imagine(model))
     packing = AcceleratorBackend.packing
-    facts = gather_facts("falcon-180b", IMAGINED_FOLDER, model, parts, torch.device("meta"), packing, "auto")
+    kv_elements = measure_kv_elements(model)
+    facts = gather_facts(
+        "falcon-180b", IMAGINED_FOLDER, model, parts, torch.device("meta"), packing, "auto", kv_elements
+    )
     assert facts.checkpoint_bytes == imagine(model).nbytes
     assert [len(batch.units) for batch in facts.batchings[1]] == [1] * 80
     assert not facts.has_tokenizer

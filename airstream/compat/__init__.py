@@ -5,7 +5,9 @@ keys, the dtype each parameter must have, and what `from_pretrained` does after 
 same calls work from 5.17 on; the test matrix runs the oldest and the newest supported release.
 """
 
+from airstream.compat.assembled import Assembled
 from airstream.compat.building import build_on_meta, finish_loading, load_generation_config, model_class
+from airstream.compat.quantizers import Quantizer, find_quantizer
 from airstream.compat.traits import CACHE_KEYWORDS, cache_keyword, measure_kv_elements, uses_eager_attention
 from airstream.compat.weights import (
     DtypePlan,
@@ -18,10 +20,13 @@ from airstream.compat.weights import (
 
 __all__ = [
     "CACHE_KEYWORDS",
+    "Assembled",
     "DtypePlan",
     "KeyConversion",
+    "Quantizer",
     "build_on_meta",
     "cache_keyword",
+    "find_quantizer",
     "finish_loading",
     "load_generation_config",
     "may_be_missing",

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers import logging as transformers_logging
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from airstream.compat.quiet import quiet_transformers
 from airstream.errors import UnsupportedError
 
 
@@ -74,16 +71,5 @@ def finish_loading(model: PreTrainedModel, device: torch.device, dtype: torch.dt
         skipped_pp_keys=set(),
     )
     config = LoadStateDictConfig(device_map={"": device}, dtype=dtype)
-    with _quiet_transformers():
+    with quiet_transformers():
         type(model)._finalize_model_loading(model, config, info)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without transformers' load report: what is missing has been judged already, more strictly."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)

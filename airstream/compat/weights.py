@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
+from copy import copy
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +19,9 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from airstream.compat.assembled import Assembled, assemble, expansion_bytes, growth_bytes
+from airstream.compat.quantizers import Quantizer
 
 
 class DtypePlan:
@@ -34,11 +38,12 @@ class DtypePlan:
 
 
 class KeyConversion:
-    """How keys of a checkpoint become names of `model`: renames, and operations that merge, split or reorder."""
+    """How keys of a checkpoint become names of `model`: renames, and operations that merge, split, reorder, unpack."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        mapping = get_model_conversion_mapping(model)
+    def __init__(self, model: PreTrainedModel, quantizer: Quantizer | None = None) -> None:
+        mapping = get_model_conversion_mapping(model) if quantizer is None else quantizer.mapping(model)
         self._model = weakref.proxy(model)  # the engine keeps this; it must not keep the model
+        self._quantizer = quantizer
         self._targets = model.state_dict()
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -52,14 +57,50 @@ class KeyConversion:
             name, pattern = rename_source_key(key, [], [], prefix, self._targets)
         return name, pattern
 
+    def unpacks(self, pattern: str | None) -> bool:
+        """Whether the converter of `pattern` begins with what makes weights of packed tensors."""
+        if self._quantizer is None or pattern is None:
+            return False
+        return self._quantizer.is_load_operation(self._by_pattern[pattern])
+
+    def makes_object(self, pattern: str) -> bool:
+        """Whether the converter of `pattern` puts packed tensors together to one object: see `assemble`."""
+        return self._quantizer is not None and self._quantizer.makes_objects and self.unpacks(pattern)
+
+    def source_dtype(self, pattern: str | None, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+        """What a checkpoint tensor of `stored` is to be cast to, for a parameter of `wanted`, before any converter."""
+        if self._quantizer is not None and (self.unpacks(pattern) or not stored.is_floating_point):
+            return stored
+        return wanted
+
+    def expansion(self, name: str) -> tuple[int, int]:
+        """What computing with the object in the place of parameter `name` takes: bytes for a moment, and for longer."""
+        return expansion_bytes(self._model, name), growth_bytes(self._model, name)
+
     def convert(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Run the converter of `name` on its `sources`: (checkpoint key, pattern, tensor), in natural key order."""
-        converter = deepcopy(self._by_pattern[sources[0][1]])
+        converter = _fresh(self._by_pattern[sources[0][1]])
         for key, pattern, tensor in sources:
             # A callable is what the synchronous loader adds: no thread pool per call.
             converter.add_tensor(name, key, pattern, lambda tensor=tensor: tensor)
         converted = converter.convert(name, model=self._model, config=self._model.config)
         return {key: value[0] if isinstance(value, list) else value for key, value in converted.items()}
+
+    def assemble(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> Assembled:
+        """The object that takes the place of parameter `name`, made of views in `sources`: no values are copied.
+
+        Raises:
+            CheckpointError: the tensors do not go together.
+        """
+        return assemble(self._model, name, lambda: self.convert(name, sources)[name])
+
+
+def _fresh(converter: WeightConverter) -> WeightConverter:
+    """`converter` with nothing collected yet. A deep copy, as transformers makes, would copy the quantizer too."""
+    fresh = copy(converter)
+    fresh.collected_tensors = defaultdict(list)
+    fresh.layer_targets = defaultdict(set)
+    return fresh
 
 
 def stored_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -7,11 +7,26 @@ a microsecond. Taken out means the meta placeholder is back, so that accidental 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from airstream.compat import Assembled
 from airstream.layout import TensorSpec
+from airstream.model.conversion import Converter, view_of
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """Tensors, ready to be bound.
+
+    Attributes:
+        assembled: those among them that a forward pass changes, and what undoes that.
+    """
+
+    tensors: Sequence[torch.Tensor]
+    assembled: Sequence[Assembled] = ()
 
 
 class Binding:
@@ -21,29 +36,36 @@ class Binding:
         self._specs = tuple(specs)
         self._places = [_place(model, spec.name) for spec in specs]
         self._placeholders = [registry[leaf] for registry, leaf, _ in self._places]
+        self._bound: Views | None = None
 
-    def views(self, memory: torch.Tensor, offsets: Mapping[str, int]) -> list[torch.Tensor]:
+    def views(self, memory: torch.Tensor, offsets: Mapping[str, int], convert: Converter) -> Views:
         """The tensors as views of `memory`, a uint8 slab in which they start at `offsets`. Ready for `bind`."""
-        views = []
+        tensors: list[torch.Tensor] = []
+        assembled = []
         for spec, (_, _, is_parameter) in zip(self._specs, self._places, strict=True):
-            view = view_of(memory, offsets[spec.name], spec)
-            views.append(nn.Parameter(view, requires_grad=False) if is_parameter else view)
-        return views
+            if spec.made_by is not None and spec.made_by.is_object:
+                assembled.append(convert.build(spec.made_by, memory, offsets))
+                tensors.append(assembled[-1].tensor)
+            else:
+                view = view_of(memory, offsets[spec.name], spec)
+                tensors.append(nn.Parameter(view, requires_grad=False) if is_parameter else view)
+        return Views(tensors, assembled)
 
-    def bind(self, tensors: Sequence[torch.Tensor]) -> None:
-        """Put `tensors` in place."""
-        for (registry, leaf, _), tensor in zip(self._places, tensors, strict=True):
+    def bind(self, views: Views) -> None:
+        """Put the tensors of `views` in place."""
+        self._bound = views
+        for (registry, leaf, _), tensor in zip(self._places, views.tensors, strict=True):
             registry[leaf] = tensor
 
     def unbind(self) -> None:
-        """Put the placeholders back."""
+        """Put the placeholders back, and what was bound into the state in which it was."""
+        bound, self._bound = self._bound, None
+        if bound is None:
+            return
         for (registry, leaf, _), placeholder in zip(self._places, self._placeholders, strict=True):
             registry[leaf] = placeholder
-
-
-def view_of(memory: torch.Tensor, offset: int, spec: TensorSpec) -> torch.Tensor:
-    """The tensor `spec` that starts at byte `offset` of `memory`."""
-    return memory[offset : offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+        for assembled in bound.assembled:
+            assembled.restore()
 
 
 def _place(model: nn.Module, name: str) -> tuple[dict[str, torch.Tensor | None], str, bool]:

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel
 
 from airstream.backend import Backend
 from airstream.checkpoint.reader import Reader
-from airstream.compat import KeyConversion
+from airstream.compat import KeyConversion, Quantizer
 from airstream.errors import BudgetError, ClosedError
+from airstream.model.conversion import convert_slab, converter_of
 from airstream.model.executor import Executor
 from airstream.model.head import avoid_weight_copy
 from airstream.model.observer import Observer
-from airstream.model.residency import convert_slab
 from airstream.model.residents import bind_residents
 from airstream.model.store import Store
 from airstream.model.units import Parts
@@ -54,6 +54,7 @@ class Engine:
         host_bytes: resident memory of the process before the model was loaded.
         is_profiling: profile everything from the beginning.
         is_final: calls are to be made to fit the plan, not the plan the calls.
+        quantizer: of the checkpoint, if it is quantised.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Engine:
         host_bytes: int,
         is_profiling: bool,
         is_final: bool,
+        quantizer: Quantizer | None = None,
     ) -> None:
         self.plan = plan
         self.folder = folder
@@ -88,7 +90,8 @@ class Engine:
         self._closing.callback(reader.close)
         try:
             self.observer = Observer(probe, backend, request, reader.direct, host_bytes, lambda: self.plan)
-            convert = partial(convert_slab, KeyConversion(model).convert, probe, backend.moment)
+            keys = KeyConversion(model, quantizer)
+            convert = converter_of(keys, partial(convert_slab, keys, probe, backend.moment))
             for binding in bind_residents(model, parts.resident, reader, backend, convert):
                 self._closing.callback(binding.unbind)
             if parts.head and self.device.type == "cpu":

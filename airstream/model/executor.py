@@ -12,7 +12,8 @@ from airstream.backend import Backend
 from airstream.checkpoint.reader import Reader
 from airstream.fill import Fill, Kept
 from airstream.layout import TensorSpec
-from airstream.model.residency import Convert, Residency
+from airstream.model.conversion import Converter
+from airstream.model.residency import Residency
 from airstream.model.residents import bind_tables
 from airstream.model.store import Store
 from airstream.model.units import Parts
@@ -33,7 +34,7 @@ class Executor:
         store: Store,
         reader: Reader,
         backend: Backend,
-        convert: Convert,
+        convert: Converter,
         stats: StreamStats,
         probe: Probe,
         plan: Plan,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.compat import measure_kv_elements, uses_eager_attention
+from airstream.compat import uses_eager_attention
 from airstream.footprint import first_count, footprint
 from airstream.layout import TensorSpec
-from airstream.model.groups import batch_facts
+from airstream.model.groups import batch_facts, growth_bytes
 from airstream.model.units import Parts
 from airstream.plan import Arithmetic, BatchFacts, Group, ModelFacts
-from airstream.slab import distinct, pack
+from airstream.slab import distinct, pack, stored_specs
 from airstream.units import MIB
 
 AUTO_BATCH_BYTES = 32 * MIB
@@ -37,8 +37,12 @@ def gather_facts(
     device: torch.device,
     packing: Packing,
     layers_per_batch: int | Literal["auto"],
+    kv_elements: int | None,
 ) -> ModelFacts:
-    """The facts of `model`, which will compute on `device` with weights that lie as `packing` says."""
+    """The facts of `model`, which will compute on `device` with weights that lie as `packing` says.
+
+    `kv_elements` is what one token adds to the KV cache, if that could be measured.
+    """
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     resident = pack(distinct(parts.resident), packing)
     head_specs = parts.head[1] if parts.head else ()
@@ -56,17 +60,15 @@ def gather_facts(
         resident_bytes=resident.nbytes + buffers,
         tables={name: Group((name,), pack((spec,), packing).nbytes, None) for name, spec in parts.rows.items()},
         tables_of_head=frozenset(name for name, spec in parts.rows.items() if spec.pieces in head_pieces),
-        checkpoint_bytes=sum(spec.nbytes for spec in distinct(everything)),
+        checkpoint_bytes=sum(spec.nbytes for spec in distinct(stored_specs(everything))),
         has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")),
-        conversion_bytes=max(
-            _converted_bytes(tensors) for tensors in (*parts.units.values(), parts.resident, head_specs)
-        ),
+        conversion_bytes=_conversion_bytes(parts, everything),
         footprint=footprint(
             model.config,
             model.dtype.itemsize,
             eager_attention=uses_eager_attention(model),
             head_copy_bytes=head.slab_bytes[0] if head and copies_head else 0,
-            kv_elements=measure_kv_elements(model),
+            kv_elements=kv_elements,
         ),
         arithmetic=_arithmetic(model, parts),
     )
@@ -124,5 +126,7 @@ def _counts(parts: Parts, layers_per_batch: int | Literal["auto"]) -> list[int]:
     return list(dict.fromkeys((min(count, longest), 1)))
 
 
-def _converted_bytes(specs: Sequence[TensorSpec]) -> int:
-    return sum(spec.nbytes for spec in specs if spec.made_by is not None)
+def _conversion_bytes(parts: Parts, specs: Iterable[TensorSpec]) -> int:
+    """Outside of slabs: of the conversion that takes most, and of what a layer grows by while it computes."""
+    scratch = max((spec.made_by.scratch_bytes for spec in specs if spec.made_by is not None), default=0)
+    return scratch + max((growth_bytes(tensors) for tensors in parts.units.values()), default=0)

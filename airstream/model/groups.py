@@ -7,12 +7,13 @@ what is left to stream stays one run, and small steps come first, while budgets 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.layout import TensorSpec
 from airstream.plan import BatchFacts, Group
-from airstream.slab import in_file_order, pack
+from airstream.slab import pack, stored_specs
 from airstream.units import MIB, round_up
 
 MIN_SHARE = 1 / 16
@@ -43,16 +44,21 @@ def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Pack
 
 def _apart(specs: Sequence[TensorSpec]) -> int:
     """The bytes of a slab for an accelerator in which each tensor lies by itself, whatever comes from host memory."""
-    return round_up(sum(round_up(spec.nbytes, 256) for spec in specs), PAGE_BYTES)
+    made = [spec for spec in specs if spec.made_by is not None and not spec.made_by.is_object]
+    return round_up(sum(round_up(spec.nbytes, 256) for spec in (*stored_specs(specs), *made)), PAGE_BYTES)
 
 
 def _group(specs: Sequence[TensorSpec], packing: Packing) -> Group:
-    converted = any(spec.made_by is not None for spec in specs)
-    host_bytes = None if converted else pack(specs, HOST_PACKING).nbytes
     nbytes = pack(specs, packing).nbytes
     if not packing.follows_file and nbytes > MIB:
         nbytes = round_up(nbytes, DEVICE_BLOCK_BYTES)
-    return Group(tuple(spec.name for spec in specs), nbytes, host_bytes)
+    nbytes += growth_bytes(specs)
+    return Group(tuple(spec.name for spec in specs), nbytes, pack(stored_specs(specs), HOST_PACKING).nbytes)
+
+
+def growth_bytes(specs: Iterable[TensorSpec]) -> int:
+    """What `specs` take besides once they have been computed with, until they are taken out of their modules."""
+    return sum(spec.made_by.growth_bytes for spec in specs if spec.made_by is not None)
 
 
 def _in_order_of_residency(specs: Sequence[TensorSpec]) -> Iterator[list[TensorSpec]]:
@@ -63,21 +69,36 @@ def _in_order_of_residency(specs: Sequence[TensorSpec]) -> Iterator[list[TensorS
 
 
 def _neighbours(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
-    """`specs` in groups that lie together; all in one where a converter has to see them."""
-    if any(spec.made_by is not None for spec in specs):
-        return [list(specs)]
+    """`specs` in groups that lie together. What one converter makes is in one group: all of it, or nothing, is made."""
     enough = MIN_SHARE * _nbytes(specs)
     groups: list[list[TensorSpec]] = []
-    for spec in in_file_order(specs):
-        beside = bool(groups) and groups[-1][-1].pieces[-1].file == spec.pieces[0].file
-        if beside and (_nbytes(groups[-1]) < enough or spec.nbytes < TINY_SHARE * enough):
-            groups[-1].append(spec)
+    for bundle in _bundles(specs):
+        beside = bool(groups) and _largest(groups[-1][-1]).pieces[-1].file == _largest(bundle[0]).pieces[0].file
+        if beside and (_nbytes(groups[-1]) < enough or _nbytes(bundle) < TINY_SHARE * enough):
+            groups[-1] += bundle
         else:
-            groups.append([spec])
+            groups.append(bundle)
     if len(groups) > 1 and _nbytes(groups[-1]) < enough:
         last = groups.pop()
         groups[-1] += last
     return groups
+
+
+def _bundles(specs: Sequence[TensorSpec]) -> list[list[TensorSpec]]:
+    """`specs` in the order of the file, those that one converter makes together."""
+    bundles: dict[object, list[TensorSpec]] = {}
+    for spec in specs:
+        bundles.setdefault(spec.made_by or spec.name, []).append(spec)
+    return sorted(bundles.values(), key=lambda bundle: _place(_largest(bundle[0])))
+
+
+def _largest(spec: TensorSpec) -> TensorSpec:
+    """Of what is read for `spec`."""
+    return max(spec.stored, key=lambda stored: stored.nbytes)
+
+
+def _place(spec: TensorSpec) -> tuple[Path, int]:
+    return spec.pieces[0].file, spec.pieces[0].offset
 
 
 def _nbytes(specs: Sequence[TensorSpec]) -> int:

@@ -7,26 +7,18 @@ last unit of the batch, the batch is released. Tensors that stay in memory are b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from airstream.fill import Fill, Kept
-from airstream.layout import RAW_PREFIX, TensorSpec
-from airstream.model.binding import Binding, view_of
-from airstream.probe import CONVERT, Moment, Probe
-from airstream.slab import Slab
+from airstream.layout import TensorSpec
+from airstream.model.binding import Binding, Views
+from airstream.model.conversion import Converter
+from airstream.probe import Probe
 from airstream.streamer import Streamer
-
-ConvertKeys = Callable[[str, Sequence[tuple[str, str, torch.Tensor]]], Mapping[str, torch.Tensor]]
-"""A converter of transformers: name, (key, pattern, raw tensor) of each source -> converted tensors."""
-
-Convert = Callable[[Slab, torch.Tensor], None]
-"""Runs the conversions that a slab asks for, on its bytes, once they are there: `convert_slab` of some model."""
-
 
 MAX_VIEWS_PER_BATCH = 16
 """Places in the ring for which a batch's views are kept ready."""
@@ -53,7 +45,7 @@ class Residency:
     Args:
         batches: the names of the units in each batch.
         fills: what has to come for each batch, and how it lies in memory.
-        convert: runs the conversions that some slabs ask for.
+        convert: makes what has to be made of the bytes that some slabs bring.
         probe: told when units compute.
     """
 
@@ -63,17 +55,17 @@ class Residency:
         batches: Sequence[Sequence[str]],
         fills: Sequence[Fill],
         streamer: Streamer,
-        convert: Convert,
+        convert: Converter,
         probe: Probe | None = None,
     ) -> None:
         self._streamer = streamer
         self._convert = convert
         self._probe = probe or Probe()
         self._batches: list[_Batch] = []
-        self._views: dict[tuple[int, int], list[list[torch.Tensor]]] = {}
+        self._views: dict[tuple[int, int], list[Views]] = {}
         self._handles: list[RemovableHandle] = []
         self._held: int | None = None
-        self._bound: list[list[torch.Tensor]] = []
+        self._bound: list[Views] = []
         for number, (units, fill) in enumerate(zip(batches, fills, strict=False)):  # tables have no units
             kept = [(kept, Binding(model, _inside(units, kept.slab.specs))) for kept in fill.kept]
             streamed = [Binding(model, _inside((unit,), fill.slab.specs)) for unit in units]
@@ -137,43 +129,28 @@ class Residency:
             self._settle(batch)
         slab = batch.fill.slab
         if region.fresh:
-            self._convert(slab, region.memory)
+            self._convert.fill(slab, region.memory)
             region.fresh = False
         key = (number, region.offset)
         if key not in self._views:
             if len(self._views) > MAX_VIEWS_PER_BATCH * len(self._batches):
                 self._views.clear()  # places in the ring repeat; only a restless order of layers gets here
-            self._views[key] = [binding.views(region.memory, slab.offsets) for binding in batch.streamed]
+            self._views[key] = [binding.views(region.memory, slab.offsets, self._convert) for binding in batch.streamed]
         self._bound = self._views[key]
 
     def _settle(self, batch: _Batch) -> None:
         """Bind what stays in memory, for good."""
         for kept, binding in batch.kept:
             settle(kept, self._convert)
-            binding.bind(binding.views(kept.memory, kept.slab.offsets))
+            binding.bind(binding.views(kept.memory, kept.slab.offsets, self._convert))
         batch.is_settled = True
 
 
-def settle(kept: Kept, convert: Convert) -> None:
+def settle(kept: Kept, convert: Converter) -> None:
     """Run the conversions that tensors which have just been loaded for good ask for. Once."""
     if not kept.converted:
-        convert(kept.slab, kept.memory)
+        convert.fill(kept.slab, kept.memory)
         kept.converted = True
-
-
-def convert_slab(
-    convert: ConvertKeys, probe: Probe, moment: Callable[[], Moment], slab: Slab, memory: torch.Tensor
-) -> None:
-    """Run the conversions of a freshly filled slab: raw tensors in `memory` in, the model's tensors in `memory` out."""
-    specs = {spec.name: spec for spec in slab.specs}
-    for conversion in slab.conversions:
-        sources = [
-            (raw.name.removeprefix(RAW_PREFIX), pattern, view_of(memory, slab.offsets[raw.name], raw))
-            for raw, pattern in zip(conversion.sources, conversion.patterns, strict=True)
-        ]
-        with probe.span(CONVERT, sum(source.nbytes for _, _, source in sources), moment):
-            for name, value in convert(conversion.name, sources).items():
-                view_of(memory, slab.offsets[name], specs[name]).copy_(value)
 
 
 def _inside(units: Collection[str], specs: Sequence[TensorSpec]) -> list[TensorSpec]:

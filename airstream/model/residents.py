@@ -15,15 +15,16 @@ from airstream.backend.landing import HostLanding, Staging
 from airstream.checkpoint.reader import Piece, Reader
 from airstream.fill import Kept
 from airstream.layout import TensorSpec
-from airstream.model.binding import Binding, view_of
-from airstream.model.residency import Convert, settle
+from airstream.model.binding import Binding, Views
+from airstream.model.conversion import Converter, view_of
+from airstream.model.residency import settle
 from airstream.model.rows import FetchRows, FetchTable, RowTable
 from airstream.probe import Probe
-from airstream.slab import distinct, pack
+from airstream.slab import Slab, distinct, pack
 
 
 def bind_residents(
-    model: nn.Module, residents: Sequence[TensorSpec], reader: Reader, backend: Backend, convert: Convert
+    model: nn.Module, residents: Sequence[TensorSpec], reader: Reader, backend: Backend, convert: Converter
 ) -> list[Binding]:
     """Read `residents` into one slab and bind them. Blocks for the reads. Weights that are tied share their memory."""
     slab = pack(distinct(residents), backend.packing)
@@ -33,12 +34,12 @@ def bind_residents(
     reader.read(slab.pieces, backend.landing(memory))
     backend.end_fill(fence)
     backend.wait_filled(fence)
-    convert(slab, memory)
-    at = {_identity(spec): slab.offsets[spec.name] for spec in slab.specs}
+    convert.fill(slab, memory)
+    at = {_identity(spec): slab.offsets[spec.name] for spec in slab.specs if spec.name in slab.offsets}
     bindings = []
     for spec in residents:
         binding = Binding(model, [spec])
-        binding.bind(binding.views(memory, {spec.name: at[_identity(spec)]}))
+        binding.bind(binding.views(memory, _offsets(spec, slab, at), convert))
         bindings.append(binding)
     return bindings
 
@@ -49,7 +50,7 @@ def bind_tables(
     kept: Callable[[TensorSpec], Kept | None],
     reader: Reader,
     backend: Backend,
-    convert: Convert,
+    convert: Converter,
     probe: Probe,
 ) -> list[Binding]:
     """Put a table where rows are looked up. Nothing is read yet.
@@ -62,9 +63,14 @@ def bind_tables(
         binding = Binding(model, [spec])
         rows = _row_fetcher(spec, reader, backend.device, probe)
         whole = _whole_table(spec, kept(spec), binding, backend, convert, probe)
-        binding.bind([RowTable(rows, whole, spec.shape, spec.dtype, backend.device)])
+        binding.bind(Views([RowTable(rows, whole, spec.shape, spec.dtype, backend.device)]))
         bindings.append(binding)
     return bindings
+
+
+def _offsets(spec: TensorSpec, slab: Slab, at: Mapping[object, int]) -> Mapping[str, int]:
+    """Where `spec`, whose bytes may be in `slab` under another name, starts."""
+    return slab.offsets if _identity(spec) not in at else {**slab.offsets, spec.name: at[_identity(spec)]}
 
 
 def _identity(spec: TensorSpec) -> object:
@@ -73,7 +79,7 @@ def _identity(spec: TensorSpec) -> object:
 
 
 def _whole_table(
-    spec: TensorSpec, kept: Kept | None, binding: Binding, backend: Backend, convert: Convert, probe: Probe
+    spec: TensorSpec, kept: Kept | None, binding: Binding, backend: Backend, convert: Converter, probe: Probe
 ) -> FetchTable:
     """Gives the table once it is in memory, and puts it in the place of the one that is not."""
 
@@ -89,7 +95,7 @@ def _whole_table(
             listener.waited_for_rows(kept.slab.read_bytes)
         (name,) = (other.name for other in kept.slab.specs if _identity(other) == _identity(spec))
         offset = kept.slab.offsets[name]
-        binding.bind(binding.views(kept.memory, {spec.name: offset}))
+        binding.bind(binding.views(kept.memory, {spec.name: offset}, convert))
         return view_of(kept.memory, offset, spec)
 
     return fetch

@@ -12,7 +12,7 @@ from airstream.fill import Fill, Kept, Ready
 from airstream.layout import TensorSpec
 from airstream.model.groups import HOST_PACKING
 from airstream.plan import Batch, BatchFacts, ModelFacts, Plan
-from airstream.slab import pack
+from airstream.slab import pack, stored_specs
 
 Names = tuple[str, ...]
 
@@ -59,7 +59,8 @@ class Store:
         kept = [self._keep(names) for names in groups if resident.issuperset(names)]
         ready = [self._make_ready(names) for names in groups if hosted.issuperset(names)]
         rest = self._named(name for names in groups for name in names if name not in resident)
-        return Fill(pack(rest, self._backend.packing, elsewhere=hosted), batch.nbytes, kept, ready)
+        elsewhere = {spec.name for spec in stored_specs(self._named(hosted))}
+        return Fill(pack(rest, self._backend.packing, elsewhere), batch.nbytes, kept, ready)
 
     def _keep(self, names: Names) -> Kept:
         if names not in self._kept:
@@ -69,7 +70,7 @@ class Store:
 
     def _make_ready(self, names: Names) -> Ready:
         if names not in self._ready:
-            slab = pack(self._named(names), HOST_PACKING)
+            slab = pack(stored_specs(self._named(names)), HOST_PACKING)
             self._ready[names] = Ready(slab, self._backend.keep_ready(slab.nbytes))
         return self._ready[names]
 

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.config import LoadOptions
@@ -85,13 +87,14 @@ def _compare_with_model(
     """What the model needs and the tensors do not give, and what could not be found out."""
     index = CheckpointIndex(contents.tensors)
     try:
-        model, dtype = build_model(folder, options, index)
+        built = build_model(folder, options, torch.device("cpu"), index)
     except UnsupportedError as error:
         return [], [f"tensors are not compared with a model: {error}"]
     except AirstreamError as error:
         return [str(error)], []
     faults: list[CheckpointError] = []
-    read_specs(model, index, dtype, faults, may_lack=is_part or not contents.is_whole)
+    may_lack = is_part or not contents.is_whole
+    read_specs(built.model, index, built.dtype, built.quantizer, faults=faults, may_lack=may_lack)
     notes = [] if contents.is_whole else ["files are missing or corrupt: the tensors in them are not named one by one"]
     return [str(fault) for fault in faults], notes
 

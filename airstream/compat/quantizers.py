@@ -1,0 +1,164 @@
+"""Checkpoints that were quantised before they were saved: what transformers' quantizers say of them.
+
+A quantizer replaces modules of a model that has no weights yet, and says how the tensors of the checkpoint become what
+those modules hold: as they are, put together to one object, or dequantised. Knows what each format needs of the machine
+and refuses, with the remedy, what cannot be streamed. Refuses to know where bytes lie and when they are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, get_hf_quantizer
+from transformers.quantizers.base import HfQuantizer
+
+from airstream.compat.quiet import quiet_transformers
+from airstream.errors import UnsupportedError
+
+PACKAGES: Mapping[str, str] = {
+    "bitsandbytes": "airstream[quant]",
+    "compressed-tensors": "compressed-tensors",
+    "torchao": "torchao",
+    "hqq": "hqq",
+    "quanto": "optimum-quanto",
+    "fp8": "accelerate",
+    "mxfp4": "accelerate",
+    "bitnet": "accelerate",
+}
+"""What pip has to install for a format; accelerate besides, for all of them."""
+
+OBJECTS = ("bitsandbytes", "torchao")
+"""Formats whose weights are objects made of several tensors of the checkpoint."""
+
+DEQUANTIZED = ("mxfp4", "compressed-tensors")
+"""Formats that are always dequantised: what would compute on packed weights rearranges them in place on first use."""
+
+DEQUANTIZED_ON_CPU = ("fp8", "mxfp8")
+"""Formats that compute on packed weights on a GPU, and that transformers dequantises where there is none."""
+
+REFUSED: Mapping[str, str] = {
+    "gptq": "its kernels rearrange the weights of all layers once they have been loaded",
+    "awq": "its kernels rearrange the weights of all layers once they have been loaded",
+    "auto-round": "its kernels rearrange the weights of all layers once they have been loaded",
+    "hqq": "transformers cannot load it from a checkpoint itself",
+    "quanto": "transformers cannot save it as a checkpoint itself",
+    "gguf": "a .gguf file is loaded by naming the file",
+}
+"""Formats that cannot be streamed, and why not."""
+
+KEPT_AS_LOADED = ("bitsandbytes", "fp8", "mxfp8", "mxfp4", "bitnet", "torchao", "compressed-tensors")
+"""Formats known to leave weights alone after loading, but for flags."""
+
+INSTEAD = "Stream a checkpoint of the model in another format (bf16, bitsandbytes, FP8, GGUF) instead"
+
+
+class Quantizer:
+    """How the weights of one quantised checkpoint become those of its model."""
+
+    def __init__(self, inner: HfQuantizer, method: str) -> None:
+        self.method = method
+        self._inner = inner
+        self._model_is_dense = bool(getattr(inner.quantization_config, "dequantize", False))
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of everything that is not quantised, if `dtype` is asked for."""
+        return self._inner.update_dtype(dtype)
+
+    def preprocess(
+        self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, files: Sequence[Path]
+    ) -> None:
+        """Put the modules that hold quantised weights into `model`, which is on the meta device."""
+        with quiet_transformers(), torch.device("meta"):
+            self._inner.preprocess_model(
+                model=model,
+                dtype=dtype,
+                device_map={"": str(device)},
+                checkpoint_files=[str(file) for file in files],
+                use_kernels=False,
+            )
+        model.eval().requires_grad_(False)
+
+    def finish(self, model: PreTrainedModel) -> None:
+        """What `from_pretrained` does with `model` once its weights are there."""
+        model.hf_quantizer = self._inner
+        with quiet_transformers():
+            self._inner.postprocess_model(model)
+
+    def mapping(self, model: PreTrainedModel) -> list[Any]:
+        """The renames and converters of checkpoint keys, those of the format included."""
+        return get_model_conversion_mapping(model, None, self._inner)
+
+    def is_load_operation(self, converter: Any) -> bool:
+        """Whether `converter` begins with what makes weights of the packed tensors of the format."""
+        return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)
+
+    @property
+    def makes_objects(self) -> bool:
+        """Whether that gives objects, rather than dense weights."""
+        return self.method in OBJECTS
+
+
+def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer | None:
+    """The quantizer of the checkpoint that `config` describes; None if it is not quantised. Changes `config`.
+
+    Raises:
+        UnsupportedError: the format is unknown, cannot be streamed, or needs a package or a device that is not there.
+    """
+    owner, settings = _settings(config)
+    if settings is None:
+        return None
+    method = str(settings.get("quant_method") or "bitsandbytes")
+    if method in REFUSED:
+        raise UnsupportedError(f"a checkpoint quantised with {method} cannot be streamed: {REFUSED[method]}. {INSTEAD}")
+    if not any(name.startswith(method) for name in AUTO_QUANTIZER_MAPPING):
+        raise UnsupportedError(
+            f"the checkpoint is quantised with {method!r}, which this transformers does not know. Upgrade transformers"
+        )
+    if method in DEQUANTIZED or (method in DEQUANTIZED_ON_CPU and device.type == "cpu"):
+        owner.quantization_config = {**settings, "dequantize": True}
+    try:
+        with quiet_transformers():
+            inner, _, _ = get_hf_quantizer(config, None, {"": str(device)}, True, {})
+    except ImportError as error:
+        package = PACKAGES.get(method, method)
+        raise UnsupportedError(
+            f'the checkpoint is quantised with {method}: pip install "{package}" accelerate ({_first_line(error)})'
+        ) from error
+    except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise UnsupportedError(
+            f"a checkpoint quantised with {method} cannot run on {device}: {_first_line(error)}. {_remedy(device)}"
+        ) from error
+    _refuse_what_changes_weights(inner, method)
+    return Quantizer(inner, method)
+
+
+def _settings(config: PreTrainedConfig) -> tuple[Any, dict[str, Any] | None]:
+    """Where the description of the quantisation is, and it: of the model, or of its language model."""
+    for owner in (config, config.get_text_config(decoder=True)):
+        found = getattr(owner, "quantization_config", None)
+        if found:
+            return owner, dict(found) if isinstance(found, Mapping) else found.to_dict()
+    return config, None
+
+
+def _refuse_what_changes_weights(inner: HfQuantizer, method: str) -> None:
+    """Refuse a format that may do to loaded weights what a layer that comes and goes would not have done to it."""
+    changes = type(inner)._process_model_after_weight_loading is not HfQuantizer._process_model_after_weight_loading
+    if changes and method not in KEPT_AS_LOADED:
+        raise UnsupportedError(
+            f"a checkpoint quantised with {method} cannot be streamed: transformers changes its weights once all "
+            f"of them have been loaded. {INSTEAD}"
+        )
+
+
+def _remedy(device: torch.device) -> str:
+    return f"Load it on a GPU. Else: {INSTEAD[0].lower()}{INSTEAD[1:]}" if device.type == "cpu" else INSTEAD
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

@@ -1,0 +1,20 @@
+"""Keeping transformers silent where what it would say has been judged already, or is said better by airstream."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import logging as transformers_logging
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' warnings."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)

@@ -1,0 +1,69 @@
+"""Making the model's tensors of the raw ones that have been read, where transformers has to see values to do so.
+
+Dense tensors are made in place, in their slab, each time its bytes have come. Weights that are objects are made of
+views, once for each place in memory, and last as long as their layer's bytes come to the same place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from airstream.compat import Assembled, KeyConversion
+from airstream.layout import RAW_PREFIX, Conversion, TensorSpec
+from airstream.probe import CONVERT, Moment, Probe
+from airstream.slab import Slab
+
+Source = tuple[str, str, torch.Tensor]
+"""A raw tensor as converters of transformers take it: checkpoint key, pattern, values."""
+
+
+@dataclass(frozen=True, slots=True)
+class Converter:
+    """The conversions of one model.
+
+    Attributes:
+        fill: runs those that a slab asks for, on its bytes, once they are there.
+        build: makes the object of one of them, of a slab that starts with a memory, by the offsets in it.
+    """
+
+    fill: Callable[[Slab, torch.Tensor], None]
+    build: Callable[[Conversion, torch.Tensor, Mapping[str, int]], Assembled]
+
+
+def converter_of(keys: KeyConversion, fill: Callable[[Slab, torch.Tensor], None]) -> Converter:
+    """The conversions that `keys` runs; `fill` runs those that are made in place."""
+    return Converter(fill, partial(_build, keys))
+
+
+def convert_slab(
+    keys: KeyConversion, probe: Probe, moment: Callable[[], Moment], slab: Slab, memory: torch.Tensor
+) -> None:
+    """Run the conversions of a freshly filled slab: raw tensors in `memory` in, the model's tensors in `memory` out."""
+    specs = {spec.name: spec for spec in slab.specs}
+    for conversion in slab.conversions:
+        if conversion.is_object:
+            continue
+        with probe.span(CONVERT, conversion.nbytes, moment):
+            made = keys.convert(conversion.name, _sources(conversion, memory, slab.offsets))
+            for name, value in made.items():
+                view_of(memory, slab.offsets[name], specs[name]).copy_(value)
+
+
+def view_of(memory: torch.Tensor, offset: int, spec: TensorSpec) -> torch.Tensor:
+    """The tensor `spec` that starts at byte `offset` of `memory`."""
+    return memory[offset : offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+
+
+def _build(keys: KeyConversion, conversion: Conversion, memory: torch.Tensor, offsets: Mapping[str, int]) -> Assembled:
+    return keys.assemble(conversion.name, _sources(conversion, memory, offsets))
+
+
+def _sources(conversion: Conversion, memory: torch.Tensor, offsets: Mapping[str, int]) -> list[Source]:
+    return [
+        (raw.name.removeprefix(RAW_PREFIX), pattern, view_of(memory, offsets[raw.name], raw))
+        for raw, pattern in zip(conversion.sources, conversion.patterns, strict=True)
+    ]

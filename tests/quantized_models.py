@@ -1,0 +1,91 @@
+"""Tiny quantised checkpoints: quantised by transformers where it can on a CPU, else by hand in the hub's layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from tests.tiny_models import TINY, TinyModel, tiny_tokenizer, write_model
+
+__all__ = ["BITSANDBYTES", "FP8_MODELS", "write_bitsandbytes", "write_fp8", "write_mxfp4", "write_quantized"]
+
+BITSANDBYTES: Mapping[str, Mapping[str, Any]] = {
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "fp4": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    "nf4-bf16-storage": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_quant_storage": "bfloat16"},
+    "int8": {"load_in_8bit": True},
+}
+"""By format, what `BitsAndBytesConfig` is given."""
+
+FP8_MODELS = ("llama", "qwen3_moe", "deepseek_v3")
+FP8_BLOCK = (8, 16)
+"""Rows and columns that share a scale: small, because the models are."""
+
+
+def write_bitsandbytes(
+    name: str, folder: Path, settings: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
+) -> None:
+    """The tiny model `name`, quantised and saved by transformers."""
+    write_quantized(name, folder, lambda: BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **settings), dtype)
+
+
+def write_quantized(
+    name: str, folder: Path, config: Callable[[], Any], dtype: torch.dtype = torch.bfloat16, **fields: Any
+) -> None:
+    """The tiny model `name`, with some other `fields` in its config, quantised by `config()` and saved."""
+    dense = folder / "dense"
+    write_model(TinyModel(TINY[name].model_type, {**TINY[name].fields, **fields}), dense, dtype)
+    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config(), dtype=dtype)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+
+
+def write_fp8(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The tiny model `name` as DeepSeek-V3 is stored: linear layers in FP8, with the inverse of a scale per block."""
+    write_model(TINY[name], folder, dtype)
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        if tensor.dim() == 2 and ".layers." in key and "gate.weight" not in key:
+            tensors[key], tensors[f"{key}_scale_inv"] = _in_fp8(tensor)
+        else:
+            tensors[key] = tensor
+    settings = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": FP8_BLOCK}
+    _save(folder, tensors, settings | {"modules_to_not_convert": ["gate", "lm_head"]})
+
+
+def write_mxfp4(folder: Path) -> None:
+    """A tiny gpt-oss as it is published: experts in blocks of 32 four-bit values with a common exponent."""
+    write_model(TINY["gpt_oss"], folder, torch.bfloat16)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for key in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, width, rows = tensors.pop(key).shape
+        blocks = (experts, rows, width // 32)
+        tensors[f"{key}_blocks"] = torch.randint(0, 256, (*blocks, 16), dtype=torch.uint8, generator=generator)
+        tensors[f"{key}_scales"] = torch.randint(120, 125, blocks, dtype=torch.uint8, generator=generator)
+    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+    _save(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": skipped})
+
+
+def _in_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`weight` in FP8, and what each block of it has to be multiplied with."""
+    rows, columns = weight.shape
+    blocks = weight.float().view(rows // FP8_BLOCK[0], FP8_BLOCK[0], columns // FP8_BLOCK[1], FP8_BLOCK[1])
+    scales = blocks.abs().amax(dim=(1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+    scaled = (blocks / scales[:, None, :, None]).view(rows, columns)
+    return scaled.to(torch.float8_e4m3fn), scales
+
+
+def _save(folder: Path, tensors: Mapping[str, torch.Tensor], settings: Mapping[str, Any]) -> None:
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    tiny_tokenizer().save_pretrained(folder)
