@@ -124,7 +124,7 @@ class Built(NamedTuple):
 
 
 def build_model(folder: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None) -> Built:
-    """The model that the config in `folder` describes, with the modules that its weights need to compute on `device`."""
+    """The model that the config in `folder` describes, with the modules that compute with its weights on `device`."""
     config = _load_config(folder, options)
     quantizer = find_quantizer(config, device)
     dtype = _resolve_dtype(options.dtype, config, index)
