@@ -18,9 +18,9 @@ ROOT = Path(airstream.__file__).parent
 
 FLOORS: list[list[str]] = [
     ["errors"],
-    ["units", "probe", "figures", "stats"],
+    ["units", "probe", "figures", "stats", "codecs", "codecs.*"],
     ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts"],
-    ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],
+    ["checkpoint.reader", "checkpoint.hub", "checkpoint.gguf", "rates.cards", "rates.machine", "rates.effort"],
     ["backend.base", "compat", "compat.*", "hardware", "rates.store"],
     ["backend.*", "layout", "footprint", "ring", "order"],
     ["slab", "config", "rates.*", "predict", "checkpoint.imagined"],

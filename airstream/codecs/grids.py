@@ -16,7 +16,7 @@ from airstream.errors import UnsupportedError
 
 
 def by_gguf(name: str) -> Callable[[torch.Tensor], Unpacked]:
-    """A function that takes blocks (n, bytes) of type `name` apart: one group each, computed already, on their device."""
+    """A function that takes blocks (n, bytes) of type `name` apart, one group each, computed already."""
 
     def unpack(blocks: torch.Tensor) -> Unpacked:
         if importlib.util.find_spec("gguf") is None:

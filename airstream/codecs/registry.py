@@ -23,7 +23,7 @@ DEVICE_SLICE_ELEMENTS = 4 << 20
 """Numbers that are decoded at a time elsewhere: enough to keep a device busy, few enough to know the memory."""
 
 DECODE_SCRATCH_BYTES = 16 * DEVICE_SLICE_ELEMENTS
-"""Memory that decoding takes on a device for what lies between bytes and numbers; measured, see tests/test_codecs.py."""
+"""Memory that decoding takes on a device for what lies between bytes and numbers: see tests/test_codecs.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,14 +87,19 @@ def decode_into(target: torch.Tensor, raw: torch.Tensor, block: BlockType) -> No
         unpacked = block.unpack(blocks[start : start + slice_blocks])
         for first in range(0, len(unpacked.numbers), step_blocks):
             step = slice(first, first + step_blocks)
-            some = Unpacked(*(None if part is None else part[step] for part in unpacked))
-            _compute(numbers[start + first : start + first + len(some.numbers)], some)
+            some, scale, shift = (None if part is None else part[step] for part in unpacked)
+            assert some is not None
+            _compute(numbers[start + first : start + first + len(some)], Unpacked(some, scale, shift))
 
 
 def _compute(target: torch.Tensor, unpacked: Unpacked) -> None:
     numbers, scale, shift = unpacked
     in_place = target.dtype == torch.float32
-    result = target.view(numbers.shape) if in_place else torch.empty(numbers.shape, dtype=torch.float32, device=numbers.device)
+    result = (
+        target.view(numbers.shape)
+        if in_place
+        else torch.empty(numbers.shape, dtype=torch.float32, device=numbers.device)
+    )
     result.copy_(numbers)
     if scale is not None:
         result.mul_(scale)

@@ -59,7 +59,7 @@ def nibbles(words: torch.Tensor) -> torch.Tensor:
 
 
 def spread_bits(data: torch.Tensor, place: int) -> torch.Tensor:
-    """The bits of every byte, lowest first, each as a byte with that bit at `place`: (..., n) bytes -> (..., n) words."""
+    """Each bit of every byte, lowest first, as a byte with that bit at `place`: (..., n) bytes -> (..., n) words."""
     copies = data.to(torch.int64).mul_(repeated(1))
     picked = copies.bitwise_and_(signed(0x8040_2010_0804_0201)).add_(repeated(0x7F))  # bit 7 is set if any bit was
     return (picked >> 7 - place).bitwise_and_(repeated(1 << place))
