@@ -23,7 +23,8 @@ import torch
 
 from airstream.checkpoint.index import CheckpointIndex, StoredTensor
 from airstream.checkpoint.reader import Cast, Piece
-from airstream.compat import DtypePlan, KeyConversion, may_be_missing, natural_order, tied_names
+from airstream.codecs import BLOCK_TYPES
+from airstream.compat import DtypePlan, KeyConversion, conversion_for, may_be_missing, natural_order, tied_names
 from airstream.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtyp
     dtype_plan = DtypePlan(model, dtype)
     wanted = {name: dtype_plan(name, tensor.dtype) for name, tensor in targets.items()}
     specs: dict[str, TensorSpec] = {}
-    conversion = KeyConversion(model)
+    conversion = conversion_for(model, index)
     converted: dict[str, list[tuple[str, str]]] = {}
     for key in natural_order(index):
         name, pattern = conversion.rename(key)
@@ -99,9 +100,8 @@ def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtyp
         if pattern is None:
             stored = index[key]
             _check_shape(name, stored.shape, tuple(targets[name].shape), key)
-            specs[name] = TensorSpec(
-                name, wanted[name], stored.shape, (_piece(stored, 0, stored.nbytes, 0, wanted[name]),)
-            )
+            piece = _piece(stored, 0, stored.nbytes, 0, wanted[name])
+            specs[name] = TensorSpec(name, wanted[name], stored.shape, (piece,), moved=conversion.copies)
         else:
             converted.setdefault(name, []).append((key, pattern))
     for name, sources in converted.items():
@@ -114,11 +114,25 @@ def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtyp
 
 def _piece(stored: StoredTensor, start: int, nbytes: int, target: int, dtype: torch.dtype) -> Piece:
     """`nbytes` of `stored` from byte `start`, for a tensor of `dtype`, at its byte `target` (before a cast)."""
-    source = TORCH_DTYPES[stored.dtype]
-    if source == dtype:
+    if TORCH_DTYPES.get(stored.dtype) == dtype:
         return Piece(stored.file, stored.offset + start, nbytes, target)
-    cast = Cast(str(source).removeprefix("torch."), str(dtype).removeprefix("torch."), source.itemsize, dtype.itemsize)
-    return Piece(stored.file, stored.offset + start, nbytes, target // source.itemsize * dtype.itemsize, cast)
+    elements, item_bytes = _item(stored.dtype)
+    source = stored.dtype if stored.dtype in BLOCK_TYPES else str(TORCH_DTYPES[stored.dtype]).removeprefix("torch.")
+    cast = Cast(source, str(dtype).removeprefix("torch."), item_bytes, elements * dtype.itemsize)
+    target = target // item_bytes * cast.target_item_bytes
+    return Piece(stored.file, stored.offset + start, nbytes, target, cast)
+
+
+def _item(stored: str) -> tuple[int, int]:
+    """Elements and bytes of what a file cannot store less of: one number, or a block of them."""
+    if stored in BLOCK_TYPES:
+        return BLOCK_TYPES[stored].elements, BLOCK_TYPES[stored].nbytes
+    return 1, TORCH_DTYPES[stored].itemsize
+
+
+def _dtype_of(stored: StoredTensor) -> torch.dtype:
+    """The dtype of its numbers; blocks become float32 before they are rounded to anything else."""
+    return TORCH_DTYPES.get(stored.dtype, torch.float32)
 
 
 def _check_shape(name: str, stored: Sequence[int], expected: Sequence[int], key: str) -> None:
@@ -143,12 +157,13 @@ def _trace(
     """
     stored = [index[key] for key, _ in sources]
     width = _common_width(stored)
-    outputs = _try_convert(conversion, name, sources, _numbered(stored, width))
+    whole = all(width % _item(tensor.dtype)[0] == 0 for tensor in stored)  # else a row is not made of blocks
+    outputs = _try_convert(conversion, name, sources, _numbered(stored, width)) if whole else None
     if outputs is not None:
         specs = _specs_of_rows(outputs, stored, width, targets, wanted)
         if specs is not None:
             return specs
-    shapes = [torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta") for tensor in stored]
+    shapes = [torch.empty(tensor.shape, dtype=_dtype_of(tensor), device="meta") for tensor in stored]
     outputs = _try_convert(conversion, name, sources, shapes)
     if outputs is None or any(_shape_of(targets, output) != tuple(outputs[output].shape) for output in outputs):
         listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
@@ -156,7 +171,7 @@ def _trace(
             f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's {len(stored)} "
             f"tensors ({listed}, ...): one of them is missing or has the wrong shape"
         )
-    raw = tuple(_raw_spec(tensor, wanted[name]) for tensor in stored)
+    raw = tuple(_raw_spec(tensor, conversion.source_dtype(_dtype_of(tensor), wanted[name])) for tensor in stored)
     made_by = Conversion(name, tuple(pattern for _, pattern in sources), raw)
     return [TensorSpec(output, wanted[output], _shape_of(targets, output), (), made_by) for output in outputs]
 
@@ -219,7 +234,8 @@ def _specs_of_rows(
         pieces = []
         for begin, first, count in _runs(ids.reshape(-1), begins):
             number = bisect.bisect_right(starts, first) - 1
-            row_bytes = width * TORCH_DTYPES[stored[number].dtype].itemsize
+            elements, item_bytes = _item(stored[number].dtype)
+            row_bytes = width // elements * item_bytes
             start = (first - starts[number]) * row_bytes
             pieces.append(_piece(stored[number], start, count * row_bytes, begin * row_bytes, wanted[name]))
         specs.append(TensorSpec(name, wanted[name], tuple(shape), tuple(pieces), moved=True))

@@ -18,10 +18,11 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from airstream.backend import packing_of
-from airstream.checkpoint.hub import resolve
+from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.imagined import imagine
 from airstream.checkpoint.index import CheckpointIndex, has_weights
-from airstream.compat import build_on_meta, model_class
+from airstream.checkpoint.locate import locate
+from airstream.compat import build_on_meta, gguf_config, gguf_dtype, model_class
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.layout import TORCH_DTYPES, read_specs
@@ -77,17 +78,23 @@ def prepare(
 ) -> Prepared:
     device = machine.device(options.device)
     parse_max_memory(options.max_memory, device)  # a mistake in it is told before anything is downloaded
-    folder = resolve(
+    folder, gguf = locate(
         name,
-        options.revision,
-        options.token,
-        options.cache_dir,
-        options.local_files_only,
+        options.gguf_file,
+        revision=options.revision,
+        token=options.token,
+        cache_dir=options.cache_dir,
+        local_files_only=options.local_files_only,
         with_code=options.trust_remote_code,
         with_weights=with_weights,
     )
-    config = _load_config(folder, options)
-    index = CheckpointIndex.open(folder) if with_weights or has_weights(folder) else None
+    index: CheckpointIndex | None
+    if gguf is not None:
+        index = GgufIndex.open(gguf)
+        config = gguf_config(index)
+    else:
+        config = _load_config(folder, options)
+        index = CheckpointIndex.open(folder) if with_weights or has_weights(folder) else None
     dtype = _resolve_dtype(options.dtype, config, index)
     model_cls = model_class(config, folder, options.trust_remote_code)
     model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
@@ -124,6 +131,8 @@ def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: Ch
         return dtype
     if dtype != "auto":
         return getattr(torch, dtype.removeprefix("torch."))
+    if isinstance(index, GgufIndex):
+        return gguf_dtype(index)
     if config.dtype is not None:
         return config.dtype
     stored = (TORCH_DTYPES[tensor.dtype] for tensor in (index or {}).values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -35,8 +36,12 @@ def resolve(
     local_files_only: bool = False,
     with_code: bool = False,
     with_weights: bool = True,
+    weight_files: Sequence[str] | None = None,
 ) -> Path:
     """The folder of checkpoint `model`: a local folder, used in place, or a hub id, downloaded into the hub's cache.
+
+    Args:
+        weight_files: the files of weights to download, if not those of the checkpoint that config.json belongs to.
 
     Raises:
         CheckpointNotFoundError: there is no such folder or repository, or it cannot be reached; the message says which.
@@ -47,7 +52,9 @@ def resolve(
     if path.is_dir():
         return path
     if path.is_file():
-        raise UnsupportedError(f"{path} is a file: name the folder of a checkpoint with config.json and *.safetensors")
+        raise UnsupportedError(
+            f"{path} is a file: name the folder of a checkpoint with config.json and *.safetensors, or a .gguf"
+        )
     name = os.fspath(model)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_absolute():
         raise CheckpointNotFoundError(f"there is no folder {name!r}")
@@ -66,6 +73,8 @@ def resolve(
         )
 
     try:
+        if weight_files is not None:
+            return download([*SMALL_FILES, *weight_files])
         folder = download(SMALL_FILES)
         return download(SMALL_FILES + _weight_files(folder)) if with_weights else folder
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:

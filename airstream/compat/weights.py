@@ -13,6 +13,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -34,10 +35,17 @@ class DtypePlan:
 
 
 class KeyConversion:
-    """How keys of a checkpoint become names of `model`: renames, and operations that merge, split or reorder."""
+    """How keys of a checkpoint become names of `model`: renames, and operations that merge, split or reorder.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        mapping = get_model_conversion_mapping(model)
+    Attributes:
+        copies: whether a resident model has every tensor in memory of its own, instead of mapped from the file.
+    """
+
+    copies = False
+
+    def __init__(self, model: PreTrainedModel, mapping: Sequence[WeightTransform] | None = None) -> None:
+        if mapping is None:
+            mapping = get_model_conversion_mapping(model)
         self._model = weakref.proxy(model)  # the engine keeps this; it must not keep the model
         self._targets = model.state_dict()
         self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
@@ -51,6 +59,10 @@ class KeyConversion:
         if name not in self._targets and key in self._targets:
             name, pattern = rename_source_key(key, [], [], prefix, self._targets)
         return name, pattern
+
+    def source_dtype(self, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:  # noqa: ARG002
+        """The dtype in which converters get what is `stored` in one dtype and `wanted` in another."""
+        return wanted
 
     def convert(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Run the converter of `name` on its `sources`: (checkpoint key, pattern, tensor), in natural key order."""

@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from airstream.backend import Backend
+from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Reader
-from airstream.compat import KeyConversion
+from airstream.compat import conversion_for
 from airstream.errors import BudgetError, ClosedError
 from airstream.model.executor import Executor
 from airstream.model.head import avoid_weight_copy
@@ -62,6 +63,7 @@ class Engine:
         parts: Parts,
         facts: ModelFacts,
         request: Request,
+        index: CheckpointIndex,
         plan: Plan,
         folder: Path,
         reader: Reader,
@@ -88,7 +90,7 @@ class Engine:
         self._closing.callback(reader.close)
         try:
             self.observer = Observer(probe, backend, request, reader.direct, host_bytes, lambda: self.plan)
-            convert = partial(convert_slab, KeyConversion(model).convert, probe, backend.moment)
+            convert = partial(convert_slab, conversion_for(model, index).convert, probe, backend.moment)
             for binding in bind_residents(model, parts.resident, reader, backend, convert):
                 self._closing.callback(binding.unbind)
             if parts.head and self.device.type == "cpu":

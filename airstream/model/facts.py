@@ -57,7 +57,7 @@ def gather_facts(
         tables={name: Group((name,), pack((spec,), packing).nbytes, None) for name, spec in parts.rows.items()},
         tables_of_head=frozenset(name for name, spec in parts.rows.items() if spec.pieces in head_pieces),
         checkpoint_bytes=sum(spec.nbytes for spec in distinct(everything)),
-        has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")),
+        has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) or any(folder.glob("*.gguf")),
         conversion_bytes=max(
             _converted_bytes(tensors) for tensors in (*parts.units.values(), parts.resident, head_specs)
         ),
