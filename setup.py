@@ -8,6 +8,7 @@ HERE = Path(__file__).parent
 
 EXTRAS = {
     "demo": ["gguf>=0.17"],
+    "gguf": ["gguf>=0.17"],
     "plot": ["matplotlib>=3.8"],
     "quant": ["bitsandbytes>=0.46; platform_system != 'Darwin'", "optimum>=2.0"],
     "test": [

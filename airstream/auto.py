@@ -14,8 +14,9 @@ import torch
 from transformers import AutoTokenizer
 
 from airstream.backend import create_backend
+from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
-from airstream.compat import finish_loading, load_generation_config
+from airstream.compat import finish_loading, gguf_tokenizer, load_generation_config
 from airstream.config import LoadOptions, MaxMemory, refuse_unknown
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.hardware import process_bytes
@@ -48,6 +49,7 @@ class AutoModel:
         prefetch_batches: int | Literal["auto"] = "auto",
         page_cache: bool | Literal["auto"] = "auto",
         attn_implementation: str | None = None,
+        gguf_file: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -64,8 +66,8 @@ class AutoModel:
         is a context manager. The checkpoint is read as it lies: nothing is converted, copied, or written beside it.
 
         Args:
-            pretrained_model_name_or_path: a folder with config.json and *.safetensors, or a hub id.
-            dtype: of the weights, "auto" for the checkpoint's own.
+            pretrained_model_name_or_path: a folder with config.json and *.safetensors, a hub id, or a GGUF file.
+            dtype: of the weights, "auto" for the checkpoint's own; for packed GGUF it is float32, as in transformers.
             device: that computes; the accelerator if there is one, else the CPU.
             max_memory: bytes that the model may cost above what the process used before: weights, ring, KV cache,
                 activations. As in accelerate, `{0: "4GiB", "cpu": "8GiB"}`; one size is the budget of the device that
@@ -75,6 +77,7 @@ class AutoModel:
             layers_per_batch: layers that are moved as one unit.
             prefetch_batches: layer batches that are read ahead; 0 reads each when it is needed.
             page_cache: read through the operating system's page cache; "auto" does if the checkpoint will stay there.
+            gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
             attn_implementation, revision, token, cache_dir, local_files_only, trust_remote_code: as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
             progress: `generate` shows a live line with tokens, speed and memory; "auto" does in notebooks.
@@ -117,7 +120,9 @@ class AutoModel:
 
 def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     model = prepared.model
-    load_generation_config(model, os.fspath(prepared.folder))
+    gguf = prepared.index if isinstance(prepared.index, GgufIndex) else None
+    if gguf is None:  # a GGUF file says of generation what its config says, and the model has that already
+        load_generation_config(model, os.fspath(prepared.folder))
     finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
     if prepared.quantizer is not None:
         prepared.quantizer.finish(model)
@@ -133,6 +138,7 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         prepared.parts,
         prepared.facts,
         prepared.request,
+        prepared.index,
         plan,
         prepared.folder,
         reader,
@@ -144,6 +150,8 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         quantizer=prepared.quantizer,
     )
     load_tokenizer = partial(_load_tokenizer, prepared.folder, prepared.options.trust_remote_code)
+    if gguf is not None:
+        load_tokenizer = partial(gguf_tokenizer, gguf)
     make_streamed(model, engine, load_tokenizer, _progress(engine, prepared.options.progress))
     # Where transformers asks what runs where: one device computes, the layers live on disk. It keeps generate() from
     # compiling and pipelines from moving the model.

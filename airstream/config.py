@@ -31,6 +31,7 @@ class LoadOptions:
     prefetch_batches: int | Literal["auto"] = "auto"
     page_cache: bool | Literal["auto"] = "auto"
     attn_implementation: str | None = None
+    gguf_file: str | None = None
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | os.PathLike[str] | None = None

@@ -11,9 +11,6 @@ Knows nothing of devices, budgets or the order of execution.
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,23 +19,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from airstream.allocations import Allocations
-from airstream.checkpoint.index import CheckpointIndex, StoredTensor
+from airstream.checkpoint.index import CheckpointIndex
 from airstream.compat import (
     DtypePlan,
-    KeyConversion,
     Quantizer,
+    conversion_for,
     may_be_missing,
     natural_order,
     tied_names,
 )
 from airstream.errors import CheckpointError
-from airstream.tensors import RAW_PREFIX, TORCH_DTYPES, Conversion, TensorSpec, piece_of, plain_spec
+from airstream.tensors import TensorSpec, dtype_of, plain_spec
+from airstream.tracing import trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["RAW_PREFIX", "TORCH_DTYPES", "Conversion", "TensorSpec", "read_specs"]
+__all__ = ["read_specs"]
 
 
 def read_specs(
@@ -66,7 +63,7 @@ def read_specs(
     dtype_plan = DtypePlan(model, dtype)
     wanted = {name: dtype_plan(name, tensor.dtype) for name, tensor in targets.items()}
     specs: dict[str, TensorSpec] = {}
-    conversion = KeyConversion(model, quantizer)
+    conversion = conversion_for(model, index, quantizer)
     converted: dict[str, list[tuple[str, str]]] = {}
     for key in natural_order(index):
         name, pattern = conversion.rename(key)
@@ -76,14 +73,12 @@ def read_specs(
             stored = index[key]
             with _noting(faults):
                 _check_shape(name, stored.shape, tuple(targets[name].shape), key)
-            specs[name] = plain_spec(
-                name, stored, conversion.source_dtype(None, TORCH_DTYPES[stored.dtype], wanted[name])
-            )
+            specs[name] = plain_spec(name, stored, conversion.source_dtype(None, dtype_of(stored), wanted[name]))
         else:
             converted.setdefault(name, []).append((key, pattern))
     for name, sources in converted.items():
         with _noting(faults):
-            for spec in _trace(conversion, name, sources, index, targets, wanted):
+            for spec in trace(conversion, name, sources, index, targets, wanted):
                 specs[spec.name] = spec
     _resolve_ties(model, specs, targets)
     if not may_lack:
@@ -107,177 +102,6 @@ def _check_shape(name: str, stored: Sequence[int], expected: Sequence[int], key:
             f"tensor {key!r} has shape {list(stored)}, the model's {name!r} needs {list(expected)}: "
             "config.json and the weights do not belong together"
         )
-
-
-def _trace(
-    conversion: KeyConversion,
-    name: str,
-    sources: Sequence[tuple[str, str]],
-    index: CheckpointIndex,
-    targets: Mapping[str, torch.Tensor],
-    wanted: Mapping[str, torch.dtype],
-) -> list[TensorSpec]:
-    """What one converter makes of `sources`: byte plans if it only moves rows, else specs that it has to make.
-
-    It is run on row numbers, every row collapsed to a single one, which costs a thousandth of running it on weights.
-    """
-    stored = [index[key] for key, _ in sources]
-    if conversion.unpacks(sources[0][1]):
-        if len(sources) == 1 and (passed := _passed_through(conversion, name, sources, stored[0], targets)) is not None:
-            return [passed]
-        if conversion.makes_object(sources[0][1]):
-            return [_object_of(conversion, name, sources, stored, wanted)]
-    else:
-        width = _common_width(stored)
-        outputs = _try_convert(conversion, name, sources, _numbered(stored, width))
-        moved = TORCH_DTYPES[stored[0].dtype]
-        dtypes = {
-            output: conversion.source_dtype(None, moved, wanted[output]) for output in outputs or () if output in wanted
-        }
-        specs = _specs_of_rows(outputs, stored, width, targets, dtypes) if outputs else None
-        if specs is not None:
-            return specs
-    shapes = [torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="meta") for tensor in stored]
-    with Allocations(shapes) as allocations:
-        outputs = _try_convert(conversion, name, sources, shapes)
-    if outputs is None or any(_shape_of(targets, output) != tuple(outputs[output].shape) for output in outputs):
-        listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
-        raise CheckpointError(
-            f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's {len(stored)} "
-            f"tensors ({listed}, ...): one of them is missing or has the wrong shape"
-        )
-    patterns, raw = _raw_specs(conversion, sources, stored, wanted[name])
-    made_by = Conversion(name, patterns, raw, allocations.peak_bytes)
-    return [TensorSpec(output, wanted[output], _shape_of(targets, output), (), made_by) for output in outputs]
-
-
-def _passed_through(
-    conversion: KeyConversion,
-    name: str,
-    sources: Sequence[tuple[str, str]],
-    stored: StoredTensor,
-    targets: Mapping[str, torch.Tensor],
-) -> TensorSpec | None:
-    """The byte plan of a tensor that is not packed, though the converter of packed ones sees it; None if it is.
-
-    The converter may cast it. So it is run on numbers that every floating-point type of two bytes holds exactly.
-    """
-    dtype = TORCH_DTYPES[stored.dtype]
-    if not dtype.is_floating_point or dtype.itemsize < 2 or stored.shape != _shape_of(targets, name):
-        return None
-    numbers = (_numbered([stored], _common_width([stored]))[0] % 251).to(dtype)
-    passed = (_try_convert(conversion, name, sources, [numbers]) or {}).get(name)
-    if passed is None or not torch.equal(passed.double(), numbers.double()):
-        return None
-    return plain_spec(name, stored, passed.dtype)
-
-
-def _object_of(
-    conversion: KeyConversion,
-    name: str,
-    sources: Sequence[tuple[str, str]],
-    stored: Sequence[StoredTensor],
-    wanted: Mapping[str, torch.dtype],
-) -> TensorSpec:
-    """A weight that is an object. Its own size is that of its largest source: of the packed weight."""
-    patterns, raw = _raw_specs(conversion, sources, stored, wanted[name])
-    made_by = Conversion(name, patterns, raw, *conversion.expansion(name), is_object=True)
-    weight = max(raw, key=lambda source: source.nbytes)
-    return TensorSpec(name, weight.dtype, weight.shape, (), made_by)
-
-
-def _try_convert(
-    conversion: KeyConversion, name: str, sources: Sequence[tuple[str, str]], tensors: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor] | None:
-    try:
-        return conversion.convert(name, [(*source, tensor) for source, tensor in zip(sources, tensors, strict=True)])
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError):
-        return None  # it needs real shapes or values, or a source is missing: the caller finds out which
-
-
-def _shape_of(targets: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
-    return tuple(targets[name].shape) if name in targets else ()
-
-
-def _raw_specs(
-    conversion: KeyConversion, sources: Sequence[tuple[str, str]], stored: Sequence[StoredTensor], wanted: torch.dtype
-) -> tuple[tuple[str, ...], tuple[TensorSpec, ...]]:
-    """`stored` as the converters of transformers get it: in its own shape, already cast; and the patterns."""
-    patterns = tuple(pattern for _, pattern in sources)
-    dtypes = [TORCH_DTYPES[tensor.dtype] for tensor in stored]
-    raw = tuple(
-        plain_spec(RAW_PREFIX + tensor.name, tensor, conversion.source_dtype(pattern, dtype, wanted))
-        for pattern, tensor, dtype in zip(patterns, stored, dtypes, strict=True)
-    )
-    return patterns, raw
-
-
-def _common_width(stored: Sequence[StoredTensor]) -> int:
-    """The length of the rows if all tensors have rows of one length, else 1."""
-    widths = {tensor.shape[-1] if len(tensor.shape) > 1 else 1 for tensor in stored}
-    return widths.pop() if len(widths) == 1 else 1
-
-
-def _numbered(stored: Sequence[StoredTensor], width: int) -> list[torch.Tensor]:
-    """Tensors shaped like `stored`, rows of `width` collapsed to one element, numbered through across all of them."""
-    numbered, start = [], 0
-    for tensor in stored:
-        shape = (*tensor.shape[:-1], 1) if width > 1 else tensor.shape
-        count = math.prod(shape)
-        numbered.append(torch.arange(start, start + count).view(shape))
-        start += count
-    return numbered
-
-
-def _specs_of_rows(
-    outputs: Mapping[str, torch.Tensor],
-    stored: Sequence[StoredTensor],
-    width: int,
-    targets: Mapping[str, torch.Tensor],
-    wanted: Mapping[str, torch.dtype],
-) -> list[TensorSpec] | None:
-    """Byte plans from what a converter made of numbered tensors; None if it did more than move rows."""
-    counts = [math.prod(tensor.shape) // width for tensor in stored]
-    starts = [0, *itertools.accumulate(counts[:-1])]
-    everything = torch.cat([ids.reshape(-1) for ids in outputs.values()])
-    if not _is_permutation(everything, sum(counts)):
-        return None
-    begins = torch.zeros(sum(counts) + 1, dtype=torch.bool)  # one more: an empty source may be the last
-    begins[starts] = True
-    specs = []
-    for name, ids in outputs.items():
-        shape = (*ids.shape[:-1], width) if width > 1 else tuple(ids.shape)
-        if name not in targets or tuple(targets[name].shape) != tuple(shape) or (width > 1 and ids.shape[-1] != 1):
-            return None
-        pieces = []
-        for begin, first, count in _runs(ids.reshape(-1), begins):
-            number = bisect.bisect_right(starts, first) - 1
-            row_bytes = width * TORCH_DTYPES[stored[number].dtype].itemsize
-            start = (first - starts[number]) * row_bytes
-            pieces.append(piece_of(stored[number], start, count * row_bytes, begin * row_bytes, wanted[name]))
-        specs.append(TensorSpec(name, wanted[name], tuple(shape), tuple(pieces), moved=True))
-    return specs
-
-
-def _is_permutation(ids: torch.Tensor, count: int) -> bool:
-    """Whether `ids` are the numbers up to `count`, each of them once. Millions of them: sorting would take seconds."""
-    if ids.dtype != torch.int64 or ids.numel() != count or not bool(((ids >= 0) & (ids < count)).all()):
-        return False
-    seen = torch.zeros(count, dtype=torch.bool)
-    seen[ids] = True
-    return bool(seen.all())
-
-
-def _runs(ids: torch.Tensor, begins: torch.Tensor) -> list[tuple[int, int, int]]:
-    """Runs of consecutive numbers in `ids` within one source: (position in `ids`, first number, how many).
-
-    `begins` says of every number whether a source begins with it.
-    """
-    breaks = ids[1:] != ids[:-1] + 1
-    breaks |= begins[ids[1:]]
-    edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), ids.numel()]
-    firsts = ids[edges[:-1]].tolist()
-    return [(begin, first, end - begin) for begin, end, first in zip(edges, edges[1:], firsts, strict=False)]
 
 
 def _resolve_ties(model: PreTrainedModel, specs: dict[str, TensorSpec], targets: Mapping[str, torch.Tensor]) -> None:

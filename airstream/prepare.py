@@ -19,17 +19,27 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from airstream.backend import packing_of
 from airstream.checkpoint.formats import has_weights, open_checkpoint
-from airstream.checkpoint.hub import resolve
+from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.imagined import imagine
 from airstream.checkpoint.index import CheckpointIndex
-from airstream.compat import Quantizer, build_on_meta, find_quantizer, measure_kv_elements, model_class
+from airstream.checkpoint.locate import locate
+from airstream.compat import (
+    Quantizer,
+    build_on_meta,
+    find_quantizer,
+    gguf_config,
+    gguf_dtype,
+    measure_kv_elements,
+    model_class,
+)
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
-from airstream.layout import TORCH_DTYPES, read_specs
+from airstream.layout import read_specs
 from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
 from airstream.model.facts import gather_facts, needs_staging
 from airstream.model.units import Parts, divide
 from airstream.plan import ModelFacts, Request
+from airstream.tensors import TORCH_DTYPES
 
 OPTION_NAMES = tuple(option.name for option in fields(LoadOptions))
 _PLAN_NAMES = (*OPTION_NAMES, "machine", "prompt_tokens")
@@ -79,16 +89,21 @@ def prepare(
 ) -> Prepared:
     device = machine.device(options.device)
     parse_max_memory(options.max_memory, device)  # a mistake in it is told before anything is downloaded
-    folder = resolve(
+    folder, gguf = locate(
         name,
-        options.revision,
-        options.token,
-        options.cache_dir,
-        options.local_files_only,
+        options.gguf_file,
+        revision=options.revision,
+        token=options.token,
+        cache_dir=options.cache_dir,
+        local_files_only=options.local_files_only,
         with_code=options.trust_remote_code,
         with_weights=with_weights,
     )
-    index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
+    index: CheckpointIndex | None
+    if gguf is not None:
+        index = GgufIndex.open(gguf)
+    else:
+        index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
     model, dtype, quantizer, kv_elements = build_model(folder, options, device, index)
     index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype, quantizer))
@@ -125,7 +140,7 @@ class Built(NamedTuple):
 
 def build_model(folder: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None) -> Built:
     """The model that the config in `folder` describes, with the modules that compute with its weights on `device`."""
-    config = _load_config(folder, options)
+    config = gguf_config(index) if isinstance(index, GgufIndex) else _load_config(folder, options)
     quantizer = find_quantizer(config, device)
     dtype = _resolve_dtype(options.dtype, config, index)
     dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
@@ -161,6 +176,8 @@ def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: Ch
         return dtype
     if dtype != "auto":
         return getattr(torch, dtype.removeprefix("torch."))
+    if isinstance(index, GgufIndex):
+        return gguf_dtype(index)
     if config.dtype is not None:
         return config.dtype
     stored = (TORCH_DTYPES[tensor.dtype] for tensor in (index or {}).values())

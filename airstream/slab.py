@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Piece
-from airstream.layout import Conversion, TensorSpec
+from airstream.tensors import Conversion, TensorSpec
 from airstream.units import round_up
 
 CACHE_LINE_BYTES = 64

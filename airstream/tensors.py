@@ -13,6 +13,7 @@ import torch
 
 from airstream.checkpoint.index import StoredTensor
 from airstream.checkpoint.reader import Cast, Piece
+from airstream.codecs import BLOCK_TYPES
 
 RAW_PREFIX = "raw:"
 """Before the names of raw tensors: a converted tensor may be called like the one it is made of."""
@@ -87,8 +88,22 @@ def plain_spec(name: str, stored: StoredTensor, dtype: torch.dtype) -> TensorSpe
 
 def piece_of(stored: StoredTensor, start: int, nbytes: int, target: int, dtype: torch.dtype) -> Piece:
     """`nbytes` of `stored` from byte `start`, for a tensor of `dtype`, at its byte `target` (before a cast)."""
-    source = TORCH_DTYPES[stored.dtype]
-    if source == dtype:
+    if TORCH_DTYPES.get(stored.dtype) == dtype:
         return Piece(stored.file, stored.offset + start, nbytes, target)
-    cast = Cast(str(source).removeprefix("torch."), str(dtype).removeprefix("torch."), source.itemsize, dtype.itemsize)
-    return Piece(stored.file, stored.offset + start, nbytes, target // source.itemsize * dtype.itemsize, cast)
+    elements, item_bytes = item_of(stored.dtype)
+    source = stored.dtype if stored.dtype in BLOCK_TYPES else str(TORCH_DTYPES[stored.dtype]).removeprefix("torch.")
+    cast = Cast(source, str(dtype).removeprefix("torch."), item_bytes, elements * dtype.itemsize)
+    target = target // item_bytes * cast.target_item_bytes
+    return Piece(stored.file, stored.offset + start, nbytes, target, cast)
+
+
+def item_of(stored: str) -> tuple[int, int]:
+    """Elements and bytes of what a file cannot store less of: one number, or a block of them."""
+    if stored in BLOCK_TYPES:
+        return BLOCK_TYPES[stored].elements, BLOCK_TYPES[stored].nbytes
+    return 1, TORCH_DTYPES[stored].itemsize
+
+
+def dtype_of(stored: StoredTensor) -> torch.dtype:
+    """The dtype of its numbers; blocks become float32 before they are rounded to anything else."""
+    return TORCH_DTYPES.get(stored.dtype, torch.float32)

@@ -18,13 +18,15 @@ ROOT = Path(airstream.__file__).parent
 
 FLOORS: list[list[str]] = [
     ["errors"],
-    ["units", "probe", "figures", "stats", "allocations"],
+    ["units", "probe", "figures", "stats", "allocations", "codecs", "codecs.*"],
     ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts"],
     ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
-    ["checkpoint.gather", "checkpoint.formats"],
+    ["checkpoint.gather", "checkpoint.formats", "checkpoint.gguf"],
     ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],
+    ["checkpoint.locate"],
     ["backend.base", "compat", "compat.*", "hardware", "rates.store", "tensors"],
-    ["backend.*", "layout", "footprint", "ring", "order"],
+    ["backend.*", "tracing", "footprint", "ring", "order"],
+    ["layout"],
     ["slab", "config", "rates.*", "predict", "checkpoint.imagined"],
     ["plan", "plan.*", "fill"],
     ["streamer", "profiling", "profiling.*"],

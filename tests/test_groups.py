@@ -9,8 +9,8 @@ import torch
 
 from airstream.backend import packing_of
 from airstream.checkpoint.reader import Piece
-from airstream.layout import TensorSpec
 from airstream.model.groups import batch_facts
+from airstream.tensors import TensorSpec
 
 CPU = packing_of(torch.device("cpu"))
 FILE = Path("model.safetensors")

@@ -14,10 +14,11 @@ from airstream.checkpoint.imagined import IMAGINED_FOLDER, WRITING_ORDER, imagin
 from airstream.checkpoint.index import ITEM_BYTES, SINGLE_FILE, CheckpointIndex
 from airstream.compat import build_on_meta, measure_kv_elements, model_class
 from airstream.footprint import footprint
-from airstream.layout import TORCH_DTYPES, read_specs
+from airstream.layout import read_specs
 from airstream.model.facts import gather_facts
 from airstream.model.units import Parts, divide
 from airstream.slab import pack
+from airstream.tensors import TORCH_DTYPES
 from airstream.units import GIB
 from tests.conftest import WriteTiny
 from tests.tiny_models import TINY

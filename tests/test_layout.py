@@ -27,16 +27,16 @@ from transformers import (
 )
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from airstream import compat, layout
 from airstream import slab as slab_module
 from airstream.backend import AcceleratorBackend, CpuBackend, Packing
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Cast, Piece, Reader
-from airstream.compat import KeyConversion, build_on_meta
+from airstream.compat import KeyConversion, build_on_meta, weights
 from airstream.errors import CheckpointError
-from airstream.layout import TensorSpec, read_specs
+from airstream.layout import read_specs
 from airstream.slab import MAX_GAP_BYTES, Slab, pack
+from airstream.tensors import TORCH_DTYPES, TensorSpec
 
 BOTH = [CpuBackend.packing, AcceleratorBackend.packing]
 BOTH_PACKINGS = pytest.mark.parametrize("packing", BOTH, ids=["in place", "aligned"])
@@ -180,7 +180,7 @@ def test_a_converter_that_computes_is_left_for_later(llama: Path, monkeypatch: p
     transposed = WeightConverter(
         ["layers.0.mlp.down_proj.weight"], ["layers.0.mlp.down_proj.weight"], operations=[Transpose(0, 1)]
     )
-    monkeypatch.setattr(compat, "get_model_conversion_mapping", lambda _: [transposed])
+    monkeypatch.setattr(weights, "get_model_conversion_mapping", lambda _: [transposed])
     model = on_meta(llama)
     spec = read_specs(model, CheckpointIndex.open(llama), torch.float32)[name]
     assert spec.pieces == ()
@@ -424,7 +424,7 @@ def test_an_odd_place_in_the_file_does_not_misalign_a_tensor() -> None:
 def test_every_stored_type_is_known_to_torch() -> None:
     from airstream.checkpoint.index import ITEM_BYTES
 
-    assert {name: dtype.itemsize for name, dtype in layout.TORCH_DTYPES.items()} == ITEM_BYTES
+    assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == ITEM_BYTES
 
 
 def test_a_config_of_another_model_is_refused(checkpoint: Any, tmp_path: Path) -> None:

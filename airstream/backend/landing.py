@@ -11,6 +11,7 @@ import torch
 from airstream.backend.host_memory import HostBuffer
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Cast, Piece
+from airstream.codecs import BLOCK_TYPES, decode_into
 from airstream.probe import CONVERT, HOST_COPY, Probe
 
 
@@ -57,9 +58,12 @@ class HostLanding:
 
 
 def cast_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast | None) -> None:
-    """Copy the bytes `raw` to the bytes `target`, element by element through `cast` if there is one."""
+    """Copy the bytes `raw` to the bytes `target`, item by item through `cast` if there is one."""
     if cast is None:
         target.copy_(raw)
+        return
+    if cast.source in BLOCK_TYPES:
+        decode_into(target.view(getattr(torch, cast.target)), raw, BLOCK_TYPES[cast.source])
         return
     if raw.storage_offset() % cast.source_item_bytes:
         raw = raw.clone()  # a view of another dtype must start on an element

@@ -8,7 +8,7 @@ pickles if not.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -37,8 +37,12 @@ def resolve(
     local_files_only: bool = False,
     with_code: bool = False,
     with_weights: bool = True,
+    weight_files: Sequence[str] | None = None,
 ) -> Path:
     """The folder of checkpoint `model`: a local folder, used in place, or a hub id, downloaded into the hub's cache.
+
+    Args:
+        weight_files: the files of weights to download, if not those of the checkpoint that config.json belongs to.
 
     Raises:
         CheckpointNotFoundError: there is no such folder or repository, or it cannot be reached; the message says which.
@@ -49,7 +53,9 @@ def resolve(
     if path.is_dir():
         return path
     if path.is_file():
-        raise UnsupportedError(f"{path} is a file: name the folder of a checkpoint with config.json and *.safetensors")
+        raise UnsupportedError(
+            f"{path} is a file: name the folder of a checkpoint with config.json and *.safetensors, or a .gguf"
+        )
     name = os.fspath(model)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_absolute():
         raise CheckpointNotFoundError(f"there is no folder {name!r}")
@@ -68,6 +74,8 @@ def resolve(
         )
 
     try:
+        if weight_files is not None:
+            return download([*SMALL_FILES, *weight_files])
         folder = download(SMALL_FILES)
         if with_weights:
             for names in _weight_files(folder):

@@ -28,7 +28,10 @@ NUM_WORKERS = 4
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """Elements are stored as `source` and wanted as `target` (names as in `torch.<name>`)."""
+    """Items are stored as `source` and wanted as `target` (names as in `torch.<name>`).
+
+    An item is a number, or, if `source` is the name of a block type, a block of several.
+    """
 
     source: str
     target: str

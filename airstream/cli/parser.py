@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_command("demo"))
 
     generate = commands.add_parser("generate", help="continue a prompt; the text appears as it is generated")
-    generate.add_argument("model", help="folder or hub id of a checkpoint")
+    generate.add_argument("model", help="folder or hub id of a checkpoint, or a .gguf file")
     generate.add_argument("prompt", help='the text to continue; "-" reads it from standard input')
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -99,7 +99,7 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `from_pretrained` among those of the command line; those not given are left to its defaults."""
     names = (
         "dtype", "device", "max_context", "max_batch_size", "layers_per_batch", "prefetch_batches", "page_cache",
-        "attn_implementation", *HUB_OPTIONS,
+        "attn_implementation", "gguf_file", *HUB_OPTIONS,
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     if arguments.max_memory:
@@ -146,6 +146,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         "--page-cache", action=argparse.BooleanOptionalAction, help="read through the page cache (default: if it fits)"
     )
     group.add_argument("--attn-implementation", help="as in transformers")
+    group.add_argument("--gguf-file", metavar="FILE", help="the GGUF file to use, of a folder or hub repository")
     _add_hub(group)
 
 

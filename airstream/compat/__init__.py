@@ -7,6 +7,7 @@ same calls work from 5.17 on; the test matrix runs the oldest and the newest sup
 
 from airstream.compat.assembled import Assembled
 from airstream.compat.building import build_on_meta, finish_loading, load_generation_config, model_class
+from airstream.compat.gguf import conversion_for, gguf_config, gguf_dtype, gguf_tokenizer
 from airstream.compat.quantizers import Quantizer, find_quantizer
 from airstream.compat.traits import CACHE_KEYWORDS, cache_keyword, measure_kv_elements, uses_eager_attention
 from airstream.compat.weights import (
@@ -26,8 +27,12 @@ __all__ = [
     "Quantizer",
     "build_on_meta",
     "cache_keyword",
+    "conversion_for",
     "find_quantizer",
     "finish_loading",
+    "gguf_config",
+    "gguf_dtype",
+    "gguf_tokenizer",
     "load_generation_config",
     "may_be_missing",
     "measure_kv_elements",

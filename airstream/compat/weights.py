@@ -14,6 +14,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
+    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -38,10 +39,21 @@ class DtypePlan:
 
 
 class KeyConversion:
-    """How keys of a checkpoint become names of `model`: renames, and operations that merge, split, reorder, unpack."""
+    """How keys of a checkpoint become names of `model`: renames, and operations that merge, split, reorder, unpack.
 
-    def __init__(self, model: PreTrainedModel, quantizer: Quantizer | None = None) -> None:
-        mapping = get_model_conversion_mapping(model) if quantizer is None else quantizer.mapping(model)
+    Args:
+        quantizer: of the checkpoint, if it is quantised.
+        mapping: the renames and operations, if they are not those of the model's class.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        quantizer: Quantizer | None = None,
+        mapping: Sequence[WeightTransform] | None = None,
+    ) -> None:
+        if mapping is None:
+            mapping = get_model_conversion_mapping(model) if quantizer is None else quantizer.mapping(model)
         self._model = weakref.proxy(model)  # the engine keeps this; it must not keep the model
         self._quantizer = quantizer
         self._targets = model.state_dict()

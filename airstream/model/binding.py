@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from airstream.compat import Assembled
-from airstream.layout import TensorSpec
 from airstream.model.conversion import Converter, view_of
+from airstream.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

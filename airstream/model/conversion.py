@@ -13,9 +13,9 @@ from functools import partial
 import torch
 
 from airstream.compat import Assembled, KeyConversion
-from airstream.layout import RAW_PREFIX, Conversion, TensorSpec
 from airstream.probe import CONVERT, Moment, Probe
 from airstream.slab import Slab
+from airstream.tensors import RAW_PREFIX, Conversion, TensorSpec
 
 Source = tuple[str, str, torch.Tensor]
 """A raw tensor as converters of transformers take it: checkpoint key, pattern, values."""

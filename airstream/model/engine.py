@@ -18,8 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from airstream.backend import Backend
+from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Reader
-from airstream.compat import KeyConversion, Quantizer
+from airstream.compat import Quantizer, conversion_for
 from airstream.errors import BudgetError, ClosedError
 from airstream.model.conversion import convert_slab, converter_of
 from airstream.model.executor import Executor
@@ -63,6 +64,7 @@ class Engine:
         parts: Parts,
         facts: ModelFacts,
         request: Request,
+        index: CheckpointIndex,
         plan: Plan,
         folder: Path,
         reader: Reader,
@@ -90,7 +92,7 @@ class Engine:
         self._closing.callback(reader.close)
         try:
             self.observer = Observer(probe, backend, request, reader.direct, host_bytes, lambda: self.plan)
-            keys = KeyConversion(model, quantizer)
+            keys = conversion_for(model, index, quantizer)
             convert = converter_of(keys, partial(convert_slab, keys, probe, backend.moment))
             for binding in bind_residents(model, parts.resident, reader, backend, convert):
                 self._closing.callback(binding.unbind)

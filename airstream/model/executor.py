@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from airstream.backend import Backend
 from airstream.checkpoint.reader import Reader
 from airstream.fill import Fill, Kept
-from airstream.layout import TensorSpec
 from airstream.model.conversion import Converter
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_tables
@@ -21,6 +20,7 @@ from airstream.plan import ModelFacts, Plan
 from airstream.probe import Probe
 from airstream.stats import StreamStats
 from airstream.streamer import Streamer
+from airstream.tensors import TensorSpec
 
 
 class Executor:

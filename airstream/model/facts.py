@@ -14,11 +14,11 @@ from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.compat import uses_eager_attention
 from airstream.footprint import first_count, footprint
-from airstream.layout import TensorSpec
 from airstream.model.groups import batch_facts, growth_bytes
 from airstream.model.units import Parts
 from airstream.plan import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.slab import distinct, pack, stored_specs
+from airstream.tensors import TensorSpec
 from airstream.units import MIB
 
 AUTO_BATCH_BYTES = 32 * MIB
@@ -61,7 +61,7 @@ def gather_facts(
         tables={name: Group((name,), pack((spec,), packing).nbytes, None) for name, spec in parts.rows.items()},
         tables_of_head=frozenset(name for name, spec in parts.rows.items() if spec.pieces in head_pieces),
         checkpoint_bytes=sum(spec.nbytes for spec in distinct(stored_specs(everything))),
-        has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")),
+        has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) or any(folder.glob("*.gguf")),
         conversion_bytes=_conversion_bytes(parts, everything),
         footprint=footprint(
             model.config,

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.layout import TensorSpec
 from airstream.plan import BatchFacts, Group
 from airstream.slab import pack, stored_specs
+from airstream.tensors import TensorSpec
 from airstream.units import MIB, round_up
 
 MIN_SHARE = 1 / 16

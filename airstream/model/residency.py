@@ -14,11 +14,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from airstream.fill import Fill, Kept
-from airstream.layout import TensorSpec
 from airstream.model.binding import Binding, Views
 from airstream.model.conversion import Converter
 from airstream.probe import Probe
 from airstream.streamer import Streamer
+from airstream.tensors import TensorSpec
 
 MAX_VIEWS_PER_BATCH = 16
 """Places in the ring for which a batch's views are kept ready."""

@@ -14,13 +14,13 @@ from airstream.backend import Backend
 from airstream.backend.landing import HostLanding, Staging
 from airstream.checkpoint.reader import Piece, Reader
 from airstream.fill import Kept
-from airstream.layout import TensorSpec
 from airstream.model.binding import Binding, Views
 from airstream.model.conversion import Converter, view_of
 from airstream.model.residency import settle
 from airstream.model.rows import FetchRows, FetchTable, RowTable
 from airstream.probe import Probe
 from airstream.slab import Slab, distinct, pack
+from airstream.tensors import TensorSpec
 
 
 def bind_residents(

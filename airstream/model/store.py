@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from airstream.backend import Backend
 from airstream.fill import Fill, Kept, Ready
-from airstream.layout import TensorSpec
 from airstream.model.groups import HOST_PACKING
 from airstream.plan import Batch, BatchFacts, ModelFacts, Plan
 from airstream.slab import pack, stored_specs
+from airstream.tensors import TensorSpec
 
 Names = tuple[str, ...]
 

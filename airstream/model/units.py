@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
-from airstream.layout import TensorSpec
+from airstream.tensors import TensorSpec
 from airstream.units import MIB
 
 LARGE_TABLE_BYTES = 16 * MIB

@@ -1,0 +1,73 @@
+"""Where a model's description and weights are: a folder with a checkpoint, or a GGUF file that is both.
+
+Knows how a user may name a GGUF file. What a folder or a hub id is, and how it is downloaded, `hub` knows.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from airstream.checkpoint.gguf import SPLIT_NAME, split_names
+from airstream.checkpoint.hub import resolve
+from airstream.errors import ArgumentError, CheckpointNotFoundError
+
+SUFFIX = ".gguf"
+
+
+class Location(NamedTuple):
+    """The folder of a checkpoint, and the GGUF file in it that is the checkpoint, if one is."""
+
+    folder: Path
+    gguf: Path | None = None
+
+
+def locate(model: str | os.PathLike[str], gguf_file: str | None = None, **options: Any) -> Location:
+    """Find `model`: a folder, a hub id, or a path to a GGUF file. Downloads what is not here.
+
+    Args:
+        gguf_file: the GGUF file in the folder or repository; of one that is split, any part.
+        options: as `hub.resolve`. A GGUF file is downloaded whole even without weights: it has the config.
+
+    Raises:
+        CheckpointNotFoundError: there is no such folder, repository or file.
+        ArgumentError: `gguf_file` is not a path inside the repository.
+    """
+    if gguf_file is None:
+        path = Path(model).expanduser()
+        if path.suffix == SUFFIX and not path.is_dir():
+            if not path.is_file():
+                raise CheckpointNotFoundError(
+                    f"there is no file {os.fspath(model)!r}. One in a hub repository is named with gguf_file=..."
+                )
+            return Location(path.parent, path)
+        folder = resolve(model, **options)
+        return Location(folder, _only_gguf(folder))
+    inside = PurePosixPath(gguf_file)
+    if inside.suffix != SUFFIX or inside.is_absolute() or ".." in inside.parts or "\\" in gguf_file:
+        raise ArgumentError(f"gguf_file={gguf_file!r} is not the path of a {SUFFIX} file inside the repository")
+    if Path(model).expanduser().is_file():
+        raise ArgumentError(f"{os.fspath(model)!r} is a file already: gguf_file={gguf_file!r} names one in a folder")
+    wanted = [str(inside.with_name(name)) for name in split_names(inside.name)]
+    folder = resolve(model, **(options | {"with_weights": True}), weight_files=wanted)
+    file = folder / gguf_file
+    if not file.is_file():
+        raise CheckpointNotFoundError(f"{os.fspath(model)!r} has no file {gguf_file!r}{_choice(folder)}")
+    return Location(folder, file)
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF checkpoint of a folder that holds nothing else."""
+    files = sorted(folder.glob(f"*{SUFFIX}"))
+    if not files or (folder / "config.json").is_file():
+        return None
+    checkpoints = {match["stem"] if (match := SPLIT_NAME.fullmatch(file.name)) else file.name for file in files}
+    if len(checkpoints) > 1:
+        raise ArgumentError(f"{folder} has several models: say which with gguf_file=...{_choice(folder)}")
+    return files[0]
+
+
+def _choice(folder: Path) -> str:
+    names = sorted(file.name for file in folder.glob(f"*{SUFFIX}"))
+    return f"; there are {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else ""

@@ -1,0 +1,109 @@
+"""The table of block types, and decoding any number of blocks with little memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from airstream.codecs.grids import by_gguf
+from airstream.codecs.simple import iq4_nl, mxfp4, q4_0, q4_1, q5_0, q5_1, q8_0
+from airstream.codecs.super_blocks import iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k
+from airstream.codecs.words import Unpacked
+
+STEP_ELEMENTS = 32768 - 256
+"""Numbers that a CPU computes at a time: they stay in the cache, and torch, which splits work on 32,768 numbers or more
+among threads, leaves it to the thread that asks. There are several of those already."""
+
+HOST_SLICE_ELEMENTS = 4 * STEP_ELEMENTS
+"""Numbers that are taken apart at a time on a CPU: integers are few words, and so many of them repay the call."""
+
+DEVICE_SLICE_ELEMENTS = 4 << 20
+"""Numbers that are decoded at a time elsewhere: enough to keep a device busy, few enough to know the memory."""
+
+DECODE_SCRATCH_BYTES = 16 * DEVICE_SLICE_ELEMENTS
+"""Memory that decoding takes on a device for what lies between bytes and numbers: see tests/test_codecs.py."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockType:
+    """Numbers that are stored together.
+
+    Attributes:
+        elements: numbers in a block.
+        nbytes: bytes of a block.
+        unpack: takes blocks (n, nbytes) in uint8 apart.
+    """
+
+    name: str
+    elements: int
+    nbytes: int
+    unpack: Callable[[torch.Tensor], Unpacked]
+
+
+BLOCK_TYPES: Mapping[str, BlockType] = {
+    block.name: block
+    for block in (
+        BlockType("Q4_0", 32, 18, q4_0),
+        BlockType("Q4_1", 32, 20, q4_1),
+        BlockType("Q5_0", 32, 22, q5_0),
+        BlockType("Q5_1", 32, 24, q5_1),
+        BlockType("Q8_0", 32, 34, q8_0),
+        BlockType("Q2_K", 256, 84, q2_k),
+        BlockType("Q3_K", 256, 110, q3_k),
+        BlockType("Q4_K", 256, 144, q4_k),
+        BlockType("Q5_K", 256, 176, q5_k),
+        BlockType("Q6_K", 256, 210, q6_k),
+        BlockType("IQ4_NL", 32, 18, iq4_nl),
+        BlockType("IQ4_XS", 256, 136, iq4_xs),
+        BlockType("MXFP4", 32, 17, mxfp4),
+        BlockType("IQ1_S", 256, 50, by_gguf("IQ1_S")),
+        BlockType("IQ1_M", 256, 56, by_gguf("IQ1_M")),
+        BlockType("IQ2_XXS", 256, 66, by_gguf("IQ2_XXS")),
+        BlockType("IQ2_XS", 256, 74, by_gguf("IQ2_XS")),
+        BlockType("IQ2_S", 256, 82, by_gguf("IQ2_S")),
+        BlockType("IQ3_XXS", 256, 98, by_gguf("IQ3_XXS")),
+        BlockType("IQ3_S", 256, 110, by_gguf("IQ3_S")),
+        BlockType("TQ1_0", 256, 54, by_gguf("TQ1_0")),
+        BlockType("TQ2_0", 256, 66, by_gguf("TQ2_0")),
+    )
+}
+"""Every block type by its name in GGUF."""
+
+
+def decode_into(target: torch.Tensor, raw: torch.Tensor, block: BlockType) -> None:
+    """Write the numbers of `raw`, uint8 of whole blocks, to `target`, flat, in its dtype, on the same device.
+
+    They are computed in float32 and rounded once. Does not block where torch does not.
+    """
+    if raw.storage_offset() % 2:
+        raw = raw.clone()  # scales are viewed as the halves they are
+    on_host = raw.device.type == "cpu"
+    blocks, numbers = raw.view(-1, block.nbytes), target.view(-1, block.elements)
+    slice_blocks = (HOST_SLICE_ELEMENTS if on_host else DEVICE_SLICE_ELEMENTS) // block.elements
+    step_blocks = STEP_ELEMENTS // block.elements if on_host else slice_blocks
+    for start in range(0, len(blocks), slice_blocks):
+        unpacked = block.unpack(blocks[start : start + slice_blocks])
+        for first in range(0, len(unpacked.numbers), step_blocks):
+            step = slice(first, first + step_blocks)
+            some, scale, shift = (None if part is None else part[step] for part in unpacked)
+            assert some is not None
+            _compute(numbers[start + first : start + first + len(some)], Unpacked(some, scale, shift))
+
+
+def _compute(target: torch.Tensor, unpacked: Unpacked) -> None:
+    numbers, scale, shift = unpacked
+    in_place = target.dtype == torch.float32
+    result = (
+        target.view(numbers.shape)
+        if in_place
+        else torch.empty(numbers.shape, dtype=torch.float32, device=numbers.device)
+    )
+    result.copy_(numbers)
+    if scale is not None:
+        result.mul_(scale)
+    if shift is not None:
+        result.add_(shift)
+    if not in_place:
+        target.copy_(result.view(target.shape))

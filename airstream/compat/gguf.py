@@ -1,0 +1,214 @@
+"""GGUF checkpoints as transformers reads them: config, tokenizer, which tensor is which weight, what was done to it.
+
+transformers has two ways, which this wraps alike: tables of renames and conversions for the newest architectures, and
+for all others "tensor processors", numpy code that undoes what llama.cpp did to a weight. Either is run as a
+`KeyConversion` is: on row numbers where it only moves rows, else on values.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from airstream.checkpoint.gguf import GgufIndex
+from airstream.checkpoint.index import CheckpointIndex
+from airstream.compat.quantizers import Quantizer
+from airstream.compat.weights import KeyConversion
+from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+
+OUTPUT = "output.weight"
+"""The weight of the lm_head. A file without it ties the head to the embeddings."""
+
+TIED_ANYWAY = ("falcon", "bloom")
+"""Architectures that transformers ties, whatever the file has."""
+
+
+def gguf_config(index: GgufIndex) -> PreTrainedConfig:
+    """The config of the model in `index`, as `AutoConfig.from_pretrained(folder, gguf_file=...)`.
+
+    Raises:
+        UnsupportedError: the package gguf is missing, or transformers does not know this architecture.
+        CheckpointError: the file does not describe a model.
+    """
+    _need_gguf()
+    try:
+        config = AutoConfig.from_pretrained(index.first.parent, gguf_file=index.first.name)
+    except (ValueError, NotImplementedError) as error:
+        raise UnsupportedError(f"transformers cannot read {index.first}: {_line(error)}") from error
+    except Exception as error:  # its reader trusts the metadata, and fails in as many ways as that can be wrong
+        raise CheckpointError(f"{index.first} does not describe a model: {_line(error)}") from error
+    if len(index.files) > 1 and index.architecture not in TIED_ANYWAY:
+        config.tie_word_embeddings = OUTPUT not in index  # transformers has looked into the first file only
+    layers = config.get_text_config(decoder=True).num_hidden_layers
+    if not isinstance(layers, int) or not 0 < layers <= len(index):
+        raise CheckpointError(f"{index.first} claims {layers} layers, and has {len(index)} tensors: it is not sound")
+    return config
+
+
+def gguf_tokenizer(index: GgufIndex) -> Any:
+    """The tokenizer in `index`, chat template included."""
+    _need_gguf()
+    try:
+        return AutoTokenizer.from_pretrained(index.first.parent, gguf_file=index.first.name)
+    except Exception as error:  # as above
+        raise CheckpointNotFoundError(
+            f"{index.first} has no tokenizer that transformers can read: {_line(error)}"
+        ) from error
+
+
+def gguf_dtype(index: GgufIndex) -> torch.dtype:
+    """What `dtype="auto"` is for a GGUF checkpoint in transformers: float32, but for newer architectures in halves."""
+    types = {tensor.dtype for tensor in index.values()}
+    if index.architecture in _table_of_mappings() and types <= {"F32", "F16", "BF16"}:
+        return next((dtype for name, dtype in _HALVES.items() if name in types), torch.float32)
+    return torch.float32
+
+
+_HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def conversion_for(model: PreTrainedModel, index: CheckpointIndex, quantizer: Quantizer | None = None) -> KeyConversion:
+    """How the keys of `index` become names of `model`; with `quantizer`, if the checkpoint has one."""
+    if not isinstance(index, GgufIndex):
+        return KeyConversion(model, quantizer)
+    mappings = _table_of_mappings()
+    if index.architecture in mappings:
+        return _MappedConversion(model, mapping=mappings[index.architecture](model.config))
+    return _ProcessedConversion(model, index.architecture)
+
+
+class _MappedConversion(KeyConversion):
+    """By a table of renames and converters. They work in the dtype that the file has."""
+
+    def source_dtype(self, pattern: str | None, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+        return wanted if pattern is None else stored
+
+
+class _ProcessedConversion(KeyConversion):
+    """By a tensor processor, in float32."""
+
+    def __init__(self, model: PreTrainedModel, architecture: str) -> None:
+        from transformers.modeling_gguf_pytorch_utils import (
+            TENSOR_PROCESSORS,
+            TensorProcessor,
+            get_gguf_hf_weights_map,
+        )
+
+        processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        self._process = processor(config=_Fields(model.config)).process
+        self._pattern = None if processor is TensorProcessor else "processed"
+        outline = _Outline(model, model.config)
+        try:
+            self._names = get_gguf_hf_weights_map(outline, processor(config=_Fields(model.config)))
+        except NotImplementedError as error:
+            raise UnsupportedError(f"the package gguf does not know {architecture!r}: {_line(error)}") from error
+        if architecture == "gpt2":
+            self._names.setdefault(OUTPUT, "lm_head.weight")  # where its processor puts it
+
+    def source_dtype(self, pattern: str | None, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:  # noqa: ARG002
+        return wanted if pattern is None else torch.float32
+
+    def unpacks(self, pattern: str | None) -> bool:  # noqa: ARG002
+        return False
+
+    def rename(self, key: str) -> tuple[str, str | None]:
+        # Merged experts are parameters, not modules, so that their names do not end in ".weight".
+        name = self._names.get(key) or self._names.get(key.removesuffix(".weight"), "")
+        return name, self._pattern
+
+    def convert(self, _: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        device = sources[0][2].device
+        if device.type not in ("cpu", "meta"):
+            try:
+                return self._convert([(key, tensor) for key, _, tensor in sources])
+            except (TypeError, RuntimeError):  # it wants to be numpy's
+                pass
+        converted = self._convert([(key, _array(tensor)) for key, _, tensor in sources])
+        return {target: _tensor(value, device) for target, value in converted.items()}
+
+    def _convert(self, sources: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        """What the processor makes of weights: arrays of numpy's, or tensors, as it pleases."""
+        parsed: dict[str, dict[str, Any]] = {"tensors": {}}
+        for key, weights in sources:
+            result = self._process(weights=weights, name=key, tensor_key_mapping=self._names, parsed_parameters=parsed)
+            if result.name is not None:
+                parsed["tensors"][self._names[result.name]] = result.weights
+        return parsed["tensors"]
+
+
+class _Fields(Mapping[str, Any]):
+    """A config as the table of its fields that processors look things up in."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._config = config
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return getattr(self._config, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._config.to_dict())
+
+    def __len__(self) -> int:
+        return len(self._config.to_dict())
+
+
+class _Outline:
+    """As much of a module as the search for names looks at: the models inside it, and none of their layers.
+
+    The search makes a table of all names of all layers for every module that it is shown: minutes, for a large model.
+    """
+
+    def __init__(self, module: nn.Module, config: PreTrainedConfig) -> None:
+        self._module = weakref.proxy(module)
+        self.config = config
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._module.state_dict()
+
+    def named_children(self) -> Iterator[tuple[str, _Outline]]:
+        for name, child in self._module.named_children():
+            has_layers = any(isinstance(module, nn.ModuleList) for module in child.modules())
+            if has_layers and not isinstance(child, nn.ModuleList):
+                yield name, _Outline(child, self.config)
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """`tensor` for numpy; of one on the meta device the shape alone, in no memory."""
+    if tensor.device.type == "meta":
+        return np.broadcast_to(np.zeros((), np.float32), tuple(tensor.shape))
+    return tensor.cpu().numpy()
+
+
+def _tensor(value: Any, device: torch.device) -> torch.Tensor:
+    if device.type == "meta":
+        return torch.empty(tuple(value.shape), device="meta")
+    return (value if isinstance(value, torch.Tensor) else torch.from_numpy(value)).to(device)
+
+
+def _table_of_mappings() -> Mapping[str, Any]:
+    """Architecture -> what makes its renames and converters of a config. Older releases of transformers have none."""
+    try:
+        from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
+    except ImportError:
+        return {}
+    return GGUF_ARCHS
+
+
+def _need_gguf() -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise UnsupportedError('GGUF files need the package gguf: pip install "airstream[gguf]"')
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

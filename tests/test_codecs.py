@@ -1,0 +1,74 @@
+"""Blocks become exactly the numbers that the format's reference makes of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from airstream.codecs import BLOCK_TYPES, BlockType, decode_into
+
+EVERY_TYPE = pytest.mark.parametrize("block", BLOCK_TYPES.values(), ids=lambda block: block.name)
+
+
+def reference(raw: torch.Tensor, block: BlockType) -> torch.Tensor:
+    with np.errstate(all="ignore"):
+        numbers = dequantize(raw.view(-1, block.nbytes).numpy(), GGMLQuantizationType[block.name])
+    return torch.from_numpy(numbers.reshape(-1).copy())
+
+
+def random_blocks(block: BlockType, count: int, seed: int) -> torch.Tensor:
+    """Any bytes at all: scales that are not a number, infinite, subnormal or negative zero are among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count * block.nbytes,), dtype=torch.uint8, generator=generator)
+
+
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal to the sign of zero; where one is not a number, neither is the other."""
+    numbers = ~theirs.isnan()
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}[theirs.dtype]
+    same_nan = torch.equal(ours.isnan(), ~numbers)
+    return same_nan and torch.equal(ours.view(bits)[numbers], theirs.view(bits)[numbers])
+
+
+@EVERY_TYPE
+def test_sizes_are_those_of_the_format(block: BlockType) -> None:
+    assert (block.elements, block.nbytes) == GGML_QUANT_SIZES[GGMLQuantizationType[block.name]]
+
+
+@EVERY_TYPE
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 300))
+def test_any_bytes_decode_as_the_reference(block: BlockType, seed: int, count: int) -> None:
+    raw = random_blocks(block, count, seed)
+    theirs = reference(raw, block)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ours = torch.full((count * block.elements,), 7, dtype=dtype)
+        decode_into(ours, raw, block)
+        assert same_bits(ours, theirs.to(dtype)), dtype
+
+
+@EVERY_TYPE
+def test_blocks_may_lie_anywhere(block: BlockType) -> None:
+    raw = random_blocks(block, 8, seed=1)
+    odd = torch.cat((torch.zeros(3, dtype=torch.uint8), raw))[3:]
+    ours = torch.empty(8 * block.elements)
+    decode_into(ours, odd, block)
+    assert same_bits(ours, reference(raw, block))
+
+
+@pytest.mark.parametrize("value", [0x7C00, 0xFC00, 0x7E00, 0x8000, 0x0001, 0x83FF, 0x7BFF], ids=hex)
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_special_scales(name: str, value: int) -> None:
+    """Every pair of neighbouring bytes is the special half-precision number in some block."""
+    block = BLOCK_TYPES[name]
+    raw = random_blocks(block, block.nbytes // 2, seed=2).view(-1, block.nbytes)
+    for number, one in enumerate(raw):
+        one[2 * number : 2 * number + 2] = torch.tensor([value & 255, value >> 8], dtype=torch.uint8)
+    ours = torch.empty(len(raw) * block.elements)
+    decode_into(ours, raw.view(-1), block)
+    assert same_bits(ours, reference(raw.view(-1), block))
