@@ -27,13 +27,13 @@ from transformers import (
 )
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from airstream import compat, layout
+from airstream import layout
 from airstream import slab as slab_module
 from airstream.backend import AcceleratorBackend, CpuBackend, Packing
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Cast, Piece, Reader
-from airstream.compat import KeyConversion, build_on_meta
+from airstream.compat import KeyConversion, build_on_meta, weights
 from airstream.errors import CheckpointError
 from airstream.layout import TensorSpec, read_specs
 from airstream.slab import MAX_GAP_BYTES, Slab, pack
@@ -180,7 +180,7 @@ def test_a_converter_that_computes_is_left_for_later(llama: Path, monkeypatch: p
     transposed = WeightConverter(
         ["layers.0.mlp.down_proj.weight"], ["layers.0.mlp.down_proj.weight"], operations=[Transpose(0, 1)]
     )
-    monkeypatch.setattr(compat, "get_model_conversion_mapping", lambda _: [transposed])
+    monkeypatch.setattr(weights, "get_model_conversion_mapping", lambda _: [transposed])
     model = on_meta(llama)
     spec = read_specs(model, CheckpointIndex.open(llama), torch.float32)[name]
     assert spec.pieces == ()
