@@ -61,7 +61,8 @@ def trace(
             f"tensors ({listed}, ...): one of them is missing or has the wrong shape"
         )
     patterns, raw = _raw_specs(conversion, sources, stored, wanted[name])
-    made_by = Conversion(name, patterns, raw, allocations.peak_bytes)
+    elements = sum(output.numel() for output in outputs.values())
+    made_by = Conversion(name, patterns, raw, max(allocations.peak_bytes, conversion.scratch_bytes(elements)))
     return [TensorSpec(output, wanted[output], _shape_of(targets, output), (), made_by) for output in outputs]
 
 

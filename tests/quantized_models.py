@@ -13,7 +13,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from tests.tiny_models import TINY, TinyModel, tiny_tokenizer, write_model
 
-__all__ = ["BITSANDBYTES", "FP8_MODELS", "write_bitsandbytes", "write_fp8", "write_mxfp4", "write_quantized"]
+__all__ = [
+    "BITSANDBYTES",
+    "FP8_MODELS",
+    "write_bitnet",
+    "write_bitsandbytes",
+    "write_fp8",
+    "write_mxfp4",
+    "write_quantized",
+]
 
 BITSANDBYTES: Mapping[str, Mapping[str, Any]] = {
     "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
@@ -72,6 +80,23 @@ def write_mxfp4(folder: Path) -> None:
         tensors[f"{key}_scales"] = torch.randint(120, 125, blocks, dtype=torch.uint8, generator=generator)
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     _save(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": skipped})
+
+
+def write_bitnet(folder: Path, linear_class: str) -> None:
+    """A tiny llama whose layers have three values, four of them in a byte, as BitNet is published."""
+    write_model(TINY["llama"], folder, torch.bfloat16)
+    generator = torch.Generator().manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        tensors[key] = tensor
+        if tensor.dim() == 2 and ".layers." in key:
+            values = torch.randint(
+                0, 3, (4, tensor.shape[0] // 4, tensor.shape[1]), dtype=torch.uint8, generator=generator
+            )
+            tensors[key] = sum((values[place] << 2 * place for place in range(4)), torch.zeros_like(values[0]))
+            tensors[f"{key}_scale"] = torch.full((1,), 0.2, dtype=torch.bfloat16)
+    settings = {"quant_method": "bitnet", "linear_class": linear_class, "quantization_mode": "offline"}
+    _save(folder, tensors, settings | {"modules_to_not_convert": ["lm_head"]})
 
 
 def _in_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from airstream import AutoModel, compat
+from airstream import AutoModel
 from airstream.checkpoint import files
+from airstream.compat import finish_loading, weights
 from airstream.errors import (
     AirstreamError,
     ArgumentError,
@@ -400,13 +401,13 @@ def test_a_file_system_without_direct_reads(
 
 
 def test_a_shard_that_vanishes_between_planning_and_loading(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, shard = compat.finish_loading, shards(checkpoint)[-1]
+    real, shard = finish_loading, shards(checkpoint)[-1]
 
-    def finish_loading(*arguments: Any) -> None:
+    def vanishing(*arguments: Any) -> None:
         shard.unlink()
         real(*arguments)
 
-    monkeypatch.setattr("airstream.auto.finish_loading", finish_loading)
+    monkeypatch.setattr("airstream.auto.finish_loading", vanishing)
     refused(checkpoint, CheckpointNotFoundError, str(shard))
 
 
@@ -424,7 +425,7 @@ def store_transposed(folder: Path, stored_as: str, monkeypatch: pytest.MonkeyPat
         save_file(tensors, shard)
         index.write_text(index.read_text().replace(f'"{name}"', f'"{stored}"'))
     converter = WeightConverter([f"mlp.{stored_as}.weight"], ["mlp.down_proj.weight"], operations=[Transpose(0, 1)])
-    monkeypatch.setattr(compat, "get_model_conversion_mapping", lambda _: [converter])
+    monkeypatch.setattr(weights, "get_model_conversion_mapping", lambda _: [converter])
 
 
 @pytest.mark.parametrize("stored_as", ["down_proj_transposed", "down_proj"])

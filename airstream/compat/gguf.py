@@ -101,6 +101,7 @@ class _ProcessedConversion(KeyConversion):
             get_gguf_hf_weights_map,
         )
 
+        self._quantizer = None
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self._process = processor(config=_Fields(model.config)).process
         self._pattern = None if processor is TensorProcessor else "processed"
@@ -114,9 +115,6 @@ class _ProcessedConversion(KeyConversion):
 
     def source_dtype(self, pattern: str | None, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:  # noqa: ARG002
         return wanted if pattern is None else torch.float32
-
-    def unpacks(self, pattern: str | None) -> bool:  # noqa: ARG002
-        return False
 
     def rename(self, key: str) -> tuple[str, str | None]:
         # Merged experts are parameters, not modules, so that their names do not end in ".weight".

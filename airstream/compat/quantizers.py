@@ -54,6 +54,9 @@ REFUSED: Mapping[str, str] = {
 KEPT_AS_LOADED = ("bitsandbytes", "fp8", "mxfp8", "mxfp4", "bitnet", "torchao", "compressed-tensors")
 """Formats known to leave weights alone after loading, but for flags."""
 
+MIN_SCRATCH_ITEM_BYTES: Mapping[str, int] = {"compressed-tensors": 12}
+"""Bytes per element that dequantising takes at least, where it does something else on the meta device."""
+
 INSTEAD = "Stream a checkpoint of the model in another format (bf16, bitsandbytes, FP8, GGUF) instead"
 
 
@@ -97,6 +100,10 @@ class Quantizer:
         """Whether `converter` begins with what makes weights of the packed tensors of the format."""
         return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)
 
+    def scratch_bytes(self, elements: int) -> int:
+        """What dequantising `elements` takes at least, whatever a run on the meta device says."""
+        return elements * MIN_SCRATCH_ITEM_BYTES.get(self.method, 0)
+
     @property
     def makes_objects(self) -> bool:
         """Whether that gives objects, rather than dense weights."""
@@ -121,6 +128,7 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
         )
     if method in DEQUANTIZED or (method in DEQUANTIZED_ON_CPU and device.type == "cpu"):
         owner.quantization_config = {**settings, "dequantize": True}
+    _refuse_quantised_activations(settings, method)
     try:
         with quiet_transformers():
             inner, _, _ = get_hf_quantizer(config, None, {"": str(device)}, True, {})
@@ -144,6 +152,16 @@ def _settings(config: PreTrainedConfig) -> tuple[Any, dict[str, Any] | None]:
         if found:
             return owner, dict(found) if isinstance(found, Mapping) else found.to_dict()
     return config, None
+
+
+def _refuse_quantised_activations(settings: Mapping[str, Any], method: str) -> None:
+    """Refuse what would be computed in another way if its weights were dequantised: activations are rounded, too."""
+    groups = settings.get("config_groups") or {}
+    if method == "compressed-tensors" and any(group.get("input_activations") for group in groups.values()):
+        raise UnsupportedError(
+            "a compressed-tensors checkpoint with quantised activations (W8A8, FP8 dynamic) cannot be streamed: its "
+            f"modules change their own weights on first use. Weight-only ones (W4A16, W8A16) can. {INSTEAD}"
+        )
 
 
 def _refuse_what_changes_weights(inner: HfQuantizer, method: str) -> None:

@@ -89,6 +89,10 @@ class KeyConversion:
         """What computing with the object in the place of parameter `name` takes: bytes for a moment, and for longer."""
         return expansion_bytes(self._model, name), growth_bytes(self._model, name)
 
+    def scratch_bytes(self, elements: int) -> int:
+        """What making `elements` of packed tensors takes at least."""
+        return self._quantizer.scratch_bytes(elements) if self._quantizer is not None else 0
+
     def convert(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Run the converter of `name` on its `sources`: (checkpoint key, pattern, tensor), in natural key order."""
         converter = _fresh(self._by_pattern[sources[0][1]])
