@@ -47,6 +47,7 @@ class AutoModel:
         layers_per_batch: int | Literal["auto"] = "auto",
         prefetch_batches: int | Literal["auto"] = "auto",
         page_cache: bool | Literal["auto"] = "auto",
+        model_class: Any = None,
         attn_implementation: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
@@ -75,6 +76,8 @@ class AutoModel:
             layers_per_batch: layers that are moved as one unit.
             prefetch_batches: layer batches that are read ahead; 0 reads each when it is needed.
             page_cache: read through the operating system's page cache; "auto" does if the checkpoint will stay there.
+            model_class: to load instead of the class that the checkpoint names: a model class or auto class of
+                transformers (`AutoModelForTokenClassification`), or its name.
             attn_implementation, revision, token, cache_dir, local_files_only, trust_remote_code: as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
             progress: `generate` shows a live line with tokens, speed and memory; "auto" does in notebooks.

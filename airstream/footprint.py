@@ -4,6 +4,7 @@ Formulas, with B sequences of T new tokens each, C tokens of context, s bytes pe
 
     KV cache        B * C * s * sum over layers of (kv heads) * (key width + value width)
                     (for one layer of LLaMA-7B in fp16: 2 * 4096 * 2 = 16 KiB a token, 512 KiB for its 32 layers)
+    states          B * (whatever state-space and linear attention layers keep of a sequence, however long it is)
     activations     B * T * (a few hidden states + the widest MLP + queries, keys and values), freed layer by layer
     attention       B * T * C for the mask; times the heads, in float32 too, where attention is computed eagerly
     logits          B * V * (s + 4): the model's and generate()'s float32 copy, for as many positions as are asked for
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from airstream.compat import CacheSize, config_value
 
 HIDDEN_COPIES = 8
 """Hidden states alive at once in the widest part of a layer: input, residual, norm (in float32: two), q, k, v, out."""
@@ -38,7 +41,11 @@ class Footprint:
     kv_elements: int
     """Elements of keys and values of one token, all layers together."""
     kv_elements_per_layer: int
+    state_elements: int
+    """Elements that the cache keeps of a sequence, whatever its length."""
     vocab_size: int
+    logit_width: int
+    """Of what is computed for every position at the end: the vocabulary, or 0 if the model has no such head."""
     max_position: int
     eager_attention: bool
     head_copy_bytes: int
@@ -51,7 +58,8 @@ class Footprint:
 
     def kv_bytes(self, batch_size: int, context: int) -> int:
         """The KV cache at its largest, with the moment at which one layer's tensors are being extended."""
-        return batch_size * context * self.item_bytes * (self.kv_elements + self.kv_elements_per_layer)
+        keys_and_values = context * (self.kv_elements + self.kv_elements_per_layer)
+        return batch_size * self.item_bytes * (keys_and_values + self.state_elements)
 
     def activation_bytes(self, batch_size: int, tokens: int, context: int, logits: int = 1) -> int:
         """Peak bytes of one pass over `tokens` new tokens per sequence that keeps `logits` positions of each."""
@@ -60,37 +68,46 @@ class Footprint:
         attention = tokens * context * scores
         heads = 2 * context * self.item_bytes * self.num_heads * (self.hidden_size // self.num_heads)
         layers = tokens * per_token + attention + heads
-        head = logits * self.vocab_size * (self.item_bytes + 4)
+        head = logits * self.logit_width * (self.item_bytes + 4)
         if batch_size > 1 and 0 < logits < tokens:
             head += self.head_copy_bytes
         return batch_size * max(layers, head + tokens * self.hidden_size * self.item_bytes)
 
 
 def footprint(
-    config: Any, item_bytes: int, eager_attention: bool, head_copy_bytes: int = 0, kv_elements: int | None = None
+    config: Any,
+    item_bytes: int,
+    eager_attention: bool,
+    head_copy_bytes: int = 0,
+    cache: CacheSize | None = None,
+    has_head: bool = True,
 ) -> Footprint:
     """The footprint of a model with this transformers config, computing in elements of `item_bytes`.
 
     Args:
-        kv_elements: per token, where that has been measured; else it is computed from the config.
+        cache: its size, where that has been measured; else it is computed from the config.
+        has_head: it computes logits over the vocabulary.
     """
     text = config.get_text_config(decoder=True)
     hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
     heads = first_count(text, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1)
     layers = first_count(text, "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1)
-    intermediate = first_count(text, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", default=4 * hidden)
+    intermediate = first_count(text, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "decoder_ffn_dim", default=4 * hidden)
     routed = first_count(text, "num_experts_per_tok", default=0) * first_count(
         text, "moe_intermediate_size", default=intermediate
     )
+    vocab_size = first_count(text, "vocab_size", "n_words", default=1)
     per_layer = _kv_elements_per_layer(text, hidden, heads)
     return Footprint(
         item_bytes=item_bytes,
         hidden_size=hidden,
         intermediate_size=max(intermediate, routed),
         num_heads=heads,
-        kv_elements=layers * per_layer if kv_elements is None else kv_elements,
-        kv_elements_per_layer=per_layer if kv_elements is None else -(-kv_elements // layers),
-        vocab_size=first_count(text, "vocab_size", "n_words", default=1),
+        kv_elements=layers * per_layer if cache is None else cache.per_token,
+        kv_elements_per_layer=per_layer if cache is None else -(-cache.per_token // layers),
+        state_elements=0 if cache is None else cache.per_sequence,
+        vocab_size=vocab_size,
+        logit_width=vocab_size if has_head else 0,
         max_position=first_count(text, *POSITION_COUNTS, default=1 << 20),
         eager_attention=eager_attention,
         head_copy_bytes=head_copy_bytes,
@@ -100,11 +117,11 @@ def footprint(
 def _kv_elements_per_layer(text: Any, hidden: int, heads: int) -> int:
     if first_count(text, "kv_lora_rank", default=0):  # multi-head latent attention: the latents are what is cached
         return first_count(text, "kv_lora_rank", default=0) + first_count(text, "qk_rope_head_dim", default=0)
-    head_dim = first_count(text, "head_dim", "kv_channels", default=hidden // heads)
+    head_dim = first_count(text, "head_dim", "kv_channels", "d_kv", default=hidden // heads)
     kv_heads = first_count(text, "num_key_value_heads", "num_kv_heads", default=heads)
-    if getattr(text, "new_decoder_architecture", False):  # Falcon 40B and 180B repeat keys and values before caching
+    if config_value(text, "new_decoder_architecture"):  # Falcon 40B and 180B repeat keys and values before caching
         kv_heads = heads
-    elif getattr(text, "multi_query", False):  # Falcon 7B, StarCoder
+    elif config_value(text, "multi_query"):  # Falcon 7B, StarCoder
         kv_heads = 1
     return 2 * kv_heads * head_dim
 
@@ -112,7 +129,7 @@ def _kv_elements_per_layer(text: Any, hidden: int, heads: int) -> int:
 def first_count(config: Any, *names: str, default: int) -> int:
     """The first of the attributes that is a positive number: configs name one thing differently, or leave it None."""
     for name in names:
-        value = getattr(config, name, None)
+        value = config_value(config, name)
         if isinstance(value, int) and value > 0:
             return value
     return default

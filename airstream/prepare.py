@@ -21,7 +21,7 @@ from airstream.backend import packing_of
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.imagined import imagine
 from airstream.checkpoint.index import CheckpointIndex, has_weights
-from airstream.compat import build_on_meta, model_class
+from airstream.compat import build_on_meta, choose_class
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.layout import TORCH_DTYPES, read_specs
@@ -89,7 +89,7 @@ def prepare(
     config = _load_config(folder, options)
     index = CheckpointIndex.open(folder) if with_weights or has_weights(folder) else None
     dtype = _resolve_dtype(options.dtype, config, index)
-    model_cls = model_class(config, folder, options.trust_remote_code)
+    model_cls, config = choose_class(config, folder, options.trust_remote_code, options.model_class)
     model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
     index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype))

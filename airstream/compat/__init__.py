@@ -5,8 +5,17 @@ keys, the dtype each parameter must have, and what `from_pretrained` does after 
 same calls work from 5.17 on; the test matrix runs the oldest and the newest supported release.
 """
 
-from airstream.compat.building import build_on_meta, finish_loading, load_generation_config, model_class
-from airstream.compat.traits import CACHE_KEYWORDS, cache_keyword, measure_kv_elements, uses_eager_attention
+from airstream.compat.building import build_on_meta, finish_loading, load_generation_config
+from airstream.compat.classes import choose_class
+from airstream.compat.traits import (
+    CACHE_KEYWORDS,
+    CacheSize,
+    cache_keyword,
+    cached_tokens,
+    config_value,
+    measure_cache,
+    uses_eager_attention,
+)
 from airstream.compat.weights import (
     DtypePlan,
     KeyConversion,
@@ -18,15 +27,18 @@ from airstream.compat.weights import (
 
 __all__ = [
     "CACHE_KEYWORDS",
+    "CacheSize",
     "DtypePlan",
     "KeyConversion",
     "build_on_meta",
     "cache_keyword",
+    "cached_tokens",
+    "choose_class",
+    "config_value",
     "finish_loading",
     "load_generation_config",
     "may_be_missing",
-    "measure_kv_elements",
-    "model_class",
+    "measure_cache",
     "natural_order",
     "stored_tensors",
     "tied_names",

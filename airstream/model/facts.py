@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.compat import measure_kv_elements, uses_eager_attention
+from airstream.compat import measure_cache, uses_eager_attention
 from airstream.footprint import first_count, footprint
 from airstream.layout import TensorSpec
 from airstream.model.groups import batch_facts
@@ -66,7 +66,8 @@ def gather_facts(
             model.dtype.itemsize,
             eager_attention=uses_eager_attention(model),
             head_copy_bytes=head.slab_bytes[0] if head and copies_head else 0,
-            kv_elements=measure_kv_elements(model),
+            cache=measure_cache(model),
+            has_head=head is not None or model.can_generate(),
         ),
         arithmetic=_arithmetic(model, parts),
     )

@@ -134,8 +134,15 @@ class StreamedModel(GuardedModule):
                 return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.can_generate():  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"{type(self).__name__} does not generate: call it, model(**inputs), for what it computes, or load the "
+                "checkpoint with model_class= a class that does"
+            )
         with self._engine.guard():
-            expected = workload.of_generation(self.generation_config, args, kwargs)  # type: ignore[attr-defined]
+            config: Any = self.config  # type: ignore[attr-defined]
+            defaults: Any = self.generation_config  # type: ignore[attr-defined]
+            expected = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
             if expected is not None:
                 self._engine.expect(expected)
             prompt_tokens = expected.tokens if expected is not None else 0
@@ -172,13 +179,21 @@ def make_streamed(
     load_tokenizer: Callable[[], Any],
     show_progress: Callable[[Workload | None], AbstractContextManager[None]],
 ) -> None:
-    """Turn `model` into a streamed one: change its class, and guard its base model, which can be called on its own."""
-    base = model.base_model
-    if base is not model:
-        _change_class(base, GuardedModule, engine)
+    """Turn `model` into a streamed one: change its class, and guard the parts of it that can be called alone."""
+    for part in _parts_called_alone(model):
+        _change_class(part, GuardedModule, engine)
     _change_class(model, StreamedModel, engine)
     model._load_tokenizer = load_tokenizer
     model._show_progress = show_progress
+
+
+def _parts_called_alone(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The base model, encoder and decoder: what users call by itself, besides the model."""
+    parts = [model.base_model]
+    if model.config.is_encoder_decoder:
+        parts += [getattr(model, getter)() for getter in ("get_encoder", "get_decoder") if hasattr(model, getter)]
+    different = {id(part): part for part in parts if isinstance(part, torch.nn.Module) and part is not model}
+    return list(different.values())
 
 
 def _change_class(module: torch.nn.Module, mixin: type, engine: Engine) -> None:
