@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from airstream.backend import create_backend
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
@@ -29,7 +29,7 @@ from airstream.probe import Probe
 
 
 class AutoModel:
-    """Streams language models of any architecture that transformers knows. See `from_pretrained`."""
+    """Streams models of any architecture that transformers knows. See `from_pretrained`."""
 
     def __init__(self) -> None:
         raise UnsupportedError("AutoModel is not made directly: use AutoModel.from_pretrained(...)")
@@ -61,8 +61,8 @@ class AutoModel:
         """A transformers model of the checkpoint's own class whose layers are streamed from disk as they are needed.
 
         It is a `PreTrainedModel`: `generate()`, `pipeline(...)` and the rest work as ever, with the same results to the
-        bit where the arithmetic is the same. It also has `tokenizer`, `plan`, `stats`, `profile()`, `close()`, and
-        is a context manager. The checkpoint is read as it lies: nothing is converted, copied, or written beside it.
+        bit where the arithmetic is the same. It also has `tokenizer`, `processor`, `plan`, `stats`, `profile()`,
+        `close()`, and is a context manager. The checkpoint is read as it lies: nothing is converted, copied, or written beside it.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and *.safetensors, or a hub id.
@@ -143,8 +143,8 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         is_profiling=prepared.options.profiling_mode,
         is_final=prepared.options.max_context is not None,
     )
-    load_tokenizer = partial(_load_tokenizer, prepared.folder, prepared.options.trust_remote_code)
-    make_streamed(model, engine, load_tokenizer, _progress(engine, prepared.options.progress))
+    load = partial(_load_beside, prepared.folder, prepared.options.trust_remote_code)
+    make_streamed(model, engine, load, _progress(engine, prepared.options.progress))
     # Where transformers asks what runs where: one device computes, the layers live on disk. It keeps generate() from
     # compiling and pipelines from moving the model.
     model.hf_device_map = {"": prepared.device, **{unit: "disk" for batch in plan.batches for unit in batch.units}}
@@ -161,8 +161,10 @@ def _progress(
     return lambda work: progress_bar(engine.observer, engine.stats, work.context - work.tokens if work else None)
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+def _load_beside(folder: Path, trust_remote_code: bool, what: Literal["tokenizer", "processor"]) -> Any:
+    """What turns text, and for a processor whatever else the model takes, into its inputs."""
+    auto_class = AutoTokenizer if what == "tokenizer" else AutoProcessor
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise CheckpointNotFoundError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+        raise CheckpointNotFoundError(f"{folder} has no {what} that transformers can load: {error}") from error

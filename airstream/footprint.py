@@ -10,6 +10,7 @@ Formulas, with B sequences of T new tokens each, C tokens of context, s bytes pe
     logits          B * V * (s + 4): the model's and generate()'s float32 copy, for as many positions as are asked for
     lm_head copies  B * (the lm_head) for B > 1: on the CPU, torch multiplies the strided slice that holds the last
                     positions in bfloat16 through a batched product, for which it copies the weight for every sequence
+    images          per value: (a few hidden states + the MLP) of a vision token / the values of its patch
     tokenizer       1,000 bytes per entry of the vocabulary (0.96 to 1.05 kB measured with 49k to 200k entries)
 """
 
@@ -25,6 +26,9 @@ HIDDEN_COPIES = 8
 
 
 TOKENIZER_BYTES_PER_ENTRY = 1000
+
+PATCHES_OF_AN_IMAGE = 1024
+"""Where images may have any size."""
 
 POSITION_COUNTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 """What configs call the longest context."""
@@ -44,10 +48,14 @@ class Footprint:
     state_elements: int
     """Elements that the cache keeps of a sequence, whatever its length."""
     vocab_size: int
-    logit_width: int
-    """Of what is computed for every position at the end: the vocabulary, or 0 if the model has no such head."""
+    has_head: bool
+    """Logits over the vocabulary are computed."""
     max_position: int
     eager_attention: bool
+    pixel_bytes: float
+    """Activations of a vision tower for every value of the images it sees; 0 if there is none."""
+    image_values: int
+    """Numbers that an image consists of, as far as the config says: a square, or a thousand patches."""
     head_copy_bytes: int
     """Bytes of the lm_head where it is copied for every sequence of a prefill, else 0."""
 
@@ -61,17 +69,24 @@ class Footprint:
         keys_and_values = context * (self.kv_elements + self.kv_elements_per_layer)
         return batch_size * self.item_bytes * (keys_and_values + self.state_elements)
 
-    def activation_bytes(self, batch_size: int, tokens: int, context: int, logits: int = 1) -> int:
-        """Peak bytes of one pass over `tokens` new tokens per sequence that keeps `logits` positions of each."""
+    def activation_bytes(
+        self, batch_size: int, tokens: int, context: int, logits: int = 1, pixel_values: int = 0
+    ) -> int:
+        """Peak bytes of one pass over `tokens` new tokens per sequence that keeps `logits` positions of each.
+
+        Args:
+            pixel_values: numbers that all images together consist of; they are seen before the tokens are.
+        """
         per_token = self.item_bytes * (HIDDEN_COPIES * self.hidden_size + 3 * self.intermediate_size)
         scores = self.num_heads * (self.item_bytes + 4) if self.eager_attention else self.item_bytes
         attention = tokens * context * scores
         heads = 2 * context * self.item_bytes * self.num_heads * (self.hidden_size // self.num_heads)
         layers = tokens * per_token + attention + heads
-        head = logits * self.logit_width * (self.item_bytes + 4)
+        head = logits * self.vocab_size * (self.item_bytes + 4) if self.has_head else 0
         if batch_size > 1 and 0 < logits < tokens:
             head += self.head_copy_bytes
-        return batch_size * max(layers, head + tokens * self.hidden_size * self.item_bytes)
+        text = batch_size * max(layers, head + tokens * self.hidden_size * self.item_bytes)
+        return max(text, int(pixel_values * self.pixel_bytes))
 
 
 def footprint(
@@ -92,12 +107,23 @@ def footprint(
     hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
     heads = first_count(text, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1)
     layers = first_count(text, "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1)
-    intermediate = first_count(text, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "decoder_ffn_dim", default=4 * hidden)
+    intermediate = first_count(
+        text,
+        "intermediate_size",
+        "ffn_dim",
+        "n_inner",
+        "ffn_hidden_size",
+        "d_ff",
+        "decoder_ffn_dim",
+        default=4 * hidden,
+    )
     routed = first_count(text, "num_experts_per_tok", default=0) * first_count(
         text, "moe_intermediate_size", default=intermediate
     )
-    vocab_size = first_count(text, "vocab_size", "n_words", default=1)
     per_layer = _kv_elements_per_layer(text, hidden, heads)
+    if config_value(config, "is_encoder_decoder"):
+        per_layer *= 2  # of the sequence that is written, and of the one that was read
+    pixel_bytes, image_values = _of_images(config, item_bytes, hidden)
     return Footprint(
         item_bytes=item_bytes,
         hidden_size=hidden,
@@ -106,8 +132,10 @@ def footprint(
         kv_elements=layers * per_layer if cache is None else cache.per_token,
         kv_elements_per_layer=per_layer if cache is None else -(-cache.per_token // layers),
         state_elements=0 if cache is None else cache.per_sequence,
-        vocab_size=vocab_size,
-        logit_width=vocab_size if has_head else 0,
+        vocab_size=first_count(text, "vocab_size", "n_words", default=1),
+        has_head=has_head,
+        pixel_bytes=pixel_bytes,
+        image_values=image_values,
         max_position=first_count(text, *POSITION_COUNTS, default=1 << 20),
         eager_attention=eager_attention,
         head_copy_bytes=head_copy_bytes,
@@ -124,6 +152,24 @@ def _kv_elements_per_layer(text: Any, hidden: int, heads: int) -> int:
     elif config_value(text, "multi_query"):  # Falcon 7B, StarCoder
         kv_heads = 1
     return 2 * kv_heads * head_dim
+
+
+def _of_images(config: Any, item_bytes: int, width: int) -> tuple[float, int]:
+    """Activations of the vision tower for each number of an image, and how many of them an image has; 0 without one.
+
+    Args:
+        width: of the text model, which the tower has if its config does not say.
+    """
+    vision = config_value(config, "vision_config")
+    if vision is None:
+        return 0.0, 0
+    hidden = first_count(vision, "hidden_size", "embed_dim", "d_model", default=width)
+    intermediate = first_count(vision, "intermediate_size", "mlp_dim", "ffn_dim", default=4 * hidden)
+    side = first_count(vision, "patch_size", "spatial_patch_size", default=14)
+    patch = 3 * side**2 * first_count(vision, "temporal_patch_size", default=1)
+    size = first_count(vision, "image_size", default=0)
+    per_value = item_bytes * (1 + (HIDDEN_COPIES * hidden + 3 * intermediate) / patch)
+    return per_value, 3 * size**2 if size else PATCHES_OF_AN_IMAGE * patch
 
 
 def first_count(config: Any, *names: str, default: int) -> int:

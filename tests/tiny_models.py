@@ -17,7 +17,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["LLAMA", "TINY", "TinyModel", "VOCAB_SIZE", "tell_weights_apart", "tiny_tokenizer", "write_model", "write_tiny"]
+__all__ = [
+    "LLAMA",
+    "TINY",
+    "TinyModel",
+    "VOCAB_SIZE",
+    "tell_weights_apart",
+    "tiny_tokenizer",
+    "write_model",
+    "write_tiny",
+]
 
 VOCAB_SIZE = 128
 TOKENS = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

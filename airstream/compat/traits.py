@@ -70,7 +70,7 @@ def measure_cache(model: PreTrainedModel) -> CacheSize | None:
         candidates.append(model.get_decoder())  # of a multimodal model, whose whole pass may have to see values
     for candidate in candidates:
         try:
-            few, many = (_cached_bytes(model.config, candidate, tokens) for tokens in (FEW, MANY))
+            few, many = (_cached_bytes(model, candidate, tokens) for tokens in (FEW, MANY))
         except Exception:  # any model's code may look at values, which do not exist here
             continue
         if many or not model.can_generate():
@@ -80,18 +80,21 @@ def measure_cache(model: PreTrainedModel) -> CacheSize | None:
 
 
 @torch.no_grad()
-def _cached_bytes(config: Any, module: nn.Module, tokens: int) -> int:
-    """Bytes that a pass over so many tokens leaves in the cache."""
+def _cached_bytes(model: PreTrainedModel, part: nn.Module, tokens: int) -> int:
+    """Bytes that a pass of `part` over so many tokens leaves in the cache."""
+    config = model.config
     ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
     arguments: dict[str, Any] = {"input_ids": ids}
-    accepted = inspect.signature(module.forward).parameters
-    keyword = next((name for name in CACHE_KEYWORDS if name in accepted), None)
-    if keyword is not None:
-        arguments |= {"use_cache": True, keyword: DynamicCache(config=config)}
     if config.is_encoder_decoder:
-        arguments |= {"decoder_input_ids": ids, keyword: EncoderDecoderCache(DynamicCache(), DynamicCache())}
-    output = module(**arguments)
-    caches = [arguments.get(str(keyword)), *(value for value in output.values() if hasattr(value, "layers"))]
+        arguments["decoder_input_ids"] = ids
+    accepted = inspect.signature(part.forward).parameters
+    keyword = next((name for name in CACHE_KEYWORDS if name in accepted), None)
+    if keyword is not None and model.can_generate():  # what does not generate keeps what it keeps unasked
+        cache = DynamicCache(config=config)
+        arguments["use_cache"] = True
+        arguments[keyword] = EncoderDecoderCache(cache, DynamicCache()) if config.is_encoder_decoder else cache
+    output = part(**arguments)
+    caches = [arguments.get(keyword or ""), *(output.get(name) for name in CACHE_KEYWORDS)]
     tensors = {id(tensor): tensor for cache in caches for tensor in _tensors_in(cache)}
     return sum(tensor.nbytes for tensor in tensors.values())
 

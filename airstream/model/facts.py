@@ -54,8 +54,8 @@ def gather_facts(
         batchings=batchings,
         head=head,
         resident_bytes=resident.nbytes + buffers,
-        tables={name: Group((name,), pack((spec,), packing).nbytes, None) for name, spec in parts.rows.items()},
-        tables_of_head=frozenset(name for name, spec in parts.rows.items() if spec.pieces in head_pieces),
+        tables={spec.name: Group((spec.name,), pack((spec,), packing).nbytes, None) for spec in _tables(parts)},
+        tables_of_head=frozenset(spec.name for spec in _tables(parts) if spec.pieces in head_pieces),
         checkpoint_bytes=sum(spec.nbytes for spec in distinct(everything)),
         has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")),
         conversion_bytes=max(
@@ -71,6 +71,11 @@ def gather_facts(
         ),
         arithmetic=_arithmetic(model, parts),
     )
+
+
+def _tables(parts: Parts) -> list[TensorSpec]:
+    """The embedding tables, one of those that are tied."""
+    return list({spec.pieces: spec for spec in parts.rows.values()}.values())
 
 
 def group(parts: Parts, count: int) -> Iterator[tuple[str, ...]]:

@@ -70,7 +70,8 @@ class StreamedModel(GuardedModule):
     """What a streamed model has beyond its transformers class."""
 
     _tokenizer: Any = None
-    _load_tokenizer: Callable[[], Any]
+    _processor: Any = None
+    _load_beside: Callable[[str], Any]
     _show_progress: Callable[[Workload | None], AbstractContextManager[None]]
 
     @property
@@ -87,8 +88,15 @@ class StreamedModel(GuardedModule):
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer()
+            self._tokenizer = self._load_beside("tokenizer")
         return self._tokenizer
+
+    @property
+    def processor(self) -> Any:
+        """What makes inputs of text, images and sound, loaded when first asked for; without such, the tokenizer."""
+        if self._processor is None:
+            self._processor = self._load_beside("processor")
+        return self._processor
 
     @property
     def device(self) -> torch.device:
@@ -176,14 +184,14 @@ class StreamedModel(GuardedModule):
 def make_streamed(
     model: PreTrainedModel,
     engine: Engine,
-    load_tokenizer: Callable[[], Any],
+    load_beside: Callable[[str], Any],
     show_progress: Callable[[Workload | None], AbstractContextManager[None]],
 ) -> None:
     """Turn `model` into a streamed one: change its class, and guard the parts of it that can be called alone."""
     for part in _parts_called_alone(model):
         _change_class(part, GuardedModule, engine)
     _change_class(model, StreamedModel, engine)
-    model._load_tokenizer = load_tokenizer
+    model._load_beside = load_beside
     model._show_progress = show_progress
 
 

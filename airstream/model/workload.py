@@ -31,7 +31,8 @@ def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Workload | None:
     context = tokens + (0 if past is None else cached_tokens(past))
     if source is not None:
         tokens = max(tokens, source.shape[1])
-    return Workload(batch_size, max(context, tokens, _encoded_tokens(kwargs)), tokens, logits)
+    context = max(context, tokens, _encoded_tokens(kwargs))
+    return Workload(batch_size, context, tokens, logits, _pixel_values(kwargs))
 
 
 def of_generation(
@@ -57,7 +58,8 @@ def of_generation(
     before = 0 if is_encoder_decoder else prompt_tokens
     if not new_tokens:
         new_tokens = max(option("max_length") - before, UNNAMED_NEW_TOKENS)
-    return Workload.generation(sequences, max(before + new_tokens, prompt_tokens), prompt_tokens)
+    context = max(before + new_tokens, prompt_tokens)
+    return Workload.generation(sequences, context, prompt_tokens, _pixel_values(kwargs))
 
 
 def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
@@ -67,6 +69,12 @@ def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | No
 
 def _first_tensor(values: Mapping[str, Any], *names: str) -> torch.Tensor | None:
     return next((values[name] for name in names if isinstance(values.get(name), torch.Tensor)), None)
+
+
+def _pixel_values(kwargs: Mapping[str, Any]) -> int:
+    """How many numbers the images consist of, all together."""
+    images = (kwargs.get(name) for name in ("pixel_values", "pixel_values_videos"))
+    return sum(image.numel() for image in images if isinstance(image, torch.Tensor))
 
 
 def _encoded_tokens(kwargs: Mapping[str, Any]) -> int:

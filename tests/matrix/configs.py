@@ -40,6 +40,12 @@ COMMON: Mapping[str, Any] = {
     "moe_k": 2, "moe_top_k": 2, "moe_topk": 2, "top_k_experts": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
     "moe_intermediate_size": 32, "expert_ffn_hidden_size": 32, "shared_expert_intermediate_size": 32,
     "shared_intermediate_size": 32, "moe_shared_expert_intermediate_size": 32, "first_k_dense_replace": 1,
+    # images
+    "image_size": 16, "patch_size": 4, "spatial_patch_size": 4, "out_hidden_size": 64, "vision_dim": 64,
+    "projection_dim": 64, "vision_output_dim": 64, "mm_tokens_per_image": 4, "image_seq_length": 16,
+    "image_token_id": 5, "image_token_index": 5, "video_token_id": 6, "video_token_index": 6, "audio_token_id": 7,
+    "audio_token_index": 7, "vision_start_token_id": 8, "vision_end_token_id": 9, "boi_token_id": 10,
+    "boi_token_index": 10, "eoi_token_id": 11, "eoi_token_index": 11,
     # state spaces
     "lru_width": 64, "state_size": 16, "mamba_d_state": 16, "mamba_expand": 2,
 }  # fmt: skip
@@ -57,6 +63,8 @@ QWEN_LINEAR = {
     "layer_types": LINEAR_AND_FULL,
 }  # fmt: skip
 MUSICGEN = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type": "encodec"}}
+CLIP_TOWER = {"vision_config": {"model_type": "clip_vision_model"}}
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 EQUAL_HEADS = {"num_key_value_heads": 4}
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
@@ -74,8 +82,6 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "dots3_note_audio_encoder": {
         "adapter_input_size": 64, "adapter_out_dim": 64, "downsample_hidden_size": 16, "feature_size": 16,
     },
-    "gemma3": {"mm_tokens_per_image": 4, "image_token_index": 5, "boi_token_index": 3, "eoi_token_index": 4},
-    "siglip_vision_model": {"image_size": 16, "patch_size": 4},
     "bailing_hybrid": EQUAL_HEADS | {"layer_group_size": 2},
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8},
     "bart": DEEP_ENCODER,
@@ -112,9 +118,9 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
                               "output_proj_dims": 64},
     "gemma4_unified_audio": {"audio_embed_dim": 16},
     "gemma4_audio": {"subsampling_conv_channels": (8, 4), "output_proj_dims": 64},
-    "phi4_multimodal_vision": {"image_size": 16, "crop_size": 16, "patch_size": 4, "image_token_id": 5},
+    "phi4_multimodal_vision": {"image_size": 16, "crop_size": 16, "patch_size": 4,},
     "phi4_multimodal_audio": {"num_blocks": 2, "ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64,
-                              "nemo_conv_channels": 64, "input_size": 16, "audio_token_id": 6, "bias_max_distance": 16},
+                              "nemo_conv_channels": 64, "input_size": 16, "bias_max_distance": 16},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_chunk_size": 16},
     "got_ocr2_vision": {"image_size": 64, "patch_size": 4, "window_size": 4, "mlp_dim": 128,
                         "global_attn_indexes": (1, 3)},
@@ -158,9 +164,34 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "musicgen_melody": MUSICGEN,
     "musicgen_decoder": {"num_codebooks": 2},
     "musicgen_melody_decoder": {"num_codebooks": 2},
+    "llava": CLIP_TOWER, "vipllava": CLIP_TOWER | {"vision_feature_layers": [-2, -3]},
+    "video_llava": CLIP_TOWER,
+    "llava_next": CLIP_TOWER | {"image_grid_pinpoints": [[16, 16]]},
+    "llava_next_video": CLIP_TOWER | {"image_grid_pinpoints": [[16, 16]]},
+    "llava_onevision": {"image_grid_pinpoints": [[16, 16]]},
+    "qwen2_vl_text": MROPE, "qwen2_5_vl_text": MROPE, "qwen3_vl_text": MROPE, "qwen3_vl_moe_text": MROPE,
+    "paddleocr_vl_text": MROPE, "qwen2_5_omni_text": MROPE, "cosmos3_edge_text": MROPE,
+    "qwen2_vl_vision": {"depth": 4}, "qwen2_5_vl_vision": {"depth": 4, "fullatt_block_indexes": [1, 3]},
+    "qwen3_vl_vision": {"depth": 4, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+    "qwen3_vl_moe_vision": {"depth": 4, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+    "mllama_vision_model": {
+        "num_global_layers": 2, "intermediate_layers_indices": [1, 3], "max_num_tiles": 2,
+        "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "vision_output_dim": 192,
+    },
+    "mllama_text_model": {"cross_attention_layers": [1, 3]},
+    "llama4_vision_model": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
+    "aria": {"projector_patch_to_query_dict": {16: 4}},
+    "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {
+        "model_type": "gpt2", "is_decoder": True, "add_cross_attention": True}, "decoder_start_token_id": 1,
+        "pad_token_id": 0},
+    "pixtral": {"image_size": 16, "patch_size": 4},
+    "exaone4_5_vision": {"depth": 4}, "glm4v_vision": {"depth": 4}, "glm_ocr_vision": {"depth": 4},
+    "glm4v_text": MROPE, "glm_ocr_text": MROPE, "exaone4_5_text": MROPE,
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
+    "mistral4": EQUAL_HEADS, "glm5_next_text": EQUAL_HEADS, "deepseek_v3": EQUAL_HEADS,
+    "cohere2_vision": {"alignment_intermediate_size": 128},
+    "internvl_vision": {"image_size": [16, 16], "patch_size": [4, 4]},
     "moshi": {"audio_vocab_size": VOCAB_SIZE},
-    "got_ocr2": {"image_token_index": 5},
-    "moss_transcribe_diarize": {"audio_token_id": 5},
     "encoder-decoder": {"encoder": {"model_type": "bert"}, "decoder": {
         "model_type": "bert", "is_decoder": True, "add_cross_attention": True}, "decoder_start_token_id": 1,
         "pad_token_id": 0},

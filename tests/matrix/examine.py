@@ -12,6 +12,7 @@ import transformers
 
 from airstream import AutoModel
 from tests.conftest import least_memory
+from tests.matrix.cases import Case
 from tests.matrix.configs import PART_OF, tiny_config
 from tests.matrix.inputs import GENERATE_OPTIONS, inputs_of
 from tests.tiny_models import tell_weights_apart
@@ -46,16 +47,19 @@ class Verdict:
         units: that were streamed, each of them alone.
         streamed_share: of the weights, per pass.
         generates: greedy tokens were compared too.
+        has_image: was among what it was given.
     """
 
     model_class: str
     units: int
     streamed_share: float
     generates: bool
+    has_image: bool
 
 
-def examine(auto_class: str, model_type: str, folder: Path) -> Verdict:
+def examine(case: Case, folder: Path) -> Verdict:
     """Write, stream and compare; raises an AssertionError that says what differs."""
+    auto_class, model_type = case.auto_class, case.model_type
     write(auto_class, model_type, folder)
     with AutoModel.from_pretrained(
         folder, device="cpu", max_memory=least_memory(folder, **STREAMING), **STREAMING
@@ -80,6 +84,7 @@ def examine(auto_class: str, model_type: str, folder: Path) -> Verdict:
             units=sum(len(batch.units) for batch in plan.batches),
             streamed_share=round(plan.streamed_bytes / plan.checkpoint_bytes, 3),
             generates=generates,
+            has_image=any("pixel_values" in call for call in calls),
         )
 
 
