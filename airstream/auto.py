@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer
 
 from airstream.backend import create_backend
 from airstream.checkpoint.gguf import GgufIndex
@@ -30,7 +30,7 @@ from airstream.probe import Probe
 
 
 class AutoModel:
-    """Streams language models of any architecture that transformers knows. See `from_pretrained`."""
+    """Streams models of any architecture that transformers knows. See `from_pretrained`."""
 
     def __init__(self) -> None:
         raise UnsupportedError("AutoModel is not made directly: use AutoModel.from_pretrained(...)")
@@ -48,6 +48,7 @@ class AutoModel:
         layers_per_batch: int | Literal["auto"] = "auto",
         prefetch_batches: int | Literal["auto"] = "auto",
         page_cache: bool | Literal["auto"] = "auto",
+        model_class: Any = None,
         attn_implementation: str | None = None,
         gguf_file: str | None = None,
         revision: str | None = None,
@@ -62,8 +63,9 @@ class AutoModel:
         """A transformers model of the checkpoint's own class whose layers are streamed from disk as they are needed.
 
         It is a `PreTrainedModel`: `generate()`, `pipeline(...)` and the rest work as ever, with the same results to the
-        bit where the arithmetic is the same. It also has `tokenizer`, `plan`, `stats`, `profile()`, `close()`, and
-        is a context manager. The checkpoint is read as it lies: nothing is converted, copied, or written beside it.
+        bit where the arithmetic is the same. It also has `tokenizer`, `processor`, `plan`, `stats`, `profile()`,
+        `close()`, and is a context manager. The checkpoint is read as it lies: nothing is converted, copied, or written
+        beside it.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and *.safetensors, a hub id, or a GGUF file.
@@ -77,6 +79,8 @@ class AutoModel:
             layers_per_batch: layers that are moved as one unit.
             prefetch_batches: layer batches that are read ahead; 0 reads each when it is needed.
             page_cache: read through the operating system's page cache; "auto" does if the checkpoint will stay there.
+            model_class: to load instead of the class that the checkpoint names: a model class or auto class of
+                transformers (`AutoModelForTokenClassification`), or its name.
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
             attn_implementation, revision, token, cache_dir, local_files_only, trust_remote_code: as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
@@ -149,10 +153,11 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         is_final=prepared.options.max_context is not None,
         quantizer=prepared.quantizer,
     )
-    load_tokenizer = partial(_load_tokenizer, prepared.folder, prepared.options.trust_remote_code)
     if gguf is not None:
-        load_tokenizer = partial(gguf_tokenizer, gguf)
-    make_streamed(model, engine, load_tokenizer, _progress(engine, prepared.options.progress))
+        load = partial(_load_from_gguf, gguf)
+    else:
+        load = partial(_load_beside, prepared.folder, prepared.options.trust_remote_code)
+    make_streamed(model, engine, load, _progress(engine, prepared.options.progress))
     # Where transformers asks what runs where: one device computes, the layers live on disk. It keeps generate() from
     # compiling and pipelines from moving the model.
     model.hf_device_map = {"": prepared.device, **{unit: "disk" for batch in plan.batches for unit in batch.units}}
@@ -169,8 +174,16 @@ def _progress(
     return lambda work: progress_bar(engine.observer, engine.stats, work.context - work.tokens if work else None)
 
 
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
+def _load_beside(folder: Path, trust_remote_code: bool, what: Literal["tokenizer", "processor"]) -> Any:
+    """What turns text, and for a processor whatever else the model takes, into its inputs."""
+    auto_class = AutoTokenizer if what == "tokenizer" else AutoProcessor
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise CheckpointNotFoundError(f"{folder} has no tokenizer that transformers can load: {error}") from error
+        raise CheckpointNotFoundError(f"{folder} has no {what} that transformers can load: {error}") from error
+
+
+def _load_from_gguf(index: GgufIndex, what: Literal["tokenizer", "processor"]) -> Any:
+    if what == "processor":
+        raise UnsupportedError(f"{index.first} holds a language model, which has a tokenizer and no processor")
+    return gguf_tokenizer(index)

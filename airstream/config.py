@@ -6,7 +6,7 @@ import difflib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -30,6 +30,7 @@ class LoadOptions:
     layers_per_batch: int | Literal["auto"] = "auto"
     prefetch_batches: int | Literal["auto"] = "auto"
     page_cache: bool | Literal["auto"] = "auto"
+    model_class: Any = None
     attn_implementation: str | None = None
     gguf_file: str | None = None
     revision: str | None = None

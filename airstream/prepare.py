@@ -24,13 +24,14 @@ from airstream.checkpoint.imagined import imagine
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.locate import locate
 from airstream.compat import (
+    CacheSize,
     Quantizer,
     build_on_meta,
+    choose_class,
     find_quantizer,
     gguf_config,
     gguf_dtype,
-    measure_kv_elements,
-    model_class,
+    measure_cache,
 )
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
@@ -104,11 +105,11 @@ def prepare(
         index = GgufIndex.open(gguf)
     else:
         index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
-    model, dtype, quantizer, kv_elements = build_model(folder, options, device, index)
+    model, dtype, quantizer, cache = build_model(folder, options, device, index)
     index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype, quantizer))
     packing = packing_of(device)
-    facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch, kv_elements)
+    facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch, cache)
     staged = device.type != "cpu" or needs_staging(parts, packing)
     question = Question(options, machine, folder, device, staged, prompt_tokens)
     request = request_for(question, facts)
@@ -129,13 +130,13 @@ class Built(NamedTuple):
 
     Attributes:
         quantizer: of the checkpoint, if it is quantised.
-        kv_elements: that one token adds to the KV cache, if that could be measured.
+        cache: what its KV cache grows to, if that could be measured.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
     quantizer: Quantizer | None
-    kv_elements: int | None
+    cache: CacheSize | None
 
 
 def build_model(folder: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None) -> Built:
@@ -144,13 +145,13 @@ def build_model(folder: Path, options: LoadOptions, device: torch.device, index:
     quantizer = find_quantizer(config, device)
     dtype = _resolve_dtype(options.dtype, config, index)
     dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
-    model_cls = model_class(config, folder, options.trust_remote_code)
+    model_cls, config = choose_class(config, folder, options.trust_remote_code, options.model_class)
     model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
-    kv_elements = measure_kv_elements(model)  # while its modules compute on any device
+    cache = measure_cache(model)  # while its modules compute on any device
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)
         quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
-    return Built(model, dtype, quantizer, kv_elements)
+    return Built(model, dtype, quantizer, cache)
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:

@@ -12,7 +12,7 @@ from transformers import AutoConfig, DeepseekV3Config, FalconConfig, LlamaConfig
 from airstream.backend import AcceleratorBackend, CpuBackend, Packing
 from airstream.checkpoint.imagined import IMAGINED_FOLDER, WRITING_ORDER, imagine
 from airstream.checkpoint.index import ITEM_BYTES, SINGLE_FILE, CheckpointIndex
-from airstream.compat import build_on_meta, measure_kv_elements, model_class
+from airstream.compat import build_on_meta, choose_class, measure_cache
 from airstream.footprint import footprint
 from airstream.layout import read_specs
 from airstream.model.facts import gather_facts
@@ -29,7 +29,7 @@ EVERY_MODEL = pytest.mark.parametrize("name", [name for name, entry in TINY.item
 
 def build(config: PreTrainedConfig, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
     """A model without weights."""
-    return build_on_meta(model_class(config, Path(), trust_remote_code=False), config, dtype, None)
+    return build_on_meta(*choose_class(config, Path(), trust_remote_code=False), dtype, None)
 
 
 def build_tiny(name: str, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
@@ -163,7 +163,7 @@ def test_llama_has_the_sizes_of_its_paper(parameters: float, fp16_gb: int) -> No
 
 def test_one_token_of_llama_7b_takes_half_a_mebibyte_of_kv_cache() -> None:
     model = build(llama(*LLAMA_PAPER[6.7]), torch.float16)
-    need = footprint(model.config, 2, eager_attention=False, kv_elements=measure_kv_elements(model))
+    need = footprint(model.config, 2, eager_attention=False, cache=measure_cache(model))
     assert need.kv_elements * need.item_bytes == 524_288
 
 
@@ -219,9 +219,9 @@ def test_the_facts_of_a_model_need_only_its_config() -> None:
     model = build(falcon_180b())
     parts = parts_of(model, imagine(model))
     packing = AcceleratorBackend.packing
-    kv_elements = measure_kv_elements(model)
+    cache = measure_cache(model)
     facts = gather_facts(
-        "falcon-180b", IMAGINED_FOLDER, model, parts, torch.device("meta"), packing, "auto", kv_elements
+        "falcon-180b", IMAGINED_FOLDER, model, parts, torch.device("meta"), packing, "auto", cache
     )
     assert facts.checkpoint_bytes == imagine(model).nbytes
     assert [len(batch.units) for batch in facts.batchings[1]] == [1] * 80

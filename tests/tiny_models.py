@@ -17,7 +17,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-__all__ = ["LLAMA", "TINY", "TinyModel", "VOCAB_SIZE", "tiny_tokenizer", "write_model", "write_tiny"]
+__all__ = [
+    "LLAMA",
+    "TINY",
+    "TinyModel",
+    "VOCAB_SIZE",
+    "tell_weights_apart",
+    "tiny_tokenizer",
+    "write_model",
+    "write_tiny",
+]
 
 VOCAB_SIZE = 128
 TOKENS = {"vocab_size": VOCAB_SIZE, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -127,12 +136,12 @@ def write_model(entry: TinyModel, folder: Path, dtype: torch.dtype) -> None:
     config = AutoConfig.for_model(entry.model_type, **entry.fields)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    _tell_weights_apart(model)
+    tell_weights_apart(model)
     model.save_pretrained(folder, max_shard_size=entry.shard_bytes)
 
 
 @torch.no_grad()
-def _tell_weights_apart(model: torch.nn.Module) -> None:
+def tell_weights_apart(model: torch.nn.Module) -> None:
     """Spread freshly initialised weights, so that outputs depend on every one of them.
 
     Matrices begin so small that all tokens get much the same logits; norms and biases begin all equal, so that two of

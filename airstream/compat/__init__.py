@@ -6,10 +6,19 @@ same calls work from 5.17 on; the test matrix runs the oldest and the newest sup
 """
 
 from airstream.compat.assembled import Assembled
-from airstream.compat.building import build_on_meta, finish_loading, load_generation_config, model_class
+from airstream.compat.building import build_on_meta, finish_loading, load_generation_config
+from airstream.compat.classes import choose_class
 from airstream.compat.gguf import conversion_for, gguf_config, gguf_dtype, gguf_tokenizer
 from airstream.compat.quantizers import Quantizer, find_quantizer
-from airstream.compat.traits import CACHE_KEYWORDS, cache_keyword, measure_kv_elements, uses_eager_attention
+from airstream.compat.traits import (
+    CACHE_KEYWORDS,
+    CacheSize,
+    cache_keyword,
+    cached_tokens,
+    config_value,
+    measure_cache,
+    uses_eager_attention,
+)
 from airstream.compat.weights import (
     DtypePlan,
     KeyConversion,
@@ -22,11 +31,15 @@ from airstream.compat.weights import (
 __all__ = [
     "CACHE_KEYWORDS",
     "Assembled",
+    "CacheSize",
     "DtypePlan",
     "KeyConversion",
     "Quantizer",
     "build_on_meta",
     "cache_keyword",
+    "cached_tokens",
+    "choose_class",
+    "config_value",
     "conversion_for",
     "find_quantizer",
     "finish_loading",
@@ -35,8 +48,7 @@ __all__ = [
     "gguf_tokenizer",
     "load_generation_config",
     "may_be_missing",
-    "measure_kv_elements",
-    "model_class",
+    "measure_cache",
     "natural_order",
     "stored_tensors",
     "tied_names",

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from airstream.compat.quiet import quiet_transformers
-from airstream.errors import UnsupportedError
-
-
-def model_class(config: PreTrainedConfig, folder: Path, trust_remote_code: bool) -> type[PreTrainedModel]:
-    """The causal language model class of `config`: the checkpoint's own code if it has some and it is trusted.
-
-    Raises:
-        UnsupportedError: transformers has no such class for this type of model.
-    """
-    own = getattr(config, "auto_map", {}).get("AutoModelForCausalLM")
-    if own is not None and trust_remote_code:
-        return get_class_from_dynamic_module(own, str(folder))
-    try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
-    except KeyError:
-        raise UnsupportedError(
-            f"{config.model_type!r} is not a causal language model of this transformers version. Upgrade transformers "
-            "if the model is new; if it brings its own code, and you trust it, pass trust_remote_code=True"
-        ) from None
 
 
 def build_on_meta(

@@ -1,19 +1,40 @@
-"""What a model tells of itself once it is built: its attention, its KV cache."""
+"""What a model tells of itself once it is built: its attention, what it keeps from one token to the next."""
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from torch import nn
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """What forward passes call the KV cache, newest name first."""
 
+FEW, MANY = 2, 4
+"""Tokens of the passes that measure a cache: what they differ by grows with every token, the rest does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class CacheSize:
+    """Elements of the model's dtype that the cache has.
+
+    Attributes:
+        per_token: keys and values, of encoder and decoder together where there are both.
+        per_sequence: whatever its length: the states of state-space and linear attention layers.
+    """
+
+    per_token: int
+    per_sequence: int
+
 
 def uses_eager_attention(model: PreTrainedModel) -> bool:
-    """Whether attention scores are materialised."""
-    return bool(model.config._attn_implementation == "eager")
+    """Whether attention scores are materialised, or something of their size: a bias for every two positions."""
+    biased = any(name.endswith("relative_attention_bias") for name, _ in model.named_modules())
+    return bool(model.config._attn_implementation == "eager") or biased
 
 
 def cache_keyword(model: PreTrainedModel) -> str:
@@ -22,18 +43,72 @@ def cache_keyword(model: PreTrainedModel) -> str:
     return next((name for name in CACHE_KEYWORDS if name in accepted), CACHE_KEYWORDS[-1])
 
 
-def measure_kv_elements(model: PreTrainedModel) -> int | None:
-    """Elements that one token adds to the KV cache, found by a forward pass on the meta device; None if that fails.
+def cached_tokens(cache: Any) -> int:
+    """The length of the sequences in `cache`; 0 if it keeps none, but states."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, ValueError):  # tuples of tensors; caches of state-space layers only
+        return 0
+
+
+def config_value(config: Any, name: str) -> Any:
+    """The attribute `name` of `config`, None if it has none; of layers that differ in it, the largest."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to say for all layers what is not the same in all of them
+        values = [value for layer in config.per_layer_config if isinstance(value := getattr(layer, name, None), int)]
+        return max(values, default=None)
+
+
+def measure_cache(model: PreTrainedModel) -> CacheSize | None:
+    """What the cache grows to, found by forward passes on the meta device; None if they fail.
 
     Exact where formulas are not: latent attention, shared and sliding layers, heads repeated before they are cached.
     """
-    tokens = 2
-    cache = DynamicCache(config=model.config)
-    try:
-        with torch.no_grad():
-            ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
-            model.base_model(input_ids=ids, use_cache=True, **{cache_keyword(model.base_model): cache})
-    except Exception:  # any model's code may look at values, which do not exist here: then formulas have to do
-        return None
-    tensors = (value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor))
-    return -(-sum(tensor.numel() for tensor in tensors) // tokens) or None
+    candidates = [model.base_model]
+    if not model.config.is_encoder_decoder and hasattr(model, "get_decoder"):
+        candidates.append(model.get_decoder())  # of a multimodal model, whose whole pass may have to see values
+    for candidate in candidates:
+        try:
+            few, many = (_cached_bytes(model, candidate, tokens) for tokens in (FEW, MANY))
+        except Exception:  # any model's code may look at values, which do not exist here
+            continue
+        if many or not model.can_generate():
+            item_bytes, per_token = model.dtype.itemsize, max(many - few, 0) // (MANY - FEW)
+            return CacheSize(-(-per_token // item_bytes), -(-max(few - FEW * per_token, 0) // item_bytes))
+    return None  # then formulas have to do
+
+
+@torch.no_grad()
+def _cached_bytes(model: PreTrainedModel, part: nn.Module, tokens: int) -> int:
+    """Bytes that a pass of `part` over so many tokens leaves in the cache."""
+    config = model.config
+    ids = torch.zeros((1, tokens), dtype=torch.long, device="meta")
+    arguments: dict[str, Any] = {"input_ids": ids}
+    if config.is_encoder_decoder:
+        arguments["decoder_input_ids"] = ids
+    accepted = inspect.signature(part.forward).parameters
+    keyword = next((name for name in CACHE_KEYWORDS if name in accepted), None)
+    if keyword is not None and model.can_generate():  # what does not generate keeps what it keeps unasked
+        cache = DynamicCache(config=config)
+        arguments["use_cache"] = True
+        arguments[keyword] = EncoderDecoderCache(cache, DynamicCache()) if config.is_encoder_decoder else cache
+    output = part(**arguments)
+    caches = [arguments.get(keyword or ""), *(output.get(name) for name in CACHE_KEYWORDS)]
+    tensors = {id(tensor): tensor for cache in caches for tensor in _tensors_in(cache)}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a cache, however its layers keep them."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, EncoderDecoderCache):
+        yield from _tensors_in([value.self_attention_cache, value.cross_attention_cache])
+    elif isinstance(value, Mapping):
+        yield from _tensors_in(list(value.values()))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors_in(item)
+    elif hasattr(value, "layers"):
+        yield from _tensors_in([vars(layer) for layer in value.layers])

@@ -108,7 +108,7 @@ class Engine:
                 self.observer.start()
             self._executor = self._execute(plan)
             if is_final:
-                self._executor.streamer.start()
+                self._executor.start()
         except BaseException:
             self.close()
             raise
@@ -165,7 +165,7 @@ class Engine:
         if plan is None:
             raise BudgetError(
                 f"{work.batch_size} x {work.context:,} tokens ({work.tokens:,} of them new, logits of "
-                f"{work.logits:,}) need {format_bytes(need)} for KV cache and activations, max_memory leaves "
+                f"{work.logits:,}{', images' if work.pixel_values else ''}) need {format_bytes(need)} for KV cache and activations, max_memory leaves "
                 f"{format_bytes(smallest_plan(self._facts, replace(self._request, max_context=1)).work_bytes)}. "
                 "Raise max_memory, or shorten the prompt (generate() takes prefill_chunk_size) or the batch"
             )
@@ -191,7 +191,7 @@ class Engine:
         self.plan = plan
         self._executor = self._execute(plan)
         self._check_open()  # another thread may have closed the engine, and not have seen this executor
-        self._executor.streamer.start()
+        self._executor.start()
 
     def _stop(self) -> None:
         executor, self._executor = self._executor, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate, chain
 
 from transformers import PreTrainedModel
 
@@ -41,7 +42,7 @@ class Executor:
     ) -> None:
         fills = store.fills(plan, facts)
         with ExitStack() as closing:
-            order = _order(len(plan.batches), fills)
+            order = _order(len(plan.batches), fills, _first_batches(parts, plan))
             self.streamer = Streamer(
                 fills, plan.ring_bytes, plan.prefetch_batches, reader, backend, stats, probe, order
             )
@@ -52,25 +53,38 @@ class Executor:
             kept = partial(_kept, store, parts)
             for binding in bind_tables(model, parts.rows, kept, reader, backend, convert, probe):
                 closing.callback(binding.unbind)
+            self._has_one_stack = len(parts.stacks) == 1
             self._closing = closing.pop_all()
+
+    def start(self) -> None:
+        """Begin to read ahead, if it is known what will be asked for first: of several stacks, some may go unused."""
+        if self._has_one_stack:
+            self.streamer.start()
 
     def close(self) -> None:
         """Unbind everything, stop reading, give the ring back. Idempotent. What stays in the store stays."""
         self._closing.close()
 
 
-def _order(num_batches: int, fills: Sequence[Fill]) -> list[int]:
-    """What to read first: a layer batch, then tables that stay, then the other batches.
+def _first_batches(parts: Parts, plan: Plan) -> list[int]:
+    """The batch that each stack of layers begins with."""
+    sizes = (-(-size // plan.layers_per_batch) for size in parts.stacks)
+    return list(accumulate(sizes, initial=0))[: len(parts.stacks)]
+
+
+def _order(num_batches: int, fills: Sequence[Fill], firsts: Sequence[int]) -> list[int]:
+    """What to read first: the first batch of a stack of layers, then tables that stay, then its other batches.
 
     Nothing ever asks for a table: read last, as they are listed, they would still be coming in while the first token
-    after the prompt is computed.
+    after the prompt is computed. They are named behind every stack, for any of them may go unused.
     """
     tables = range(num_batches, len(fills))
-    return [*range(min(1, num_batches)), *tables, *range(1, num_batches)]
+    batches = ((batch, *tables) if batch in firsts else (batch,) for batch in range(num_batches))
+    return [*chain.from_iterable(batches)] or [*tables]
 
 
 def _kept(store: Store, parts: Parts, table: TensorSpec) -> Kept | None:
-    """Where the bytes of `table` stay, if they do: under its own name, or as the lm_head that it is tied to."""
+    """Where the bytes of `table` stay, if they do: under its own name, or as what it is tied to."""
     in_head = parts.head[1] if parts.head else ()
-    names = [table.name, *(spec.name for spec in in_head if spec.pieces == table.pieces)]
+    names = [table.name, *(spec.name for spec in (*parts.rows.values(), *in_head) if spec.pieces == table.pieces)]
     return next(filter(None, map(store.kept, names)), None)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.compat import uses_eager_attention
+from airstream.compat import CacheSize, uses_eager_attention
 from airstream.footprint import first_count, footprint
 from airstream.model.groups import batch_facts, growth_bytes
 from airstream.model.units import Parts
@@ -37,11 +37,11 @@ def gather_facts(
     device: torch.device,
     packing: Packing,
     layers_per_batch: int | Literal["auto"],
-    kv_elements: int | None,
+    cache: CacheSize | None,
 ) -> ModelFacts:
     """The facts of `model`, which will compute on `device` with weights that lie as `packing` says.
 
-    `kv_elements` is what one token adds to the KV cache, if that could be measured.
+    `cache` is what the KV cache grows to, if that could be measured.
     """
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     resident = pack(distinct(parts.resident), packing)
@@ -58,8 +58,8 @@ def gather_facts(
         batchings=batchings,
         head=head,
         resident_bytes=resident.nbytes + buffers,
-        tables={name: Group((name,), pack((spec,), packing).nbytes, None) for name, spec in parts.rows.items()},
-        tables_of_head=frozenset(name for name, spec in parts.rows.items() if spec.pieces in head_pieces),
+        tables={spec.name: Group((spec.name,), pack((spec,), packing).nbytes, None) for spec in _tables(parts)},
+        tables_of_head=frozenset(spec.name for spec in _tables(parts) if spec.pieces in head_pieces),
         checkpoint_bytes=sum(spec.nbytes for spec in distinct(stored_specs(everything))),
         has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) or any(folder.glob("*.gguf")),
         conversion_bytes=_conversion_bytes(parts, everything),
@@ -68,10 +68,16 @@ def gather_facts(
             model.dtype.itemsize,
             eager_attention=uses_eager_attention(model),
             head_copy_bytes=head.slab_bytes[0] if head and copies_head else 0,
-            kv_elements=kv_elements,
+            cache=cache,
+            has_head=head is not None or model.can_generate(),
         ),
         arithmetic=_arithmetic(model, parts),
     )
+
+
+def _tables(parts: Parts) -> list[TensorSpec]:
+    """The embedding tables, one of those that are tied."""
+    return list({spec.pieces: spec for spec in parts.rows.values()}.values())
 
 
 def group(parts: Parts, count: int) -> Iterator[tuple[str, ...]]:

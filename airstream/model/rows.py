@@ -20,8 +20,8 @@ FetchTable = Callable[[], torch.Tensor | None]
 class RowTable(torch.Tensor):
     """Stands for a table of shape (num_rows, width) in an `nn.Embedding`, without its values.
 
-    `F.embedding` works on it, and therefore whatever an embedding module makes of it (scaling, offsets). It has shape,
-    dtype and device; any other use raises `UnsupportedError`.
+    `F.embedding` works on it, and therefore whatever an embedding module makes of it (scaling, offsets); so does picking
+    rows, `table[0]` or `table[ids, :]`. It has shape, dtype and device; any other use raises `UnsupportedError`.
     """
 
     _rows: FetchRows
@@ -45,6 +45,8 @@ class RowTable(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.embedding:
             return _embedding(*args, **(kwargs or {}))
+        if func is torch.Tensor.__getitem__:
+            return _select(*args)
         return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     @classmethod
@@ -54,6 +56,19 @@ class RowTable(torch.Tensor):
         raise UnsupportedError(
             f"{func} was called on an embedding table that is left on disk: only looking rows up works on it"
         )
+
+
+def _select(table: RowTable, index: Any) -> torch.Tensor:
+    """`table[index]`, if `index` picks rows by their numbers: `table[0]`, `table[ids]`, `table[0, :4]`."""
+    picked, rest = (index[0], index[1:]) if isinstance(index, tuple) and index else (index, ())
+    is_number = isinstance(picked, int) and not isinstance(picked, bool)
+    if not is_number and not (isinstance(picked, torch.Tensor) and picked.dtype in (torch.int32, torch.int64)):
+        raise UnsupportedError(
+            f"table[{index!r}] asks for more of an embedding table that is left on disk than rows by their numbers"
+        )
+    ids = torch.as_tensor(picked, device=table.device)
+    rows = _embedding(torch.where(ids < 0, ids + table.shape[0], ids), table)
+    return rows[(*[slice(None)] * ids.dim(), *rest)] if rest else rows
 
 
 def _embedding(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -70,7 +70,8 @@ class StreamedModel(GuardedModule):
     """What a streamed model has beyond its transformers class."""
 
     _tokenizer: Any = None
-    _load_tokenizer: Callable[[], Any]
+    _processor: Any = None
+    _load_beside: Callable[[str], Any]
     _show_progress: Callable[[Workload | None], AbstractContextManager[None]]
 
     @property
@@ -87,8 +88,15 @@ class StreamedModel(GuardedModule):
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer, loaded when first asked for."""
         if self._tokenizer is None:
-            self._tokenizer = self._load_tokenizer()
+            self._tokenizer = self._load_beside("tokenizer")
         return self._tokenizer
+
+    @property
+    def processor(self) -> Any:
+        """What makes inputs of text, images and sound, loaded when first asked for; without such, the tokenizer."""
+        if self._processor is None:
+            self._processor = self._load_beside("processor")
+        return self._processor
 
     @property
     def device(self) -> torch.device:
@@ -134,8 +142,15 @@ class StreamedModel(GuardedModule):
                 return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.can_generate():  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                f"{type(self).__name__} does not generate: call it, model(**inputs), for what it computes, or load the "
+                "checkpoint with model_class= a class that does"
+            )
         with self._engine.guard():
-            expected = workload.of_generation(self.generation_config, args, kwargs)  # type: ignore[attr-defined]
+            config: Any = self.config  # type: ignore[attr-defined]
+            defaults: Any = self.generation_config  # type: ignore[attr-defined]
+            expected = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
             if expected is not None:
                 self._engine.expect(expected)
             prompt_tokens = expected.tokens if expected is not None else 0
@@ -169,16 +184,24 @@ class StreamedModel(GuardedModule):
 def make_streamed(
     model: PreTrainedModel,
     engine: Engine,
-    load_tokenizer: Callable[[], Any],
+    load_beside: Callable[[str], Any],
     show_progress: Callable[[Workload | None], AbstractContextManager[None]],
 ) -> None:
-    """Turn `model` into a streamed one: change its class, and guard its base model, which can be called on its own."""
-    base = model.base_model
-    if base is not model:
-        _change_class(base, GuardedModule, engine)
+    """Turn `model` into a streamed one: change its class, and guard the parts of it that can be called alone."""
+    for part in _parts_called_alone(model):
+        _change_class(part, GuardedModule, engine)
     _change_class(model, StreamedModel, engine)
-    model._load_tokenizer = load_tokenizer
+    model._load_beside = load_beside
     model._show_progress = show_progress
+
+
+def _parts_called_alone(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """The base model, encoder and decoder: what users call by itself, besides the model."""
+    parts = [model.base_model]
+    if model.config.is_encoder_decoder:
+        parts += [getattr(model, getter)() for getter in ("get_encoder", "get_decoder") if hasattr(model, getter)]
+    different = {id(part): part for part in parts if isinstance(part, torch.nn.Module) and part is not model}
+    return list(different.values())
 
 
 def _change_class(module: torch.nn.Module, mixin: type, engine: Engine) -> None:

@@ -108,15 +108,15 @@ def _head(
 
 
 def _row_tables(model: PreTrainedModel, specs: Mapping[str, TensorSpec], placed: set[str]) -> dict[str, TensorSpec]:
+    """Embedding tables to look rows up in: those of tokens, and other large ones."""
     tokens = _embeddings(model, "get_input_embeddings")
-    tables = {}
+    found = []
     for name, module in model.named_modules():
         spec = specs.get(f"{name}.weight")
-        if not isinstance(module, nn.Embedding) or spec is None or spec.name in placed or len(spec.pieces) != 1:
-            continue
-        if module is tokens or spec.nbytes >= LARGE_TABLE_BYTES:
-            tables[spec.name] = spec
-    return tables
+        if isinstance(module, nn.Embedding) and spec is not None and spec.name not in placed and len(spec.pieces) == 1:
+            found.append((module, spec))
+    shapes = {spec.shape for module, spec in found if module is tokens}  # encoder and decoder may have one each
+    return {spec.name: spec for _, spec in found if spec.shape in shapes or spec.nbytes >= LARGE_TABLE_BYTES}
 
 
 def _embeddings(model: PreTrainedModel, getter: str) -> nn.Module | None:

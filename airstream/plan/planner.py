@@ -190,7 +190,9 @@ def _tiers(
     facts: ModelFacts, request: Request, frame: _Frame, ring: int, resident: int, hosted: int
 ) -> dict[str, Tier]:
     need = facts.footprint
-    workload = request.workload or Workload.generation(request.max_batch_size, frame.context)
+    workload = request.workload or Workload.generation(
+        request.max_batch_size, frame.context, pixel_values=request.max_batch_size * facts.footprint.image_values
+    )
     work = {
         "ring": ring,
         "resident weights": resident,

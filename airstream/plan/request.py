@@ -13,20 +13,26 @@ HOST = "cpu"
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One forward pass: `tokens` new tokens for each of `batch_size` sequences that then are `context` tokens long."""
+    """One forward pass: `tokens` new tokens for each of `batch_size` sequences that then are `context` tokens long.
+
+    It keeps `logits` positions of each, and sees images of `pixel_values` numbers, all of them together.
+    """
 
     batch_size: int
     context: int
     tokens: int
     logits: int
+    pixel_values: int = 0
 
     @classmethod
-    def generation(cls, batch_size: int, context: int, prompt_tokens: int | None = None) -> Workload:
+    def generation(
+        cls, batch_size: int, context: int, prompt_tokens: int | None = None, pixel_values: int = 0
+    ) -> Workload:
         """The most that generation up to `context` tokens asks for: the prompt's pass, with the KV cache of the end.
 
         Without `prompt_tokens`, a prompt may be as long as the context. `generate` looks at the last logits only.
         """
-        return cls(batch_size, context, prompt_tokens or context, 1)
+        return cls(batch_size, context, prompt_tokens or context, 1, pixel_values)
 
     def kv_bytes(self, need: Footprint) -> int:
         """The KV cache after the pass."""
@@ -34,7 +40,7 @@ class Workload:
 
     def activation_bytes(self, need: Footprint) -> int:
         """The activations at their largest."""
-        return need.activation_bytes(self.batch_size, self.tokens, self.context, self.logits)
+        return need.activation_bytes(self.batch_size, self.tokens, self.context, self.logits, self.pixel_values)
 
     def bytes(self, need: Footprint) -> int:
         """Both together."""

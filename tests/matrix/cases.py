@@ -1,0 +1,64 @@
+"""The matrix: which types are tried as what, and which are not, for which reason."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
+
+CAUSAL_LM = "AutoModelForCausalLM"
+SEQ2SEQ_LM = "AutoModelForSeq2SeqLM"
+IMAGE_TEXT_TO_TEXT = "AutoModelForImageTextToText"
+
+NUM_PARTS = 5
+"""One of so many parts of the matrix runs with the other tests."""
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """A type of model, loaded as `auto_class` loads it."""
+
+    auto_class: str
+    model_type: str
+
+    def __str__(self) -> str:
+        return f"{self.model_type}-{self.auto_class.removeprefix('AutoModelFor').removeprefix('Auto')}"
+
+    @property
+    def part(self) -> int:
+        """The part of the matrix it is in: always the same, whatever else there is."""
+        return zlib.crc32(self.model_type.encode()) % NUM_PARTS
+
+
+LISTED: Mapping[str, Mapping[str, str]] = {
+    CAUSAL_LM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    SEQ2SEQ_LM: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    IMAGE_TEXT_TO_TEXT: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+}
+"""Auto classes of which every type that the installed transformers has is tried, or named with a reason."""
+
+CHOSEN: Mapping[str, tuple[str, ...]] = {
+    "AutoModel": ("bert", "roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "llama", "mistral", "qwen3",
+                  "gemma3_text", "t5", "clip", "siglip"),
+    "AutoModelForMaskedLM": ("bert", "roberta", "albert", "distilbert", "modernbert", "electra", "deberta-v2"),
+    "AutoModelForSequenceClassification": ("bert", "roberta", "distilbert", "modernbert", "deberta-v2", "gpt2", "llama",
+                                           "qwen2", "qwen3", "bart"),
+    "AutoModelForTokenClassification": ("bert", "roberta", "modernbert", "electra", "llama"),
+    "AutoModelForQuestionAnswering": ("bert", "roberta", "distilbert", "modernbert"),
+    "AutoModelForSpeechSeq2Seq": ("whisper", "moonshine", "speech_to_text"),
+}  # fmt: skip
+"""A few types of other auto classes."""
+
+TIMM = "needs timm, and a vision tower that timm builds"
+REASONS: Mapping[Case, str] = {}
+"""What is not tried, and why."""
+
+
+def matrix() -> list[Case]:
+    """Every case that the installed transformers has."""
+    every = [Case(auto_class, model_type) for auto_class, types in LISTED.items() for model_type in types]
+    chosen = [Case(auto_class, model_type) for auto_class, types in CHOSEN.items() for model_type in types]
+    return [case for case in (*every, *chosen) if case.model_type in CONFIG_MAPPING]

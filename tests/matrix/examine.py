@@ -1,0 +1,148 @@
+"""One architecture: a tiny checkpoint of it, written, streamed, and compared with the resident model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from airstream import AutoModel
+from tests.conftest import least_memory
+from tests.matrix.cases import Case
+from tests.matrix.configs import PART_OF, tiny_config
+from tests.matrix.inputs import GENERATE_OPTIONS, inputs_of
+from tests.tiny_models import tell_weights_apart
+
+FP32 = torch.float32
+NEW_TOKENS = 6
+ONLY_ASSIST = ("gemma4_assistant", "gemma4_unified_assistant")
+"""Types that generate for another model only."""
+
+STREAMING: dict[str, Any] = {"layers_per_batch": 1, "prefetch_batches": 1, "max_context": 64, "max_batch_size": 2}
+
+
+def write(auto_class: str, model_type: str, folder: Path) -> None:
+    """A tiny random checkpoint of `model_type`, as `save_pretrained` writes it, to `folder`."""
+    config = tiny_config(model_type)
+    torch.manual_seed(0)
+    auto = getattr(transformers, auto_class)
+    if model_type in PART_OF and auto_class == "AutoModelForCausalLM":
+        model = auto._model_mapping[type(config)]._from_config(getattr(config, PART_OF[model_type]), dtype=FP32)
+    else:
+        model = auto.from_config(config, dtype=FP32)
+    tell_weights_apart(model)
+    model.save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What came out for one type.
+
+    Attributes:
+        model_class: that was streamed.
+        units: that were streamed, each of them alone.
+        streamed_share: of the weights, per pass.
+        generates: greedy tokens were compared too.
+        has_image: was among what it was given.
+    """
+
+    model_class: str
+    units: int
+    streamed_share: float
+    generates: bool
+    has_image: bool
+
+
+def examine(case: Case, folder: Path) -> Verdict:
+    """Write, stream and compare; raises an AssertionError that says what differs."""
+    auto_class, model_type = case.auto_class, case.model_type
+    write(auto_class, model_type, folder)
+    with AutoModel.from_pretrained(
+        folder, device="cpu", max_memory=least_memory(folder, **STREAMING), **STREAMING
+    ) as model:
+        reference = getattr(transformers, type(model).__name__).from_pretrained(folder, dtype=FP32)
+        reference.eval().requires_grad_(False)
+        most = watch(model)
+        calls = inputs_of(auto_class, model_type, reference)
+        for inputs in calls:
+            expected = seeded(reference, inputs)
+            assert tells_something(expected)
+            assert_same(seeded(model, inputs), expected)
+            assert most() == 1, f"{most()} streamed layers were in memory at once"
+        generates = model.can_generate() and model_type not in ONLY_ASSIST
+        if generates:
+            prompt = {name: value for name, value in calls[0].items() if name != "decoder_input_ids"}
+            prompt |= GENERATE_OPTIONS.get(model_type, {})
+            assert_same(greedy(model, prompt), greedy(reference, prompt))
+        plan = model.plan
+        return Verdict(
+            model_class=type(model).__name__,
+            units=sum(len(batch.units) for batch in plan.batches),
+            streamed_share=round(plan.streamed_bytes / plan.checkpoint_bytes, 3),
+            generates=generates,
+            has_image=any("pixel_values" in call for call in calls),
+        )
+
+
+def seeded(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """A forward pass; some models hash at random."""
+    torch.manual_seed(0)
+    return model(**inputs)
+
+
+def greedy(model: Any, inputs: Mapping[str, Any]) -> Any:
+    torch.manual_seed(0)
+    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+
+
+def assert_same(actual: Any, expected: Any) -> None:
+    """Every tensor of two outputs, caches aside."""
+    found = dict(tensors_of(actual))
+    wanted = dict(tensors_of(expected))
+    assert wanted, "an output without tensors"
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), f"{name} differs by {(found[name] - tensor).abs().max()}"
+
+
+def tells_something(output: Any) -> bool:
+    """Whether values differ: equal results would mean nothing if all were."""
+    first = next(tensor for _, tensor in tensors_of(output) if tensor.is_floating_point())
+    finite = first[first.isfinite()]
+    return finite.numel() > first.numel() // 2 and bool(finite.std() > 1e-3)
+
+
+def tensors_of(output: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(output, torch.Tensor):
+        yield name, output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            yield from tensors_of(value, f"{name}.{key}")
+    elif isinstance(output, (tuple, list)):
+        for number, value in enumerate(output):
+            yield from tensors_of(value, f"{name}.{number}")
+
+
+def watch(model: Any) -> Any:
+    """Counts, whenever a unit runs, the units whose streamed tensors are in place; gives the most there ever were."""
+    modules = [model.get_submodule(unit) for batch in model.plan.batches for unit in batch.units]
+    idle = [missing_from(module) for module in modules]
+    most = 0
+
+    def look(*_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(missing_from(module) != missing for module, missing in zip(modules, idle, strict=True)))
+
+    for module in modules:
+        module.register_forward_pre_hook(look)
+    return lambda: most
+
+
+def missing_from(module: Any) -> set[str]:
+    """The tensors of `module` that are not in memory."""
+    return {name for name, tensor in module.state_dict(keep_vars=True).items() if tensor.is_meta}

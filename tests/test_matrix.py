@@ -1,0 +1,72 @@
+"""Every architecture that transformers has: streamed to the bit like the resident model, one layer in memory at a time.
+
+A fixed fifth runs with the other tests, every type in the same one always; `pytest -m matrix tests/test_matrix.py` runs
+all of it. `python -m tests.matrix` does too, and writes the results that docs/models.md is made of.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.matrix.cases import CAUSAL_LM, LISTED, REASONS, Case, matrix
+from tests.matrix.examine import examine
+from tests.matrix.page import PAGE, RESULTS, SECTIONS, make_page
+
+PART = 0
+"""Of the matrix: the one that always runs."""
+
+
+def cases() -> list[pytest.param]:
+    for case in matrix():
+        marks = [pytest.mark.matrix]
+        if case.part != PART:
+            marks.append(pytest.mark.matrix_rest)
+        if case in REASONS:
+            marks.append(pytest.mark.skip(reason=REASONS[case]))
+        yield pytest.param(case, id=str(case), marks=marks)
+
+
+@pytest.fixture
+def one_thread():
+    """Kernels of several threads may sum in another order from one call to the next."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore")  # of models, about themselves
+@pytest.mark.parametrize("case", list(cases()))
+def test_streamed_as_resident(case: Case, tmp_path: Path, one_thread: None) -> None:
+    verdict = examine(case, tmp_path)
+    assert verdict.units > 0
+    assert verdict.streamed_share > 0
+
+
+def test_every_causal_language_model_is_tried_or_has_a_reason() -> None:
+    """Of the types that the installed transformers has."""
+    tried = {case.model_type for case in matrix() if case.auto_class == CAUSAL_LM and case not in REASONS}
+    assert len(tried) >= len(LISTED[CAUSAL_LM]) - 8
+    assert all(REASONS.values())
+
+
+def test_the_parts_are_of_much_the_same_size() -> None:
+    sizes = [sum(case.part == part for case in matrix()) for part in range(5)]
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+def test_the_page_is_made_of_the_results() -> None:
+    assert PAGE.read_text(encoding="utf-8") == make_page(SECTIONS), "run `python -m tests.matrix --page`"
+
+
+def test_the_results_are_those_of_a_full_run() -> None:
+    """Every case has one, at least of the release that they are of, and none failed."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))
+    assert {row["verdict"] for row in results["cases"]} <= {"equal", "not tried"}
+    equal = [row for row in results["cases"] if row["auto_class"] == CAUSAL_LM and row["verdict"] == "equal"]
+    assert len(equal) >= 181
