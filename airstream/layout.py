@@ -26,6 +26,7 @@ from airstream.checkpoint.reader import Cast, Piece
 from airstream.codecs import BLOCK_TYPES
 from airstream.compat import DtypePlan, KeyConversion, conversion_for, may_be_missing, natural_order, tied_names
 from airstream.errors import CheckpointError
+from airstream.row_numbers import is_permutation, runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +49,7 @@ class TensorSpec:
     Attributes:
         pieces: their `target` counts from the first byte of this tensor. Empty if `made_by` makes it.
         moved: a converter of transformers put it together, so that a resident model has it in memory of its own.
+        transposed: it lies in memory with rows and columns exchanged, as the resident one, of shape (columns, rows).
     """
 
     name: str
@@ -56,6 +58,7 @@ class TensorSpec:
     pieces: tuple[Piece, ...]
     made_by: Conversion | None = None
     moved: bool = False
+    transposed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -161,6 +164,8 @@ def _trace(
     outputs = _try_convert(conversion, name, sources, _numbered(stored, width)) if whole else None
     if outputs is not None:
         specs = _specs_of_rows(outputs, stored, width, targets, wanted)
+        if specs is None and conversion.copies:
+            specs = _transposed_spec(outputs, stored, targets, wanted)
         if specs is not None:
             return specs
     shapes = [torch.empty(tensor.shape, dtype=_dtype_of(tensor), device="meta") for tensor in stored]
@@ -222,7 +227,7 @@ def _specs_of_rows(
     counts = [math.prod(tensor.shape) // width for tensor in stored]
     starts = [0, *itertools.accumulate(counts[:-1])]
     everything = torch.cat([ids.reshape(-1) for ids in outputs.values()])
-    if not _is_permutation(everything, sum(counts)):
+    if not is_permutation(everything, sum(counts)):
         return None
     begins = torch.zeros(sum(counts) + 1, dtype=torch.bool)  # one more: an empty source may be the last
     begins[starts] = True
@@ -232,7 +237,7 @@ def _specs_of_rows(
         if name not in targets or tuple(targets[name].shape) != tuple(shape) or (width > 1 and ids.shape[-1] != 1):
             return None
         pieces = []
-        for begin, first, count in _runs(ids.reshape(-1), begins):
+        for begin, first, count in runs(ids.reshape(-1), begins):
             number = bisect.bisect_right(starts, first) - 1
             elements, item_bytes = _item(stored[number].dtype)
             row_bytes = width // elements * item_bytes
@@ -242,25 +247,22 @@ def _specs_of_rows(
     return specs
 
 
-def _is_permutation(ids: torch.Tensor, count: int) -> bool:
-    """Whether `ids` are the numbers up to `count`, each of them once. Millions of them: sorting would take seconds."""
-    if ids.dtype != torch.int64 or ids.numel() != count or not bool(((ids >= 0) & (ids < count)).all()):
-        return False
-    seen = torch.zeros(count, dtype=torch.bool)
-    seen[ids] = True
-    return bool(seen.all())
-
-
-def _runs(ids: torch.Tensor, begins: torch.Tensor) -> list[tuple[int, int, int]]:
-    """Runs of consecutive numbers in `ids` within one source: (position in `ids`, first number, how many).
-
-    `begins` says of every number whether a source begins with it.
-    """
-    breaks = ids[1:] != ids[:-1] + 1
-    breaks |= begins[ids[1:]]
-    edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), ids.numel()]
-    firsts = ids[edges[:-1]].tolist()
-    return [(begin, first, end - begin) for begin, end, first in zip(edges, edges[1:], firsts, strict=False)]
+def _transposed_spec(
+    outputs: Mapping[str, torch.Tensor],
+    stored: Sequence[StoredTensor],
+    targets: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.dtype],
+) -> list[TensorSpec] | None:
+    """The byte plan of the one output if it is its source, transposed; a view that is no copy shows the same rows."""
+    (name, ids), tensor = next(iter(outputs.items())), stored[0]
+    count = tensor.shape[0]
+    shape = tensor.shape[::-1]
+    if len(stored) > 1 or len(shape) != 2 or _shape_of(targets, name) != shape or tuple(ids.shape) != (1, count):
+        return None
+    if not torch.equal(ids.flatten(), torch.arange(count)):
+        return None
+    piece = _piece(tensor, 0, tensor.nbytes, 0, wanted[name])
+    return [TensorSpec(name, wanted[name], shape, (piece,), moved=True, transposed=True)]
 
 
 def _resolve_ties(model: PreTrainedModel, specs: dict[str, TensorSpec], targets: Mapping[str, torch.Tensor]) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(airstream.__file__).parent
 FLOORS: list[list[str]] = [
     ["errors"],
     ["units", "probe", "figures", "stats", "codecs", "codecs.*"],
-    ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts"],
+    ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts", "row_numbers"],
     [
         "checkpoint.reader",
         "checkpoint.hub",

@@ -137,7 +137,8 @@ class _ProcessedConversion(KeyConversion):
         """What the processor makes of weights: arrays of numpy's, or tensors, as it pleases."""
         parsed: dict[str, dict[str, Any]] = {"tensors": {}}
         for key, weights in sources:
-            result = self._process(weights=weights, name=key, tensor_key_mapping=self._names, parsed_parameters=parsed)
+            with np.errstate(all="ignore"):  # row numbers have no logarithms
+                result = self._process(weights, key, tensor_key_mapping=self._names, parsed_parameters=parsed)
             if result.name is not None:
                 parsed["tensors"][self._names[result.name]] = result.weights
         return parsed["tensors"]

@@ -43,7 +43,8 @@ class Binding:
 
 def view_of(memory: torch.Tensor, offset: int, spec: TensorSpec) -> torch.Tensor:
     """The tensor `spec` that starts at byte `offset` of `memory`."""
-    return memory[offset : offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+    numbers = memory[offset : offset + spec.nbytes].view(spec.dtype)
+    return numbers.view(spec.shape[::-1]).t() if spec.transposed else numbers.view(spec.shape)
 
 
 def _place(model: nn.Module, name: str) -> tuple[dict[str, torch.Tensor | None], str, bool]:
