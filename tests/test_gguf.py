@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from airstream import AutoModel
 from airstream.config import LoadOptions
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.plan.outlook import traffic_of
+from airstream.predict import predict
 from airstream.prepare import prepare
-from tests.conftest import on_accelerator, stream
+from tests.conftest import least_memory, on_accelerator, stream
+from tests.sim import SimDevice
 from tests.test_exactness import assert_equal, logits, prompts
 from tests.tiny_gguf import TINY_GGUF, write_tiny_gguf
 
@@ -152,3 +156,43 @@ def test_without_the_package_gguf(gguf: File, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     with pytest.raises(UnsupportedError, match=r"airstream\[gguf\]"):
         AutoModel.plan(file)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "qwen2moe"])
+def test_on_an_accelerator(gguf: File, resident: Resident, sim: SimDevice, name: str) -> None:
+    """Packed bytes cross, and become numbers there. Norms are made by a converter, and rows by the host."""
+    with stream(gguf(name, "Q4_0"), "sim:0", dtype=BF16) as model:
+        before = sim.h2d_bytes
+        actual = logits(model, prompts(2, 9))
+        assert torch.equal(actual, logits(resident(name, "Q4_0", BF16), prompts(2, 9)))
+        assert sim.h2d_bytes - before < model.plan.streamed_bytes / 2
+        assert model.plan.tiers["0"].parts["decoding"]
+    assert sim.races == []
+
+
+def test_resident_and_ready_weights_on_an_accelerator(gguf: File, resident: Resident, sim: SimDevice) -> None:
+    expected = logits(resident("qwen3", "Q4_K", FP32), prompts(2, 9))
+    with AutoModel.from_pretrained(gguf("qwen3", "Q4_K"), device="sim:0", max_context=64, max_memory="64GiB") as model:
+        assert torch.equal(logits(model, prompts(2, 9)), expected)
+    least = least_memory(gguf("qwen3", "Q4_K"), "sim:0", max_context=256, layers_per_batch=1, prefetch_batches=1)
+    budget = {"cpu": "64GiB", 0: least[0]}
+    with stream(gguf("qwen3", "Q4_K"), "sim:0", max_memory=budget, max_batch_size=1) as model:
+        assert model.plan.hosted_bytes
+        for _ in range(2):
+            assert torch.equal(logits(model, prompts(2, 9)), expected)
+    assert sim.races == []
+
+
+def test_decoding_is_in_the_prediction(gguf: File) -> None:
+    """What leaves the disk is packed; decoding costs time of the CPU."""
+    budget = least_memory(gguf("llama", "Q4_0"), max_context=64)
+    packed = AutoModel.plan(gguf("llama", "Q4_0"), device="cpu", max_memory=budget, max_context=64)
+    assert packed.read_bytes < packed.streamed_bytes / 6
+    prepared = prepare(gguf("llama", "Q4_0"), LoadOptions(device="cpu", max_context=64))
+    assert prepared.facts.stored_bytes < prepared.facts.arithmetic.weight_bytes / 6
+    traffic = traffic_of(packed, prepared.facts, on_cpu=True)
+    free = replace(traffic, decoding_seconds_per_byte=0.0)
+    hardware = prepared.request.hardware
+    costs = predict(traffic, hardware, 1, 8, 64).links["compute"] - predict(free, hardware, 1, 8, 64).links["compute"]
+    assert costs == pytest.approx(packed.read_bytes * traffic.decoding_seconds_per_byte / hardware.num_cores, rel=1e-6)
+    assert costs > 0

@@ -62,7 +62,7 @@ def cast_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast | None) -> Non
     if cast is None:
         target.copy_(raw)
         return
-    if cast.source in BLOCK_TYPES:
+    if cast.is_blocks:
         decode_into(target.view(getattr(torch, cast.target)), raw, BLOCK_TYPES[cast.source])
         return
     if raw.storage_offset() % cast.source_item_bytes:

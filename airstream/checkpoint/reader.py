@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from airstream.checkpoint.files import PAGE_BYTES, WeightFile
+from airstream.codecs import BLOCK_TYPES
 from airstream.errors import ClosedError
 from airstream.probe import DISK, Probe
 
@@ -37,6 +38,11 @@ class Cast:
     target: str
     source_item_bytes: int
     target_item_bytes: int
+
+    @property
+    def is_blocks(self) -> bool:
+        """Whether an item is a block."""
+        return self.source in BLOCK_TYPES
 
 
 @dataclass(frozen=True, slots=True)

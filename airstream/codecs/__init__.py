@@ -9,6 +9,14 @@ from airstream.codecs.registry import (
     DEVICE_SLICE_ELEMENTS,
     BlockType,
     decode_into,
+    decoding_seconds,
 )
 
-__all__ = ["BLOCK_TYPES", "DECODE_SCRATCH_BYTES", "DEVICE_SLICE_ELEMENTS", "BlockType", "decode_into"]
+__all__ = [
+    "BLOCK_TYPES",
+    "DECODE_SCRATCH_BYTES",
+    "DEVICE_SLICE_ELEMENTS",
+    "BlockType",
+    "decode_into",
+    "decoding_seconds",
+]

@@ -16,6 +16,7 @@ from airstream.compat import measure_kv_elements, uses_eager_attention
 from airstream.footprint import first_count, footprint
 from airstream.layout import TensorSpec
 from airstream.model.groups import batch_facts
+from airstream.model.packed import measure_packed
 from airstream.model.units import Parts
 from airstream.plan import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.slab import distinct, pack
@@ -48,6 +49,7 @@ def gather_facts(
     copies_head = device.type == "cpu" and model.dtype == torch.bfloat16
     everything = [spec for tensors in parts.units.values() for spec in tensors]
     everything += [*parts.resident, *head_specs, *parts.rows.values()]
+    packed = measure_packed(spec for tensors in (*parts.units.values(), head_specs) for spec in tensors)
     return ModelFacts(
         name=name,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -69,6 +71,8 @@ def gather_facts(
             kv_elements=measure_kv_elements(model),
         ),
         arithmetic=_arithmetic(model, parts),
+        stored_bytes=packed.stored_bytes if packed else None,
+        decoding_seconds_per_byte=packed.decoding_seconds / packed.stored_bytes if packed else 0.0,
     )
 
 

@@ -206,7 +206,8 @@ def _tiers(
     }
     items = {HOST: work | host}
     if request.tier != HOST:
-        items = {request.tier: work | {"runtime": DEVICE_RUNTIME_BYTES}, HOST: host}
+        decoding = {"decoding": request.decoding_bytes} if request.decoding_bytes else {}
+        items = {request.tier: work | decoding | {"runtime": DEVICE_RUNTIME_BYTES}, HOST: host}
     return {name: Tier(request.budgets[name], request.budget_notes[name], parts) for name, parts in items.items()}
 
 
