@@ -22,24 +22,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from airstream.checkpoint.index import CheckpointIndex, StoredTensor
-from airstream.checkpoint.reader import Cast, Piece
-from airstream.codecs import BLOCK_TYPES
+from airstream.checkpoint.reader import Piece
 from airstream.compat import DtypePlan, KeyConversion, conversion_for, may_be_missing, natural_order, tied_names
 from airstream.errors import CheckpointError
-from airstream.row_numbers import is_permutation, runs
+from airstream.pieces import TORCH_DTYPES as TORCH_DTYPES
+from airstream.pieces import dealt_piece, dtype_of, item_of, piece_of
+from airstream.row_numbers import dealt, is_permutation, runs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RAW_PREFIX = "raw:"
 """Before the names of raw tensors: a converted tensor may be called like the one it is made of."""
-
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +97,7 @@ def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtyp
         if pattern is None:
             stored = index[key]
             _check_shape(name, stored.shape, tuple(targets[name].shape), key)
-            piece = _piece(stored, 0, stored.nbytes, 0, wanted[name])
+            piece = piece_of(stored, 0, stored.nbytes, 0, wanted[name])
             specs[name] = TensorSpec(name, wanted[name], stored.shape, (piece,), moved=conversion.copies)
         else:
             converted.setdefault(name, []).append((key, pattern))
@@ -113,29 +107,6 @@ def read_specs(model: PreTrainedModel, index: CheckpointIndex, dtype: torch.dtyp
     _resolve_ties(model, specs, targets)
     _check_complete(model, specs, targets)
     return specs
-
-
-def _piece(stored: StoredTensor, start: int, nbytes: int, target: int, dtype: torch.dtype) -> Piece:
-    """`nbytes` of `stored` from byte `start`, for a tensor of `dtype`, at its byte `target` (before a cast)."""
-    if TORCH_DTYPES.get(stored.dtype) == dtype:
-        return Piece(stored.file, stored.offset + start, nbytes, target)
-    elements, item_bytes = _item(stored.dtype)
-    source = stored.dtype if stored.dtype in BLOCK_TYPES else str(TORCH_DTYPES[stored.dtype]).removeprefix("torch.")
-    cast = Cast(source, str(dtype).removeprefix("torch."), item_bytes, elements * dtype.itemsize)
-    target = target // item_bytes * cast.target_item_bytes
-    return Piece(stored.file, stored.offset + start, nbytes, target, cast)
-
-
-def _item(stored: str) -> tuple[int, int]:
-    """Elements and bytes of what a file cannot store less of: one number, or a block of them."""
-    if stored in BLOCK_TYPES:
-        return BLOCK_TYPES[stored].elements, BLOCK_TYPES[stored].nbytes
-    return 1, TORCH_DTYPES[stored].itemsize
-
-
-def _dtype_of(stored: StoredTensor) -> torch.dtype:
-    """The dtype of its numbers; blocks become float32 before they are rounded to anything else."""
-    return TORCH_DTYPES.get(stored.dtype, torch.float32)
 
 
 def _check_shape(name: str, stored: Sequence[int], expected: Sequence[int], key: str) -> None:
@@ -160,7 +131,7 @@ def _trace(
     """
     stored = [index[key] for key, _ in sources]
     width = _common_width(stored)
-    whole = all(width % _item(tensor.dtype)[0] == 0 for tensor in stored)  # else a row is not made of blocks
+    whole = all(width % item_of(tensor.dtype)[0] == 0 for tensor in stored)  # else a row is not made of blocks
     outputs = _try_convert(conversion, name, sources, _numbered(stored, width)) if whole else None
     if outputs is not None:
         specs = _specs_of_rows(outputs, stored, width, targets, wanted)
@@ -168,7 +139,7 @@ def _trace(
             specs = _transposed_spec(outputs, stored, targets, wanted)
         if specs is not None:
             return specs
-    shapes = [torch.empty(tensor.shape, dtype=_dtype_of(tensor), device="meta") for tensor in stored]
+    shapes = [torch.empty(tensor.shape, dtype=dtype_of(tensor), device="meta") for tensor in stored]
     outputs = _try_convert(conversion, name, sources, shapes)
     if outputs is None or any(_shape_of(targets, output) != tuple(outputs[output].shape) for output in outputs):
         listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
@@ -176,7 +147,7 @@ def _trace(
             f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's {len(stored)} "
             f"tensors ({listed}, ...): one of them is missing or has the wrong shape"
         )
-    raw = tuple(_raw_spec(tensor, conversion.source_dtype(_dtype_of(tensor), wanted[name])) for tensor in stored)
+    raw = tuple(_raw_spec(tensor, conversion.source_dtype(dtype_of(tensor), wanted[name])) for tensor in stored)
     made_by = Conversion(name, tuple(pattern for _, pattern in sources), raw)
     return [TensorSpec(output, wanted[output], _shape_of(targets, output), (), made_by) for output in outputs]
 
@@ -196,7 +167,7 @@ def _shape_of(targets: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]
 
 def _raw_spec(stored: StoredTensor, dtype: torch.dtype) -> TensorSpec:
     """`stored` as the converters of transformers get it: in its own shape, already cast."""
-    return TensorSpec(RAW_PREFIX + stored.name, dtype, stored.shape, (_piece(stored, 0, stored.nbytes, 0, dtype),))
+    return TensorSpec(RAW_PREFIX + stored.name, dtype, stored.shape, (piece_of(stored, 0, stored.nbytes, 0, dtype),))
 
 
 def _common_width(stored: Sequence[StoredTensor]) -> int:
@@ -236,13 +207,17 @@ def _specs_of_rows(
         shape = (*ids.shape[:-1], width) if width > 1 else tuple(ids.shape)
         if name not in targets or tuple(targets[name].shape) != tuple(shape) or (width > 1 and ids.shape[-1] != 1):
             return None
+        deal = dealt(ids.reshape(-1)) if len(stored) == 1 else None
+        if deal is not None and (piece := dealt_piece(stored[0], width, *deal, wanted[name])):
+            specs.append(TensorSpec(name, wanted[name], tuple(shape), (piece,), moved=True))
+            continue
         pieces = []
         for begin, first, count in runs(ids.reshape(-1), begins):
             number = bisect.bisect_right(starts, first) - 1
-            elements, item_bytes = _item(stored[number].dtype)
+            elements, item_bytes = item_of(stored[number].dtype)
             row_bytes = width // elements * item_bytes
             start = (first - starts[number]) * row_bytes
-            pieces.append(_piece(stored[number], start, count * row_bytes, begin * row_bytes, wanted[name]))
+            pieces.append(piece_of(stored[number], start, count * row_bytes, begin * row_bytes, wanted[name]))
         specs.append(TensorSpec(name, wanted[name], tuple(shape), tuple(pieces), moved=True))
     return specs
 
@@ -261,7 +236,7 @@ def _transposed_spec(
         return None
     if not torch.equal(ids.flatten(), torch.arange(count)):
         return None
-    piece = _piece(tensor, 0, tensor.nbytes, 0, wanted[name])
+    piece = piece_of(tensor, 0, tensor.nbytes, 0, wanted[name])
     return [TensorSpec(name, wanted[name], shape, (piece,), moved=True, transposed=True)]
 
 

@@ -14,6 +14,21 @@ def is_permutation(ids: torch.Tensor, count: int) -> bool:
     return bool(seen.all())
 
 
+def dealt(ids: torch.Tensor) -> tuple[int, int] | None:
+    """(rows, ways) if every `rows` numbers in `ids`, which count from 0, are dealt out in turn to `ways` runs.
+
+    [0, 2, 4, 1, 3, 5, 6, 8, ...] is six rows dealt two ways: how llama.cpp and transformers differ on rotary halves.
+    """
+    if ids.numel() < 4 or ids[0] != 0 or ids[1] <= 1:
+        return None
+    ways = int(ids[1])
+    rows = ways * int((ids == 1).nonzero()[0])
+    if ids.numel() % rows or rows == ways:
+        return None
+    expected = torch.arange(ids.numel()).view(-1, rows // ways, ways).transpose(1, 2)
+    return (rows, ways) if torch.equal(ids, expected.reshape(-1)) else None
+
+
 def runs(ids: torch.Tensor, begins: torch.Tensor) -> list[tuple[int, int, int]]:
     """Runs of consecutive numbers in `ids` within one source: (position in `ids`, first number, how many).
 

@@ -29,7 +29,7 @@ FLOORS: list[list[str]] = [
         "rates.machine",
         "rates.effort",
     ],
-    ["backend.base", "compat", "compat.*", "hardware", "rates.store"],
+    ["backend.base", "compat", "compat.*", "hardware", "rates.store", "pieces"],
     ["backend.*", "layout", "footprint", "ring", "order"],
     ["slab", "config", "rates.*", "predict", "checkpoint.imagined"],
     ["plan", "plan.*", "fill"],

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from airstream import AutoModel
+from airstream.checkpoint.reader import Cast
 from airstream.config import LoadOptions
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.plan.outlook import traffic_of
@@ -162,11 +163,12 @@ def test_without_the_package_gguf(gguf: File, monkeypatch: pytest.MonkeyPatch) -
 def test_on_an_accelerator(gguf: File, resident: Resident, sim: SimDevice, name: str) -> None:
     """Packed bytes cross, and become numbers there. Norms are made by a converter, and rows by the host."""
     with stream(gguf(name, "Q4_0"), "sim:0", dtype=BF16) as model:
-        before = sim.h2d_bytes
         actual = logits(model, prompts(2, 9))
+        before = sim.h2d_bytes
+        logits(model, prompts(2, 9))
         assert torch.equal(actual, logits(resident(name, "Q4_0", BF16), prompts(2, 9)))
         assert sim.h2d_bytes - before < model.plan.streamed_bytes / 2
-        assert model.plan.tiers["0"].parts["decoding"]
+        assert model.plan.tiers["0"].items["decoding"]
     assert sim.races == []
 
 
@@ -196,3 +198,10 @@ def test_decoding_is_in_the_prediction(gguf: File) -> None:
     costs = predict(traffic, hardware, 1, 8, 64).links["compute"] - predict(free, hardware, 1, 8, 64).links["compute"]
     assert costs == pytest.approx(packed.read_bytes * traffic.decoding_seconds_per_byte / hardware.num_cores, rel=1e-6)
     assert costs > 0
+
+
+def test_rotary_halves_are_one_read(gguf: File) -> None:
+    """llama.cpp has the rows of queries and keys in another order: they are read as they lie and dealt out."""
+    specs = prepare(gguf("llama", "Q4_0"), LoadOptions(device="cpu")).parts.specs
+    (piece,) = specs["model.layers.0.self_attn.k_proj.weight"].pieces
+    assert piece.cast == Cast("Q4_0", "float32", 64 * 8 * 18, 64 * 256 * 4, rows=64, ways=2)

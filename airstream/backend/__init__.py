@@ -11,7 +11,7 @@ from airstream.backend.base import Backend, Packing, Runtime
 from airstream.backend.cpu import CpuBackend
 from airstream.backend.torch_runtime import TorchRuntime
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.codecs import DECODE_SCRATCH_BYTES
+from airstream.codecs import DECODE_SCRATCH_BYTES, HOST_SCRATCH_BYTES
 from airstream.probe import Probe
 
 __all__ = [
@@ -48,9 +48,11 @@ def packing_of(device: torch.device) -> Packing:
     return CpuBackend.packing if device.type == "cpu" else AcceleratorBackend.packing
 
 
-def decoding_bytes(device: torch.device, chunk_bytes: int) -> int:
-    """Device bytes that packed weights take on their way: where they arrive, and what decoding needs between."""
-    return 0 if device.type == "cpu" else chunk_bytes + PAGE_BYTES + DECODE_SCRATCH_BYTES
+def decoding_bytes(device: torch.device, num_workers: int, chunk_bytes: int) -> int:
+    """Bytes of the memory that computes for packed weights on their way: where they arrive, and to decode them."""
+    if device.type == "cpu":
+        return num_workers * HOST_SCRATCH_BYTES
+    return chunk_bytes + PAGE_BYTES + DECODE_SCRATCH_BYTES
 
 
 def staging_bytes(device: torch.device, num_workers: int, chunk_bytes: int) -> int:

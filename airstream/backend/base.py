@@ -183,7 +183,7 @@ class Runtime(Protocol):
         """Queue a copy of a host uint8 tensor to the device on `stream`; `source` must stay as it is until it ran."""
 
     def compute(self, destination: torch.Tensor, source: torch.Tensor, work: DeviceWork, stream: Any) -> None:
-        """Queue `work(destination, source)`, both in uint8 device memory, on `stream`. What it allocates stays there."""
+        """Queue `work(destination, source)`, of uint8 device memory, on `stream`. What it allocates belongs to that."""
 
     def new_stream(self) -> Stream:
         """A stream of its own, for copies."""

@@ -29,6 +29,10 @@ DECODE_SCRATCH_BYTES = 8 * DEVICE_SLICE_ELEMENTS
 """Memory that decoding takes on a device for what lies between bytes and numbers: see tests/test_codecs.py."""
 
 
+HOST_SCRATCH_BYTES = 8 * HOST_SLICE_ELEMENTS
+"""The same, for each thread that decodes on a CPU."""
+
+
 @dataclass(frozen=True, slots=True)
 class BlockType:
     """Numbers that are stored together.

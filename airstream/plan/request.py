@@ -48,7 +48,7 @@ class Request:
     Attributes:
         budgets: bytes per tier: "cpu", and the index of the accelerator if one is used.
         budget_notes: per tier, where the budget comes from.
-        decoding_bytes: of the accelerator, while packed weights are decoded there.
+        decoding_bytes: that decoding packed weights takes where the model computes.
         workload: to make room for, whatever `max_context` and `max_batch_size` say; for one that has outgrown them.
         hardware: what the machine can do, if seconds are to be predicted, for prompts of `prompt_tokens`.
     """
