@@ -133,7 +133,9 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     probe = Probe()
     reader = Reader(prepared.index.files, plan.direct_io, probe=probe)
     try:
-        backend = create_backend(prepared.device, NUM_WORKERS, CHUNK_BYTES, probe)
+        backend = create_backend(
+            prepared.device, NUM_WORKERS, CHUNK_BYTES, probe, packed=prepared.request.decoding_bytes > 0
+        )
     except BaseException:
         reader.close()
         raise

@@ -29,7 +29,8 @@ from airstream.compat import (
     tied_names,
 )
 from airstream.errors import CheckpointError
-from airstream.tensors import TensorSpec, dtype_of, plain_spec
+from airstream.pieces import dtype_of
+from airstream.tensors import TensorSpec, plain_spec
 from airstream.tracing import trace
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from airstream import hardware
-from airstream.backend import staging_bytes
+from airstream.backend import decoding_bytes, staging_bytes
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS
 from airstream.config import LoadOptions, parse_max_memory, resolve_device
 from airstream.errors import ArgumentError
@@ -139,6 +139,7 @@ def request_for(question: Question, facts: ModelFacts) -> Request:
         max_batch_size=options.max_batch_size,
         direct_io=_direct_io(facts, total - min(budgets[HOST], total), options),
         staging_bytes=staging_bytes(device, NUM_WORKERS, CHUNK_BYTES) if question.staged else 0,
+        decoding_bytes=decoding_bytes(device, NUM_WORKERS, CHUNK_BYTES) if facts.stored_bytes is not None else 0,
         hardware=machine.rates(question.folder, device),
         prompt_tokens=question.prompt_tokens,
     )

@@ -41,6 +41,7 @@ class Traffic:
         attention_width: heads times their width: of the queries of one token in one layer.
         disk_bytes: read from disk in every pass.
         first_disk_bytes: read from disk in the first pass, which also fills what stays resident.
+        decoding_seconds_per_byte: of a CPU core, for a byte from disk or page cache, where weights are packed there.
         cached_bytes: read out of the page cache in every pass, not from disk.
         h2d_bytes, h2d_pageable_bytes: that cross to the accelerator in every pass, from pinned memory and from other.
         first_h2d_bytes: that cross from pinned memory in the first pass.
@@ -59,6 +60,7 @@ class Traffic:
     attention_width: int
     disk_bytes: int
     first_disk_bytes: int
+    decoding_seconds_per_byte: float = 0.0
     cached_bytes: int = 0
     h2d_bytes: int = 0
     h2d_pageable_bytes: int = 0
@@ -183,6 +185,9 @@ def _links(
     seconds[COMPUTE] += traffic.num_layers * hardware.layer_seconds
     if traffic.on_cpu and traffic.reads_ahead:  # else the CPU has nothing better to do while it reads
         seconds[COMPUTE] += moved["disk"] * hardware.disk_cpu_seconds_per_byte / hardware.num_cores
+    if traffic.on_cpu:  # an accelerator decodes behind its copies, faster than they come
+        packed = moved["disk"] + moved["host_copy"]
+        seconds[COMPUTE] += packed * traffic.decoding_seconds_per_byte / hardware.num_cores
     return seconds
 
 

@@ -39,8 +39,8 @@ from airstream.layout import read_specs
 from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
 from airstream.model.facts import gather_facts, needs_staging
 from airstream.model.units import Parts, divide
+from airstream.pieces import TORCH_DTYPES
 from airstream.plan import ModelFacts, Request
-from airstream.tensors import TORCH_DTYPES
 
 OPTION_NAMES = tuple(option.name for option in fields(LoadOptions))
 _PLAN_NAMES = (*OPTION_NAMES, "machine", "prompt_tokens")

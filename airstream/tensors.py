@@ -6,24 +6,16 @@ Knows nothing of how that was found out, of devices, or of where in memory the t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from airstream.checkpoint.index import StoredTensor
-from airstream.checkpoint.reader import Cast, Piece
-from airstream.codecs import BLOCK_TYPES
+from airstream.checkpoint.reader import Piece
+from airstream.pieces import piece_of
 
 RAW_PREFIX = "raw:"
 """Before the names of raw tensors: a converted tensor may be called like the one it is made of."""
-
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
-    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64, "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +26,7 @@ class TensorSpec:
         pieces: their `target` counts from the first byte of this tensor. Empty if `made_by` makes it.
         moved: a converter of transformers put it together, or it was not mapped to begin with, so that a resident model
             has it in memory of its own.
+        transposed: it lies in memory with rows and columns exchanged, as the resident one, of shape (columns, rows).
     """
 
     name: str
@@ -42,6 +35,7 @@ class TensorSpec:
     pieces: tuple[Piece, ...]
     made_by: Conversion | None = None
     moved: bool = False
+    transposed: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -84,26 +78,3 @@ def plain_spec(name: str, stored: StoredTensor, dtype: torch.dtype) -> TensorSpe
     """`stored` as it lies, cast to `dtype`."""
     piece = piece_of(stored, 0, stored.nbytes, 0, dtype)
     return TensorSpec(name, dtype, stored.shape, (piece,), moved=not stored.is_mapped)
-
-
-def piece_of(stored: StoredTensor, start: int, nbytes: int, target: int, dtype: torch.dtype) -> Piece:
-    """`nbytes` of `stored` from byte `start`, for a tensor of `dtype`, at its byte `target` (before a cast)."""
-    if TORCH_DTYPES.get(stored.dtype) == dtype:
-        return Piece(stored.file, stored.offset + start, nbytes, target)
-    elements, item_bytes = item_of(stored.dtype)
-    source = stored.dtype if stored.dtype in BLOCK_TYPES else str(TORCH_DTYPES[stored.dtype]).removeprefix("torch.")
-    cast = Cast(source, str(dtype).removeprefix("torch."), item_bytes, elements * dtype.itemsize)
-    target = target // item_bytes * cast.target_item_bytes
-    return Piece(stored.file, stored.offset + start, nbytes, target, cast)
-
-
-def item_of(stored: str) -> tuple[int, int]:
-    """Elements and bytes of what a file cannot store less of: one number, or a block of them."""
-    if stored in BLOCK_TYPES:
-        return BLOCK_TYPES[stored].elements, BLOCK_TYPES[stored].nbytes
-    return 1, TORCH_DTYPES[stored].itemsize
-
-
-def dtype_of(stored: StoredTensor) -> torch.dtype:
-    """The dtype of its numbers; blocks become float32 before they are rounded to anything else."""
-    return TORCH_DTYPES.get(stored.dtype, torch.float32)

@@ -17,7 +17,9 @@ from airstream.allocations import Allocations
 from airstream.checkpoint.index import CheckpointIndex, StoredTensor
 from airstream.compat import KeyConversion
 from airstream.errors import CheckpointError
-from airstream.tensors import RAW_PREFIX, TORCH_DTYPES, Conversion, TensorSpec, dtype_of, item_of, piece_of, plain_spec
+from airstream.pieces import TORCH_DTYPES, dealt_piece, dtype_of, item_of, piece_of
+from airstream.row_numbers import dealt, is_permutation, runs
+from airstream.tensors import RAW_PREFIX, Conversion, TensorSpec, plain_spec
 
 __all__ = ["trace"]
 
@@ -49,6 +51,8 @@ def trace(
             output: conversion.source_dtype(None, moved, wanted[output]) for output in outputs or () if output in wanted
         }
         specs = _specs_of_rows(outputs, stored, width, targets, dtypes) if outputs else None
+        if specs is None and outputs and conversion.keeps_views:
+            specs = _transposed_spec(outputs, stored, targets, wanted)
         if specs is not None:
             return specs
     shapes = [torch.empty(tensor.shape, dtype=dtype_of(tensor), device="meta") for tensor in stored]
@@ -155,7 +159,7 @@ def _specs_of_rows(
     counts = [math.prod(tensor.shape) // width for tensor in stored]
     starts = [0, *itertools.accumulate(counts[:-1])]
     everything = torch.cat([ids.reshape(-1) for ids in outputs.values()])
-    if not _is_permutation(everything, sum(counts)):
+    if not is_permutation(everything, sum(counts)):
         return None
     begins = torch.zeros(sum(counts) + 1, dtype=torch.bool)  # one more: an empty source may be the last
     begins[starts] = True
@@ -164,8 +168,12 @@ def _specs_of_rows(
         shape = (*ids.shape[:-1], width) if width > 1 else tuple(ids.shape)
         if name not in targets or tuple(targets[name].shape) != tuple(shape) or (width > 1 and ids.shape[-1] != 1):
             return None
+        deal = dealt(ids.reshape(-1)) if len(stored) == 1 else None
+        if deal is not None and (piece := dealt_piece(stored[0], width, *deal, wanted[name])):
+            specs.append(TensorSpec(name, wanted[name], tuple(shape), (piece,), moved=True))
+            continue
         pieces = []
-        for begin, first, count in _runs(ids.reshape(-1), begins):
+        for begin, first, count in runs(ids.reshape(-1), begins):
             number = bisect.bisect_right(starts, first) - 1
             elements, item_bytes = item_of(stored[number].dtype)
             row_bytes = width // elements * item_bytes
@@ -175,22 +183,19 @@ def _specs_of_rows(
     return specs
 
 
-def _is_permutation(ids: torch.Tensor, count: int) -> bool:
-    """Whether `ids` are the numbers up to `count`, each of them once. Millions of them: sorting would take seconds."""
-    if ids.dtype != torch.int64 or ids.numel() != count or not bool(((ids >= 0) & (ids < count)).all()):
-        return False
-    seen = torch.zeros(count, dtype=torch.bool)
-    seen[ids] = True
-    return bool(seen.all())
-
-
-def _runs(ids: torch.Tensor, begins: torch.Tensor) -> list[tuple[int, int, int]]:
-    """Runs of consecutive numbers in `ids` within one source: (position in `ids`, first number, how many).
-
-    `begins` says of every number whether a source begins with it.
-    """
-    breaks = ids[1:] != ids[:-1] + 1
-    breaks |= begins[ids[1:]]
-    edges = [0, *(breaks.nonzero().flatten() + 1).tolist(), ids.numel()]
-    firsts = ids[edges[:-1]].tolist()
-    return [(begin, first, end - begin) for begin, end, first in zip(edges, edges[1:], firsts, strict=False)]
+def _transposed_spec(
+    outputs: Mapping[str, torch.Tensor],
+    stored: Sequence[StoredTensor],
+    targets: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.dtype],
+) -> list[TensorSpec] | None:
+    """The byte plan of the one output if it is its source, transposed; a view that is no copy shows the same rows."""
+    (name, ids), tensor = next(iter(outputs.items())), stored[0]
+    count = tensor.shape[0]
+    shape = tensor.shape[::-1]
+    if len(stored) > 1 or len(shape) != 2 or _shape_of(targets, name) != shape or tuple(ids.shape) != (1, count):
+        return None
+    if not torch.equal(ids.flatten(), torch.arange(count)):
+        return None
+    piece = piece_of(tensor, 0, tensor.nbytes, 0, wanted[name])
+    return [TensorSpec(name, wanted[name], shape, (piece,), moved=True, transposed=True)]

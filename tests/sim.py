@@ -349,6 +349,20 @@ class SimDevice:
                 stream.spend(destination.nbytes / self.copy_bytes_per_second)
             stream.submit(functools.partial(self._move, destination.raw, storage, _byte_range(source)[0]))
 
+    def compute(
+        self,
+        destination: SimTensor,
+        source: SimTensor,
+        work: Callable[[torch.Tensor, torch.Tensor], None],
+        stream: SimStream,
+    ) -> None:
+        """Queue `work` on the bytes that both will hold when it runs."""
+        with self.lock:
+            self.touch(source, stream, "a computation", is_write=False)
+            self.touch(destination, stream, "a computation", is_write=True)
+            stream.spend(self.kernel_seconds)
+            stream.submit(functools.partial(work, destination.raw, source.raw))
+
     def _move(self, destination: torch.Tensor, source: weakref.ref[torch.UntypedStorage], start: int) -> None:
         storage = source()
         if storage is None:
@@ -656,6 +670,18 @@ class SimRuntime:
             if tensor.dtype != torch.uint8 or not tensor.is_contiguous() or tensor.nbytes != source.nbytes:
                 raise ValueError(f"{tuple(tensor.shape)} of {tensor.dtype} is not {source.nbytes} contiguous bytes")
         self._sim.copy(destination, source, cast(SimStream, stream))
+
+    def compute(
+        self,
+        destination: torch.Tensor,
+        source: torch.Tensor,
+        work: Callable[[torch.Tensor, torch.Tensor], None],
+        stream: Stream,
+    ) -> None:
+        """Queue `work(destination, source)`, which runs when somebody waits for it."""
+        if not (isinstance(destination, SimTensor) and isinstance(source, SimTensor)):
+            raise ValueError(f"computations are of sim:0, not of {source.device} and {destination.device}")
+        self._sim.compute(destination, source, work, cast(SimStream, stream))
 
     def new_stream(self) -> SimStream:
         return self._sim.new_stream("copy")

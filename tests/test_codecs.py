@@ -10,7 +10,9 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airstream.codecs import BLOCK_TYPES, BlockType, decode_into
+from airstream.codecs import BLOCK_TYPES, DECODE_SCRATCH_BYTES, DEVICE_SLICE_ELEMENTS, BlockType, decode_into
+from airstream.codecs.registry import STEP_ELEMENTS
+from tests.sim import SimDevice
 
 EVERY_TYPE = pytest.mark.parametrize("block", BLOCK_TYPES.values(), ids=lambda block: block.name)
 
@@ -72,3 +74,15 @@ def test_special_scales(name: str, value: int) -> None:
     ours = torch.empty(len(raw) * block.elements)
     decode_into(ours, raw.view(-1), block)
     assert same_bits(ours, reference(raw.view(-1), block))
+
+
+@EVERY_TYPE
+def test_memory_for_decoding_on_a_device_is_planned(block: BlockType, sim: SimDevice) -> None:
+    """More than one slice, so that what one leaves behind would count with the next."""
+    count = (DEVICE_SLICE_ELEMENTS + STEP_ELEMENTS) // block.elements
+    raw = random_blocks(block, count, seed=3).to(sim.device)
+    target = torch.empty(count * block.elements, dtype=torch.bfloat16, device=sim.device)
+    sim.peak_bytes = before = sim.allocated_bytes
+    decode_into(target, raw, block)
+    assert sim.peak_bytes - before <= DECODE_SCRATCH_BYTES
+    assert sim.allocated_bytes == before

@@ -17,8 +17,8 @@ from airstream.footprint import footprint
 from airstream.layout import read_specs
 from airstream.model.facts import gather_facts
 from airstream.model.units import Parts, divide
+from airstream.pieces import TORCH_DTYPES
 from airstream.slab import pack
-from airstream.tensors import TORCH_DTYPES
 from airstream.units import GIB
 from tests.conftest import WriteTiny
 from tests.tiny_models import TINY
@@ -220,9 +220,7 @@ def test_the_facts_of_a_model_need_only_its_config() -> None:
     parts = parts_of(model, imagine(model))
     packing = AcceleratorBackend.packing
     cache = measure_cache(model)
-    facts = gather_facts(
-        "falcon-180b", IMAGINED_FOLDER, model, parts, torch.device("meta"), packing, "auto", cache
-    )
+    facts = gather_facts("falcon-180b", IMAGINED_FOLDER, model, parts, torch.device("meta"), packing, "auto", cache)
     assert facts.checkpoint_bytes == imagine(model).nbytes
     assert [len(batch.units) for batch in facts.batchings[1]] == [1] * 80
     assert not facts.has_tokenizer

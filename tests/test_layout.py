@@ -35,8 +35,9 @@ from airstream.checkpoint.reader import Cast, Piece, Reader
 from airstream.compat import KeyConversion, build_on_meta, weights
 from airstream.errors import CheckpointError
 from airstream.layout import read_specs
+from airstream.pieces import TORCH_DTYPES
 from airstream.slab import MAX_GAP_BYTES, Slab, pack
-from airstream.tensors import TORCH_DTYPES, TensorSpec
+from airstream.tensors import TensorSpec
 
 BOTH = [CpuBackend.packing, AcceleratorBackend.packing]
 BOTH_PACKINGS = pytest.mark.parametrize("packing", BOTH, ids=["in place", "aligned"])

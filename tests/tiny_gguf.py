@@ -37,7 +37,7 @@ class TinyGguf:
         stored: what llama.cpp does to the shape of a weight, by a part of its name.
     """
 
-    fields: Mapping[str, Any]
+    fields: dict[str, Any]
     tied: bool = False
     stored: Mapping[str, Callable[[Array], Array]] = field(default_factory=dict)
 
@@ -103,16 +103,20 @@ TINY_GGUF: Mapping[str, TinyGguf] = {
 }
 
 
-def write_tiny_gguf(name: str, file: Path, quant: str = "Q8_0", splits: int = 1) -> Path:
+def write_tiny_gguf(
+    name: str, file: Path, quant: str = "Q8_0", splits: int = 1, fields: Mapping[str, Any] | None = None
+) -> Path:
     """Write architecture `name`, with matrices of type `quant` where their rows are whole blocks, to `file`.
 
-    In `splits` files, if more than one: the first is returned.
+    Args:
+        splits: how many files it is split in; the first is returned.
+        fields: metadata that says something else than the weights.
     """
     entry = TINY_GGUF[name]
     weights = _weights(name, file.with_name("header.gguf"))
     tensors = {key: _stored(entry, key, values, quant) for key, values in weights.items()}
     if splits == 1:
-        return _write(name, file, tensors)
+        return _write(name, file, tensors, fields=fields)
     files = [file.with_name(f"{file.stem}-{number:05}-of-{splits:05}.gguf") for number in range(1, splits + 1)]
     keys = list(tensors)
     for number, part in enumerate(files):
@@ -170,7 +174,7 @@ def random_blocks(quant: str, shape: tuple[int, ...]) -> Array:
     if quant == "MXFP4":
         blocks[:, 0] = generator.integers(118, 124, len(blocks))
     for start in HALVES.get(quant, ()):
-        scale = np.float16(0.0002 if elements == 256 else 0.004) * generator.uniform(0.5, 1.5, len(blocks))
+        scale = np.float16(0.0001 if elements == 256 else 0.004) * generator.uniform(0.5, 1.5, len(blocks))
         blocks[:, start : start + 2] = scale.astype(np.float16).view(np.uint8).reshape(-1, 2)
     return blocks.reshape(shape)
 
@@ -180,9 +184,10 @@ def _write(
     file: Path,
     tensors: Mapping[str, tuple[Array, GGMLQuantizationType]],
     split: tuple[int, int, int] | None = None,
+    fields: Mapping[str, Any] | None = None,
 ) -> Path:
     writer = GGUFWriter(file, name)
-    for key, value in TINY_GGUF[name].fields.items():
+    for key, value in (TINY_GGUF[name].fields | (fields or {})).items():
         add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
         add(f"{name}.{key}", value)
     _add_tokenizer(writer)

@@ -11,6 +11,7 @@ from airstream.backend.base import Backend, Packing, Runtime
 from airstream.backend.cpu import CpuBackend
 from airstream.backend.torch_runtime import TorchRuntime
 from airstream.checkpoint.files import PAGE_BYTES
+from airstream.codecs import DECODE_SCRATCH_BYTES, HOST_SCRATCH_BYTES
 from airstream.probe import Probe
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "CpuBackend",
     "Packing",
     "create_backend",
+    "decoding_bytes",
     "packing_of",
     "staging_bytes",
 ]
@@ -28,20 +30,29 @@ RUNTIMES: dict[str, Callable[[torch.device], Runtime]] = {}
 """Runtimes of device types that torch's own streams and events do not serve, by type."""
 
 
-def create_backend(device: torch.device, num_workers: int, chunk_bytes: int, probe: Probe | None = None) -> Backend:
+def create_backend(
+    device: torch.device, num_workers: int, chunk_bytes: int, probe: Probe | None = None, packed: bool = False
+) -> Backend:
     """The backend of `device`, for a reader of `num_workers` threads that reads `chunk_bytes` at a time.
 
-    What it copies and converts, `probe` is told.
+    What it copies and converts, `probe` is told. `packed`: blocks of packed weights come, and are decoded there.
     """
     if device.type == "cpu":
         return CpuBackend(chunk_bytes, probe)
     runtime = RUNTIMES.get(device.type, TorchRuntime)
-    return AcceleratorBackend(runtime(device), num_workers, chunk_bytes, probe)
+    return AcceleratorBackend(runtime(device), num_workers, chunk_bytes, probe, packed)
 
 
 def packing_of(device: torch.device) -> Packing:
     """How slabs for `device` are packed; known before anything is allocated there."""
     return CpuBackend.packing if device.type == "cpu" else AcceleratorBackend.packing
+
+
+def decoding_bytes(device: torch.device, num_workers: int, chunk_bytes: int) -> int:
+    """Bytes of the memory that computes for packed weights on their way: where they arrive, and to decode them."""
+    if device.type == "cpu":
+        return num_workers * HOST_SCRATCH_BYTES
+    return chunk_bytes + PAGE_BYTES + DECODE_SCRATCH_BYTES
 
 
 def staging_bytes(device: torch.device, num_workers: int, chunk_bytes: int) -> int:

@@ -7,6 +7,7 @@ not grow with the layers, a layer of any size streams through it, and disk and b
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -18,7 +19,7 @@ from airstream.backend.clock import DeviceClock
 from airstream.backend.host_memory import HostBuffer
 from airstream.backend.landing import HostLanding, Staging, cast_into
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.reader import Piece
+from airstream.checkpoint.reader import Cast, Piece
 from airstream.probe import CONVERT, H2D, HOST_COPY, Moment, Probe
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,9 @@ class AcceleratorBackend(Backend):
     # 256 bytes is what device allocators give and what matrix kernels ask about when they choose an algorithm.
     packing = Packing(follows_file=False, alignment=256)
 
-    def __init__(self, runtime: Runtime, num_workers: int, chunk_bytes: int, probe: Probe | None = None) -> None:
+    def __init__(
+        self, runtime: Runtime, num_workers: int, chunk_bytes: int, probe: Probe | None = None, packed: bool = False
+    ) -> None:
         self.device = runtime.device
         self._runtime = runtime
         self._clock = DeviceClock(runtime)
@@ -48,6 +51,8 @@ class AcceleratorBackend(Backend):
         pinned = [lane.pinned for lane in self._lanes]
         if not all(pinned):
             logger.warning("host memory could not be pinned: copies to %s will be slower", self.device)
+        if packed:
+            self._bus.scratch = self.allocate(chunk_bytes + PAGE_BYTES)
 
     def allocate(self, nbytes: int, touch: bool = True) -> torch.Tensor:  # noqa: ARG002 - device memory never faults
         memory = self._runtime.empty(nbytes)
@@ -106,9 +111,16 @@ class AcceleratorBackend(Backend):
 
 
 class _Bus:
-    """The copy stream. `probe` is told when each copy began and ended on the device."""
+    """The copy stream. `probe` is told when each copy began and ended on the device.
+
+    Attributes:
+        scratch: device memory where packed weights arrive, if there are any.
+    """
+
+    scratch: torch.Tensor
 
     def __init__(self, runtime: Runtime, clock: DeviceClock, probe: Probe) -> None:
+        self._lock = threading.Lock()
         self.stream = runtime.new_stream()
         self.probe = probe
         self._runtime = runtime
@@ -118,6 +130,18 @@ class _Bus:
         """Queue a copy to the device. Does not block; `source` must stay as it is until it ran."""
         with self.probe.queued(H2D, source.numel(), self._moment):
             self._runtime.copy(destination, source, self.stream)
+
+    def expand(self, destination: torch.Tensor, source: torch.Tensor, cast: Cast) -> None:
+        """Queue a copy of packed `source` to the device and its decoding there. As `copy`.
+
+        The stream does one after the other, so that all threads share one scratch, if each pair is queued together; and
+        so that memory for decoding, which belongs to the stream, is needed once.
+        """
+        with self._lock:
+            scratch = self.scratch[: source.numel()]
+            self.copy(scratch, source)
+            with self.probe.queued(CONVERT, source.numel(), self._moment):
+                self._runtime.compute(destination, scratch, partial(cast_into, cast=cast), self.stream)
 
 
 class DeviceLanding:
@@ -217,6 +241,10 @@ class _Lane:
     def send(self, piece: Piece, destination: torch.Tensor) -> None:
         phase = piece.offset % PAGE_BYTES
         source = self._buffers[self._turn].tensor[phase : phase + piece.nbytes]
+        if piece.cast is not None and piece.cast.is_blocks:
+            self._bus.expand(destination, source, piece.cast)
+            self._bus.stream.record_event(self._sent[self._turn])
+            return
         if piece.cast is not None:
             raw, source = source, torch.empty(piece.target_bytes, dtype=torch.uint8)
             with self._bus.probe.span(CONVERT, piece.nbytes):

@@ -161,6 +161,10 @@ class Stream(Protocol):
         """Let what is queued from now on wait for `event`, without blocking the host."""
 
 
+DeviceWork = Callable[["torch.Tensor", "torch.Tensor"], None]
+"""Torch operations that write the first tensor and read the second."""
+
+
 class Runtime(Protocol):
     """The device operations that the accelerator backend is written in."""
 
@@ -177,6 +181,9 @@ class Runtime(Protocol):
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         """Queue a copy of a host uint8 tensor to the device on `stream`; `source` must stay as it is until it ran."""
+
+    def compute(self, destination: torch.Tensor, source: torch.Tensor, work: DeviceWork, stream: Any) -> None:
+        """Queue `work(destination, source)`, of uint8 device memory, on `stream`. What it allocates belongs to that."""
 
     def new_stream(self) -> Stream:
         """A stream of its own, for copies."""

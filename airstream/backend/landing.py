@@ -62,9 +62,28 @@ def cast_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast | None) -> Non
     if cast is None:
         target.copy_(raw)
         return
-    if cast.source in BLOCK_TYPES:
+    if cast.ways > 1:
+        _deal_into(target, raw, cast)
+    else:
+        _numbers_into(target, raw, cast)
+
+
+def _deal_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast) -> None:
+    """An item at a time, so that memory is needed for one."""
+    item = torch.empty(cast.target_item_bytes, dtype=torch.uint8, device=target.device)
+    dtype = getattr(torch, cast.target)
+    dealt = item.view(dtype).view(cast.rows // cast.ways, cast.ways, -1).transpose(0, 1)
+    runs = target.view(dtype).view(-1, *dealt.shape)
+    for number, packed in enumerate(raw.view(-1, cast.source_item_bytes)):
+        _numbers_into(item, packed, cast)
+        runs[number].copy_(dealt)
+
+
+def _numbers_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast) -> None:
+    if cast.is_blocks:
         decode_into(target.view(getattr(torch, cast.target)), raw, BLOCK_TYPES[cast.source])
         return
-    if raw.storage_offset() % cast.source_item_bytes:
+    source = getattr(torch, cast.source)
+    if raw.storage_offset() % source.itemsize:
         raw = raw.clone()  # a view of another dtype must start on an element
-    target.view(getattr(torch, cast.target)).copy_(raw.view(getattr(torch, cast.source)))
+    target.view(getattr(torch, cast.target)).copy_(raw.view(source))

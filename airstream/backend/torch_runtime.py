@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from airstream.backend.base import DeviceWork
 from airstream.backend.host_memory import HostBuffer
 
 
@@ -30,6 +31,10 @@ class TorchRuntime:
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         with stream:
             destination.copy_(source, non_blocking=True)
+
+    def compute(self, destination: torch.Tensor, source: torch.Tensor, work: DeviceWork, stream: Any) -> None:
+        with stream:
+            work(destination, source)
 
     def new_stream(self) -> Any:
         return torch.Stream(self.device)

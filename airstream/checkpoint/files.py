@@ -7,6 +7,7 @@ and leave the page cache to others. Where a file system refuses them, or there i
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import sys
 import threading
@@ -110,3 +111,29 @@ class WeightFile:
 
     def _range(self, offset: int, nbytes: int) -> str:
         return f"reading {nbytes:,} bytes at {offset:,} of {self.path}"
+
+
+class EdgePages:
+    """Direct reads of ranges that do not start or end on a page: inner pages directly, the edges through a page."""
+
+    def __init__(self) -> None:
+        self._page = memoryview(mmap.mmap(-1, PAGE_BYTES))
+
+    def read_direct(self, file: WeightFile, window: memoryview, offset: int) -> None:
+        """Fill `window`, whose address equals `offset` modulo the page size, with the bytes at `offset`."""
+        end = offset + len(window)
+        inner_start, inner_end = -(-offset // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
+        if inner_start > inner_end:  # all within one page
+            self._read_edge(file, window, offset)
+            return
+        self._read_edge(file, window[: inner_start - offset], offset)
+        if inner_end > inner_start:
+            file.read_into(window[inner_start - offset : inner_end - offset], inner_start, inner_end - inner_start)
+        self._read_edge(file, window[inner_end - offset :], inner_end)
+
+    def _read_edge(self, file: WeightFile, part: memoryview, offset: int) -> None:
+        if not len(part):
+            return
+        skip = offset % PAGE_BYTES
+        file.read_into(self._page, offset - skip, skip + len(part))
+        part[:] = self._page[skip : skip + len(part)]

@@ -47,18 +47,10 @@ def resolve(
     Raises:
         CheckpointNotFoundError: there is no such folder or repository, or it cannot be reached; the message says which.
     """
-    if not os.fspath(model):
-        raise ArgumentError("the model's name is empty: name a folder or a hub id")
-    path = Path(model).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise UnsupportedError(
-            f"{path} is a file: name the folder of a checkpoint with config.json and *.safetensors, or a .gguf"
-        )
+    local = _local_folder(model)
+    if local is not None:
+        return local
     name = os.fspath(model)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_absolute():
-        raise CheckpointNotFoundError(f"there is no folder {name!r}")
 
     def download(patterns: list[str]) -> Path:
         code = ["*.py"] if with_code else []
@@ -101,6 +93,23 @@ def resolve(
         raise CheckpointNotFoundError(
             f"downloading {name!r} failed: {_first_line(error)}. Try again: it resumes"
         ) from error
+
+
+def _local_folder(model: str | os.PathLike[str]) -> Path | None:
+    """The folder that `model` is; None if it can only be a hub id."""
+    if not os.fspath(model):
+        raise ArgumentError("the model's name is empty: name a folder or a hub id")
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UnsupportedError(
+            f"{path} is a file: name the folder of a checkpoint with config.json and *.safetensors, or a .gguf"
+        )
+    name = os.fspath(model)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_absolute():
+        raise CheckpointNotFoundError(f"there is no folder {name!r}")
+    return None
 
 
 def _weight_files(folder: Path) -> Iterator[list[str]]:

@@ -15,7 +15,7 @@ import torch
 
 from airstream.checkpoint.index import SINGLE_FILE, CheckpointIndex, StoredTensor
 from airstream.compat import stored_tensors
-from airstream.tensors import TORCH_DTYPES
+from airstream.pieces import TORCH_DTYPES
 from airstream.units import round_up
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ memory or, through a staging buffer, on a device: that is the `Landing`'s busine
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from airstream.checkpoint.files import PAGE_BYTES, WeightFile
+from airstream.checkpoint.files import EdgePages, WeightFile
+from airstream.codecs import BLOCK_TYPES
 from airstream.errors import ClosedError
 from airstream.probe import DISK, Probe
 
@@ -30,13 +30,21 @@ NUM_WORKERS = 4
 class Cast:
     """Items are stored as `source` and wanted as `target` (names as in `torch.<name>`).
 
-    An item is a number, or, if `source` is the name of a block type, a block of several.
+    An item is a number, or, if `source` is the name of a block type, a block of several, or, if `ways` is more than 1,
+    so many `rows` that are dealt out in turn: row r of the item goes to run r % ways of the runs that it becomes.
     """
 
     source: str
     target: str
     source_item_bytes: int
     target_item_bytes: int
+    rows: int = 1
+    ways: int = 1
+
+    @property
+    def is_blocks(self) -> bool:
+        """Whether an item is a block."""
+        return self.source in BLOCK_TYPES
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +121,7 @@ def _nothing(_: BaseException | None) -> None:
     pass
 
 
-_Step = Callable[[int, "_EdgePages"], None]
+_Step = Callable[[int, "EdgePages"], None]
 """One read or errand, given the reader thread's number and its scratch page."""
 
 
@@ -223,7 +231,7 @@ class Reader:
         self.close()
 
     def _work(self, worker: int) -> None:
-        edges = _EdgePages()
+        edges = EdgePages()
         while True:
             with self._wake:
                 while not self._queue and not self._closed:
@@ -234,7 +242,7 @@ class Reader:
             job.finished_one(ReadCancelled() if job.skips else _error_of(step, worker, edges))
             del job, step  # while this thread waits, it must not keep a slab alive
 
-    def _read(self, landing: Landing, piece: Piece, worker: int, edges: _EdgePages) -> None:
+    def _read(self, landing: Landing, piece: Piece, worker: int, edges: EdgePages) -> None:
         file = self._files[piece.file]
         window = landing.window(worker, piece, file.direct)
         with self._probe.span(DISK, piece.nbytes):
@@ -247,42 +255,16 @@ class Reader:
             self.bytes_read += piece.nbytes
 
 
-def _do(errand: Errand, worker: int, _: _EdgePages) -> None:
+def _do(errand: Errand, worker: int, _: EdgePages) -> None:
     errand(worker)
 
 
-def _error_of(step: _Step, worker: int, edges: _EdgePages) -> BaseException | None:
+def _error_of(step: _Step, worker: int, edges: EdgePages) -> BaseException | None:
     try:
         step(worker, edges)
     except BaseException as error:  # whatever it is, the thread that waits for the job must see it
         return error
     return None
-
-
-class _EdgePages:
-    """Direct reads of ranges that do not start or end on a page: inner pages directly, the edges through a page."""
-
-    def __init__(self) -> None:
-        self._page = memoryview(mmap.mmap(-1, PAGE_BYTES))
-
-    def read_direct(self, file: WeightFile, window: memoryview, offset: int) -> None:
-        """Fill `window`, whose address equals `offset` modulo the page size, with the bytes at `offset`."""
-        end = offset + len(window)
-        inner_start, inner_end = -(-offset // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
-        if inner_start > inner_end:  # all within one page
-            self._read_edge(file, window, offset)
-            return
-        self._read_edge(file, window[: inner_start - offset], offset)
-        if inner_end > inner_start:
-            file.read_into(window[inner_start - offset : inner_end - offset], inner_start, inner_end - inner_start)
-        self._read_edge(file, window[inner_end - offset :], inner_end)
-
-    def _read_edge(self, file: WeightFile, part: memoryview, offset: int) -> None:
-        if not len(part):
-            return
-        skip = offset % PAGE_BYTES
-        file.read_into(self._page, offset - skip, skip + len(part))
-        part[:] = self._page[skip : skip + len(part)]
 
 
 def split(piece: Piece, chunk_bytes: int) -> list[Piece]:

@@ -7,8 +7,18 @@ from airstream.codecs.registry import (
     BLOCK_TYPES,
     DECODE_SCRATCH_BYTES,
     DEVICE_SLICE_ELEMENTS,
+    HOST_SCRATCH_BYTES,
     BlockType,
     decode_into,
+    decoding_seconds,
 )
 
-__all__ = ["BLOCK_TYPES", "DECODE_SCRATCH_BYTES", "DEVICE_SLICE_ELEMENTS", "BlockType", "decode_into"]
+__all__ = [
+    "BLOCK_TYPES",
+    "DECODE_SCRATCH_BYTES",
+    "DEVICE_SLICE_ELEMENTS",
+    "HOST_SCRATCH_BYTES",
+    "BlockType",
+    "decode_into",
+    "decoding_seconds",
+]

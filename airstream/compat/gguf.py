@@ -87,12 +87,16 @@ def conversion_for(model: PreTrainedModel, index: CheckpointIndex, quantizer: Qu
 class _MappedConversion(KeyConversion):
     """By a table of renames and converters. They work in the dtype that the file has."""
 
+    keeps_views = True
+
     def source_dtype(self, pattern: str | None, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
         return wanted if pattern is None else stored
 
 
 class _ProcessedConversion(KeyConversion):
     """By a tensor processor, in float32."""
+
+    keeps_views = True
 
     def __init__(self, model: PreTrainedModel, architecture: str) -> None:
         from transformers.modeling_gguf_pytorch_utils import (
@@ -135,7 +139,8 @@ class _ProcessedConversion(KeyConversion):
         """What the processor makes of weights: arrays of numpy's, or tensors, as it pleases."""
         parsed: dict[str, dict[str, Any]] = {"tensors": {}}
         for key, weights in sources:
-            result = self._process(weights=weights, name=key, tensor_key_mapping=self._names, parsed_parameters=parsed)
+            with np.errstate(all="ignore"):  # row numbers have no logarithms
+                result = self._process(weights, key, tensor_key_mapping=self._names, parsed_parameters=parsed)
             if result.name is not None:
                 parsed["tensors"][self._names[result.name]] = result.weights
         return parsed["tensors"]

@@ -44,7 +44,12 @@ class KeyConversion:
     Args:
         quantizer: of the checkpoint, if it is quantised.
         mapping: the renames and operations, if they are not those of the model's class.
+
+    Attributes:
+        keeps_views: what converters give is kept as it is, a transposed view of its source as well.
     """
+
+    keeps_views = False
 
     def __init__(
         self,

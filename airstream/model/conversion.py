@@ -55,7 +55,8 @@ def convert_slab(
 
 def view_of(memory: torch.Tensor, offset: int, spec: TensorSpec) -> torch.Tensor:
     """The tensor `spec` that starts at byte `offset` of `memory`."""
-    return memory[offset : offset + spec.nbytes].view(spec.dtype).view(spec.shape)
+    numbers = memory[offset : offset + spec.nbytes].view(spec.dtype)
+    return numbers.view(spec.shape[::-1]).t() if spec.transposed else numbers.view(spec.shape)
 
 
 def _build(keys: KeyConversion, conversion: Conversion, memory: torch.Tensor, offsets: Mapping[str, int]) -> Assembled:

@@ -15,6 +15,7 @@ from airstream.checkpoint.files import PAGE_BYTES
 from airstream.compat import CacheSize, uses_eager_attention
 from airstream.footprint import first_count, footprint
 from airstream.model.groups import batch_facts, growth_bytes
+from airstream.model.packed import measure_packed
 from airstream.model.units import Parts
 from airstream.plan import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.slab import distinct, pack, stored_specs
@@ -52,6 +53,7 @@ def gather_facts(
     copies_head = device.type == "cpu" and model.dtype == torch.bfloat16
     everything = [spec for tensors in parts.units.values() for spec in tensors]
     everything += [*parts.resident, *head_specs, *parts.rows.values()]
+    packed = measure_packed(spec for tensors in (*parts.units.values(), head_specs) for spec in tensors)
     return ModelFacts(
         name=name,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -72,6 +74,8 @@ def gather_facts(
             has_head=head is not None or model.can_generate(),
         ),
         arithmetic=_arithmetic(model, parts),
+        stored_bytes=packed.stored_bytes if packed else None,
+        decoding_seconds_per_byte=packed.decoding_seconds / packed.stored_bytes if packed else 0.0,
     )
 
 

@@ -82,6 +82,8 @@ class ModelFacts:
         tables_of_head: those among them that are in memory anyway once the head is, because they are tied to it.
         checkpoint_bytes: all weights.
         conversion_bytes: what a converter of transformers needs for its results before they are in place.
+        stored_bytes: of the weights of all layers and the lm_head on disk, if they are packed there.
+        decoding_seconds_per_byte: of one CPU core, to make weights of a byte from disk, if they are packed there.
     """
 
     name: str
@@ -96,3 +98,5 @@ class ModelFacts:
     has_tokenizer: bool
     footprint: Footprint
     arithmetic: Arithmetic
+    stored_bytes: int | None = None
+    decoding_seconds_per_byte: float = 0.0

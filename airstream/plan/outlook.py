@@ -23,6 +23,7 @@ def with_prediction(plan: Plan, facts: ModelFacts, request: Request) -> Plan:
 def traffic_of(plan: Plan, facts: ModelFacts, on_cpu: bool) -> Traffic:
     """What one pass over all layers moves and multiplies."""
     sums = facts.arithmetic
+    stored_bytes = facts.stored_bytes or sums.weight_bytes
     return Traffic(
         dtype=facts.dtype,
         item_bytes=facts.footprint.item_bytes,
@@ -36,8 +37,16 @@ def traffic_of(plan: Plan, facts: ModelFacts, on_cpu: bool) -> Traffic:
         attention_width=sums.attention_width,
         disk_bytes=plan.read_bytes if plan.direct_io else 0,
         cached_bytes=0 if plan.direct_io else plan.read_bytes,
-        first_disk_bytes=sums.weight_bytes,
-        h2d_bytes=0 if on_cpu else plan.streamed_bytes,
-        first_h2d_bytes=0 if on_cpu else sums.weight_bytes,
+        first_disk_bytes=stored_bytes,
+        decoding_seconds_per_byte=facts.decoding_seconds_per_byte,
+        h2d_bytes=0 if on_cpu else _crossing_bytes(plan, is_packed=facts.stored_bytes is not None),
+        first_h2d_bytes=0 if on_cpu else stored_bytes,
         reads_ahead=plan.prefetch_batches > 0,
     )
+
+
+def _crossing_bytes(plan: Plan, is_packed: bool) -> int:
+    """To the accelerator in every pass. What comes from disk packed is decoded there; host memory has it decoded."""
+    if not is_packed:
+        return plan.streamed_bytes
+    return plan.read_bytes + plan.hosted_bytes

@@ -206,9 +206,10 @@ def _tiers(
         "tokenizer": need.tokenizer_bytes if facts.has_tokenizer else 0,
         "runtime": HOST_RUNTIME_BYTES,
     }
-    items = {HOST: work | host}
+    decoding = {"decoding": request.decoding_bytes} if request.decoding_bytes else {}
+    items = {HOST: work | decoding | host}
     if request.tier != HOST:
-        items = {request.tier: work | {"runtime": DEVICE_RUNTIME_BYTES}, HOST: host}
+        items = {request.tier: work | decoding | {"runtime": DEVICE_RUNTIME_BYTES}, HOST: host}
     return {name: Tier(request.budgets[name], request.budget_notes[name], parts) for name, parts in items.items()}
 
 

@@ -14,7 +14,7 @@ import torch
 from airstream.checkpoint.files import PAGE_BYTES, WeightFile
 from airstream.checkpoint.index import ITEM_BYTES, StoredTensor
 from airstream.errors import CheckpointNotFoundError, ReadError
-from airstream.tensors import TORCH_DTYPES
+from airstream.pieces import TORCH_DTYPES
 from airstream.units import round_up
 from airstream.verification.checksums import Checksum
 
