@@ -6,7 +6,6 @@ table, or a running model.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -18,13 +17,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from airstream.backend import packing_of
+from airstream.checkpoint.config_file import check_config_file
 from airstream.checkpoint.formats import has_weights, open_checkpoint
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.imagined import imagine
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.compat import build_on_meta, model_class
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
-from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import AirstreamError, ArgumentError, CheckpointError, UnsupportedError
 from airstream.layout import TORCH_DTYPES, read_specs
 from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
 from airstream.model.facts import gather_facts, needs_staging
@@ -106,22 +106,20 @@ def build_model(
     config = _load_config(folder, options)
     dtype = _resolve_dtype(options.dtype, config, index)
     model_cls = model_class(config, folder, options.trust_remote_code)
-    return build_on_meta(model_cls, config, dtype, options.attn_implementation), dtype
+    try:
+        return build_on_meta(model_cls, config, dtype, options.attn_implementation), dtype
+    except AirstreamError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"no model can be built from {folder / 'config.json'}: {error}") from error
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
     file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointNotFoundError(f"{folder} has no config.json: it is not the folder of a transformers model")
-    try:
-        is_object = isinstance(json.loads(file.read_bytes()), dict)
-    except ValueError:
-        is_object = False
-    if not is_object:
-        raise CheckpointError(f"{file} is not a JSON object. Download it again")
+    check_config_file(file)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except (StrictDataclassError, TypeError) as error:
+    except (StrictDataclassError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{file} does not describe a model: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedError(f"transformers cannot read {file}: {error}") from error

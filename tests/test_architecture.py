@@ -19,7 +19,7 @@ ROOT = Path(airstream.__file__).parent
 FLOORS: list[list[str]] = [
     ["errors"],
     ["units", "probe", "figures", "stats"],
-    ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts"],
+    ["checkpoint.files", "checkpoint.index", "checkpoint.config_file", "cache", "checkpoint", "rates", "rates.facts"],
     ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
     ["checkpoint.gather", "checkpoint.formats"],
     ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],
