@@ -6,7 +6,6 @@ table, or a running model.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -18,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from airstream.backend import packing_of
+from airstream.checkpoint.config_file import check_config_file
 from airstream.checkpoint.formats import has_weights, open_checkpoint
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.imagined import imagine
@@ -34,7 +34,7 @@ from airstream.compat import (
     measure_cache,
 )
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
-from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import AirstreamError, ArgumentError, CheckpointError, UnsupportedError
 from airstream.layout import read_specs
 from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
 from airstream.model.facts import gather_facts, needs_staging
@@ -146,7 +146,12 @@ def build_model(folder: Path, options: LoadOptions, device: torch.device, index:
     dtype = _resolve_dtype(options.dtype, config, index)
     dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
     model_cls, config = choose_class(config, folder, options.trust_remote_code, options.model_class)
-    model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    try:
+        model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    except AirstreamError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        raise CheckpointError(f"no model can be built from {folder / 'config.json'}: {error}") from error
     cache = measure_cache(model)  # while its modules compute on any device
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)
@@ -156,17 +161,10 @@ def build_model(folder: Path, options: LoadOptions, device: torch.device, index:
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
     file = folder / "config.json"
-    if not file.is_file():
-        raise CheckpointNotFoundError(f"{folder} has no config.json: it is not the folder of a transformers model")
-    try:
-        is_object = isinstance(json.loads(file.read_bytes()), dict)
-    except ValueError:
-        is_object = False
-    if not is_object:
-        raise CheckpointError(f"{file} is not a JSON object. Download it again")
+    check_config_file(file)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except (StrictDataclassError, TypeError) as error:
+    except (StrictDataclassError, TypeError, AttributeError, ArithmeticError) as error:
         raise CheckpointError(f"{file} does not describe a model: {error}") from error
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedError(f"transformers cannot read {file}: {error}") from error

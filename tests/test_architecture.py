@@ -19,7 +19,16 @@ ROOT = Path(airstream.__file__).parent
 FLOORS: list[list[str]] = [
     ["errors"],
     ["units", "probe", "figures", "stats", "allocations", "codecs", "codecs.*"],
-    ["checkpoint.files", "checkpoint.index", "cache", "checkpoint", "rates", "rates.facts", "row_numbers"],
+    [
+        "checkpoint.files",
+        "checkpoint.index",
+        "checkpoint.config_file",
+        "cache",
+        "checkpoint",
+        "rates",
+        "rates.facts",
+        "row_numbers",
+    ],
     ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
     ["checkpoint.gather", "checkpoint.formats", "checkpoint.gguf"],
     ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],

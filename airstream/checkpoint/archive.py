@@ -6,6 +6,7 @@ records are compressed, overlap, or lie elsewhere than it says is refused.
 
 from __future__ import annotations
 
+import os
 import struct
 import zipfile
 from collections.abc import Mapping
@@ -41,7 +42,11 @@ def read_records(stream: BinaryIO, source: Path) -> dict[str, Record]:
     try:
         with zipfile.ZipFile(_Bounded(stream)) as archive:  # which reads, seeks and tells: enough
             entries, end = archive.infolist(), archive.start_dir
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise CheckpointError(f"{source} is a TorchScript program, not a checkpoint: airstream executes none")
         records = _checked(stream, entries, end)
+    except CheckpointError:
+        raise
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error, EOFError) as error:
         raise CheckpointError(f"{source} is not a complete archive of torch ({error}). Download it again") from None
     return _without_folder(records, source)
@@ -56,10 +61,13 @@ class _Bounded:
         self.seekable = stream.seekable
 
     def read(self, count: int = -1) -> bytes:
-        data = self._stream.read(min(count, MAX_DIRECTORY_BYTES + 1) if count >= 0 else MAX_DIRECTORY_BYTES + 1)
-        if len(data) > MAX_DIRECTORY_BYTES:
-            raise ValueError(f"its directory has more than {MAX_DIRECTORY_BYTES:,} bytes")
-        return data
+        place = self._stream.tell()
+        left = self._stream.seek(0, os.SEEK_END) - place
+        self._stream.seek(place)
+        count = left if count < 0 else min(count, left)
+        if count > MAX_DIRECTORY_BYTES:
+            raise ValueError(f"its directory has {count:,} bytes")
+        return self._stream.read(count)
 
 
 def _checked(stream: BinaryIO, entries: list[zipfile.ZipInfo], end: int) -> dict[str, Record]:
@@ -102,7 +110,4 @@ def _without_folder(records: Mapping[str, Record], source: Path) -> dict[str, Re
     if len(pickles) != 1:
         raise CheckpointError(f"{source} is an archive, but not one that torch.save has written: it has no data.pkl")
     folder = pickles[0].removesuffix("data.pkl")
-    inside = {name.removeprefix(folder): record for name, record in records.items() if name.startswith(folder)}
-    if "constants.pkl" in inside:
-        raise CheckpointError(f"{source} is a TorchScript program, not a checkpoint: airstream executes none")
-    return inside
+    return {name.removeprefix(folder): record for name, record in records.items() if name.startswith(folder)}

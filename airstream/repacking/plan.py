@@ -100,11 +100,11 @@ def parse_layers(layers: str | range | tuple[int, int] | None, count: int) -> tu
     if layers is None:
         return None
     try:
-        first, end = layers.split(":") if isinstance(layers, str) else (layers[0], layers[1])
         if isinstance(layers, range):
-            first, end = (layers.start, layers.stop) if layers.step == 1 else (-1, -1)
+            layers = (layers.start, layers.stop) if layers.step == 1 else (-1, -1)
+        first, end = layers.split(":") if isinstance(layers, str) else layers
         bounds = (int(first or 0), count if end == "" else int(end))
-    except (ValueError, TypeError, IndexError):
+    except (ValueError, TypeError):
         bounds = (-1, -1)
     if not 0 <= bounds[0] < bounds[1] <= count:
         raise ArgumentError(f'layers={layers!r}: the model has layers 0 to {count - 1}; write "5:15" for 5 to 14')
@@ -126,9 +126,9 @@ def _unit_of(name: str | None, units: set[str]) -> str | None:
 
 
 def _distinct(members: Iterable[Member], ties: Mapping[str, str]) -> list[Member]:
-    """Without second copies of tied weights that lie in the same place of the same file."""
+    """Without tied weights that lie in the same place of the same file as what they are tied to."""
     kept: dict[object, Member] = {}
-    for member in members:
+    for member in sorted(members, key=lambda member: member.name in ties):
         tensor, name = member
         kept.setdefault((tensor.file, tensor.offset, tensor.nbytes, ties.get(name or "", name or tensor.name)), member)
     return list(kept.values())

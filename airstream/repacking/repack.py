@@ -180,7 +180,7 @@ class _Repack:
         if len(self._shards) > 1:
             write_json(self._work / SHARD_INDEX, self._index())
             self._note(SHARD_INDEX, sha256_of(self._work / SHARD_INDEX))
-        write_json(self._work / MANIFEST, self._facts | {"files": self._done})
+        write_json(self._work / MANIFEST, self._facts | {"files": dict(sorted(self._done.items()))})
 
     def _take_over(self, on_bytes: Any) -> None:
         """Keep what a run before has finished, if it made the same and its files have their checksums; else nothing."""
