@@ -121,7 +121,11 @@ class AutoModel:
 def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     model = prepared.model
     gguf = prepared.index if isinstance(prepared.index, GgufIndex) else None
-    if gguf is None:  # a GGUF file says of generation what its config says, and the model has that already
+    load_tokenizer: Callable[[], Any]
+    if gguf is not None:  # its reader needs much memory for a while: before the weights do
+        load_tokenizer = _load_now(partial(gguf_tokenizer, gguf))
+    else:  # a GGUF file says of generation what its config says, and the model has that already
+        load_tokenizer = partial(_load_tokenizer, prepared.folder, prepared.options.trust_remote_code)
         load_generation_config(model, os.fspath(prepared.folder))
     finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
     probe = Probe()
@@ -148,9 +152,6 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         is_profiling=prepared.options.profiling_mode,
         is_final=prepared.options.max_context is not None,
     )
-    load_tokenizer = partial(_load_tokenizer, prepared.folder, prepared.options.trust_remote_code)
-    if gguf is not None:
-        load_tokenizer = partial(gguf_tokenizer, gguf)
     make_streamed(model, engine, load_tokenizer, _progress(engine, prepared.options.progress))
     # Where transformers asks what runs where: one device computes, the layers live on disk. It keeps generate() from
     # compiling and pipelines from moving the model.
@@ -166,6 +167,20 @@ def _progress(
     if not (in_notebook() if wanted == "auto" else wanted):
         return lambda _: nullcontext()
     return lambda work: progress_bar(engine.observer, engine.stats, work.context - work.tokens if work else None)
+
+
+def _load_now(load: Callable[[], Any]) -> Callable[[], Any]:
+    """Gives what `load` gives now, or raises what it raises now: not everybody asks."""
+    try:
+        loaded = load()
+    except CheckpointNotFoundError as error:
+        failure = error  # the name `error` ends with this block
+
+        def fail() -> Any:
+            raise failure
+
+        return fail
+    return lambda: loaded
 
 
 def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Any:
