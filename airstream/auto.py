@@ -28,6 +28,9 @@ from airstream.plan import Plan, Workload, make_plan, with_advice
 from airstream.prepare import OPTION_NAMES, Prepared, ask, prepare
 from airstream.probe import Probe
 
+Beside = Literal["tokenizer", "processor"]
+"""What lies beside a model's weights and makes its inputs."""
+
 
 class AutoModel:
     """Streams models of any architecture that transformers knows. See `from_pretrained`."""
@@ -125,7 +128,11 @@ class AutoModel:
 def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     model = prepared.model
     gguf = prepared.index if isinstance(prepared.index, GgufIndex) else None
-    if gguf is None:  # a GGUF file says of generation what its config says, and the model has that already
+    load: Callable[[Beside], Any]
+    if gguf is not None:  # its reader needs much memory for a while: before the weights do
+        load = partial(_load_from_gguf, gguf, _load_now(partial(gguf_tokenizer, gguf)))
+    else:  # a GGUF file says of generation what its config says, and the model has that already
+        load = partial(_load_beside, prepared.folder, prepared.options.trust_remote_code)
         load_generation_config(model, os.fspath(prepared.folder))
     finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
     if prepared.quantizer is not None:
@@ -155,10 +162,6 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         is_final=prepared.options.max_context is not None,
         quantizer=prepared.quantizer,
     )
-    if gguf is not None:
-        load = partial(_load_from_gguf, gguf)
-    else:
-        load = partial(_load_beside, prepared.folder, prepared.options.trust_remote_code)
     make_streamed(model, engine, load, _progress(engine, prepared.options.progress))
     # Where transformers asks what runs where: one device computes, the layers live on disk. It keeps generate() from
     # compiling and pipelines from moving the model.
@@ -176,7 +179,21 @@ def _progress(
     return lambda work: progress_bar(engine.observer, engine.stats, work.context - work.tokens if work else None)
 
 
-def _load_beside(folder: Path, trust_remote_code: bool, what: Literal["tokenizer", "processor"]) -> Any:
+def _load_now(load: Callable[[], Any]) -> Callable[[], Any]:
+    """Gives what `load` gives now, or raises what it raises now: not everybody asks."""
+    try:
+        loaded = load()
+    except CheckpointNotFoundError as error:
+        failure = error  # the name `error` ends with this block
+
+        def fail() -> Any:
+            raise failure
+
+        return fail
+    return lambda: loaded
+
+
+def _load_beside(folder: Path, trust_remote_code: bool, what: Beside) -> Any:
     """What turns text, and for a processor whatever else the model takes, into its inputs."""
     auto_class = AutoTokenizer if what == "tokenizer" else AutoProcessor
     try:
@@ -185,7 +202,7 @@ def _load_beside(folder: Path, trust_remote_code: bool, what: Literal["tokenizer
         raise CheckpointNotFoundError(f"{folder} has no {what} that transformers can load: {error}") from error
 
 
-def _load_from_gguf(index: GgufIndex, what: Literal["tokenizer", "processor"]) -> Any:
+def _load_from_gguf(index: GgufIndex, load_tokenizer: Callable[[], Any], what: Beside) -> Any:
     if what == "processor":
         raise UnsupportedError(f"{index.first} holds a language model, which has a tokenizer and no processor")
-    return gguf_tokenizer(index)
+    return load_tokenizer()

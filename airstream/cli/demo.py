@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from airstream.cli.session import encode_chat, load, note, printing
-from airstream.demo.model import prepare
+from airstream.demo.model import prepare_gguf
 from airstream.report import Meter
 from airstream.units import format_bytes
 
@@ -14,15 +14,17 @@ MAX_NEW_TOKENS = 64
 
 def run(arguments: argparse.Namespace) -> None:
     """Fetch the model if need be, print the question, the answer as it comes, and what it cost."""
-    folder = prepare()
-    loading = argparse.Namespace(model=folder, max_memory=[arguments.max_memory], device=arguments.device)
+    file = prepare_gguf()
+    loading = argparse.Namespace(
+        model=file, dtype="bfloat16", max_memory=[arguments.max_memory], device=arguments.device
+    )
     meter = Meter()
     # Around the page cache: the figures are those of the disk, as with a model that does not fit in memory.
     with load(loading, max_context=256, page_cache=False) as model:
         plan = model.plan
         note(
-            f"SmolLM2-135M-Instruct: {format_bytes(plan.checkpoint_bytes)} of weights, streamed within "
-            f"{arguments.max_memory} on {plan.device}"
+            f"SmolLM2-135M-Instruct: {format_bytes(plan.checkpoint_bytes)} of weights in {plan.dtype}, streamed packed "
+            f"from {format_bytes(file.stat().st_size)} of GGUF within {arguments.max_memory} on {plan.device}"
         )
         print(f"> {arguments.question}")
         inputs = encode_chat(model, [{"role": "user", "content": arguments.question}])

