@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoProcessor, AutoTokenizer
+import transformers
 
 from airstream.backend import create_backend
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
@@ -62,7 +62,8 @@ class AutoModel:
 
         It is a `PreTrainedModel`: `generate()`, `pipeline(...)` and the rest work as ever, with the same results to the
         bit where the arithmetic is the same. It also has `tokenizer`, `processor`, `plan`, `stats`, `profile()`,
-        `close()`, and is a context manager. The checkpoint is read as it lies: nothing is converted, copied, or written beside it.
+        `close()`, and is a context manager. The checkpoint is read as it lies: nothing is converted, copied, or written
+        beside it.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and *.safetensors, or a hub id.
@@ -163,7 +164,8 @@ def _progress(
 
 def _load_beside(folder: Path, trust_remote_code: bool, what: Literal["tokenizer", "processor"]) -> Any:
     """What turns text, and for a processor whatever else the model takes, into its inputs."""
-    auto_class = AutoTokenizer if what == "tokenizer" else AutoProcessor
+    # Looked up here: what loads processors of images takes memory that a text model has no use for.
+    auto_class = transformers.AutoTokenizer if what == "tokenizer" else transformers.AutoProcessor
     try:
         return auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
