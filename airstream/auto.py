@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoProcessor, AutoTokenizer
+import transformers
 
 from airstream.backend import create_backend
 from airstream.checkpoint.gguf import GgufIndex
@@ -195,7 +195,8 @@ def _load_now(load: Callable[[], Any]) -> Callable[[], Any]:
 
 def _load_beside(folder: Path, trust_remote_code: bool, what: Beside) -> Any:
     """What turns text, and for a processor whatever else the model takes, into its inputs."""
-    auto_class = AutoTokenizer if what == "tokenizer" else AutoProcessor
+    # Looked up here: what loads processors of images takes memory that a text model has no use for.
+    auto_class = transformers.AutoTokenizer if what == "tokenizer" else transformers.AutoProcessor
     try:
         return auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -30,6 +30,8 @@ TOKENIZER_BYTES_PER_ENTRY = 1000
 PATCHES_OF_AN_IMAGE = 1024
 """Where images may have any size."""
 
+MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "decoder_ffn_dim")
+
 POSITION_COUNTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 """What configs call the longest context."""
 
@@ -107,16 +109,7 @@ def footprint(
     hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
     heads = first_count(text, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1)
     layers = first_count(text, "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1)
-    intermediate = first_count(
-        text,
-        "intermediate_size",
-        "ffn_dim",
-        "n_inner",
-        "ffn_hidden_size",
-        "d_ff",
-        "decoder_ffn_dim",
-        default=4 * hidden,
-    )
+    intermediate = first_count(text, *MLP_WIDTHS, default=4 * hidden)
     routed = first_count(text, "num_experts_per_tok", default=0) * first_count(
         text, "moe_intermediate_size", default=intermediate
     )

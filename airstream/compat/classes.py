@@ -30,7 +30,7 @@ PREFERENCE = (
     "AutoModelForQuestionAnswering",
     "AutoModel",
 )
-"""Auto classes by what a checkpoint most likely is if its config does not say; the first that knows its type is taken."""
+"""Auto classes by what a checkpoint most likely is if its config does not say: the first that knows its type."""
 
 
 def choose_class(

@@ -163,10 +163,11 @@ class Engine:
         """Change to a plan with room for `work`, and some more if there is some."""
         plan = self._with_room_for(replace(work, context=int(GROWTH * work.context))) or self._with_room_for(work)
         if plan is None:
+            left = smallest_plan(self._facts, replace(self._request, max_context=1)).work_bytes
             raise BudgetError(
                 f"{work.batch_size} x {work.context:,} tokens ({work.tokens:,} of them new, logits of "
-                f"{work.logits:,}{', images' if work.pixel_values else ''}) need {format_bytes(need)} for KV cache and activations, max_memory leaves "
-                f"{format_bytes(smallest_plan(self._facts, replace(self._request, max_context=1)).work_bytes)}. "
+                f"{work.logits:,}{', images' if work.pixel_values else ''}) need {format_bytes(need)} for KV cache and "
+                f"activations, max_memory leaves {format_bytes(left)}. "
                 "Raise max_memory, or shorten the prompt (generate() takes prefill_chunk_size) or the batch"
             )
         logger.warning(

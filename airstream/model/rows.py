@@ -20,8 +20,9 @@ FetchTable = Callable[[], torch.Tensor | None]
 class RowTable(torch.Tensor):
     """Stands for a table of shape (num_rows, width) in an `nn.Embedding`, without its values.
 
-    `F.embedding` works on it, and therefore whatever an embedding module makes of it (scaling, offsets); so does picking
-    rows, `table[0]` or `table[ids, :]`. It has shape, dtype and device; any other use raises `UnsupportedError`.
+    `F.embedding` works on it, and therefore whatever an embedding module makes of it (scaling, offsets); so does
+    picking rows, `table[0]` or `table[ids, :]`. It has shape, dtype and device; any other use raises
+    `UnsupportedError`.
     """
 
     _rows: FetchRows

@@ -113,10 +113,15 @@ def _row_tables(model: PreTrainedModel, specs: Mapping[str, TensorSpec], placed:
     found = []
     for name, module in model.named_modules():
         spec = specs.get(f"{name}.weight")
-        if isinstance(module, nn.Embedding) and spec is not None and spec.name not in placed and len(spec.pieces) == 1:
+        # A class of its own may do more with its weights than look rows up.
+        if type(module) in (nn.Embedding, type(tokens)) and spec is not None and spec.name not in placed:
             found.append((module, spec))
     shapes = {spec.shape for module, spec in found if module is tokens}  # encoder and decoder may have one each
-    return {spec.name: spec for _, spec in found if spec.shape in shapes or spec.nbytes >= LARGE_TABLE_BYTES}
+    return {
+        spec.name: spec
+        for _, spec in found
+        if len(spec.pieces) == 1 and (spec.shape in shapes or spec.nbytes >= LARGE_TABLE_BYTES)
+    }
 
 
 def _embeddings(model: PreTrainedModel, getter: str) -> nn.Module | None:

@@ -36,11 +36,20 @@ class Case:
 LISTED: Mapping[str, Mapping[str, str]] = {
     CAUSAL_LM: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     SEQ2SEQ_LM: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    IMAGE_TEXT_TO_TEXT: modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
 """Auto classes of which every type that the installed transformers has is tried, or named with a reason."""
 
 CHOSEN: Mapping[str, tuple[str, ...]] = {
+    IMAGE_TEXT_TO_TEXT: (
+        "aria", "aya_vision", "blip", "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni",
+        "deepseek_vl", "deepseek_vl_hybrid", "diffusion_gemma", "exaone4_5", "fuyu", "gemma3", "gemma4",
+        "gemma4_unified", "git", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "glmga", "got_ocr2",
+        "hyperclovax_vision_v2", "idefics2", "idefics3", "internvl", "lfm2_vl", "lfm3_vl", "lighton_ocr", "llava",
+        "llava_next", "llava_next_video", "llava_onevision", "minimax_m3_vl", "mistral3", "mistral4", "mllama",
+        "ovis2", "paligemma", "pp_chart2table", "qianfan_ocr", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe",
+        "qwen3_vl", "qwen3_vl_moe", "qwen4_exp", "smolvlm", "step3p7", "video_llava", "vipllava",
+        "vision-encoder-decoder",
+    ),
     "AutoModel": ("bert", "roberta", "xlm-roberta", "mpnet", "modernbert", "deberta-v2", "llama", "mistral", "qwen3",
                   "gemma3_text", "t5", "clip", "siglip"),
     "AutoModelForMaskedLM": ("bert", "roberta", "albert", "distilbert", "modernbert", "electra", "deberta-v2"),
@@ -52,8 +61,14 @@ CHOSEN: Mapping[str, tuple[str, ...]] = {
 }  # fmt: skip
 """A few types of other auto classes."""
 
-TIMM = "needs timm, and a vision tower that timm builds"
-REASONS: Mapping[Case, str] = {}
+REASONS: Mapping[Case, str] = {
+    Case(CAUSAL_LM, "gemma3n"): "its vision tower needs the package timm (gemma3n_text is equal)",
+    Case(SEQ2SEQ_LM, "granite_speech"): "no tiny config yet: its encoder has fixed widths",
+    Case(SEQ2SEQ_LM, "granite_speech_plus"): "no tiny config yet: its encoder has fixed widths",
+    Case(SEQ2SEQ_LM, "nemo_speechlm"): "no tiny config yet: its parts have to agree in size",
+    Case(SEQ2SEQ_LM, "vibevoice_asr"): "no tiny config yet: 2.6 GB of convolutions",
+    Case(SEQ2SEQ_LM, "voxtral_realtime"): "takes no input but sound",
+}
 """What is not tried, and why."""
 
 

@@ -1,7 +1,7 @@
 """Tiny configs of every architecture: what names mean everywhere, and what single types want besides.
 
-A config is made of `COMMON`, as far as its class has such fields, and of what `SPECIAL` says of its type. Configs inside
-configs (the text and vision parts of a multimodal model) are made in the same way.
+A config is made of `COMMON`, as far as its class has such fields, and of what `SPECIAL` says of its type. Configs
+inside configs (the text and vision parts of a multimodal model) are made in the same way.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ EQUAL_HEADS = {"num_key_value_heads": 4}
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "axk2": EQUAL_HEADS,
-    "blt": {"use_cache": False, "encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4], "vocab_size": VOCAB_SIZE},
+    "blt": {"use_cache": False, "encoder_hash_byte_group_vocab": 64, "encoder_hash_byte_group_size": [3, 4],
+            "vocab_size": VOCAB_SIZE},
     "blt_local_encoder": {"hidden_size_global": 128},
     "blt_local_decoder": {"hidden_size_global": 128},
     "blt_global_transformer": {"hidden_size": 128, "num_attention_heads": 8, "num_key_value_heads": 4},
@@ -110,7 +111,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "longcat_flash": EQUAL_HEADS | {"head_dim": 8, "zero_expert_num": 2},
     "inkling_text": INKLING,
     "inkling2_text": INKLING,
-    "inkling2_loop_text": INKLING | {"loop_layer_index_start": 1, "loop_layer_index_end": 3, "n_layers_per_attn_res_block": 1, "loop_num_passes": 3},
+    "inkling2_loop_text": INKLING | {"loop_layer_index_start": 1, "loop_layer_index_end": 3, "loop_num_passes": 3,
+                                     "n_layers_per_attn_res_block": 1},
     "roc_bert": {"pronunciation_embed_dim": 16, "pronunciation_vocab_size": 50, "shape_embed_dim": 16,
                  "shape_vocab_size": 50},
     "gemma4_vision": {"position_embedding_size": 64, "patch_size": 4, "pooling_kernel_size": 2},
@@ -188,7 +190,9 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "exaone4_5_vision": {"depth": 4}, "glm4v_vision": {"depth": 4}, "glm_ocr_vision": {"depth": 4},
     "glm4v_text": MROPE, "glm_ocr_text": MROPE, "exaone4_5_text": MROPE,
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
-    "mistral4": EQUAL_HEADS, "glm5_next_text": EQUAL_HEADS, "deepseek_v3": EQUAL_HEADS,
+    "mistral4": EQUAL_HEADS, "axk1": EQUAL_HEADS, "deepseek_v2": EQUAL_HEADS, "glm4_moe_lite": EQUAL_HEADS,
+    "minicpm3": EQUAL_HEADS, "sarvam_mla": EQUAL_HEADS, "youtu": EQUAL_HEADS, "glm5_next_text": EQUAL_HEADS,
+    "deepseek_v3": EQUAL_HEADS,
     "cohere2_vision": {"alignment_intermediate_size": 128},
     "internvl_vision": {"image_size": [16, 16], "patch_size": [4, 4]},
     "moshi": {"audio_vocab_size": VOCAB_SIZE},

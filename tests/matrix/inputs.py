@@ -160,7 +160,7 @@ WITH_IMAGES: Mapping[str, Callable[[Any], Inputs]] = {
 }  # fmt: skip
 """Types that see a picture otherwise."""
 
-TEXT_ALONE = {"deepseek_vl", "deepseek_vl_hybrid", "fuyu", "diffusion_gemma", "lfm2_vl"}
+TEXT_ALONE = {"mistral4", "deepseek_vl", "deepseek_vl_hybrid", "fuyu", "diffusion_gemma", "lfm2_vl"}
 """Types that get no picture here."""
 
 
@@ -173,11 +173,8 @@ SPECIAL_INPUTS: Mapping[str, Callable[[Any], Inputs]] = {
 """Types that want something else than a prompt."""
 
 
-GENERATE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "musicgen": {"guidance_scale": 1.0},
-    "musicgen_melody": {"guidance_scale": 1.0},
-}
-"""What `generate` wants to be told for some types."""
+ONE_SEQUENCE = {"dory"}
+"""Types whose attention does not take a padded batch, in transformers neither."""
 
 
 def inputs_of(auto_class: str, model_type: str, model: Any) -> list[Inputs]:
@@ -188,8 +185,8 @@ def inputs_of(auto_class: str, model_type: str, model: Any) -> list[Inputs]:
         return [source_and_target(model)]
     if auto_class == "AutoModelForImageTextToText":
         if model_type in TEXT_ALONE:
-            return [text(model), padded(model)]
+            return [text(model)] if model_type in ONE_SEQUENCE else [text(model), padded(model)]
         if model_type in WITH_IMAGES:
             return [WITH_IMAGES[model_type](model)]
         return [seen(model, images_of(model_type, model)), text(model)]
-    return [text(model), padded(model)]
+    return [text(model)] if model_type in ONE_SEQUENCE else [text(model), padded(model)]
