@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 
-from transformers import PreTrainedModel
+import torch
 
 from airstream.backend import Backend
 from airstream.checkpoint.reader import Reader
 from airstream.fill import Fill, Kept
 from airstream.layout import TensorSpec
+from airstream.model.binding import Modules
 from airstream.model.residency import Convert, Residency
 from airstream.model.residents import bind_tables
 from airstream.model.store import Store
@@ -23,11 +24,11 @@ from airstream.streamer import Streamer
 
 
 class Executor:
-    """Hooks `plan` into `model`. Allocates what stays in `store` and the ring; reads nothing before it is started."""
+    """Hooks `plan` into `modules`. Allocates what stays in `store` and the ring; reads nothing before it is started."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        modules: Modules,
         parts: Parts,
         facts: ModelFacts,
         store: Store,
@@ -46,12 +47,19 @@ class Executor:
             )
             closing.callback(self.streamer.close)
             units = [batch.units for batch in plan.batches]
-            self.residency = Residency(model, units, fills, self.streamer, convert, probe)
+            self.residency = Residency(modules, units, fills, self.streamer, convert, probe)
             closing.callback(self.residency.close)
             kept = partial(_kept, store, parts)
-            for binding in bind_tables(model, parts.rows, kept, reader, backend, convert, probe):
+            self._tables = bind_tables(modules, parts.rows, kept, reader, backend, convert, probe)
+            for binding in self._tables:
                 closing.callback(binding.unbind)
             self._closing = closing.pop_all()
+
+    def foreign(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What somebody else has put in place of weights, by name."""
+        yield from self.residency.foreign()
+        for binding in self._tables:
+            yield from binding.foreign()
 
     def close(self) -> None:
         """Unbind everything, stop reading, give the ring back. Idempotent. What stays in the store stays."""

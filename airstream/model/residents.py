@@ -8,22 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
 
 from airstream.backend import Backend
 from airstream.backend.landing import HostLanding, Staging
 from airstream.checkpoint.reader import Piece, Reader
 from airstream.fill import Kept
 from airstream.layout import TensorSpec
-from airstream.model.binding import Binding, view_of
+from airstream.model.binding import Binding, Modules, view_of
 from airstream.model.residency import Convert, settle
-from airstream.model.rows import FetchRows, FetchTable, RowTable
+from airstream.model.rows import FetchRows, FetchTable, RowTable, is_same
 from airstream.probe import Probe
 from airstream.slab import distinct, pack
 
 
 def bind_residents(
-    model: nn.Module, residents: Sequence[TensorSpec], reader: Reader, backend: Backend, convert: Convert
+    model: Modules, residents: Sequence[TensorSpec], reader: Reader, backend: Backend, convert: Convert
 ) -> list[Binding]:
     """Read `residents` into one slab and bind them. Blocks for the reads. Weights that are tied share their memory."""
     slab = pack(distinct(residents), backend.packing)
@@ -44,7 +43,7 @@ def bind_residents(
 
 
 def bind_tables(
-    model: nn.Module,
+    model: Modules,
     tables: Mapping[str, TensorSpec],
     kept: Callable[[TensorSpec], Kept | None],
     reader: Reader,
@@ -93,6 +92,13 @@ def _whole_table(
         return view_of(kept.memory, offset, spec)
 
     return fetch
+
+
+def is_stored(reader: Reader, spec: TensorSpec, values: torch.Tensor) -> bool:
+    """Whether `values` are those of `spec` in the checkpoint. Blocks for the reads."""
+    if values.shape != spec.shape or len(spec.pieces) != 1:
+        return False
+    return is_same(_row_fetcher(spec, reader, torch.device("cpu"), Probe()), values.to(spec.dtype))
 
 
 def _row_fetcher(spec: TensorSpec, reader: Reader, device: torch.device, probe: Probe) -> FetchRows:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from airstream.errors import UnsupportedError
 from airstream.model import workload
+from airstream.model.adapters import WithAdapters
 from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
 from airstream.plan import Workload  # likewise
 
@@ -66,7 +67,7 @@ class GuardedModule:
         _refuse("set_input_embeddings()", "change and save the checkpoint with transformers, then stream that")
 
 
-class StreamedModel(GuardedModule):
+class StreamedModel(WithAdapters, GuardedModule):
     """What a streamed model has beyond its transformers class."""
 
     _tokenizer: Any = None
@@ -127,6 +128,7 @@ class StreamedModel(GuardedModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._engine.guard():
+            self._heed_adapters()
             work = workload.of_pass(args, kwargs)
             if work is not None:
                 self._engine.admit(work)
@@ -135,6 +137,7 @@ class StreamedModel(GuardedModule):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         with self._engine.guard():
+            self._heed_adapters()
             expected = workload.of_generation(self.generation_config, args, kwargs)  # type: ignore[attr-defined]
             if expected is not None:
                 self._engine.expect(expected)
