@@ -21,7 +21,7 @@ from airstream.backend import packing_of
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.imagined import imagine
 from airstream.checkpoint.index import CheckpointIndex, has_weights
-from airstream.compat import build_on_meta, model_class
+from airstream.compat import build_on_meta, check_trust, model_class
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.layout import TORCH_DTYPES, read_specs
@@ -106,11 +106,12 @@ def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
     if not file.is_file():
         raise CheckpointNotFoundError(f"{folder} has no config.json: it is not the folder of a transformers model")
     try:
-        is_object = isinstance(json.loads(file.read_bytes()), dict)
+        content = json.loads(file.read_bytes())
     except ValueError:
-        is_object = False
-    if not is_object:
+        content = None
+    if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object. Download it again")
+    check_trust(content, folder, options.trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except (StrictDataclassError, TypeError) as error:

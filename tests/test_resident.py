@@ -52,7 +52,8 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def weights_of(model: Any) -> list[str]:
     """The names of the parameters that are in place."""
-    return [name for name, parameter in model.named_parameters() if not isinstance(parameter, Absent | RowTable)]
+    absent = (Absent, RowTable)
+    return [name for name, each in model.named_parameters() if not each.is_meta and not isinstance(each, absent)]
 
 
 # ------------------------------------------------------------------------------------------------ whatever the budgets

@@ -6,6 +6,7 @@ same calls work from 5.17 on; the test matrix runs the oldest and the newest sup
 """
 
 from airstream.compat.building import build_on_meta, finish_loading, load_generation_config, model_class
+from airstream.compat.remote import check_trust
 from airstream.compat.traits import CACHE_KEYWORDS, cache_keyword, measure_kv_elements, uses_eager_attention
 from airstream.compat.weights import (
     DtypePlan,
@@ -22,6 +23,7 @@ __all__ = [
     "KeyConversion",
     "build_on_meta",
     "cache_keyword",
+    "check_trust",
     "finish_loading",
     "load_generation_config",
     "may_be_missing",
