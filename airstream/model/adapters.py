@@ -75,6 +75,11 @@ class WithAdapters:
             stored = source.weights() if adapter_state_dict is None else adapter_state_dict
             state = {key.removeprefix("base_model.model."): tensor for key, tensor in stored.items()}
             self._drop_base_weights(state)
+            if getattr(config, "trainable_token_indices", None):
+                raise UnsupportedError(
+                    "the adapter has trained single tokens (trainable_token_indices), for which it needs the whole "
+                    "embedding table in memory: merge it into the checkpoint with PEFT, save that, and stream it"
+                )
             self._put_in(name, config, state)
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
