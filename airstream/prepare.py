@@ -103,6 +103,11 @@ def prepare(
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
     file = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not file.is_file():
+        raise CheckpointNotFoundError(
+            f"{folder} is an adapter, not a model: load the model that it was trained with, and then "
+            f"model.load_adapter({os.fspath(folder)!r})"
+        )
     if not file.is_file():
         raise CheckpointNotFoundError(f"{folder} has no config.json: it is not the folder of a transformers model")
     try:

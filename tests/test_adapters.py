@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from airstream import BudgetError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream import AutoModel, BudgetError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.model.absent import Absent
 from airstream.plan import smallest_plan
 from tests.conftest import Resident, WriteTiny, on_accelerator, stream
@@ -439,6 +439,11 @@ def test_arguments(folder: Path, first: Path, tmp_path: Path) -> None:
         for call in (model.set_adapter, model.delete_adapter):
             with pytest.raises(ValueError, match="no adapter 'b': those loaded are a"):
                 call("b")
+
+
+def test_an_adapter_is_not_a_model(first: Path) -> None:
+    with pytest.raises(CheckpointNotFoundError, match=r"is an adapter, not a model: .* model\.load_adapter\("):
+        AutoModel.from_pretrained(first)
 
 
 def test_without_files(folder: Path, first: Path) -> None:
