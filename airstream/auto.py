@@ -163,9 +163,12 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         quantizer=prepared.quantizer,
     )
     make_streamed(model, engine, load, _progress(engine, prepared.options.progress))
-    # Where transformers asks what runs where: one device computes, the layers live on disk. It keeps generate() from
-    # compiling and pipelines from moving the model.
-    model.hf_device_map = {"": prepared.device, **{unit: "disk" for batch in plan.batches for unit in batch.units}}
+    # Where transformers asks what runs where: one device computes, and layers have no memory of their own. It keeps
+    # pipelines from moving the model. "disk" would have PEFT and others put hooks of accelerate on it.
+    units = [unit for batch in plan.batches for unit in batch.units]
+    model.hf_device_map = {"": prepared.device, **dict.fromkeys(units, torch.device("meta"))}
+    if model.generation_config is not None:
+        model.generation_config.disable_compile = True
     weakref.finalize(model, engine.abandon)
     return model
 

@@ -7,6 +7,7 @@ Formulas, with B sequences of T new tokens each, C tokens of context, s bytes pe
     states          B * (whatever state-space and linear attention layers keep of a sequence, however long it is)
     activations     B * T * (a few hidden states + the widest MLP + queries, keys and values), freed layer by layer
     attention       B * T * C for the mask; times the heads, in float32 too, where attention is computed eagerly
+    adapters        B * T * (the input and three times the output of the widest module that has one)
     logits          B * V * (s + 4): the model's and generate()'s float32 copy, for as many positions as are asked for
     lm_head copies  B * (the lm_head) for B > 1: on the CPU, torch multiplies the strided slice that holds the last
                     positions in bfloat16 through a batched product, for which it copies the weight for every sequence
@@ -60,6 +61,10 @@ class Footprint:
     """Numbers that an image consists of, as far as the config says: a square, or a thousand patches."""
     head_copy_bytes: int
     """Bytes of the lm_head where it is copied for every sequence of a prefill, else 0."""
+    adapter_token_bytes: int = 0
+    """What adapters compute beside the layers, of one token."""
+    adapter_logit_bytes: int = 0
+    """What adapters compute beside the lm_head, of one position."""
 
     @property
     def tokenizer_bytes(self) -> int:
@@ -80,11 +85,13 @@ class Footprint:
             pixel_values: numbers that all images together consist of; they are seen before the tokens are.
         """
         per_token = self.item_bytes * (HIDDEN_COPIES * self.hidden_size + 3 * self.intermediate_size)
+        per_token += self.adapter_token_bytes
         scores = self.num_heads * (self.item_bytes + 4) if self.eager_attention else self.item_bytes
         attention = tokens * context * scores
         heads = 2 * context * self.item_bytes * self.num_heads * (self.hidden_size // self.num_heads)
         layers = tokens * per_token + attention + heads
-        head = logits * self.vocab_size * (self.item_bytes + 4) if self.has_head else 0
+        per_logit = self.vocab_size * (self.item_bytes + 4) if self.has_head else 0
+        head = logits * (per_logit + self.adapter_logit_bytes)
         if batch_size > 1 and 0 < logits < tokens:
             head += self.head_copy_bytes
         text = batch_size * max(layers, head + tokens * self.hidden_size * self.item_bytes)

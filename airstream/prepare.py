@@ -17,7 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from airstream.backend import packing_of
-from airstream.checkpoint.config_file import check_config_file
+from airstream.checkpoint.config_file import read_config_file
 from airstream.checkpoint.formats import has_weights, open_checkpoint
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.imagined import imagine
@@ -27,6 +27,7 @@ from airstream.compat import (
     CacheSize,
     Quantizer,
     build_on_meta,
+    check_trust,
     choose_class,
     find_quantizer,
     gguf_config,
@@ -34,7 +35,7 @@ from airstream.compat import (
     measure_cache,
 )
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
-from airstream.errors import AirstreamError, ArgumentError, CheckpointError, UnsupportedError
+from airstream.errors import AirstreamError, ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.layout import read_specs
 from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
 from airstream.model.facts import gather_facts, needs_staging
@@ -161,7 +162,12 @@ def build_model(folder: Path, options: LoadOptions, device: torch.device, index:
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
     file = folder / "config.json"
-    check_config_file(file)
+    if (folder / "adapter_config.json").is_file() and not file.is_file():
+        raise CheckpointNotFoundError(
+            f"{folder} is an adapter, not a model: load the model that it was trained with, and then "
+            f"model.load_adapter({os.fspath(folder)!r})"
+        )
+    check_trust(read_config_file(file), folder, options.trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except (StrictDataclassError, TypeError, AttributeError, ArithmeticError) as error:

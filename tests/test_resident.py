@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from airstream import BudgetError
+from airstream.model.absent import Absent
 from airstream.model.rows import RowTable
 from airstream.plan.planner import DEVICE_RUNTIME_BYTES
 from tests.conftest import (
@@ -51,8 +52,8 @@ def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 def weights_of(model: Any) -> list[str]:
     """The names of the parameters that are in place."""
-    tables = [name for name, parameter in model.named_parameters() if isinstance(parameter, RowTable)]
-    return [name for name, parameter in model.named_parameters() if not parameter.is_meta and name not in tables]
+    absent = (Absent, RowTable)
+    return [name for name, each in model.named_parameters() if not each.is_meta and not isinstance(each, absent)]
 
 
 # ------------------------------------------------------------------------------------------------ whatever the budgets

@@ -27,8 +27,8 @@ AT_LEAST = dict.fromkeys(("hidden_size", "d_model", "n_embd", "vocab_size"), 1) 
 """What sizes are never below."""
 
 
-def check_config_file(file: Path) -> None:
-    """Refuse a config that is none, or whose numbers are absurd.
+def read_config_file(file: Path) -> dict[str, Any]:
+    """What a config says. One that is none, or whose numbers are absurd, is refused.
 
     Raises:
         CheckpointNotFoundError: there is no such file.
@@ -52,6 +52,7 @@ def check_config_file(file: Path) -> None:
             raise CheckpointError(f"{file}: {name} is {value:,}; no model has more than {MAX_PARTS:,}")
         if value < AT_LEAST.get(name, value):
             raise CheckpointError(f"{file}: {name} is {value:,}; it cannot be less than {AT_LEAST[name]}")
+    return config
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

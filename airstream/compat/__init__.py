@@ -10,6 +10,7 @@ from airstream.compat.building import build_on_meta, finish_loading, load_genera
 from airstream.compat.classes import choose_class
 from airstream.compat.gguf import conversion_for, gguf_config, gguf_dtype, gguf_tokenizer
 from airstream.compat.quantizers import Quantizer, find_quantizer
+from airstream.compat.remote import check_trust
 from airstream.compat.traits import (
     CACHE_KEYWORDS,
     CacheSize,
@@ -38,6 +39,7 @@ __all__ = [
     "build_on_meta",
     "cache_keyword",
     "cached_tokens",
+    "check_trust",
     "choose_class",
     "config_value",
     "conversion_for",

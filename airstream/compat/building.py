@@ -8,6 +8,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from airstream.compat.quiet import quiet_transformers
+from airstream.compat.remote import with_generation
 
 
 def build_on_meta(
@@ -16,7 +17,7 @@ def build_on_meta(
     """A model of `cls` without weights: every parameter and buffer is on the meta device. Changes `config`'s dtype."""
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
-        model = cls._from_config(config, dtype=dtype, **extra)
+        model = with_generation(cls)._from_config(config, dtype=dtype, **extra)
     return model.eval().requires_grad_(False)
 
 

@@ -1,18 +1,23 @@
 """Putting tensors into modules and taking them out again, without anything the token loop would feel.
 
-A module's entry for a parameter is replaced, not its data: a meta tensor cannot be given storage, and replacing costs
-a microsecond. Taken out means the meta placeholder is back, so that accidental use raises instead of computing garbage.
+A module's entry for a parameter is replaced, not its data: replacing costs a microsecond. Taken out means that the
+placeholder is back, so that accidental use raises instead of computing garbage. Modules are found by the names that
+they had when the model was built: adapters wrap them later, and wrappers have other names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from airstream.compat import Assembled
+from airstream.model.absent import Absent
 from airstream.model.conversion import Converter, view_of
 from airstream.tensors import TensorSpec
 
@@ -29,12 +34,47 @@ class Views:
     assembled: Sequence[Assembled] = ()
 
 
-class Binding:
-    """The places in `model` where the tensors of `specs` belong."""
+class Modules(Protocol):
+    """Modules by name: a model, or the modules that it had once."""
 
-    def __init__(self, model: nn.Module, specs: Sequence[TensorSpec]) -> None:
+    def get_submodule(self, target: str) -> nn.Module: ...
+
+
+class OriginalModules:
+    """The modules of `model` by the names they have now, whatever wraps or replaces them later. Keeps none alive."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._modules = weakref.WeakValueDictionary(model.named_modules(remove_duplicate=False))
+
+    def get_submodule(self, target: str) -> nn.Module:
+        return self._modules[target]
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self._modules.values())
+
+
+def take_out(
+    modules: Modules,
+    specs: Iterable[TensorSpec],
+    device: torch.device,
+    is_stored: Callable[[TensorSpec, torch.Tensor], bool],
+) -> None:
+    """Leave a placeholder, as on `device`, in the place of every tensor of `specs`.
+
+    Args:
+        is_stored: whether these are the values that the checkpoint has.
+    """
+    for spec in specs:
+        registry, leaf, _ = _place(modules, spec.name)
+        registry[leaf] = Absent(spec.name, registry[leaf], device, partial(is_stored, spec))
+
+
+class Binding:
+    """The places in `modules` where the tensors of `specs` belong."""
+
+    def __init__(self, modules: Modules, specs: Sequence[TensorSpec]) -> None:
         self._specs = tuple(specs)
-        self._places = [_place(model, spec.name) for spec in specs]
+        self._places = [_place(modules, spec.name) for spec in specs]
         self._placeholders = [registry[leaf] for registry, leaf, _ in self._places]
         self._bound: Views | None = None
 
@@ -67,11 +107,18 @@ class Binding:
         for assembled in bound.assembled:
             assembled.restore()
 
+    def foreign(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What somebody else has put in place of the tensors of the specs, by name."""
+        current = self._placeholders if self._bound is None else self._bound.tensors
+        for spec, (registry, leaf, _), expected in zip(self._specs, self._places, current, strict=True):
+            if registry[leaf] is not expected:
+                yield spec.name, registry[leaf]
 
-def _place(model: nn.Module, name: str) -> tuple[dict[str, torch.Tensor | None], str, bool]:
+
+def _place(modules: Modules, name: str) -> tuple[dict[str, torch.Tensor], str, bool]:
     """The registry that holds tensor `name`, its key there, and whether it is a parameter."""
     path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
+    module = modules.get_submodule(path)
     is_parameter = leaf in module._parameters
     registry = module._parameters if is_parameter else module._buffers
     return registry, leaf, is_parameter  # type: ignore[return-value]  # torch types the values of one as Parameter

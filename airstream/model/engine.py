@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -21,15 +20,16 @@ from airstream.backend import Backend
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Reader
 from airstream.compat import Quantizer, conversion_for
-from airstream.errors import BudgetError, ClosedError
+from airstream.errors import BudgetError, ClosedError, UnsupportedError
+from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
 from airstream.model.executor import Executor
 from airstream.model.head import avoid_weight_copy
 from airstream.model.observer import Observer
-from airstream.model.residents import bind_residents
+from airstream.model.residents import bind_residents, is_stored
 from airstream.model.store import Store
 from airstream.model.units import Parts
-from airstream.plan import ModelFacts, Plan, Request, Workload, make_plan, smallest_plan
+from airstream.plan import AdapterFacts, ModelFacts, Plan, Request, Workload, make_plan, smallest_plan
 from airstream.probe import Probe
 from airstream.stats import StreamStats
 from airstream.units import format_bytes
@@ -79,7 +79,11 @@ class Engine:
         self.folder = folder
         self.device = backend.device
         self.stats = StreamStats()
+        self.modules = OriginalModules(model)
+        self.head = model.get_submodule(parts.head[0]) if parts.head else None
+        self._specs = parts.specs
         self._facts = facts
+        self._adapters = AdapterFacts()
         self._request = request
         self._normal = plan
         self._is_final = is_final
@@ -96,14 +100,16 @@ class Engine:
             convert = converter_of(keys, partial(convert_slab, keys, probe, backend.moment))
             for binding in bind_residents(model, parts.resident, reader, backend, convert):
                 self._closing.callback(binding.unbind)
-            if parts.head and self.device.type == "cpu":
-                self._closing.callback(avoid_weight_copy(model.get_submodule(parts.head[0])).remove)
-            store = Store(parts.specs, backend)
+            if self.head is not None and self.device.type == "cpu":
+                self._closing.callback(avoid_weight_copy(self.head).remove)
+            for specs in (*parts.units.values(), parts.head[1] if parts.head else ()):
+                take_out(self.modules, specs, self.device, partial(is_stored, reader))
+            store = Store(self._specs, backend)
             self._closing.callback(store.close)
             self._closing.callback(self._stop)
-            # A proxy: the model has the engine, and must not be kept alive by it.
-            proxy = weakref.proxy(model)
-            self._execute = partial(Executor, proxy, parts, facts, store, reader, backend, convert, self.stats, probe)
+            self._execute = partial(
+                Executor, self.modules, parts, facts, store, reader, backend, convert, self.stats, probe
+            )
             if is_profiling:
                 self.observer.start()
             self._executor = self._execute(plan)
@@ -158,6 +164,33 @@ class Engine:
             self._outgrow(work, need)
         elif self.plan is not self._normal and need <= self._normal.work_bytes:
             self._change(self._normal)
+
+    def make_room(self, adapters: AdapterFacts) -> None:
+        """Adapters that cost this much are beside the model from now on, in place of those that were.
+
+        Raises:
+            BudgetError: they do not fit, even if no weight stays in memory.
+        """
+        if adapters == self._adapters:
+            return
+        facts = self._facts.with_adapters(adapters)
+        plan = make_plan(facts, self._request)
+        self._check_untouched()
+        self._facts, self._adapters, self._normal = facts, adapters, plan
+        self._change(plan)
+
+    def has_weight(self, name: str, values: torch.Tensor) -> bool:
+        """Whether `values` are what the checkpoint has under `name`. Blocks while they are compared."""
+        return name in self._specs and is_stored(self._reader, self._specs[name], values)
+
+    def _check_untouched(self) -> None:
+        """Raise if somebody has put a weight into the model that is not the checkpoint's."""
+        for name, values in self._executor.foreign() if self._executor is not None else ():
+            if not self.has_weight(name, values):
+                raise UnsupportedError(
+                    f"{name!r} has been replaced: a streamed model takes its weights from the checkpoint alone. Save "
+                    "the checkpoint with it, and stream that"
+                )
 
     def _outgrow(self, work: Workload, need: int) -> None:
         """Change to a plan with room for `work`, and some more if there is some."""

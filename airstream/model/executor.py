@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate, chain
 
-from transformers import PreTrainedModel
+import torch
 
 from airstream.backend import Backend
 from airstream.checkpoint.reader import Reader
 from airstream.fill import Fill, Kept
+from airstream.model.binding import Modules
 from airstream.model.conversion import Converter
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_tables
@@ -25,11 +26,11 @@ from airstream.tensors import TensorSpec
 
 
 class Executor:
-    """Hooks `plan` into `model`. Allocates what stays in `store` and the ring; reads nothing before it is started."""
+    """Hooks `plan` into `modules`. Allocates what stays in `store` and the ring; reads nothing before it is started."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        modules: Modules,
         parts: Parts,
         facts: ModelFacts,
         store: Store,
@@ -48,10 +49,11 @@ class Executor:
             )
             closing.callback(self.streamer.close)
             units = [batch.units for batch in plan.batches]
-            self.residency = Residency(model, units, fills, self.streamer, convert, probe)
+            self.residency = Residency(modules, units, fills, self.streamer, convert, probe)
             closing.callback(self.residency.close)
             kept = partial(_kept, store, parts)
-            for binding in bind_tables(model, parts.rows, kept, reader, backend, convert, probe):
+            self._tables = bind_tables(modules, parts.rows, kept, reader, backend, convert, probe)
+            for binding in self._tables:
                 closing.callback(binding.unbind)
             self._has_one_stack = len(parts.stacks) == 1
             self._closing = closing.pop_all()
@@ -60,6 +62,12 @@ class Executor:
         """Begin to read ahead, if it is known what will be asked for first: of several stacks, some may go unused."""
         if self._has_one_stack:
             self.streamer.start()
+
+    def foreign(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What somebody else has put in place of weights, by name."""
+        yield from self.residency.foreign()
+        for binding in self._tables:
+            yield from binding.foreign()
 
     def close(self) -> None:
         """Unbind everything, stop reading, give the ring back. Idempotent. What stays in the store stays."""

@@ -7,14 +7,15 @@ last unit of the batch, the batch is released. Tensors that stay in memory are b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from airstream.fill import Fill, Kept
-from airstream.model.binding import Binding, Views
+from airstream.model.binding import Binding, Modules, Views
 from airstream.model.conversion import Converter
 from airstream.probe import Probe
 from airstream.streamer import Streamer
@@ -39,6 +40,23 @@ class _Batch:
     is_settled: bool = False
 
 
+class _Hook:
+    """Calls `function`; a copy of the module, which has weights of its own, does not."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: object) -> None:
+        self._function(*args)
+
+    def __deepcopy__(self, _: object) -> Callable[..., None]:
+        return _do_nothing
+
+
+def _do_nothing(*_: object) -> None:
+    pass
+
+
 class Residency:
     """Keeps `model`'s units supplied with weights.
 
@@ -51,7 +69,7 @@ class Residency:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Modules,
         batches: Sequence[Sequence[str]],
         fills: Sequence[Fill],
         streamer: Streamer,
@@ -72,6 +90,12 @@ class Residency:
             self._batches.append(_Batch(fill, streamed, kept))
             for position, unit in enumerate(units):
                 self._hook(model.get_submodule(unit), unit, number, position)
+
+    def foreign(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What somebody else has put in place of weights, by name."""
+        for batch in self._batches:
+            for binding in (*batch.streamed, *(binding for _, binding in batch.kept)):
+                yield from binding.foreign()
 
     def let_go(self) -> None:
         """Unbind whatever is streamed and bound, and release the batch that is held. Idempotent."""
@@ -115,8 +139,8 @@ class Residency:
             if last:
                 self.let_go()
 
-        self._handles.append(module.register_forward_pre_hook(onload, prepend=True))
-        self._handles.append(module.register_forward_hook(offload, always_call=True))
+        self._handles.append(module.register_forward_pre_hook(_Hook(onload), prepend=True))
+        self._handles.append(module.register_forward_hook(_Hook(offload), always_call=True))
 
     def _hold(self, number: int) -> None:
         if self._held == number:

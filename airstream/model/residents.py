@@ -8,23 +8,22 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import nn
 
 from airstream.backend import Backend
 from airstream.backend.landing import HostLanding, Staging
 from airstream.checkpoint.reader import Piece, Reader
 from airstream.fill import Kept
-from airstream.model.binding import Binding, Views
+from airstream.model.binding import Binding, Modules, Views
 from airstream.model.conversion import Converter, view_of
 from airstream.model.residency import settle
-from airstream.model.rows import FetchRows, FetchTable, RowTable
+from airstream.model.rows import FetchRows, FetchTable, RowTable, is_same
 from airstream.probe import Probe
 from airstream.slab import Slab, distinct, pack
 from airstream.tensors import TensorSpec
 
 
 def bind_residents(
-    model: nn.Module, residents: Sequence[TensorSpec], reader: Reader, backend: Backend, convert: Converter
+    model: Modules, residents: Sequence[TensorSpec], reader: Reader, backend: Backend, convert: Converter
 ) -> list[Binding]:
     """Read `residents` into one slab and bind them. Blocks for the reads. Weights that are tied share their memory."""
     slab = pack(distinct(residents), backend.packing)
@@ -45,7 +44,7 @@ def bind_residents(
 
 
 def bind_tables(
-    model: nn.Module,
+    model: Modules,
     tables: Mapping[str, TensorSpec],
     kept: Callable[[TensorSpec], Kept | None],
     reader: Reader,
@@ -99,6 +98,13 @@ def _whole_table(
         return view_of(kept.memory, offset, spec)
 
     return fetch
+
+
+def is_stored(reader: Reader, spec: TensorSpec, values: torch.Tensor) -> bool:
+    """Whether `values` are those of `spec` in the checkpoint. Blocks for the reads."""
+    if values.shape != spec.shape or len(spec.pieces) != 1:
+        return False
+    return is_same(_row_fetcher(spec, reader, torch.device("cpu"), Probe()), values.to(spec.dtype))
 
 
 def _row_fetcher(spec: TensorSpec, reader: Reader, device: torch.device, probe: Probe) -> FetchRows:

@@ -9,12 +9,18 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name everyone knows it by
 
 from airstream.errors import UnsupportedError
+from airstream.model.absent import blank_copy
+from airstream.units import MIB
 
 FetchRows = Callable[[Sequence[int]], torch.Tensor]
 """Row numbers, ascending and different -> a tensor of those rows on the device that computes."""
 
 FetchTable = Callable[[], torch.Tensor | None]
 """The whole table, if it is in memory by now."""
+
+
+COMPARED_BYTES = 8 * MIB
+"""Of rows that are read at once to be compared."""
 
 
 class RowTable(torch.Tensor):
@@ -25,6 +31,7 @@ class RowTable(torch.Tensor):
     `UnsupportedError`.
     """
 
+    _is_param = True  # what `isinstance(..., nn.Parameter)` looks for
     _rows: FetchRows
     _whole: FetchTable
 
@@ -42,6 +49,13 @@ class RowTable(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's is untyped
         return f"RowTable(shape={tuple(self.shape)}, dtype={self.dtype}, on disk)"
 
+    def __deepcopy__(self, _: Any) -> torch.Tensor:
+        return blank_copy(self)
+
+    def _has(self, values: torch.Tensor) -> bool:
+        """Whether `values` are those of the table."""
+        return values.shape == self.shape and is_same(self._rows, values.to(self.dtype))
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.embedding:
@@ -54,6 +68,8 @@ class RowTable(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:  # asked for by tools that list parameters
             return args[0]
+        if func is torch.ops.aten.copy_.default and isinstance(args[0], RowTable) and args[0]._has(args[1]):
+            return args[0]  # adapters bring along the table that they were trained with: it is here already
         raise UnsupportedError(
             f"{func} was called on an embedding table that is left on disk: only looking rows up works on it"
         )
@@ -70,6 +86,13 @@ def _select(table: RowTable, index: Any) -> torch.Tensor:
     ids = torch.as_tensor(picked, device=table.device)
     rows = _embedding(torch.where(ids < 0, ids + table.shape[0], ids), table)
     return rows[(*[slice(None)] * ids.dim(), *rest)] if rest else rows
+
+
+def is_same(fetch: FetchRows, values: torch.Tensor) -> bool:
+    """Whether `values` are all the rows that `fetch` gives. Blocks while they are read, a few at a time."""
+    step = max(COMPARED_BYTES // max(values[:1].nbytes, 1), 1)
+    blocks = (range(start, min(start + step, len(values))) for start in range(0, len(values), step))
+    return all(torch.equal(fetch(block).cpu(), values[block.start : block.stop].cpu()) for block in blocks)
 
 
 def _embedding(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from airstream.errors import UnsupportedError
 from airstream.model import workload
+from airstream.model.adapters import WithAdapters
 from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
 from airstream.plan import Workload  # likewise
 
@@ -66,7 +67,7 @@ class GuardedModule:
         _refuse("set_input_embeddings()", "change and save the checkpoint with transformers, then stream that")
 
 
-class StreamedModel(GuardedModule):
+class StreamedModel(WithAdapters, GuardedModule):
     """What a streamed model has beyond its transformers class."""
 
     _tokenizer: Any = None
@@ -135,6 +136,7 @@ class StreamedModel(GuardedModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._engine.guard():
+            self._heed_adapters()
             work = workload.of_pass(args, kwargs)
             if work is not None:
                 self._engine.admit(work)
@@ -148,6 +150,7 @@ class StreamedModel(GuardedModule):
                 "checkpoint with model_class= a class that does"
             )
         with self._engine.guard():
+            self._heed_adapters()
             config: Any = self.config  # type: ignore[attr-defined]
             defaults: Any = self.generation_config  # type: ignore[attr-defined]
             expected = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)

@@ -1,6 +1,6 @@
 """Planning: what stays in memory, what is streamed, and what the peak will be, by arithmetic alone."""
 
-from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
+from airstream.plan.facts import AdapterFacts, Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.plan.plan import ACTIVATIONS, KV_CACHE, Batch, Plan, Tier
 from airstream.plan.planner import CONTEXTS, MIN_OVERLAPPED_CONTEXT, make_plan, smallest_plan
 from airstream.plan.request import HOST, Request, Workload
@@ -8,6 +8,7 @@ from airstream.plan.whatif import quantised, with_advice
 
 __all__ = [
     "ACTIVATIONS",
+    "AdapterFacts",
     "Arithmetic",
     "CONTEXTS",
     "HOST",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from airstream.footprint import Footprint
 
@@ -71,6 +71,21 @@ class Arithmetic:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What adapters cost beside a model's own weights.
+
+    Attributes:
+        nbytes: of their weights, and of what they compute with them alone.
+        token_bytes: of activations in the layers, per token.
+        logit_bytes: of activations at the lm_head, per position.
+    """
+
+    nbytes: int = 0
+    token_bytes: int = 0
+    logit_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFacts:
     """A model's sizes.
 
@@ -84,6 +99,7 @@ class ModelFacts:
         conversion_bytes: what a converter of transformers needs for its results before they are in place.
         stored_bytes: of the weights of all layers and the lm_head on disk, if they are packed there.
         decoding_seconds_per_byte: of one CPU core, to make weights of a byte from disk, if they are packed there.
+        adapter_bytes: of adapters that have been loaded beside the model.
     """
 
     name: str
@@ -100,3 +116,11 @@ class ModelFacts:
     arithmetic: Arithmetic
     stored_bytes: int | None = None
     decoding_seconds_per_byte: float = 0.0
+    adapter_bytes: int = 0
+
+    def with_adapters(self, adapters: AdapterFacts) -> ModelFacts:
+        """The sizes of the model with these adapters instead of those that it has."""
+        footprint = replace(
+            self.footprint, adapter_token_bytes=adapters.token_bytes, adapter_logit_bytes=adapters.logit_bytes
+        )
+        return replace(self, adapter_bytes=adapters.nbytes, footprint=footprint)

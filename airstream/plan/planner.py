@@ -196,6 +196,7 @@ def _tiers(
     work = {
         "ring": ring,
         "resident weights": resident,
+        "adapters": facts.adapter_bytes,
         KV_CACHE: workload.kv_bytes(need),
         ACTIVATIONS: workload.activation_bytes(need),
         "conversion": facts.conversion_bytes,
