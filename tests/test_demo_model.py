@@ -173,6 +173,15 @@ def test_prepare_makes_a_checkpoint(published: None, tmp_path: Path, capfd: pyte
     assert chat == "<|im_start|>hi<|im_end|>"
 
 
+def test_the_file_itself(published: None, tiny_gguf: Path, tmp_path: Path, without_pip: Callable[[], None]) -> None:
+    file = demo_model.prepare_gguf(tmp_path)
+    assert file.read_bytes() == tiny_gguf.read_bytes()
+    assert names(tmp_path) == {"SmolLM2-135M-Instruct-GGUF"}
+    assert names(file.parent) == {file.name, "airstream-manifest.json"}
+    without_pip()
+    assert demo_model.prepare_gguf(tmp_path) == file
+
+
 def test_progress_can_be_silent(published: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     demo_model.prepare(tmp_path, progress=False)
     assert capfd.readouterr() == ("", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -62,9 +63,16 @@ def resident(gguf: File) -> Resident:
     return model_of
 
 
+def has_tables() -> bool:
+    """Whether this transformers has tables of conversions for GGUF."""
+    return importlib.util.find_spec("transformers.integrations.gguf") is not None
+
+
 @pytest.mark.parametrize("dtype", [None, BF16], ids=str)
 @pytest.mark.parametrize("name", TINY_GGUF)
 def test_every_architecture(gguf: File, resident: Resident, name: str, dtype: torch.dtype | None) -> None:
+    if name == "lfm2" and (not has_tables() or dtype is not None):
+        pytest.skip("only newer transformers load it, and decode it in bfloat16 itself otherwise")
     reference = resident(name, "Q8_0", dtype)
     with stream(gguf(name, "Q8_0"), **({} if dtype is None else {"dtype": dtype})) as model:
         assert model.dtype == reference.dtype
@@ -111,7 +119,7 @@ def test_ways_to_name_a_file(gguf: File) -> None:
         AutoModel.plan(file.parent, gguf_file="other.gguf")
     with pytest.raises(CheckpointNotFoundError, match="there is no file"):
         AutoModel.plan(file.with_name("other.gguf"))
-    for outside in ("../model.gguf", "/model.gguf", "model.bin", "a\\b.gguf"):
+    for outside in ("../model.gguf", "/model.gguf", "model.bin", "a\\b.gguf", "*.gguf"):
         with pytest.raises(ArgumentError, match="inside the repository"):
             AutoModel.plan(file.parent, gguf_file=outside)
     with pytest.raises(ArgumentError, match="is a file already"):

@@ -22,6 +22,7 @@ from huggingface_hub.errors import (
 
 from airstream.checkpoint import hub
 from airstream.checkpoint.hub import resolve
+from airstream.checkpoint.locate import locate
 from airstream.errors import AirstreamError, ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 
 Download = Callable[..., str]
@@ -146,6 +147,16 @@ def test_without_an_index_the_single_file_is_downloaded(fake_hub: Callable[..., 
     fake = fake_hub(SMALL | {"model.safetensors": ""} | NOT_NEEDED)
     resolve("some/model")
     assert fake.given_out == {*SMALL, "model.safetensors"}
+
+
+def test_of_gguf_only_the_file_that_is_named_is_downloaded(fake_hub: Callable[..., FakeHub]) -> None:
+    parts = [f"a-{number:05}-of-00002.gguf" for number in (1, 2)]
+    fake = fake_hub(SMALL | dict.fromkeys((*parts, "b.gguf", "model.safetensors"), ""))
+    place = locate("some/model", parts[1], with_weights=False)
+    assert place == (fake.folder, fake.folder / parts[1])
+    assert fake.given_out == {*SMALL, *parts}
+    with pytest.raises(CheckpointNotFoundError, match=r"has no file 'c\.gguf'; there are a-00001"):
+        locate("some/model", "c.gguf")
 
 
 def test_a_plan_needs_no_weights(fake_hub: Callable[..., FakeHub]) -> None:

@@ -96,6 +96,10 @@ TINY_GGUF: Mapping[str, TinyGguf] = {
     "stablelm": TinyGguf(ATTENTION | {"attention.layer_norm_epsilon": 1e-5}),
     "starcoder2": TinyGguf(ATTENTION | {"attention.layer_norm_epsilon": 1e-5}),
     "phi3": TinyGguf(ATTENTION),
+    "lfm2": TinyGguf(
+        ATTENTION | {"attention.head_count_kv": [0, 2], "shortconv.l_cache": 3},
+        stored={"shortconv.conv.weight": lambda weights: weights[:, 0]},
+    ),
     "mamba": TinyGguf(
         MAMBA,
         stored={"ssm_conv1d.weight": lambda weights: weights[:, 0], "ssm_a": lambda weights: -np.exp(weights)},
@@ -134,7 +138,10 @@ def _weights(name: str, scratch: Path) -> dict[str, Array]:
     config = AutoConfig.from_pretrained(scratch.parent, gguf_file=scratch.name)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    names = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(name, TensorProcessor)(config={}))
+    if name == "lfm2":
+        names = {_lfm2_name(key): key for key in model.state_dict()}
+    else:
+        names = get_gguf_hf_weights_map(model, TENSOR_PROCESSORS.get(name, TensorProcessor)(config={}))
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     generator = np.random.default_rng(0)
     weights = {}
@@ -149,6 +156,24 @@ def _weights(name: str, scratch: Path) -> dict[str, Array]:
         weights[key] = values * np.float32(0.05) if len(shape) > 1 else 1 + values * np.float32(0.1)
     scratch.unlink()
     return weights
+
+
+LFM2_NAMES = {
+    "model.embed_tokens": "token_embd", "model.embedding_norm": "token_embd_norm", "lm_head": "output",
+    "model.layers": "blk", "operator_norm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v", "self_attn.out_proj": "attn_output", "self_attn.q_layernorm": "attn_q_norm",
+    "self_attn.k_layernorm": "attn_k_norm", "feed_forward.w1": "ffn_gate", "feed_forward.w3": "ffn_up",
+    "feed_forward.w2": "ffn_down", "conv.in_proj": "shortconv.in_proj", "conv.out_proj": "shortconv.out_proj",
+    "conv.conv": "shortconv.conv",
+}  # fmt: skip
+
+
+def _lfm2_name(key: str) -> str:
+    """Of an architecture whose names transformers has in another table."""
+    for ours, theirs in LFM2_NAMES.items():
+        if ours in key:
+            key = key.replace(ours, theirs)
+    return key
 
 
 def _stored(entry: TinyGguf, key: str, values: Array, quant: str) -> tuple[Array, GGMLQuantizationType]:
@@ -188,8 +213,11 @@ def _write(
 ) -> Path:
     writer = GGUFWriter(file, name)
     for key, value in (TINY_GGUF[name].fields | (fields or {})).items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-        add(f"{name}.{key}", value)
+        if isinstance(value, list):
+            writer.add_array(f"{name}.{key}", value)
+        else:
+            add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
+            add(f"{name}.{key}", value)
     _add_tokenizer(writer)
     if split is not None:
         writer.add_uint16("split.no", split[0])

@@ -45,7 +45,7 @@ def locate(model: str | os.PathLike[str], gguf_file: str | None = None, **option
         folder = resolve(model, **options)
         return Location(folder, _only_gguf(folder))
     inside = PurePosixPath(gguf_file)
-    if inside.suffix != SUFFIX or inside.is_absolute() or ".." in inside.parts or "\\" in gguf_file:
+    if inside.suffix != SUFFIX or inside.is_absolute() or ".." in inside.parts or set("\\*?[") & set(gguf_file):
         raise ArgumentError(f"gguf_file={gguf_file!r} is not the path of a {SUFFIX} file inside the repository")
     if Path(model).expanduser().is_file():
         raise ArgumentError(f"{os.fspath(model)!r} is a file already: gguf_file={gguf_file!r} names one in a folder")
