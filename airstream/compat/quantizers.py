@@ -55,7 +55,7 @@ KEPT_AS_LOADED = ("bitsandbytes", "fp8", "mxfp8", "mxfp4", "bitnet", "torchao", 
 """Formats known to leave weights alone after loading, but for flags."""
 
 MIN_SCRATCH_ITEM_BYTES: Mapping[str, int] = {"compressed-tensors": 12}
-"""Bytes per element that dequantising takes at least, where it does something else on the meta device than on others."""
+"""Bytes per element that dequantising takes at least, where it does something else on the meta device."""
 
 INSTEAD = "Stream a checkpoint of the model in another format (bf16, bitsandbytes, FP8, GGUF) instead"
 
