@@ -11,9 +11,10 @@ EXTRAS = {
     "gguf": ["gguf>=0.17"],
     "peft": ["peft>=0.21"],
     "plot": ["matplotlib>=3.8"],
-    "quant": ["bitsandbytes>=0.46; platform_system != 'Darwin'", "optimum>=2.0"],
+    "quant": ["accelerate>=1.1", "bitsandbytes>=0.46; platform_system != 'Darwin'", "optimum>=2.0"],
     "test": [
         "accelerate>=1.1",
+        "bitsandbytes>=0.46; platform_system != 'Darwin'",
         "gguf>=0.17",
         "hypothesis>=6.100",
         "matplotlib>=3.8",

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
-from tests.tiny_models import TINY, TinyModel, tiny_tokenizer, write_model
+from tests.tiny_models import LLAMA, TINY, UNTIED, TinyModel, tiny_tokenizer, write_model
 
 __all__ = [
     "BITSANDBYTES",
     "FP8_MODELS",
     "write_bitnet",
     "write_bitsandbytes",
+    "write_compressed",
     "write_fp8",
     "write_mxfp4",
-    "write_quantized",
+    "write_torchao",
 ]
 
 BITSANDBYTES: Mapping[str, Mapping[str, Any]] = {
@@ -36,28 +37,69 @@ FP8_MODELS = ("llama", "qwen3_moe", "deepseek_v3")
 FP8_BLOCK = (8, 16)
 """Rows and columns that share a scale: small, because the models are."""
 
+GROUP_SIZE = 32
+"""Columns that share a scale where only a part of a row does."""
 
-def write_bitsandbytes(
-    name: str, folder: Path, settings: Mapping[str, Any], dtype: torch.dtype = torch.bfloat16
-) -> None:
-    """The tiny model `name`, quantised and saved by transformers."""
-    write_quantized(name, folder, lambda: BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **settings), dtype)
+LARGE = TinyModel(
+    "llama",
+    LLAMA
+    | UNTIED
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+    },
+)
+"""Layers of 32 MiB, in bfloat16: the kernel's count of a process's memory sees them."""
 
 
-def write_quantized(
-    name: str, folder: Path, config: Callable[[], Any], dtype: torch.dtype = torch.bfloat16, **fields: Any
-) -> None:
-    """The tiny model `name`, with some other `fields` in its config, quantised by `config()` and saved."""
-    dense = folder / "dense"
-    write_model(TinyModel(TINY[name].model_type, {**TINY[name].fields, **fields}), dense, dtype)
-    model = AutoModelForCausalLM.from_pretrained(dense, quantization_config=config(), dtype=dtype)
+def write_bitsandbytes(name: str, folder: Path, variant: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The model `name`, quantised and saved by transformers in a format of `BITSANDBYTES`."""
+    _quantize(name, folder, BitsAndBytesConfig(bnb_4bit_compute_dtype=dtype, **BITSANDBYTES[variant]), dtype)
+
+
+def write_torchao(folder: Path, settings: str) -> None:
+    """A tiny llama, quantised by torchao as its config class `settings` says, and saved by transformers."""
+    import torchao.quantization
+
+    _quantize("llama", folder, TorchAoConfig(getattr(torchao.quantization, settings)()))
+
+
+def write_compressed(folder: Path, num_bits: int) -> None:
+    """A tiny llama with packed integers, as compressed-tensors lays them out: in groups of a row, or by whole rows."""
+    from compressed_tensors.compressors import ModelCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    write_model(TINY["llama"], folder, torch.bfloat16)
+    shared = {"strategy": "group", "group_size": GROUP_SIZE} if num_bits == 4 else {"strategy": "channel"}
+    group = {"targets": ["Linear"], "weights": {"num_bits": num_bits, "type": "int", "symmetric": True, **shared}}
+    settings = {"config_groups": {"group_0": group}, "ignore": ["lm_head"], "format": "pack-quantized"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    apply_quantization_config(model, QuantizationConfig(**settings, quantization_status="frozen"))
+    for module in model.modules():
+        if hasattr(module, "weight_scale"):
+            rows = module.weight.shape[0], module.weight_scale.shape[1], -1
+            largest = module.weight.float().view(rows).abs().amax(-1)
+            module.weight_scale.data = (largest / (2 ** (num_bits - 1) - 1)).to(module.weight_scale.dtype)
+    config = QuantizationConfig(**settings, quantization_status="compressed")
+    ModelCompressor(quantization_config=config).compress_model(model)
+    described = json.loads(config.model_dump_json()) | {"quant_method": "compressed-tensors"}
+    _save(folder, model.state_dict(), described)
+
+
+def _quantize(name: str, folder: Path, settings: Any, dtype: torch.dtype = torch.bfloat16) -> None:
+    entry = LARGE if name == "large" else TINY[name]
+    write_model(entry, folder / "dense", dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense", quantization_config=settings, dtype=dtype)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
 
 
 def write_fp8(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """The tiny model `name` as DeepSeek-V3 is stored: linear layers in FP8, with the inverse of a scale per block."""
-    write_model(TINY[name], folder, dtype)
+    write_model(LARGE if name == "large" else TINY[name], folder, dtype)
     tensors: dict[str, torch.Tensor] = {}
     for key, tensor in load_file(folder / "model.safetensors").items():
         if tensor.dim() == 2 and ".layers." in key and "gate.weight" not in key:

@@ -1,0 +1,355 @@
+"""Checkpoints that were quantised before they were saved: streamed packed, equal to transformers' own to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from airstream import AutoModel, CheckpointError, UnsupportedError
+from airstream.allocations import Allocations
+from airstream.checkpoint.index import CheckpointIndex
+from airstream.compat import KeyConversion, build_on_meta, find_quantizer, model_class
+from airstream.config import LoadOptions
+from airstream.layout import RAW_PREFIX, read_specs
+from airstream.prepare import prepare
+from tests.conftest import least_memory, on_accelerator, smallest_budget, stream
+from tests.quantized_models import (
+    BITSANDBYTES,
+    FP8_MODELS,
+    write_bitnet,
+    write_bitsandbytes,
+    write_compressed,
+    write_fp8,
+    write_mxfp4,
+    write_torchao,
+)
+from tests.sim import SimDevice
+from tests.test_exactness import assert_equal, logits, prompts
+from tests.test_lifecycle import MEASURE
+from tests.tiny_models import TINY, write_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # what transformers and the formats' packages warn of is theirs
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+BF16, FP32 = torch.bfloat16, torch.float32
+needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes")
+
+Write = Callable[[Path], None]
+
+FORMATS: dict[str, tuple[str | None, Write]] = {
+    **{
+        f"bitsandbytes {name}": ("bitsandbytes", lambda folder, name=name: write_bitsandbytes("llama", folder, name))
+        for name in BITSANDBYTES
+    },
+    "bitsandbytes nf4 qwen2": ("bitsandbytes", lambda folder: write_bitsandbytes("qwen2", folder, "nf4-double")),
+    **{f"fp8 {name}": (None, lambda folder, name=name: write_fp8(name, folder)) for name in FP8_MODELS},
+    "mxfp4 gpt_oss": (None, write_mxfp4),
+    "bitnet": (None, lambda folder: write_bitnet(folder, "bitlinear")),
+    "bitnet autobitlinear": (None, lambda folder: write_bitnet(folder, "autobitlinear")),
+    "torchao int8": ("torchao", lambda folder: write_torchao(folder, "Int8WeightOnlyConfig")),
+    "torchao float8": ("torchao", lambda folder: write_torchao(folder, "Float8WeightOnlyConfig")),
+    "compressed-tensors W4A16": ("compressed_tensors", lambda folder: write_compressed(folder, 4)),
+    "compressed-tensors W8A16": ("compressed_tensors", lambda folder: write_compressed(folder, 8)),
+}
+"""By name: the package that it takes, if any but torch and accelerate, and what writes a checkpoint of it."""
+DENSE_IN_PLACE = ("fp8", "mxfp4", "compressed-tensors")
+"""Formats that are dequantised in their slab, which any device can do."""
+ON_ACCELERATOR = [name for name in FORMATS if name.startswith((*DENSE_IN_PLACE, "torchao"))]
+"""bitsandbytes' classes cannot wrap the simulated device's tensors; what is object about them, torchao's are, too."""
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`quantized(name)`: the folder of a checkpoint of that format, written when first asked for."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        package, write = FORMATS[name]
+        if package is not None:
+            pytest.importorskip(package)
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("quantized")
+            write(folders[name])
+        return folders[name]
+
+    return folder_of
+
+
+Quantized = Callable[[str], Path]
+
+
+def resident_of(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BitNet's modules compile parts of themselves, which takes a C++ compiler and half a minute."""
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+
+
+# --------------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_streamed_is_resident(quantized: Quantized, name: str) -> None:
+    folder = quantized(name)
+    with stream(folder) as model:
+        assert all(not batch.resident for batch in model.plan.batches if batch.units[0] != "lm_head")
+        assert_equal(model, resident_of(folder))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_kept_is_resident(quantized: Quantized, name: str) -> None:
+    """With room for everything, a part of it, and again with a part of it."""
+    folder = quantized(name)
+    reference, inputs = resident_of(folder), prompts(2, 9)
+    expected = logits(reference, inputs)
+    with AutoModel.from_pretrained(folder, device="cpu", max_context=64) as model:
+        assert model.plan.streamed_bytes == 0
+        for _ in range(3):
+            assert torch.equal(logits(model, inputs), expected)
+    budget = least_memory(folder, max_context=64)["cpu"]
+    whole = least_memory(folder, max_context=64, prefetch_batches=0)["cpu"] + model.plan.resident_bytes // 2
+    with AutoModel.from_pretrained(folder, device="cpu", max_context=64, max_memory=max(budget, whole)) as model:
+        for _ in range(2):
+            assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ON_ACCELERATOR)
+@pytest.mark.parametrize("where", ["disk", "host memory", "device memory"])
+def test_on_an_accelerator(quantized: Quantized, sim: SimDevice, name: str, where: str) -> None:
+    """Packed bytes travel, from wherever they are; the expanded ones are made where they compute."""
+    folder = quantized(name)
+    least = least_memory(folder, "sim:0", layers_per_batch=1, prefetch_batches=1, max_context=256, max_batch_size=4)
+    more = {"disk": {}, "host memory": {"cpu": least["cpu"] + (8 << 20)}, "device memory": {0: least[0] + (8 << 20)}}
+    with stream(folder, "sim:0", max_memory=least | more[where]) as model:
+        assert bool(model.plan.hosted_bytes) == (where == "host memory")
+        assert bool(model.plan.streamed_bytes) == (where != "device memory")
+        inputs = prompts(2, 9)
+        expected = logits(on_accelerator(resident_of(folder)), inputs)
+        for _ in range(2):
+            assert torch.equal(logits(model, inputs), expected)
+    assert sim.races == []
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("stored", [BF16, FP32])
+def test_what_is_not_packed_keeps_its_type_as_in_transformers(tmp_path: Path, stored: torch.dtype) -> None:
+    """transformers does not cast what its bitsandbytes loader sees, embeddings and norms included."""
+    write_bitsandbytes("llama", tmp_path, "nf4", stored)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
+    with stream(tmp_path, dtype=BF16) as model:
+        assert model.model.norm.weight.dtype == reference.model.norm.weight.dtype
+        inputs = prompts(1, 7)
+        assert torch.equal(logits(model, inputs), logits(reference, inputs))
+
+
+# ------------------------------------------------------------------------------------------- what travels, what is held
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_bytes_travel(quantized: Quantized, name: str) -> None:
+    """What a pass reads is what lies in the file, but for gaps that are cheaper to read than to leave out."""
+    folder = quantized(name)
+    stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
+    with stream(folder) as model:
+        assert model.plan.checkpoint_bytes <= stored
+        logits(model, prompts(1, 3))
+        before = model.stats.streamed_bytes
+        logits(model, prompts(1, 3))
+        assert model.stats.streamed_bytes - before <= 1.5 * stored
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(DENSE_IN_PLACE)])
+def test_what_dequantising_takes_is_planned(quantized: Quantized, name: str) -> None:
+    """The planned figure is found on the meta device; this runs the same converters on real tensors."""
+    folder = quantized(name)
+    prepared = prepare(folder, LoadOptions(device="cpu", max_context=64))
+    tensors = load_file(folder / "model.safetensors")
+    keys = KeyConversion(prepared.model, prepared.quantizer)
+    conversions = {spec.made_by for spec in prepared.parts.specs.values()} - {None}
+    assert conversions
+    for conversion in conversions:
+        assert conversion is not None
+        names = [source.name.removeprefix(RAW_PREFIX) for source in conversion.sources]
+        sources = [(key, pattern, tensors[key]) for key, pattern in zip(names, conversion.patterns, strict=True)]
+        with Allocations([tensor for _, _, tensor in sources]) as allocations:
+            keys.convert(conversion.name, sources)
+        assert 0 < allocations.peak_bytes <= conversion.scratch_bytes + 256
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("name", ["bitsandbytes nf4-double", "bitsandbytes int8"])
+def test_a_pass_leaves_nothing_behind(quantized: Quantized, name: str) -> None:
+    """Objects are made once for each place in the ring, and give all memory back when the model is closed."""
+    with stream(quantized(name)) as model:
+        built = 0
+        real = KeyConversion.assemble
+
+        def counting(self: KeyConversion, *arguments: Any) -> Any:
+            nonlocal built
+            built += 1
+            return real(self, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KeyConversion, "assemble", counting)
+            for _ in range(8):  # until every layer has been in every place of the ring
+                logits(model, prompts(1, 5))
+            before = built
+            assert before > 0
+            logits(model, prompts(1, 5))
+            assert built == before
+        linear = model.model.layers[0].mlp.up_proj
+        assert linear.weight.is_meta
+        assert getattr(linear, "quant_state", None) is None
+        assert getattr(getattr(linear, "state", None), "CB", None) is None
+        assert getattr(linear.weight, "SCB", None) is None
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def with_settings(folder: Path, settings: dict[str, Any]) -> Path:
+    """A dense checkpoint in `folder` whose config says that it is quantised."""
+    write_model(TINY["llama"], folder, BF16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq cannot be streamed: its kernels rearrange .* Stream a checkpoint"),
+        ({"quant_method": "awq", "bits": 4}, "awq cannot be streamed: its kernels rearrange"),
+        ({"quant_method": "hqq"}, "hqq cannot be streamed: transformers cannot load it"),
+        ({"quant_method": "quanto"}, "quanto cannot be streamed"),
+        ({"quant_method": "nonsense"}, "'nonsense', which this transformers does not know"),
+        ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
+        ({"quant_method": "eetq"}, "eetq"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"input_activations": {"num_bits": 8}}},
+            },
+            "quantised activations .* cannot be streamed",
+        ),
+    ],
+    ids=lambda value: value["quant_method"] if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_streamed_says_why(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
+    folder = with_settings(tmp_path, settings)
+    for load in (AutoModel.plan, AutoModel.from_pretrained):
+        with pytest.raises(UnsupportedError, match=reason):
+            load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "package"), [("bitsandbytes", "bitsandbytes"), ("torchao", "torchao"), ("fp8", "accelerate")]
+)
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, package: str) -> None:
+    settings = {"quant_method": method, "load_in_4bit": method == "bitsandbytes"}
+    if method == "torchao":
+        settings["quant_type"] = {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}, "_version": 2}}
+    folder = with_settings(tmp_path, settings)
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError(f"requires {package}")
+
+    monkeypatch.setattr("airstream.compat.quantizers.get_hf_quantizer", missing)
+    with pytest.raises(UnsupportedError, match=f"quantised with {method}: pip install .*requires {package}"):
+        AutoModel.plan(folder, device="cpu")
+
+
+def test_a_config_without_weights_is_not_enough(quantized: Quantized, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((quantized("fp8 llama") / "config.json").read_text())
+    with pytest.raises(UnsupportedError, match="quantised with fp8, and only its config is here"):
+        AutoModel.plan(tmp_path, device="cpu")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("spoiled", ["quant_state", "absmax"])
+def test_packed_tensors_that_do_not_go_together(quantized: Quantized, tmp_path: Path, spoiled: str) -> None:
+    folder = quantized("bitsandbytes nf4")
+    tensors = load_file(folder / "model.safetensors")
+    key = next(key for key in tensors if ".layers.1." in key and spoiled in key)
+    del tensors[key]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with stream(tmp_path) as model, pytest.raises(CheckpointError, match=r"packed tensors of 'model\.layers\.1\."):
+        logits(model, prompts(1, 3))
+
+
+# ------------------------------------------------------------------------------------ what needs a GPU: its byte plan
+
+
+@pytest.mark.parametrize("name", FP8_MODELS)
+def test_on_a_gpu_fp8_is_streamed_as_it_lies(quantized: Quantized, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Where there are FP8 kernels nothing is dequantised: every packed tensor and every scale is planned as bytes."""
+    folder = quantized(f"fp8 {name}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    config = AutoConfig.from_pretrained(folder)
+    device = torch.device("cuda", 0)
+    quantizer = find_quantizer(config, device)
+    assert quantizer is not None
+    model = build_on_meta(model_class(config, folder, False), config, BF16, None)
+    index = CheckpointIndex.open(folder)
+    quantizer.preprocess(model, BF16, device, index.files)
+    specs = read_specs(model, index, BF16, quantizer)
+    assert all(spec.made_by is None for spec in specs.values())
+    packed = [spec for spec in specs.values() if spec.dtype == torch.float8_e4m3fn]
+    scales = [spec for spec in specs.values() if spec.name.endswith("scale_inv")]
+    assert len(packed) == len(scales) > 0
+    assert all(spec.dtype == FP32 and all(piece.cast is None for piece in spec.pieces) for spec in scales)
+
+
+# ---------------------------------------------------------------------------------------------------------------- peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
+@pytest.mark.parametrize("name", ["bitsandbytes nf4-double", "fp8"])
+@pytest.mark.parametrize("budget", ["smallest", "400MiB"])
+def test_the_peak_stays_within_the_plan(large: Callable[[str], Path], name: str, budget: str) -> None:
+    folder = large(name)
+    if budget == "smallest":
+        budget = str(smallest_budget(folder, layers_per_batch=1, max_context=128, page_cache=False)["cpu"])
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(folder), budget], capture_output=True, text=True, check=True
+    )
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured["rise"] > measured["ring"]
+    assert measured["rise"] <= measured["planned"]
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoints whose layers are large enough for a kernel's count of memory to show them."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        if name.startswith("bitsandbytes"):
+            pytest.importorskip("bitsandbytes")
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("large")
+            if name == "fp8":
+                write_fp8("large", folders[name])
+            else:
+                write_bitsandbytes("large", folders[name], name.removeprefix("bitsandbytes "))
+        return folders[name]
+
+    return folder_of
