@@ -18,10 +18,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from airstream import AutoModel, CheckpointError, UnsupportedError
 from airstream.allocations import Allocations
 from airstream.checkpoint.index import CheckpointIndex
-from airstream.compat import KeyConversion, build_on_meta, find_quantizer, model_class
+from airstream.compat import KeyConversion, build_on_meta, choose_class, find_quantizer
 from airstream.config import LoadOptions
-from airstream.layout import RAW_PREFIX, read_specs
+from airstream.layout import read_specs
 from airstream.prepare import prepare
+from airstream.tensors import RAW_PREFIX
 from tests.conftest import least_memory, on_accelerator, smallest_budget, stream
 from tests.quantized_models import (
     BITSANDBYTES,
@@ -307,7 +308,7 @@ def test_on_a_gpu_fp8_is_streamed_as_it_lies(quantized: Quantized, monkeypatch: 
     device = torch.device("cuda", 0)
     quantizer = find_quantizer(config, device)
     assert quantizer is not None
-    model = build_on_meta(model_class(config, folder, False), config, BF16, None)
+    model = build_on_meta(*choose_class(config, folder, trust_remote_code=False), BF16, None)
     index = CheckpointIndex.open(folder)
     quantizer.preprocess(model, BF16, device, index.files)
     specs = read_specs(model, index, BF16, quantizer)
