@@ -42,8 +42,8 @@ FLOORS: list[list[str]] = [
     ["streamer", "profiling", "profiling.*"],
     ["model.*", "report", "machine"],
     ["live", "prepare"],
-    ["auto", "demo.*", "landscape", "table_text", "repacking", "repacking.*", "verification", "verification.*"],
-    ["table"],
+    ["auto", "demo.*", "landscape", "table_text", "repacking", "repacking.*"],
+    ["table", "verification", "verification.*"],
     ["pictures"],
     [""],  # the package itself: its public names, looked up when they are first asked for
     ["cli.*"],

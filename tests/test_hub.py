@@ -159,6 +159,34 @@ def test_of_gguf_only_the_file_that_is_named_is_downloaded(fake_hub: Callable[..
         locate("some/model", "c.gguf")
 
 
+def test_pickles_are_downloaded_only_where_there_is_nothing_else(fake_hub: Callable[..., FakeHub]) -> None:
+    others = {"optimizer.bin": "", "pytorch_model.fp16.bin": "", "model.onnx": ""}
+    fake = fake_hub(SMALL | {"pytorch_model.bin": ""} | others)
+    resolve("some/model")
+    assert fake.given_out == {*SMALL, "pytorch_model.bin"}
+
+
+def test_the_shards_of_a_pickled_checkpoint(fake_hub: Callable[..., FakeHub]) -> None:
+    shards = {name: shard.replace("safetensors", "bin") for name, shard in SHARDS.items()}
+    index = {"pytorch_model.bin.index.json": json.dumps({"weight_map": shards})}
+    fake = fake_hub(SMALL | index | dict.fromkeys(shards.values(), "") | {"pytorch_model.bin": ""})
+    resolve("some/model")
+    assert fake.given_out == {*SMALL, *index, *shards.values()}
+
+
+def test_safetensors_go_before_the_index_of_pickles(fake_hub: Callable[..., FakeHub]) -> None:
+    index = {"pytorch_model.bin.index.json": json.dumps({"weight_map": {"a": "pytorch_model-1.bin"}})}
+    fake = fake_hub(SMALL | index | {"pytorch_model-1.bin": "", "model.safetensors": ""})
+    resolve("some/model")
+    assert fake.given_out == {*SMALL, *index, "model.safetensors"}
+
+
+def test_pickles_of_another_name_come_last(fake_hub: Callable[..., FakeHub]) -> None:
+    fake = fake_hub(SMALL | {"consolidated.00.pth": ""})
+    resolve("some/model")
+    assert fake.given_out == {*SMALL, "consolidated.00.pth"}
+
+
 def test_a_plan_needs_no_weights(fake_hub: Callable[..., FakeHub]) -> None:
     fake = fake_hub(SMALL | {"model.safetensors": ""})
     resolve("some/model", with_weights=False)
@@ -181,11 +209,20 @@ def test_options_reach_the_hub(fake_hub: Callable[..., FakeHub], tmp_path: Path)
         assert call["cache_dir"] == tmp_path / "cache"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 5}', "{}"])
-def test_an_index_that_is_none_is_reported(fake_hub: Callable[..., FakeHub], text: str) -> None:
-    fake_hub(SMALL | {"model.safetensors.index.json": text})
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 5}', "{}", "[" * 99_999])
+def test_an_index_that_is_none_is_reported(fake_hub: Callable[..., FakeHub], text: str, name: str) -> None:
+    fake_hub(SMALL | {name: text})
     with pytest.raises(CheckpointError, match=r"index\.json is not a shard index"):
         resolve("some/model")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_nothing_outside_is_asked_for(fake_hub: Callable[..., FakeHub], name: str) -> None:
+    fake = fake_hub(SMALL | {name: json.dumps({"weight_map": {"a": "../../x.bin"}})})
+    with pytest.raises(CheckpointError, match="must lie beside the index"):
+        resolve("some/model")
+    assert not any("../" in pattern for call in fake.calls for pattern in call["allow_patterns"])
 
 
 # ------------------------------------------------------------------------------------------------- the hub says no

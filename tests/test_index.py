@@ -169,6 +169,8 @@ NOT_JSON = {
     "zeros": bytes(16),
     "half": b'{"a":{"dtype"',
     "latin-1": b'{"\xe9":1}',
+    "twice": b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}',
+    "twice within": b'{"a":{"dtype":"U8","shape":[1],"shape":[2],"data_offsets":[0,2]}}',
     "deep": b"[" * 200_000,
     "digits": b'{"a":' + b"9" * 10_000 + b"}",
     "git-lfs": b"version https://git-lfs.github.com/spec/v1",
@@ -312,7 +314,8 @@ def test_a_shard_outside_the_folder_is_not_opened(tmp_path: Path, shard: object)
         CheckpointIndex.open(folder)
 
 
-NOT_AN_INDEX = ["", "{", "[]", "{}", "null", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": "x"}']
+TWICE = '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'
+NOT_AN_INDEX = [TWICE, "", "{", "[]", "{}", "null", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": "x"}']
 
 
 @pytest.mark.parametrize("text", [*NOT_AN_INDEX, "[" * 99_999], ids=lambda text: text[:20])
@@ -326,13 +329,6 @@ def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint: expected model\.safetensors") as caught:
         CheckpointIndex.open(tmp_path)
     assert str(tmp_path) in str(caught.value)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.00.pth"])
-def test_pickled_weights_only(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_bytes(b"pickle")
-    with pytest.raises(CheckpointNotFoundError, match=r"pickled.*save_pretrained"):
-        CheckpointIndex.open(tmp_path)
 
 
 def test_a_single_file_of_another_name(tmp_path: Path) -> None:

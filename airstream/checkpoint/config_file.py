@@ -34,15 +34,13 @@ def read_config_file(file: Path) -> dict[str, Any]:
         CheckpointNotFoundError: there is no such file.
         CheckpointError: the message names the field.
     """
+    if not file.is_file():
+        raise CheckpointNotFoundError(f"{file.parent} has no config.json: it is not the folder of a transformers model")
+    size = file.stat().st_size
+    if size > MAX_CONFIG_BYTES:
+        raise CheckpointError(f"{file} has {size:,} bytes: it is not a config. Download it again")
     try:
-        size = file.stat().st_size
-        if size > MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{file} has {size:,} bytes: it is not a config. Download it again")
         config = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointNotFoundError(
-            f"{file.parent} has no config.json: it is not the folder of a transformers model"
-        ) from None
     except (OSError, ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):

@@ -8,7 +8,7 @@ pickles if not.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -69,12 +69,7 @@ def resolve(
         if weight_files is not None:
             return download([*SMALL_FILES, *weight_files])
         folder = download(SMALL_FILES)
-        if with_weights:
-            for names in _weight_files(folder):
-                download(SMALL_FILES + names)
-                if any(any(folder.glob(name)) for name in names):
-                    break
-        return folder
+        return _download_weights(folder, download) if with_weights else folder
     except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise CheckpointNotFoundError(
             f"the hub does not give out {name!r} (revision {revision or 'main'}): {_first_line(error)}. "
@@ -126,6 +121,14 @@ def _weight_files(folder: Path) -> Iterator[list[str]]:
     else:
         yield [PICKLE_FILE]
         yield ["*.pth"]
+
+
+def _download_weights(folder: Path, download: Callable[[list[str]], Path]) -> Path:
+    for names in _weight_files(folder):
+        download(SMALL_FILES + names)
+        if any(any(folder.glob(name)) for name in names):
+            break
+    return folder
 
 
 def _first_line(error: BaseException) -> str:

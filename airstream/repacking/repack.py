@@ -16,7 +16,6 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from airstream import __version__
 from airstream.cache import sync
 from airstream.checkpoint.index import ITEM_BYTES, SHARD_INDEX, CheckpointIndex
 from airstream.compat import KeyConversion, natural_order, tied_names
@@ -85,7 +84,7 @@ def repack(
         "shards": {shard.file: [tensor.name for tensor in shard.tensors] for shard in shards},
     }
     known = digest_of(recipe)
-    facts = {"recipe": known, "airstream": __version__} | {name: recipe[name] for name in recipe if name != "shards"}
+    facts = {"recipe": known} | {name: recipe[name] for name in recipe if name != "shards"}
     lock = target.with_name(f".{target.name}-repacking.lock")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
