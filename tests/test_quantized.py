@@ -22,6 +22,7 @@ from airstream.compat import KeyConversion, build_on_meta, find_quantizer, model
 from airstream.config import LoadOptions
 from airstream.layout import RAW_PREFIX, read_specs
 from airstream.prepare import prepare
+from tests import formats
 from tests.conftest import least_memory, on_accelerator, smallest_budget, stream
 from tests.quantized_models import (
     BITSANDBYTES,
@@ -356,3 +357,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folders[name]
 
     return folder_of
+
+
+# ---------------------------------------------------------------------------------------------------------------- docs
+
+
+def test_the_page_shows_the_results() -> None:
+    results = json.loads((formats.DOCS / "formats.json").read_text(encoding="utf-8"))
+    assert formats.table(results) in (formats.DOCS / "quantized.md").read_text(encoding="utf-8")
+    tested = {row["format"] for row in results["formats"] if row["verdict"] == formats.TESTED}
+    assert tested <= FORMATS.keys()

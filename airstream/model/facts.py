@@ -26,7 +26,7 @@ AUTO_BATCH_BYTES = 32 * MIB
 
 
 KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
-"""Of freed memory that the C library keeps at most: twice the 32 MiB up to which it does not map memory afresh, and some."""
+"""Of freed memory that the C library keeps at most: twice the 32 MiB from which on it maps memory afresh, and some."""
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of experts of a layer."""
