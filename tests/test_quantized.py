@@ -153,7 +153,8 @@ def test_on_an_accelerator(quantized: Quantized, sim: SimDevice, name: str, wher
 def test_what_is_not_packed_keeps_its_type_as_in_transformers(tmp_path: Path, stored: torch.dtype) -> None:
     """transformers does not cast what its bitsandbytes loader sees, embeddings and norms included."""
     write_bitsandbytes("llama", tmp_path, "nf4", stored)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
+    # Under autograd bitsandbytes takes another kernel, which rounds in another way.
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16).requires_grad_(False)
     with stream(tmp_path, dtype=BF16) as model:
         assert model.model.norm.weight.dtype == reference.model.norm.weight.dtype
         inputs = prompts(1, 7)
