@@ -6,7 +6,7 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from airstream.config import LoadOptions
 from airstream.layout import read_specs
 from airstream.prepare import prepare
 from airstream.tensors import RAW_PREFIX
+from tests import formats
 from tests.conftest import least_memory, on_accelerator, smallest_budget, stream
 from tests.quantized_models import (
     BITSANDBYTES,
@@ -97,9 +98,10 @@ def resident_of(folder: Path) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def not_compiled() -> Iterator[None]:
     """BitNet's modules compile parts of themselves, which takes a C++ compiler and half a minute."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 # --------------------------------------------------------------------------------------------------------- exactness
@@ -152,7 +154,8 @@ def test_on_an_accelerator(quantized: Quantized, sim: SimDevice, name: str, wher
 def test_what_is_not_packed_keeps_its_type_as_in_transformers(tmp_path: Path, stored: torch.dtype) -> None:
     """transformers does not cast what its bitsandbytes loader sees, embeddings and norms included."""
     write_bitsandbytes("llama", tmp_path, "nf4", stored)
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
+    # Under autograd bitsandbytes takes another kernel, which rounds in another way.
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16).requires_grad_(False)
     with stream(tmp_path, dtype=BF16) as model:
         assert model.model.norm.weight.dtype == reference.model.norm.weight.dtype
         inputs = prompts(1, 7)
@@ -164,15 +167,17 @@ def test_what_is_not_packed_keeps_its_type_as_in_transformers(tmp_path: Path, st
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_packed_bytes_travel(quantized: Quantized, name: str) -> None:
-    """What a pass reads is what lies in the file, but for gaps that are cheaper to read than to leave out."""
+    """What is read is what lies in the file: nothing that is packed is cast or expanded on its way."""
     folder = quantized(name)
-    stored = sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
-    with stream(folder) as model:
-        assert model.plan.checkpoint_bytes <= stored
-        logits(model, prompts(1, 3))
-        before = model.stats.streamed_bytes
-        logits(model, prompts(1, 3))
-        assert model.stats.streamed_bytes - before <= 1.5 * stored
+    index = CheckpointIndex.open(folder)
+    prepared = prepare(folder, LoadOptions(device="cpu", max_context=64))
+    assert prepared.facts.checkpoint_bytes <= index.nbytes
+    made = [spec for spec in prepared.parts.specs.values() if spec.made_by is not None]
+    assert made or name == "bitnet"
+    for source in (source for spec in made for source in spec.stored):
+        (piece,) = source.pieces
+        assert piece.cast is None
+        assert piece.nbytes == index[source.name.removeprefix(RAW_PREFIX)].nbytes
 
 
 @pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(DENSE_IN_PLACE)])
@@ -354,3 +359,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folders[name]
 
     return folder_of
+
+
+# ---------------------------------------------------------------------------------------------------------------- docs
+
+
+def test_the_page_shows_the_results() -> None:
+    results = json.loads((formats.DOCS / "formats.json").read_text(encoding="utf-8"))
+    assert formats.table(results) in (formats.DOCS / "quantized.md").read_text(encoding="utf-8")
+    tested = {row["format"] for row in results["formats"] if row["verdict"] == formats.TESTED}
+    assert tested <= FORMATS.keys()
