@@ -13,7 +13,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -43,7 +42,9 @@ class KeyConversion:
 
     copies = False
 
-    def __init__(self, model: PreTrainedModel, mapping: Sequence[WeightTransform] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, mapping: Sequence[WeightRenaming | WeightConverter] | None = None
+    ) -> None:
         if mapping is None:
             mapping = get_model_conversion_mapping(model)
         self._model = weakref.proxy(model)  # the engine keeps this; it must not keep the model
