@@ -14,7 +14,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    WeightTransform,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -55,7 +54,7 @@ class KeyConversion:
         self,
         model: PreTrainedModel,
         quantizer: Quantizer | None = None,
-        mapping: Sequence[WeightTransform] | None = None,
+        mapping: Sequence[WeightRenaming | WeightConverter] | None = None,
     ) -> None:
         if mapping is None:
             mapping = get_model_conversion_mapping(model) if quantizer is None else quantizer.mapping(model)
