@@ -126,7 +126,7 @@ def _with_its_config(
 def _name_of(wanted: Any) -> str | None:
     if wanted is None or isinstance(wanted, str):
         return wanted
-    if isinstance(wanted, type) and wanted.__name__ in _auto_classes():
+    if isinstance(wanted, type) and _auto_classes().get(wanted.__name__) is wanted:
         return wanted.__name__
     raise ArgumentError(
         f"model_class={wanted!r}: use a model class of transformers or an auto class, such as "

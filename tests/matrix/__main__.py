@@ -34,9 +34,12 @@ def main() -> int:
         rows = [run(case) for case in matrix() if not arguments.types or case.model_type in arguments.types]
         bad = [row for row in rows if row["verdict"] == "fails"]
         print(f"{len(rows)} cases, {sum(row['verdict'] == 'equal' for row in rows)} equal, {len(bad)} fail")
-        if arguments.types or arguments.dry or bad:
+        if arguments.types or arguments.dry:
             return bool(bad)
         versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
+        if bad:
+            print("nothing is written: what fails has to be mended, or be given its reason in tests/matrix/cases.py")
+            return 1
         RESULTS.write_text(json.dumps(versions | {"cases": rows}, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(make_page(SECTIONS), encoding="utf-8")
     return 0

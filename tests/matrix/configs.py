@@ -140,7 +140,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "mvp": DEEP_ENCODER,
     "pegasus": DEEP_ENCODER,
     "prophetnet": {"num_encoder_layers": 4},
-    "whisper": DEEP_ENCODER,
+    "whisper": DEEP_ENCODER | {"max_source_positions": 30, "num_mel_bins": 16},
     "plbart": DEEP_ENCODER,
     "qwen4_exp_text": {
         "ple_embed_dim": 16, "ple_layer_ids": [1], "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16,

@@ -37,6 +37,15 @@ def source_and_target(model: Any) -> Inputs:
     return {"input_ids": random_ids(1, 12), "decoder_input_ids": random_ids(1, 5, seed=3)}
 
 
+def sound_and_target(model: Any) -> Inputs:
+    """Features of a sound, as long as the encoder takes them, and the beginning of what is said."""
+    if model.config.model_type == "whisper":
+        features = random(1, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+    else:
+        features = random(1, 40, model.config.input_feat_per_channel)
+    return {"input_features": features, "decoder_input_ids": random_ids(1, 5)}
+
+
 def codebooks(model: Any) -> Inputs:
     """One sequence of audio codes, a row for every codebook."""
     return {"input_ids": random_ids(model.config.num_codebooks, 12)}
@@ -181,11 +190,15 @@ def inputs_of(auto_class: str, model_type: str, model: Any) -> list[Inputs]:
     """The calls to compare; the first is generated from too."""
     if model_type in SPECIAL_INPUTS and auto_class == "AutoModelForCausalLM":
         return [SPECIAL_INPUTS[model_type](model)]
-    if auto_class == "AutoModelForSeq2SeqLM":
-        return [source_and_target(model)]
+    if auto_class == "AutoModelForSpeechSeq2Seq":
+        return [sound_and_target(model)]
+    if auto_class == "AutoModel" and model_type in ("clip", "siglip"):
+        return [beside(model)]
     if auto_class == "AutoModelForImageTextToText":
         if model_type in TEXT_ALONE:
-            return [text(model)] if model_type in ONE_SEQUENCE else [text(model), padded(model)]
+            if auto_class == "AutoModelForSeq2SeqLM" or (auto_class == "AutoModel" and model.config.is_encoder_decoder):
+        return [source_and_target(model)]
+    return [text(model)] if model_type in ONE_SEQUENCE else [text(model), padded(model)]
         if model_type in WITH_IMAGES:
             return [WITH_IMAGES[model_type](model)]
         return [seen(model, images_of(model_type, model)), text(model)]
