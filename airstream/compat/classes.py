@@ -71,9 +71,9 @@ def _listed_class(config: PreTrainedConfig, wanted: str | None) -> type[PreTrain
             if cls.__name__ in named:
                 return cls
     for name in named:  # the text part of a multimodal model, saved by itself, is in no list
-        cls = getattr(transformers, name, None) if name.isidentifier() else None
-        if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.config_class is type(config):
-            return cls
+        found = getattr(transformers, name, None) if name.isidentifier() else None
+        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
+            return found
     listed = dict(_listed(config))
     return next((listed[auto_class][0] for auto_class in _preference(config) if auto_class in listed), None)
 

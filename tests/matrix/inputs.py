@@ -188,18 +188,16 @@ ONE_SEQUENCE = {"dory"}
 
 def inputs_of(auto_class: str, model_type: str, model: Any) -> list[Inputs]:
     """The calls to compare; the first is generated from too."""
-    if model_type in SPECIAL_INPUTS and auto_class == "AutoModelForCausalLM":
+    if auto_class == "AutoModelForCausalLM" and model_type in SPECIAL_INPUTS:
         return [SPECIAL_INPUTS[model_type](model)]
+    if auto_class == "AutoModelForImageTextToText" and model_type in WITH_IMAGES:
+        return [WITH_IMAGES[model_type](model)]
+    if auto_class == "AutoModelForImageTextToText" and model_type not in TEXT_ALONE:
+        return [seen(model, images_of(model_type, model)), text(model)]
     if auto_class == "AutoModelForSpeechSeq2Seq":
         return [sound_and_target(model)]
     if auto_class == "AutoModel" and model_type in ("clip", "siglip"):
         return [beside(model)]
-    if auto_class == "AutoModelForImageTextToText":
-        if model_type in TEXT_ALONE:
-            if auto_class == "AutoModelForSeq2SeqLM" or (auto_class == "AutoModel" and model.config.is_encoder_decoder):
+    if auto_class == "AutoModelForSeq2SeqLM" or (auto_class == "AutoModel" and model.config.is_encoder_decoder):
         return [source_and_target(model)]
-    return [text(model)] if model_type in ONE_SEQUENCE else [text(model), padded(model)]
-        if model_type in WITH_IMAGES:
-            return [WITH_IMAGES[model_type](model)]
-        return [seen(model, images_of(model_type, model)), text(model)]
     return [text(model)] if model_type in ONE_SEQUENCE else [text(model), padded(model)]
