@@ -26,7 +26,7 @@ from airstream import AutoModel, CheckpointError, CheckpointNotFoundError
 from airstream.checkpoint import unpickle as unpickle_module
 from airstream.checkpoint.formats import PICKLE_FILE, PICKLE_INDEX, has_weights, open_checkpoint
 from airstream.checkpoint.pickles import ScatteredTensor, read_pickle
-from airstream.layout import TORCH_DTYPES
+from airstream.pieces import TORCH_DTYPES
 from tests.conftest import WriteTiny, stream
 from tests.test_exactness import BF16, FP16, FP32, assert_equal
 

@@ -71,8 +71,9 @@ def _listed_class(config: PreTrainedConfig, wanted: str | None) -> type[PreTrain
             if cls.__name__ in named:
                 return cls
     for name in named:  # the text part of a multimodal model, saved by itself, is in no list
-        found = getattr(transformers, name, None) if name.isidentifier() else None
-        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
+        found: Any = getattr(transformers, name, None) if name.isidentifier() else None
+        is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+        if is_model and found.config_class is type(config):
             return found
     listed = dict(_listed(config))
     return next((listed[auto_class][0] for auto_class in _preference(config) if auto_class in listed), None)
@@ -126,8 +127,9 @@ def _with_its_config(
 def _name_of(wanted: Any) -> str | None:
     if wanted is None or isinstance(wanted, str):
         return wanted
-    if isinstance(wanted, type) and _auto_classes().get(wanted.__name__) is wanted:
-        return wanted.__name__
+    name: str = getattr(wanted, "__name__", "")
+    if _auto_classes().get(name) is wanted:
+        return name
     raise ArgumentError(
         f"model_class={wanted!r}: use a model class of transformers or an auto class, such as "
         "transformers.AutoModelForTokenClassification, or the name of one"
