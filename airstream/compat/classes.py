@@ -71,7 +71,7 @@ def _listed_class(config: PreTrainedConfig, wanted: str | None) -> type[PreTrain
             if cls.__name__ in named:
                 return cls
     for name in named:  # the text part of a multimodal model, saved by itself, is in no list
-        found = getattr(transformers, name, None) if name.isidentifier() else None
+        found: Any = getattr(transformers, name, None) if name.isidentifier() else None
         if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
             return found
     listed = dict(_listed(config))
@@ -126,8 +126,9 @@ def _with_its_config(
 def _name_of(wanted: Any) -> str | None:
     if wanted is None or isinstance(wanted, str):
         return wanted
-    if isinstance(wanted, type) and _auto_classes().get(wanted.__name__) is wanted:
-        return wanted.__name__
+    for name, auto_class in _auto_classes().items():
+        if wanted is auto_class:
+            return name
     raise ArgumentError(
         f"model_class={wanted!r}: use a model class of transformers or an auto class, such as "
         "transformers.AutoModelForTokenClassification, or the name of one"

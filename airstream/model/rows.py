@@ -69,8 +69,8 @@ def _select(table: RowTable, index: Any) -> torch.Tensor:
         )
     ids = torch.as_tensor(picked, device=table.device)
     rows = _embedding(torch.where(ids < 0, ids + table.shape[0], ids), table)
-    places = [slice(None)] * ids.dim()
-    return rows[(*places, *rest)] if rest else rows
+    place = (*[slice(None)] * ids.dim(), *rest)
+    return rows[place] if rest else rows
 
 
 def _embedding(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
