@@ -47,7 +47,7 @@ def choose_class(
         ArgumentError: `wanted` is no such thing, or not one of this type of model.
         UnsupportedError: transformers has no class for this type of model.
     """
-    if isinstance(wanted, type) and issubclass(wanted, PreTrainedModel):
+    if _is_model_class(wanted):
         return _with_its_config(wanted, config)
     auto_class = _name_of(wanted)
     own = _own_class(config, auto_class) if trust_remote_code else None
@@ -72,10 +72,14 @@ def _listed_class(config: PreTrainedConfig, wanted: str | None) -> type[PreTrain
                 return cls
     for name in named:  # the text part of a multimodal model, saved by itself, is in no list
         found: Any = getattr(transformers, name, None) if name.isidentifier() else None
-        if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.config_class is type(config):
+        if _is_model_class(found) and found.config_class is type(config):
             return found
     listed = dict(_listed(config))
     return next((listed[auto_class][0] for auto_class in _preference(config) if auto_class in listed), None)
+
+
+def _is_model_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, PreTrainedModel)
 
 
 def _listed(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[type[PreTrainedModel], ...]]]:
