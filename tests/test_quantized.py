@@ -21,6 +21,7 @@ from airstream.checkpoint.index import CheckpointIndex
 from airstream.compat import KeyConversion, build_on_meta, choose_class, find_quantizer
 from airstream.config import LoadOptions
 from airstream.layout import read_specs
+from airstream.model.absent import Absent
 from airstream.prepare import prepare
 from airstream.tensors import RAW_PREFIX
 from tests import formats
@@ -171,7 +172,7 @@ def test_packed_bytes_travel(quantized: Quantized, name: str) -> None:
     folder = quantized(name)
     index = CheckpointIndex.open(folder)
     prepared = prepare(folder, LoadOptions(device="cpu", max_context=64))
-    assert prepared.facts.checkpoint_bytes <= index.nbytes
+    assert prepared.facts.checkpoint_bytes <= 1.02 * index.nbytes  # biases may be kept in float32
     made = [spec for spec in prepared.parts.specs.values() if spec.made_by is not None]
     assert made or name == "bitnet"
     for source in (source for spec in made for source in spec.stored):
@@ -220,7 +221,7 @@ def test_a_pass_leaves_nothing_behind(quantized: Quantized, name: str) -> None:
             logits(model, prompts(1, 5))
             assert built == before
         linear = model.model.layers[0].mlp.up_proj
-        assert linear.weight.is_meta
+        assert isinstance(linear.weight, Absent)
         assert getattr(linear, "quant_state", None) is None
         assert getattr(getattr(linear, "state", None), "CB", None) is None
         assert getattr(linear.weight, "SCB", None) is None

@@ -47,7 +47,7 @@ def choose_class(
         ArgumentError: `wanted` is no such thing, or not one of this type of model.
         UnsupportedError: transformers has no class for this type of model.
     """
-    if isinstance(wanted, type) and issubclass(wanted, PreTrainedModel):
+    if _is_model_class(wanted):
         return _with_its_config(wanted, config)
     auto_class = _name_of(wanted)
     own = _own_class(config, auto_class) if trust_remote_code else None
@@ -72,11 +72,14 @@ def _listed_class(config: PreTrainedConfig, wanted: str | None) -> type[PreTrain
                 return cls
     for name in named:  # the text part of a multimodal model, saved by itself, is in no list
         found: Any = getattr(transformers, name, None) if name.isidentifier() else None
-        is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
-        if is_model and found.config_class is type(config):
+        if _is_model_class(found) and found.config_class is type(config):
             return found
     listed = dict(_listed(config))
     return next((listed[auto_class][0] for auto_class in _preference(config) if auto_class in listed), None)
+
+
+def _is_model_class(value: Any) -> bool:
+    return isinstance(value, type) and issubclass(value, PreTrainedModel)
 
 
 def _listed(config: PreTrainedConfig) -> Iterator[tuple[str, tuple[type[PreTrainedModel], ...]]]:
@@ -127,9 +130,9 @@ def _with_its_config(
 def _name_of(wanted: Any) -> str | None:
     if wanted is None or isinstance(wanted, str):
         return wanted
-    name: str = getattr(wanted, "__name__", "")
-    if _auto_classes().get(name) is wanted:
-        return name
+    for name, auto_class in _auto_classes().items():
+        if wanted is auto_class:
+            return name
     raise ArgumentError(
         f"model_class={wanted!r}: use a model class of transformers or an auto class, such as "
         "transformers.AutoModelForTokenClassification, or the name of one"

@@ -85,8 +85,8 @@ def _select(table: RowTable, index: Any) -> torch.Tensor:
         )
     ids = torch.as_tensor(picked, device=table.device)
     rows = _embedding(torch.where(ids < 0, ids + table.shape[0], ids), table)
-    within = (*([slice(None)] * ids.dim()), *rest)
-    return rows[within] if rest else rows
+    place = (*[slice(None)] * ids.dim(), *rest)
+    return rows[place] if rest else rows
 
 
 def is_same(fetch: FetchRows, values: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""The full matrix: `python -m tests.matrix [TYPE...]`; without types, results and page are written."""
+"""The full matrix: `python -m tests.matrix [TYPE...]`. Of single types, the results there are get new rows."""
 
 from __future__ import annotations
 
@@ -34,12 +34,14 @@ def main() -> int:
         rows = [run(case) for case in matrix() if not arguments.types or case.model_type in arguments.types]
         bad = [row for row in rows if row["verdict"] == "fails"]
         print(f"{len(rows)} cases, {sum(row['verdict'] == 'equal' for row in rows)} equal, {len(bad)} fail")
-        if arguments.types or arguments.dry:
+        if arguments.dry:
             return bool(bad)
         versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
         if bad:
             print("nothing is written: what fails has to be mended, or be given its reason in tests/matrix/cases.py")
             return 1
+        if arguments.types:
+            rows = merged(json.loads(RESULTS.read_text(encoding="utf-8")), versions, rows)
         RESULTS.write_text(json.dumps(versions | {"cases": rows}, indent=1) + "\n", encoding="utf-8")
     PAGE.write_text(make_page(SECTIONS), encoding="utf-8")
     return 0
@@ -61,6 +63,14 @@ def run(case: Case) -> dict[str, Any]:
         signal.alarm(0)
     print(f"{case}: {row['verdict']} {row.get('reason', '')} ({time.monotonic() - started:.1f} s)", flush=True)
     return row
+
+
+def merged(results: dict[str, Any], versions: dict[str, str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `results`, and in place of some of them `rows`."""
+    if {name: results[name] for name in versions} != versions:
+        raise SystemExit(f"the results there are of other versions than {versions}: run all of the matrix")
+    new = {(row["auto_class"], row["model_type"]): row for row in rows}
+    return [new.get((row["auto_class"], row["model_type"]), row) for row in results["cases"]]
 
 
 def _too_slow(*_: object) -> NoReturn:
