@@ -66,9 +66,8 @@ class AutoModel:
         """A transformers model of the checkpoint's own class whose layers are streamed from disk as they are needed.
 
         It is a `PreTrainedModel`: `generate()`, `pipeline(...)` and the rest work as ever, with the same results to the
-        bit where the arithmetic is the same. It also has `tokenizer`, `processor`, `plan`, `stats`, `profile()`,
-        `close()`, and is a context manager. The checkpoint is read as it lies: nothing is converted, copied, or written
-        beside it.
+        bit where the arithmetic is the same. It has `tokenizer`, `processor`, `plan`, `stats`, `profile()`, `close()`, and
+        is a context manager. The checkpoint is read as it lies: nothing is converted, or written beside it.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and *.safetensors, a hub id, or a GGUF file.
@@ -82,8 +81,7 @@ class AutoModel:
             layers_per_batch: layers that are moved as one unit.
             prefetch_batches: layer batches that are read ahead; 0 reads each when it is needed.
             page_cache: read through the operating system's page cache; "auto" does if the checkpoint will stay there.
-            model_class: to load instead of the class that the checkpoint names: a model class or auto class of
-                transformers (`AutoModelForTokenClassification`), or its name.
+            model_class: instead of the one that the checkpoint names: a class or auto class of transformers, or a name.
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
             attn_implementation, revision, token, cache_dir, local_files_only, trust_remote_code: as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
@@ -167,7 +165,7 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     # pipelines from moving the model. "disk" would have PEFT and others put hooks of accelerate on it.
     units = [unit for batch in plan.batches for unit in batch.units]
     model.hf_device_map = {"": prepared.device, **dict.fromkeys(units, torch.device("meta"))}
-    if model.generation_config is not None:
+    if model.can_generate():
         model.generation_config.disable_compile = True
     weakref.finalize(model, engine.abandon)
     return model
