@@ -66,8 +66,8 @@ class AutoModel:
         """A transformers model of the checkpoint's own class whose layers are streamed from disk as they are needed.
 
         It is a `PreTrainedModel`: `generate()`, `pipeline(...)` and the rest work as ever, with the same results to the
-        bit where the arithmetic is the same. It has `tokenizer`, `processor`, `plan`, `stats`, `profile()`, `close()`, and
-        is a context manager. The checkpoint is read as it lies: nothing is converted, or written beside it.
+        bit where the arithmetic is the same. It has `tokenizer`, `processor`, `plan`, `stats`, `profile()`, `close()`;
+        it is a context manager. The checkpoint is read as it lies: nothing is converted, or written beside it.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and *.safetensors, a hub id, or a GGUF file.

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from airstream import AutoModel
+from airstream.model.absent import Absent
 from tests.conftest import least_memory
 from tests.matrix.cases import Case
 from tests.matrix.configs import PART_OF, tiny_config
