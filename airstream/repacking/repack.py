@@ -56,7 +56,7 @@ def repack(
 
     The tensors keep their names and their bytes, and all small files are copied as they are, so that transformers loads
     the result like the original. `airstream-repack.json` in it says what it was made from and has the checksum of every
-    file. A run that was killed goes on where it was. Blocks; takes 16 MiB of host memory for any model.
+    file. A run that was killed goes on where it was. Blocks; its buffers are 16 MiB for any model.
 
     Args:
         model: a folder or hub id; safetensors or pickles. It is only read.
