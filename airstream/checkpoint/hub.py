@@ -99,7 +99,7 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
         return path
     if path.is_file():
         raise UnsupportedError(
-            f"{path} is a file: name the folder of a checkpoint with config.json and its weights (a .gguf file can only be loaded)"
+            f"{path} is a file: name the folder of a checkpoint, with config.json and weights (a .gguf is only loaded)"
         )
     name = os.fspath(model)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_absolute():
