@@ -168,7 +168,7 @@ def _specs_of_rows(
         shape = (*ids.shape[:-1], width) if width > 1 else tuple(ids.shape)
         if name not in targets or tuple(targets[name].shape) != tuple(shape) or (width > 1 and ids.shape[-1] != 1):
             return None
-        deal = dealt(ids.reshape(-1)) if len(stored) == 1 else None
+        deal = dealt(ids.reshape(-1)) if len(stored) == len(outputs) == 1 else None
         if deal is not None and (piece := dealt_piece(stored[0], width, *deal, wanted[name])):
             specs.append(TensorSpec(name, wanted[name], tuple(shape), (piece,), moved=True))
             continue

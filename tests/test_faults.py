@@ -207,11 +207,11 @@ def test_an_index_that_points_elsewhere(checkpoint: Path) -> None:
     refused(checkpoint, CheckpointError, "'../../secret.safetensors'", str(index))
 
 
-def test_pickled_weights_only(checkpoint: Path) -> None:
+def test_pickled_weights_that_are_none(checkpoint: Path) -> None:
     for file in [*shards(checkpoint), checkpoint / "model.safetensors.index.json"]:
         file.unlink()
     (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
-    refused(checkpoint, CheckpointNotFoundError, str(checkpoint), "pickled", "save_pretrained()")
+    refused(checkpoint, CheckpointError, str(checkpoint / "pytorch_model.bin"), "torch.save")
 
 
 def test_no_weights_at_all(checkpoint: Path) -> None:
@@ -239,12 +239,15 @@ def test_a_config_that_is_garbage(checkpoint: Path, text: str) -> None:
     refused(checkpoint, CheckpointError, str(checkpoint / "config.json"))
 
 
-@pytest.mark.parametrize(
-    "config", [{}, {"model_type": 5}, {"model_type": "no_such_model"}, {"model_type": "vit"}], ids=str
-)
+@pytest.mark.parametrize("config", [{}, {"model_type": 5}, {"model_type": "no_such_model"}], ids=str)
 def test_a_config_of_something_else(checkpoint: Path, config: dict[str, Any]) -> None:
     (checkpoint / "config.json").write_text(json.dumps(config))
     refused(checkpoint, UnsupportedError)
+
+
+def test_weights_of_another_model(checkpoint: Path) -> None:
+    (checkpoint / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    refused(checkpoint, CheckpointError, "ViTModel", "config.json belongs to it")
 
 
 # ------------------------------------------------------------------------------------------------- disks that fail

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -212,8 +211,7 @@ def test_as_the_assistant(llama: Any, resident: Resident, assistant: Any) -> Non
 
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])
 def test_quantised_cache(llama: Any, resident: Resident, backend: str) -> None:
-    if importlib.util.find_spec({"quanto": "optimum.quanto"}.get(backend, backend).partition(".")[0]) is None:
-        pytest.skip(f"{backend} is not installed")
+    pytest.importorskip({"quanto": "optimum.quanto"}.get(backend, backend))
     cache = {"backend": backend, "nbits": 4, "residual_length": 4, "axis_key": 0, "axis_value": 0}
     compare(
         lambda model: model.generate(IDS, cache_implementation="quantized", cache_config=cache, **GREEDY),

@@ -330,13 +330,12 @@ def test_on_a_gpu_fp8_is_streamed_as_it_lies(quantized: Quantized, monkeypatch: 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
 @pytest.mark.parametrize("name", ["bitsandbytes nf4-double", "fp8"])
-@pytest.mark.parametrize("budget", ["smallest", "400MiB"])
-def test_the_peak_stays_within_the_plan(large: Callable[[str], Path], name: str, budget: str) -> None:
+def test_the_peak_stays_within_the_plan(large: Callable[[str], Path], name: str) -> None:
     folder = large(name)
-    if budget == "smallest":
-        budget = str(smallest_budget(folder, layers_per_batch=1, max_context=128, page_cache=False)["cpu"])
+    budget = str(smallest_budget(folder, layers_per_batch=1, max_context=128, page_cache=False)["cpu"])
+    measure = MEASURE.replace("tokens=28", "tokens=4")  # a pass takes seconds, and the peak is in the first one
     result = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(folder), budget], capture_output=True, text=True, check=True
+        [sys.executable, "-c", measure, str(folder), budget], capture_output=True, text=True, check=True
     )
     measured = json.loads(result.stdout.splitlines()[-1])
     assert measured["rise"] > measured["ring"]

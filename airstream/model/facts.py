@@ -29,6 +29,9 @@ AUTO_BATCH_BYTES = 32 * MIB
 KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
 """Of freed memory that the C library keeps at most: twice the 32 MiB from which on it maps memory afresh, and some."""
 
+UNPACKING_CODE_BYTES = 32 * MIB
+"""Of libraries that compute with packed weights, loaded by the first pass, and what their kernels keep: as measured."""
+
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of experts of a layer."""
 
@@ -147,4 +150,6 @@ def _conversion_bytes(parts: Parts, specs: Iterable[TensorSpec]) -> int:
     """
     scratch = max((spec.made_by.scratch_bytes for spec in specs if spec.made_by is not None), default=0)
     scratch += min(2 * scratch, KEPT_BY_ALLOCATOR_BYTES)
+    if any(spec.made_by is not None and spec.made_by.scratch_bytes for spec in specs):
+        scratch += UNPACKING_CODE_BYTES
     return scratch + max((growth_bytes(tensors) for tensors in parts.units.values()), default=0)
