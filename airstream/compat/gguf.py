@@ -117,7 +117,7 @@ class _ProcessedConversion(KeyConversion):
         if architecture == "gpt2":
             self._names.setdefault(OUTPUT, "lm_head.weight")  # where its processor puts it
 
-    def source_dtype(self, pattern: str | None, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:  # noqa: ARG002
+    def source_dtype(self, pattern: str | None, _: torch.dtype, wanted: torch.dtype) -> torch.dtype:
         return wanted if pattern is None else torch.float32
 
     def rename(self, key: str) -> tuple[str, str | None]:
