@@ -30,8 +30,8 @@ KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
 """Of freed memory that the C library keeps at most: twice the 32 MiB from which on it maps memory afresh, and some."""
 
 UNPACKING_CODE_BYTES = 32 * MIB
-"""Of libraries that compute with packed weights, loaded by the first pass, and what their kernels keep. Fitted to measured
-peaks of 4-bit bitsandbytes and FP8, which were up to 24 MiB above the plan without it."""
+"""Of libraries that compute with packed weights, loaded by the first pass, and what their kernels keep. Fitted to
+measured peaks of 4-bit bitsandbytes and FP8, which were up to 24 MiB above the plan without it."""
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configs call the number of experts of a layer."""
