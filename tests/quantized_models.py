@@ -20,6 +20,7 @@ __all__ = [
     "write_bitsandbytes",
     "write_compressed",
     "write_fp8",
+    "write_integers",
     "write_mxfp4",
     "write_torchao",
 ]
@@ -36,6 +37,25 @@ BITSANDBYTES: Mapping[str, Mapping[str, Any]] = {
 FP8_MODELS = ("llama", "qwen3_moe", "deepseek_v3")
 FP8_BLOCK = (8, 16)
 """Rows and columns that share a scale: small, because the models are."""
+
+INTEGERS: Mapping[str, Mapping[str, Any]] = {
+    "gptq 4-bit": {"quant_method": "gptq", "bits": 4, "sym": True},
+    "gptq 4-bit act-order": {"quant_method": "gptq", "bits": 4, "desc_act": True},
+    "gptq 8-bit v2": {"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"},
+    "gptq 3-bit": {"quant_method": "gptq", "bits": 3, "format": "gptq"},
+    "gptq 2-bit": {"quant_method": "gptq", "bits": 2},
+    "gptq 4-bit qwen3_moe": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True},
+    "awq qwen3_moe": {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True},
+    "auto-round": {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round:auto_gptq"},
+    "auto-round without offset": {"quant_method": "auto-round", "bits": 4, "packing_format": "auto_round"},
+}
+"""By format, what its checkpoint says of itself."""
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""Which outputs a word of AWQ holds, lowest bits first."""
+
+DENSE = "dense"
+"""Folder in the folder of a checkpoint: the same weights, made dense by what wrote the checkpoint."""
 
 GROUP_SIZE = 32
 """Columns that share a scale where only a part of a row does."""
@@ -122,6 +142,55 @@ def write_mxfp4(folder: Path) -> None:
         tensors[f"{key}_scales"] = torch.randint(120, 125, blocks, dtype=torch.uint8, generator=generator)
     skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
     _save(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": skipped})
+
+
+def write_integers(folder: Path, name: str) -> None:
+    """A format of `INTEGERS`: random integers, zeros and scales in the hub's layout; and in `DENSE` what they stand for."""
+    settings = INTEGERS[name] | {"group_size": GROUP_SIZE}
+    write_model(TINY["qwen3_moe" if "moe" in name else "llama"], folder, torch.float16)
+    packed: dict[str, torch.Tensor] = {}
+    dense: dict[str, torch.Tensor] = {}
+    generator = torch.Generator().manual_seed(0)
+    for key, tensor in load_file(folder / "model.safetensors").items():
+        dense[key] = packed[key] = tensor
+        if tensor.dim() == 2 and ".layers." in key and "gate.weight" not in key:
+            dense[key], made = _in_integers(tensor, settings, generator)
+            packed |= {key.removesuffix("weight") + end: value for end, value in made.items()}
+            del packed[key]
+    write_model(TINY["qwen3_moe" if "moe" in name else "llama"], folder / DENSE, torch.float16)
+    save_file(dense, folder / DENSE / "model.safetensors", metadata={"format": "pt"})
+    _save(folder, packed, settings)
+
+
+def _in_integers(
+    weight: torch.Tensor, settings: Mapping[str, Any], generator: torch.Generator
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A weight of the size of values of `weight`, and the tensors that stand for it."""
+    (outputs, inputs), bits = weight.shape, settings["bits"]
+    groups = inputs // GROUP_SIZE
+    integers = torch.randint(0, 1 << bits, (outputs, inputs), generator=generator)
+    zeros = torch.randint(1, 1 << bits, (outputs, groups), generator=generator)
+    scales = (torch.rand(outputs, groups, generator=generator) * weight.abs().max() / (1 << bits)).half()
+    group_of = torch.arange(inputs) // GROUP_SIZE
+    if settings.get("desc_act"):
+        group_of = group_of[torch.randperm(inputs, generator=generator)]
+    dense = scales[:, group_of] * (integers - zeros[:, group_of])
+    made = {"scales": scales.t()}
+    if settings["quant_method"] == "awq":
+        places = [eight + place for eight in range(0, outputs, 8) for place in AWQ_ORDER]
+        made |= {"qweight": _words(integers.t()[:, places], bits), "qzeros": _words(zeros.t()[:, places], bits)}
+        return dense, made
+    is_offset = "v2" not in settings.get("checkpoint_format", "") and settings.get("packing_format") != "auto_round"
+    made |= {"qweight": _words(integers, bits).t(), "qzeros": _words(zeros.t() - int(is_offset), bits)}
+    if settings["quant_method"] == "gptq":
+        made["g_idx"] = group_of.int()
+    return dense, made
+
+
+def _words(integers: torch.Tensor, bits: int) -> torch.Tensor:
+    """Each row of `integers` as one string of bits, cut into words of 32."""
+    string = (integers[:, :, None] >> torch.arange(bits) & 1).reshape(len(integers), -1, 32)
+    return (string << torch.arange(32)).sum(-1).to(torch.int32)  # wraps: the highest bit is the sign
 
 
 def write_bitnet(folder: Path, linear_class: str) -> None:

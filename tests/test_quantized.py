@@ -28,11 +28,14 @@ from tests import formats
 from tests.conftest import least_memory, on_accelerator, smallest_budget, stream
 from tests.quantized_models import (
     BITSANDBYTES,
+    DENSE,
     FP8_MODELS,
+    INTEGERS,
     write_bitnet,
     write_bitsandbytes,
     write_compressed,
     write_fp8,
+    write_integers,
     write_mxfp4,
     write_torchao,
 )
@@ -66,9 +69,10 @@ FORMATS: dict[str, tuple[str | None, Write]] = {
     "torchao float8": ("torchao", lambda folder: write_torchao(folder, "Float8WeightOnlyConfig")),
     "compressed-tensors W4A16": ("compressed_tensors", lambda folder: write_compressed(folder, 4)),
     "compressed-tensors W8A16": ("compressed_tensors", lambda folder: write_compressed(folder, 8)),
+    **{name: (None, lambda folder, name=name: write_integers(folder, name)) for name in INTEGERS},
 }
 """By name: the package that it takes, if any but torch and accelerate, and what writes a checkpoint of it."""
-DENSE_IN_PLACE = ("fp8", "mxfp4", "compressed-tensors")
+DENSE_IN_PLACE = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round")
 """Formats that are dequantised in their slab, which any device can do."""
 ON_ACCELERATOR = [name for name in FORMATS if name.startswith((*DENSE_IN_PLACE, "torchao"))]
 """bitsandbytes' classes cannot wrap the simulated device's tensors; what is object about them, torchao's are, too."""
@@ -95,7 +99,14 @@ Quantized = Callable[[str], Path]
 
 
 def resident_of(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
+    """The model as transformers has it; of what transformers cannot load here, with the weights that were packed."""
+    dense = folder / DENSE if is_integers(folder) else folder
+    return AutoModelForCausalLM.from_pretrained(dense).eval().requires_grad_(False)
+
+
+def is_integers(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text())
+    return config["quantization_config"].get("quant_method") in {each["quant_method"] for each in INTEGERS.values()}
 
 
 @pytest.fixture(autouse=True)
@@ -244,9 +255,11 @@ def with_settings(folder: Path, settings: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq cannot be streamed: its kernels rearrange .* Stream a checkpoint"),
-        ({"quant_method": "awq", "bits": 4}, "awq cannot be streamed: its kernels rearrange"),
-        ({"quant_method": "hqq"}, "hqq cannot be streamed: transformers cannot load it"),
+        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "gptq checkpoint packed as 'marlin' cannot"),
+        ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"}, "packed as .* in 32-bit words"),
+        ({"quant_method": "awq", "bits": 4, "version": "GEMV"}, "packed as 'gemv' cannot be .* only 'gemm'"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:fp8"}, "packed as 'auto_round:fp8'"),
+        ({"quant_method": "hqq"}, "hqq cannot be streamed: transformers cannot load it .* Stream a checkpoint"),
         ({"quant_method": "quanto"}, "quanto cannot be streamed"),
         ({"quant_method": "nonsense"}, "'nonsense', which this transformers does not know"),
         ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),

@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, get_hf_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
 from airstream.compat.quiet import quiet_transformers
 from airstream.errors import UnsupportedError
 
@@ -42,9 +43,6 @@ DEQUANTIZED_ON_CPU = ("fp8", "mxfp8")
 """Formats that compute on packed weights on a GPU, and that transformers dequantises where there is none."""
 
 REFUSED: Mapping[str, str] = {
-    "gptq": "its kernels rearrange the weights of all layers once they have been loaded",
-    "awq": "its kernels rearrange the weights of all layers once they have been loaded",
-    "auto-round": "its kernels rearrange the weights of all layers once they have been loaded",
     "hqq": "transformers cannot load it from a checkpoint itself",
     "quanto": "transformers cannot save it as a checkpoint itself",
     "gguf": "a .gguf file is loaded by naming the file",
@@ -53,6 +51,23 @@ REFUSED: Mapping[str, str] = {
 
 KEPT_AS_LOADED = ("bitsandbytes", "fp8", "mxfp8", "mxfp4", "bitnet", "torchao", "compressed-tensors")
 """Formats known to leave weights alone after loading, but for flags."""
+
+INTEGER_FORMATS: Mapping[str, Mapping[str, Layout]] = {
+    "gptq": {"gptq": GPTQ, "gptq_v2": GPTQ_V2},
+    "awq": {"gemm": AWQ},
+    "auto-round": {
+        "auto_round:auto_gptq": GPTQ,
+        "auto_round:gptq": GPTQ,
+        "auto_round": GPTQ_V2,
+        "auto_round:gptqmodel": GPTQ_V2,
+        "auto_round:auto_awq": AWQ,
+        "auto_round:awq": AWQ,
+    },
+}
+"""By format and what it calls its packing: formats that are dequantised here, without the package that wrote them."""
+
+SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
+"""Model types whose activations AWQ scales by numbers that the model's class has no place for."""
 
 MIN_SCRATCH_ITEM_BYTES: Mapping[str, int] = {"compressed-tensors": 12}
 """Bytes per element that dequantising takes at least, where it does something else on the meta device."""
@@ -110,6 +125,31 @@ class Quantizer:
         return self.method in OBJECTS
 
 
+class IntegerQuantizer(Quantizer):
+    """Of a checkpoint whose packed integers are made dense here, for the modules of a model that is not quantised."""
+
+    def __init__(self, method: str, layout: Layout) -> None:
+        self.method = method
+        self._layout = layout
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def preprocess(
+        self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, files: Sequence[Path]
+    ) -> None:
+        pass
+
+    def finish(self, model: PreTrainedModel) -> None:
+        pass
+
+    def mapping(self, model: PreTrainedModel) -> list[Any]:
+        return with_unpacking(get_model_conversion_mapping(model), self._layout)
+
+    def is_load_operation(self, converter: Any) -> bool:
+        return isinstance(converter.operations[0], UnpackIntegers)
+
+
 def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer | None:
     """The quantizer of the checkpoint that `config` describes; None if it is not quantised. Changes `config`.
 
@@ -120,6 +160,8 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
     if settings is None:
         return None
     method = str(settings.get("quant_method") or "bitsandbytes")
+    if method in INTEGER_FORMATS:
+        return IntegerQuantizer(method, _layout(settings, method, str(config.model_type)))
     if method in REFUSED:
         raise UnsupportedError(f"a checkpoint quantised with {method} cannot be streamed: {REFUSED[method]}. {INSTEAD}")
     if not any(name.startswith(method) for name in AUTO_QUANTIZER_MAPPING):
@@ -152,6 +194,21 @@ def _settings(config: PreTrainedConfig) -> tuple[Any, dict[str, Any] | None]:
         if found:
             return owner, dict(found) if isinstance(found, Mapping) else found.to_dict()
     return config, None
+
+
+def _layout(settings: Mapping[str, Any], method: str, model_type: str) -> Layout:
+    """How integers are packed, as the checkpoint's `settings` name it: with the names of all writers, old and new."""
+    layouts = INTEGER_FORMATS[method]
+    names = ("packing_format", "checkpoint_format", "version", "format")
+    packing = next((str(settings[name]).lower() for name in names if settings.get(name)), next(iter(layouts)))
+    if packing not in layouts or str(settings.get("pack_dtype") or "int32") != "int32":
+        raise UnsupportedError(
+            f"a {method} checkpoint packed as {packing!r} cannot be streamed, only {' and '.join(map(repr, layouts))} "
+            f"in 32-bit words. {INSTEAD}"
+        )
+    if layouts[packing] is AWQ and model_type in SCALED_ACTIVATIONS:
+        raise UnsupportedError(f"an AWQ checkpoint of {model_type!r} cannot be streamed: it scales activations. {INSTEAD}")
+    return layouts[packing]
 
 
 def _refuse_quantised_activations(settings: Mapping[str, Any], method: str) -> None:
