@@ -1,4 +1,4 @@
-"""docs/formats.json from a run of the tests, and the table of docs/quantized.md from docs/formats.json.
+"""docs/formats.json, which docs/models.md is made of, from a run of the tests.
 
     python -m tests.formats
 
@@ -17,20 +17,14 @@ from typing import Any
 from xml.etree import ElementTree
 
 from airstream.compat.quantizers import REFUSED
+from tests.matrix.page import FORMAT_RESULTS, PAGE, SECTIONS, make_page
+from tests.quantized_models import INTEGERS
 
-DOCS = Path(__file__).parent.parent / "docs"
-START, END = "<!-- formats -->", "<!-- end of formats -->"
 PACKAGES = ("torch", "transformers", "bitsandbytes", "torchao", "compressed-tensors", "accelerate")
 TEST = "test_streamed_is_resident"
 TESTED = "tested here: bit-identical"
+TESTED_DENSE = "tested here: bit-identical to the dense weights that it stands for"
 NEEDS_A_GPU = {"fp8 as it lies (FP8 kernels)": "needs a GPU: its byte plan is tested, its kernels have not been run"}
-
-
-def table(results: dict[str, Any]) -> str:
-    """The table of the page."""
-    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    rows = [f"| {row['format']} | {row['verdict']} |" for row in results["formats"]]
-    return "\n".join([START, "| format | verdict |", "|---|---|", *rows, "", f"With {versions}, on a CPU.", END])
 
 
 def run() -> dict[str, Any]:
@@ -41,7 +35,8 @@ def run() -> dict[str, Any]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         cases = list(ElementTree.parse(report).getroot().iter("testcase"))
     passed = [case.get("name", "") for case in cases if case.find("skipped") is None]
-    rows = [{"format": name[len(TEST) + 1 : -1], "verdict": TESTED} for name in passed]
+    names = [name[len(TEST) + 1 : -1] for name in passed]
+    rows = [{"format": name, "verdict": TESTED_DENSE if name in INTEGERS else TESTED} for name in names]
     rows += [{"format": name, "verdict": verdict} for name, verdict in NEEDS_A_GPU.items()]
     refused = {name: reason for name, reason in REFUSED.items() if name != "gguf"}  # which has a page of its own
     rows += [{"format": name, "verdict": f"not supported: {reason}"} for name, reason in refused.items()]
@@ -54,12 +49,8 @@ def _versions() -> dict[str, str]:
 
 
 def main() -> None:
-    results = run()
-    (DOCS / "formats.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    page = DOCS / "quantized.md"
-    text = page.read_text(encoding="utf-8")
-    before, after = text.split(START)[0], text.split(END)[1]
-    page.write_text(before + table(results) + after, encoding="utf-8")
+    FORMAT_RESULTS.write_text(json.dumps(run(), indent=2) + "\n", encoding="utf-8")
+    PAGE.write_text(make_page(SECTIONS), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def write_mxfp4(folder: Path) -> None:
 
 
 def write_integers(folder: Path, name: str) -> None:
-    """A format of `INTEGERS`: random integers, zeros and scales in the hub's layout; and in `DENSE` what they stand for."""
+    """A format of `INTEGERS`: random integers, zeros and scales in the hub's layout; in `DENSE` what they stand for."""
     settings = INTEGERS[name] | {"group_size": GROUP_SIZE}
     write_model(TINY["qwen3_moe" if "moe" in name else "llama"], folder, torch.float16)
     packed: dict[str, torch.Tensor] = {}

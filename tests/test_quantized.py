@@ -26,6 +26,7 @@ from airstream.prepare import prepare
 from airstream.tensors import RAW_PREFIX
 from tests import formats
 from tests.conftest import least_memory, on_accelerator, smallest_budget, stream
+from tests.matrix.page import FORMAT_RESULTS
 from tests.quantized_models import (
     BITSANDBYTES,
     DENSE,
@@ -74,7 +75,9 @@ FORMATS: dict[str, tuple[str | None, Write]] = {
 """By name: the package that it takes, if any but torch and accelerate, and what writes a checkpoint of it."""
 DENSE_IN_PLACE = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round")
 """Formats that are dequantised in their slab, which any device can do."""
-ON_ACCELERATOR = [name for name in FORMATS if name.startswith((*DENSE_IN_PLACE, "torchao"))]
+VARIANTS = ("gptq 8-bit v2", "gptq 3-bit", "gptq 2-bit", "awq qwen3_moe", "auto-round without offset")
+"""Formats that differ from others in their arithmetic alone, which one test shows."""
+ON_ACCELERATOR = [name for name in FORMATS if name.startswith((*DENSE_IN_PLACE, "torchao")) and name not in VARIANTS]
 """bitsandbytes' classes cannot wrap the simulated device's tensors; what is object about them, torchao's are, too."""
 
 
@@ -127,7 +130,7 @@ def test_streamed_is_resident(quantized: Quantized, name: str) -> None:
         assert_equal(model, resident_of(folder))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in VARIANTS])
 def test_kept_is_resident(quantized: Quantized, name: str) -> None:
     """With room for everything, a part of it, and again with a part of it."""
     folder = quantized(name)
@@ -255,7 +258,10 @@ def with_settings(folder: Path, settings: dict[str, Any]) -> Path:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"}, "gptq checkpoint packed as 'marlin' cannot"),
+        (
+            {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+            "gptq checkpoint packed as 'marlin' cannot",
+        ),
         ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"}, "packed as .* in 32-bit words"),
         ({"quant_method": "awq", "bits": 4, "version": "GEMV"}, "packed as 'gemv' cannot be .* only 'gemm'"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:fp8"}, "packed as 'auto_round:fp8'"),
@@ -380,8 +386,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 # ---------------------------------------------------------------------------------------------------------------- docs
 
 
-def test_the_page_shows_the_results() -> None:
-    results = json.loads((formats.DOCS / "formats.json").read_text(encoding="utf-8"))
-    assert formats.table(results) in (formats.DOCS / "quantized.md").read_text(encoding="utf-8")
-    tested = {row["format"] for row in results["formats"] if row["verdict"] == formats.TESTED}
-    assert tested <= FORMATS.keys()
+def test_the_results_are_of_these_formats() -> None:
+    results = json.loads(FORMAT_RESULTS.read_text(encoding="utf-8"))
+    tested = {row["format"] for row in results["formats"] if row["verdict"] in (formats.TESTED, formats.TESTED_DENSE)}
+    assert tested == FORMATS.keys()

@@ -44,16 +44,14 @@ class Layout:
 GPTQ, GPTQ_V2, AWQ = Layout(zero_offset=1), Layout(), Layout(packs_outputs=True)
 
 
-class UnpackIntegers(ConversionOps):
+class UnpackIntegers(ConversionOps):  # type: ignore[misc]
     """The first operation of a converter of transformers: packed tensors in, dense weights (outputs, inputs) out."""
 
     def __init__(self, layout: Layout, is_only: bool) -> None:
         self._layout = layout
         self._is_only = is_only
 
-    def convert(
-        self, input_dict: Tensors, source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
+    def convert(self, input_dict: Tensors, source_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
         dense = {}
         for pattern in source_patterns:
             stem = pattern.removesuffix(NAMES[0])
@@ -131,8 +129,8 @@ def _scale_into(
 ) -> None:
     """`out` (rows, inputs) = scales * (integers - zeros), which are (rows, groups).
 
-    In float32 the product of a half-precision number and an integer is exact, so it is rounded once, as in half precision,
-    whose arithmetic is slower on CPUs.
+    In float32 the product of a half-precision number and an integer is exact, so it is rounded once, as it is in half
+    precision, whose arithmetic is slower on CPUs.
     """
     numbers = integers.float()
     if group_of is None:
@@ -169,13 +167,16 @@ def _unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
         parts = [octets >> shift & mask for shift in range(0, BYTE_BITS, bits)]
         return torch.stack(parts, dim=-1).flatten(1)
     eight = octets.view(len(octets), -1, bits).long()  # eight integers in as many bytes as one has bits
-    string = sum(eight[:, :, place] << BYTE_BITS * place for place in range(bits))
+    string = sum((eight[:, :, place] << BYTE_BITS * place for place in range(bits)), torch.zeros_like(eight[:, :, 0]))
     return torch.stack([string >> bits * place & mask for place in range(BYTE_BITS)], dim=-1).flatten(1).to(torch.uint8)
 
 
 def _unpack_zeros(qzeros: torch.Tensor, bits: int, offset: int) -> torch.Tensor:
-    """(groups, outputs) uint8. `offset` is added to whole words, so that a zero of 0, for which GPTQModel borrowed from
-    the next one, comes out right; but not where an integer is in two words."""
+    """(groups, outputs) uint8, with `offset` added to each.
+
+    It is added to whole words, so that a zero of 0, for which GPTQModel borrowed from the next one, comes out right;
+    but not where an integer is in two words.
+    """
     if WORD_BITS % bits:
         return _unpack_words(qzeros, bits) + offset
     ones = sum(offset << place for place in range(0, WORD_BITS - 1, bits))

@@ -207,7 +207,7 @@ def _layout(settings: Mapping[str, Any], method: str, model_type: str) -> Layout
             f"in 32-bit words. {INSTEAD}"
         )
     if layouts[packing] is AWQ and model_type in SCALED_ACTIVATIONS:
-        raise UnsupportedError(f"an AWQ checkpoint of {model_type!r} cannot be streamed: it scales activations. {INSTEAD}")
+        raise UnsupportedError(f"an AWQ checkpoint of {model_type!r} scales activations, too: not supported. {INSTEAD}")
     return layouts[packing]
 
 

@@ -10,10 +10,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "models.md"
 RESULTS = Path(__file__).with_name("results.json")
+FORMAT_RESULTS = ROOT / "docs" / "formats.json"
 
 HEAD = """# Models
 
-Made by `python -m tests.matrix --page` of the results of the last full run; a test fails if it says anything else.
+Which architectures and which formats of checkpoints are streamed, as the tests found. Made by
+`python -m tests.matrix --page` of the results of the last full runs (`python -m tests.matrix`, `python -m
+tests.formats`); a test fails if it says anything else.
 """
 
 TITLES: Mapping[str, str] = {
@@ -78,5 +81,25 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-SECTIONS: tuple[Section, ...] = (architectures,)
+def formats() -> str:
+    """What came out for every format of quantised checkpoints."""
+    results = json.loads(FORMAT_RESULTS.read_text(encoding="utf-8"))
+    versions = ", ".join(f"{name} {version.partition('+')[0]}" for name, version in results["versions"].items())
+    lines = [
+        "## Formats",
+        "",
+        "safetensors and pickles (`.bin`, `.pth`) of every architecture below; [GGUF](formats.md), of which that page",
+        "has the architectures and the types of blocks; and what was quantised before it was saved, of which",
+        "[quantized.md](quantized.md) says how each is computed:",
+        "",
+        "| format | verdict |",
+        "|---|---|",
+        *(f"| {row['format']} | {row['verdict']} |" for row in results["formats"]),
+        "",
+        f"With {versions}, on a CPU. Nothing in this table has been run on a GPU.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+SECTIONS: tuple[Section, ...] = (formats, architectures)
 """Of the page, in order."""
