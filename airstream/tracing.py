@@ -9,7 +9,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,7 +22,18 @@ from airstream.pieces import TORCH_DTYPES, dealt_piece, dtype_of, item_of, piece
 from airstream.row_numbers import dealt, is_permutation, runs
 from airstream.tensors import RAW_PREFIX, Conversion, TensorSpec, plain_spec
 
-__all__ = ["trace"]
+__all__ = ["Expansions", "trace"]
+
+Expansions = dict[Hashable, "Expansion"]
+"""What is known of conversions, so that those of equal layers are run once: running them on nothing takes time, too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """What a converter makes of packed tensors: shapes by name, and the bytes that it holds for a moment."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    peak_bytes: int
 
 
 def trace(
@@ -31,10 +43,12 @@ def trace(
     index: CheckpointIndex,
     targets: Mapping[str, torch.Tensor],
     wanted: Mapping[str, torch.dtype],
+    known: Expansions,
 ) -> list[TensorSpec]:
     """What one converter makes of `sources`: byte plans if it only moves rows, else specs that it has to make.
 
     It is run on row numbers, every row collapsed to a single one, which costs a thousandth of running it on weights.
+    `known` is for all calls of one model, and gets what is found out.
     """
     stored = [index[key] for key, _ in sources]
     if conversion.unpacks(sources[0][1]):
@@ -55,19 +69,43 @@ def trace(
             specs = _transposed_spec(outputs, stored, targets, wanted)
         if specs is not None:
             return specs
-    shapes = [torch.empty(tensor.shape, dtype=dtype_of(tensor), device="meta") for tensor in stored]
-    with Allocations(shapes) as allocations:
-        outputs = _try_convert(conversion, name, sources, shapes)
-    if outputs is None or any(_shape_of(targets, output) != tuple(outputs[output].shape) for output in outputs):
+    expansion = _expansion(conversion, name, sources, stored, (_shape_of(targets, name), wanted[name]), known)
+    if expansion is None or any(_shape_of(targets, output) != shape for output, shape in expansion.shapes.items()):
         listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
         raise CheckpointError(
             f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's {len(stored)} "
             f"tensors ({listed}, ...): one of them is missing or has the wrong shape"
         )
     patterns, raw = _raw_specs(conversion, sources, stored, wanted[name])
-    elements = sum(output.numel() for output in outputs.values())
-    made_by = Conversion(name, patterns, raw, max(allocations.peak_bytes, conversion.scratch_bytes(elements)))
-    return [TensorSpec(output, wanted[output], _shape_of(targets, output), (), made_by) for output in outputs]
+    elements = sum(math.prod(shape) for shape in expansion.shapes.values())
+    made_by = Conversion(name, patterns, raw, max(expansion.peak_bytes, conversion.scratch_bytes(elements)))
+    return [TensorSpec(output, wanted[output], shape, (), made_by) for output, shape in expansion.shapes.items()]
+
+
+def _expansion(
+    conversion: KeyConversion,
+    name: str,
+    sources: Sequence[tuple[str, str]],
+    stored: Sequence[StoredTensor],
+    target: tuple[tuple[int, ...], torch.dtype],
+    known: Expansions,
+) -> Expansion | None:
+    """What the converter makes of tensors without values; None if it cannot. The same for the same kinds of tensors."""
+    kind = (
+        *target,
+        *((pattern, tensor.shape, tensor.dtype) for (_, pattern), tensor in zip(sources, stored, strict=True)),
+    )
+    if kind in known:
+        return replace(known[kind], shapes={name: target[0]})
+    shapes = [torch.empty(tensor.shape, dtype=dtype_of(tensor), device="meta") for tensor in stored]
+    with Allocations(shapes) as allocations:
+        outputs = _try_convert(conversion, name, sources, shapes)
+    if outputs is None:
+        return None
+    found = Expansion({output: tuple(value.shape) for output, value in outputs.items()}, allocations.peak_bytes)
+    if found.shapes == {name: target[0]}:
+        known[kind] = found
+    return found
 
 
 def _passed_through(

@@ -216,6 +216,21 @@ def test_what_dequantising_takes_is_planned(quantized: Quantized, name: str) -> 
         assert 0 < allocations.peak_bytes <= conversion.scratch_bytes + 256
 
 
+def test_what_equal_layers_take_is_found_out_once(quantized: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converter of a large weight takes a tenth of a second even without values, and a model has hundreds of them."""
+    runs: list[str] = []
+    real = KeyConversion.convert
+
+    def counting(self: KeyConversion, name: str, sources: Any) -> Any:
+        runs.append(name)
+        return real(self, name, sources)
+
+    monkeypatch.setattr(KeyConversion, "convert", counting)
+    prepared = prepare(quantized("gptq 4-bit"), LoadOptions(device="cpu", max_context=64))
+    made = [spec for spec in prepared.parts.specs.values() if spec.made_by is not None]
+    assert len({(spec.shape, spec.stored[0].shape) for spec in made}) == len(runs) < len(made)
+
+
 @needs_bitsandbytes
 @pytest.mark.parametrize("name", ["bitsandbytes nf4-double", "bitsandbytes int8"])
 def test_a_pass_leaves_nothing_behind(quantized: Quantized, name: str) -> None:
