@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from airstream.codecs.grids import by_gguf
+from airstream.codecs.native import DTYPES, kernel
 from airstream.codecs.simple import iq4_nl, mxfp4, q4_0, q4_1, q5_0, q5_1, q8_0
 from airstream.codecs.super_blocks import iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k
 from airstream.codecs.words import Unpacked
@@ -84,6 +85,16 @@ def decode_into(target: torch.Tensor, raw: torch.Tensor, block: BlockType) -> No
 
     They are computed in float32 and rounded once. Does not block where torch does not.
     """
+    native = kernel(block.name) if raw.device.type == "cpu" and target.dtype in DTYPES else None
+    if native is not None and target.is_contiguous():
+        count = raw.numel() // block.nbytes
+        native(raw.data_ptr(), target.data_ptr(), count, target.dtype == torch.bfloat16)
+        return
+    decode_with_torch(target, raw, block)
+
+
+def decode_with_torch(target: torch.Tensor, raw: torch.Tensor, block: BlockType) -> None:
+    """As `decode_into`, on any device."""
     if raw.storage_offset() % 2:
         raw = raw.clone()  # scales are viewed as the halves they are
     on_host = raw.device.type == "cpu"

@@ -1,0 +1,238 @@
+/* Blocks of GGUF to numbers: the same as the functions of simple.py and super_blocks.py, some times faster on a CPU.
+ *
+ * Every number is computed in float32, in the order of the format's reference, and rounded once; compile without
+ * contraction to fused multiply-adds, which round otherwise. Layouts: ggml-common.h of ggml, MIT licence. Knows neither
+ * Python nor torch: native.py loads this as a shared library.
+ */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* One copy of each kernel for every width of vectors; the loader picks. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && (__GNUC__ >= 9 || __clang_major__ >= 15)
+#define EVERY_WIDTH __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define EVERY_WIDTH
+#endif
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "blocks are little-endian"
+#endif
+
+enum { LARGEST_BLOCK = 256 };
+
+INLINE float float_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE float half(const uint8_t *at) {
+    uint32_t bits = at[0] | (uint32_t)at[1] << 8;
+    uint32_t sign = (bits & 0x8000) << 16, exponent = bits >> 10 & 31, fraction = bits & 0x3FF;
+    if (exponent == 31)
+        return float_of_bits(sign | 0x7F800000 | fraction << 13);
+    if (exponent == 0)
+        return float_of_bits(sign) + (sign ? -1.0f : 1.0f) * ((float)fraction * 0x1p-24f);
+    return float_of_bits(sign | (exponent + 112) << 23 | fraction << 13);
+}
+
+/* ------------------------------------------------------------------------------------------ one scale for 32 numbers */
+
+INLINE void four_bits(const uint8_t *halves, uint8_t *numbers) {
+    for (int i = 0; i < 16; i++) {
+        numbers[i] = halves[i] & 15;
+        numbers[16 + i] = halves[i] >> 4;
+    }
+}
+
+INLINE void q4_0(const uint8_t *block, float *out) {
+    float scale = half(block);
+    uint8_t numbers[32];
+    four_bits(block + 2, numbers);
+    for (int i = 0; i < 32; i++)
+        out[i] = (float)(numbers[i] - 8) * scale;
+}
+
+INLINE void q4_1(const uint8_t *block, float *out) {
+    float scale = half(block), shift = half(block + 2);
+    uint8_t numbers[32];
+    four_bits(block + 4, numbers);
+    for (int i = 0; i < 32; i++)
+        out[i] = (float)numbers[i] * scale + shift;
+}
+
+/* 16 bytes of halves of numbers and 32 more bits of them, in 4 bytes, to 32 numbers of five bits. */
+INLINE void five_bits(const uint8_t *halves, const uint8_t *bits, uint8_t *numbers) {
+    four_bits(halves, numbers);
+    for (int i = 0; i < 4; i++) { /* eight bits at a time, each to a byte of its own */
+        uint64_t eight, one_each = (uint64_t)bits[i] * 0x0101010101010101 & 0x8040201008040201;
+        memcpy(&eight, numbers + 8 * i, sizeof eight);
+        eight |= (one_each + 0x7F7F7F7F7F7F7F7F) >> 3 & 0x1010101010101010;
+        memcpy(numbers + 8 * i, &eight, sizeof eight);
+    }
+}
+
+INLINE void q5_0(const uint8_t *block, float *out) {
+    float scale = half(block);
+    uint8_t numbers[32];
+    five_bits(block + 6, block + 2, numbers);
+    for (int i = 0; i < 32; i++)
+        out[i] = (float)(numbers[i] - 16) * scale;
+}
+
+INLINE void q5_1(const uint8_t *block, float *out) {
+    float scale = half(block), shift = half(block + 2);
+    uint8_t numbers[32];
+    five_bits(block + 8, block + 4, numbers);
+    for (int i = 0; i < 32; i++)
+        out[i] = (float)numbers[i] * scale + shift;
+}
+
+INLINE void q8_0(const uint8_t *block, float *out) {
+    float scale = half(block);
+    for (int i = 0; i < 32; i++)
+        out[i] = (float)(int8_t)block[2 + i] * scale;
+}
+
+static const float IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+static const float FP4_LEVELS[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}; /* twice E2M1 */
+
+INLINE void levels(const uint8_t *numbers, const float *table, float scale, float *out) {
+    for (int i = 0; i < 16; i++) {
+        out[i] = table[numbers[i] & 15] * scale;
+        out[16 + i] = table[numbers[i] >> 4] * scale;
+    }
+}
+
+INLINE void iq4_nl(const uint8_t *block, float *out) {
+    levels(block + 2, IQ4_LEVELS, half(block), out);
+}
+
+INLINE void mxfp4(const uint8_t *block, float *out) {
+    uint32_t exponent = block[0]; /* of 2 ** (exponent - 128): half of the scale, for levels are twice the numbers */
+    levels(block + 1, FP4_LEVELS, float_of_bits(exponent < 2 ? 0x00200000u << exponent : (exponent - 1) << 23), out);
+}
+
+/* ------------------------------------------------------------------------------- scales of scales, for 256 numbers */
+
+INLINE void q2_k(const uint8_t *block, float *out) {
+    float scale = half(block + 80), minimum = half(block + 82);
+    for (int group = 0; group < 16; group++) {
+        const uint8_t *numbers = block + 16 + 32 * (group / 8) + 16 * (group % 2);
+        float own_scale = scale * (float)(block[group] & 15), own_minimum = minimum * (float)(block[group] >> 4);
+        for (int i = 0; i < 16; i++)
+            out[16 * group + i] = (float)(numbers[i] >> 2 * (group / 2 % 4) & 3) * own_scale - own_minimum;
+    }
+}
+
+INLINE void q3_k(const uint8_t *block, float *out) {
+    const uint8_t *packed = block + 96;
+    float scale = half(block + 108);
+    for (int group = 0; group < 16; group++) {
+        const uint8_t *numbers = block + 32 + 32 * (group / 8) + 16 * (group % 2), *high = block + 16 * (group % 2);
+        int low_bits = packed[group % 8] >> 4 * (group / 8) & 15, high_bits = packed[8 + group % 4] >> 2 * (group / 4) & 3;
+        float own_scale = scale * (float)((low_bits | high_bits << 4) - 32);
+        for (int i = 0; i < 16; i++) {
+            int number = numbers[i] >> 2 * (group / 2 % 4) & 3 | (high[i] >> group / 2 & 1) << 2;
+            out[16 * group + i] = (float)(number - 4) * own_scale;
+        }
+    }
+}
+
+/* Of Q4_K and Q5_K: the scale and the minimum of a group, six bits each. */
+INLINE int six_bit_scale(const uint8_t *packed, int group) {
+    return group < 4 ? packed[group] & 63 : (packed[group + 4] & 15) | packed[group - 4] >> 6 << 4;
+}
+
+INLINE int six_bit_minimum(const uint8_t *packed, int group) {
+    return group < 4 ? packed[group + 4] & 63 : packed[group + 4] >> 4 | packed[group] >> 6 << 4;
+}
+
+INLINE void q4_k(const uint8_t *block, float *out) {
+    float scale = half(block), minimum = half(block + 2);
+    for (int group = 0; group < 8; group++) {
+        const uint8_t *numbers = block + 16 + 32 * (group / 2);
+        float own_scale = scale * (float)six_bit_scale(block + 4, group);
+        float own_minimum = minimum * (float)six_bit_minimum(block + 4, group);
+        for (int i = 0; i < 32; i++)
+            out[32 * group + i] = (float)(numbers[i] >> 4 * (group % 2) & 15) * own_scale - own_minimum;
+    }
+}
+
+INLINE void q5_k(const uint8_t *block, float *out) {
+    float scale = half(block), minimum = half(block + 2);
+    for (int group = 0; group < 8; group++) {
+        const uint8_t *numbers = block + 48 + 32 * (group / 2), *high = block + 16;
+        float own_scale = scale * (float)six_bit_scale(block + 4, group);
+        float own_minimum = minimum * (float)six_bit_minimum(block + 4, group);
+        for (int i = 0; i < 32; i++) {
+            int number = numbers[i] >> 4 * (group % 2) & 15 | (high[i] >> group & 1) << 4;
+            out[32 * group + i] = (float)number * own_scale - own_minimum;
+        }
+    }
+}
+
+INLINE void q6_k(const uint8_t *block, float *out) {
+    float scale = half(block + 208);
+    for (int group = 0; group < 16; group++) {
+        int half_block = group / 8, quarter = group / 2 % 4, part = 16 * (group % 2);
+        const uint8_t *numbers = block + 64 * half_block + 32 * (quarter % 2) + part;
+        const uint8_t *high = block + 128 + 32 * half_block + part;
+        float own_scale = scale * (float)(int8_t)block[192 + group];
+        for (int i = 0; i < 16; i++) {
+            int number = numbers[i] >> 4 * (quarter / 2) & 15 | (high[i] >> 2 * quarter & 3) << 4;
+            out[16 * group + i] = (float)(number - 32) * own_scale;
+        }
+    }
+}
+
+INLINE void iq4_xs(const uint8_t *block, float *out) {
+    float scale = half(block);
+    uint32_t high_bits = block[2] | (uint32_t)block[3] << 8;
+    for (int group = 0; group < 8; group++) {
+        int own = (block[4 + group / 2] >> 4 * (group % 2) & 15) | (int)(high_bits >> 2 * group & 3) << 4;
+        levels(block + 8 + 16 * group, IQ4_LEVELS, scale * (float)(own - 32), out + 32 * group);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------------------ kernels */
+
+INLINE uint16_t bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return value != value ? 0x7FC0 : (uint16_t)rounded;
+}
+
+/* decode_TYPE(blocks, out, count, to_bfloat16): `count` blocks to float32, or to bfloat16. Any alignment of `blocks`. */
+#define KERNEL(type, elements, nbytes)                                                                \
+    EVERY_WIDTH void decode_##type(const uint8_t *blocks, void *out, size_t count, int to_bfloat16) { \
+        for (size_t number = 0; number < count; number++, blocks += nbytes) {                         \
+            if (!to_bfloat16) {                                                                       \
+                type(blocks, (float *)out + number * elements);                                       \
+                continue;                                                                             \
+            }                                                                                         \
+            float numbers[LARGEST_BLOCK];                                                             \
+            type(blocks, numbers);                                                                    \
+            for (int i = 0; i < elements; i++)                                                        \
+                ((uint16_t *)out)[number * elements + i] = bfloat16(numbers[i]);                      \
+        }                                                                                             \
+    }
+
+KERNEL(q4_0, 32, 18)
+KERNEL(q4_1, 32, 20)
+KERNEL(q5_0, 32, 22)
+KERNEL(q5_1, 32, 24)
+KERNEL(q8_0, 32, 34)
+KERNEL(iq4_nl, 32, 18)
+KERNEL(mxfp4, 32, 17)
+KERNEL(q2_k, 256, 84)
+KERNEL(q3_k, 256, 110)
+KERNEL(q4_k, 256, 144)
+KERNEL(q5_k, 256, 176)
+KERNEL(q6_k, 256, 210)
+KERNEL(iq4_xs, 256, 136)

@@ -1,0 +1,47 @@
+"""Decoding by blocks.c, where it was compiled when airstream was installed: some times faster than torch, on a CPU.
+
+Optional: without a C compiler, and for what it has no kernel, torch decodes, to the same bits. A kernel holds no lock
+of the interpreter, so that several threads decode at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+__all__ = ["kernel"]
+
+Kernel = Callable[[int, int, int, bool], None]
+"""Takes the address of blocks, that of the numbers, how many blocks, and whether numbers are bfloat16, not float32."""
+
+DTYPES = (torch.float32, torch.bfloat16)
+"""What kernels write."""
+
+
+@functools.cache
+def kernel(name: str) -> Kernel | None:
+    """The kernel for blocks of type `name`, if there is one."""
+    library = _library()
+    function = getattr(library, f"decode_{name.lower()}", None) if library is not None else None
+    if function is not None:
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        function.restype = None
+    return function
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | None:
+    folder = Path(__file__).parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        file = folder / f"_blocks{suffix}"
+        if file.is_file():
+            try:
+                return ctypes.CDLL(str(file))
+            except OSError:  # of another machine, or another C library
+                return None
+    return None
