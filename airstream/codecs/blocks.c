@@ -11,9 +11,12 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* One copy of each kernel for every width of vectors; the loader picks. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && (__GNUC__ >= 9 || __clang_major__ >= 15)
-#define EVERY_WIDTH __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+/* One copy of each kernel for every width of vectors; the loader picks. By levels rather than by names of processors, of
+ * which a loader knows only those that it was written for. */
+#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12
+#define EVERY_WIDTH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif defined(__x86_64__) && defined(__GLIBC__) && (__GNUC__ >= 9 || __clang_major__ >= 14)
+#define EVERY_WIDTH __attribute__((target_clones("avx2", "default")))
 #else
 #define EVERY_WIDTH
 #endif
@@ -22,7 +25,7 @@
 #error "blocks are little-endian"
 #endif
 
-enum { LARGEST_BLOCK = 256 };
+enum { BUFFER = 2048 }; /* numbers that wait to be rounded: a few kilobytes, which stay in the first cache */
 
 INLINE float float_of_bits(uint32_t bits) {
     float value;
@@ -42,54 +45,46 @@ INLINE float half(const uint8_t *at) {
 
 /* ------------------------------------------------------------------------------------------ one scale for 32 numbers */
 
-INLINE void four_bits(const uint8_t *halves, uint8_t *numbers) {
-    for (int i = 0; i < 16; i++) {
-        numbers[i] = halves[i] & 15;
-        numbers[16 + i] = halves[i] >> 4;
-    }
-}
+/* Halves of 16 bytes are 32 numbers: the low ones, then the high ones. Loops over 16, which are one vector of floats. */
 
 INLINE void q4_0(const uint8_t *block, float *out) {
     float scale = half(block);
-    uint8_t numbers[32];
-    four_bits(block + 2, numbers);
-    for (int i = 0; i < 32; i++)
-        out[i] = (float)(numbers[i] - 8) * scale;
+    for (int i = 0; i < 16; i++)
+        out[i] = (float)((block[2 + i] & 15) - 8) * scale;
+    for (int i = 0; i < 16; i++)
+        out[16 + i] = (float)((block[2 + i] >> 4) - 8) * scale;
 }
 
 INLINE void q4_1(const uint8_t *block, float *out) {
     float scale = half(block), shift = half(block + 2);
-    uint8_t numbers[32];
-    four_bits(block + 4, numbers);
-    for (int i = 0; i < 32; i++)
-        out[i] = (float)numbers[i] * scale + shift;
+    for (int i = 0; i < 16; i++)
+        out[i] = (float)(block[4 + i] & 15) * scale + shift;
+    for (int i = 0; i < 16; i++)
+        out[16 + i] = (float)(block[4 + i] >> 4) * scale + shift;
 }
 
-/* 16 bytes of halves of numbers and 32 more bits of them, in 4 bytes, to 32 numbers of five bits. */
-INLINE void five_bits(const uint8_t *halves, const uint8_t *bits, uint8_t *numbers) {
-    four_bits(halves, numbers);
-    for (int i = 0; i < 4; i++) { /* eight bits at a time, each to a byte of its own */
-        uint64_t eight, one_each = (uint64_t)bits[i] * 0x0101010101010101 & 0x8040201008040201;
-        memcpy(&eight, numbers + 8 * i, sizeof eight);
-        eight |= (one_each + 0x7F7F7F7F7F7F7F7F) >> 3 & 0x1010101010101010;
-        memcpy(numbers + 8 * i, &eight, sizeof eight);
-    }
+INLINE uint32_t word(const uint8_t *at) {
+    uint32_t value;
+    memcpy(&value, at, sizeof value);
+    return value;
 }
 
 INLINE void q5_0(const uint8_t *block, float *out) {
     float scale = half(block);
-    uint8_t numbers[32];
-    five_bits(block + 6, block + 2, numbers);
-    for (int i = 0; i < 32; i++)
-        out[i] = (float)(numbers[i] - 16) * scale;
+    uint32_t fifth = word(block + 2);
+    for (int i = 0; i < 16; i++)
+        out[i] = (float)((int)(block[6 + i] & 15 | (fifth >> i & 1) << 4) - 16) * scale;
+    for (int i = 0; i < 16; i++)
+        out[16 + i] = (float)((int)(block[6 + i] >> 4 | (fifth >> (16 + i) & 1) << 4) - 16) * scale;
 }
 
 INLINE void q5_1(const uint8_t *block, float *out) {
     float scale = half(block), shift = half(block + 2);
-    uint8_t numbers[32];
-    five_bits(block + 8, block + 4, numbers);
-    for (int i = 0; i < 32; i++)
-        out[i] = (float)numbers[i] * scale + shift;
+    uint32_t fifth = word(block + 4);
+    for (int i = 0; i < 16; i++)
+        out[i] = (float)(int)(block[8 + i] & 15 | (fifth >> i & 1) << 4) * scale + shift;
+    for (int i = 0; i < 16; i++)
+        out[16 + i] = (float)(int)(block[8 + i] >> 4 | (fifth >> (16 + i) & 1) << 4) * scale + shift;
 }
 
 INLINE void q8_0(const uint8_t *block, float *out) {
@@ -102,10 +97,10 @@ static const float IQ4_LEVELS[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1
 static const float FP4_LEVELS[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12}; /* twice E2M1 */
 
 INLINE void levels(const uint8_t *numbers, const float *table, float scale, float *out) {
-    for (int i = 0; i < 16; i++) {
+    for (int i = 0; i < 16; i++)
         out[i] = table[numbers[i] & 15] * scale;
+    for (int i = 0; i < 16; i++)
         out[16 + i] = table[numbers[i] >> 4] * scale;
-    }
 }
 
 INLINE void iq4_nl(const uint8_t *block, float *out) {
@@ -205,22 +200,25 @@ INLINE uint16_t bfloat16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-    return value != value ? 0x7FC0 : (uint16_t)rounded;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded); /* what is not a number stays so */
 }
 
 /* decode_TYPE(blocks, out, count, to_bfloat16): `count` blocks to float32, or to bfloat16. Any alignment of `blocks`. */
-#define KERNEL(type, elements, nbytes)                                                                \
-    EVERY_WIDTH void decode_##type(const uint8_t *blocks, void *out, size_t count, int to_bfloat16) { \
-        for (size_t number = 0; number < count; number++, blocks += nbytes) {                         \
-            if (!to_bfloat16) {                                                                       \
-                type(blocks, (float *)out + number * elements);                                       \
-                continue;                                                                             \
-            }                                                                                         \
-            float numbers[LARGEST_BLOCK];                                                             \
-            type(blocks, numbers);                                                                    \
-            for (int i = 0; i < elements; i++)                                                        \
-                ((uint16_t *)out)[number * elements + i] = bfloat16(numbers[i]);                      \
-        }                                                                                             \
+#define KERNEL(type, elements, nbytes)                                                                        \
+    EVERY_WIDTH void decode_##type(const uint8_t *blocks, void *out, size_t count, int to_bfloat16) {         \
+        if (!to_bfloat16) {                                                                                   \
+            for (size_t number = 0; number < count; number++)                                                 \
+                type(blocks + number * nbytes, (float *)out + number * elements);                             \
+            return;                                                                                           \
+        }                                                                                                     \
+        float numbers[BUFFER];                                                                                \
+        for (size_t first = 0; first < count; first += BUFFER / elements) {                                   \
+            size_t some = count - first < BUFFER / elements ? count - first : BUFFER / elements;              \
+            for (size_t number = 0; number < some; number++)                                                  \
+                type(blocks + (first + number) * nbytes, numbers + number * elements);                        \
+            for (size_t i = 0; i < some * elements; i++)                                                      \
+                ((uint16_t *)out)[first * elements + i] = bfloat16(numbers[i]);                               \
+        }                                                                                                     \
     }
 
 KERNEL(q4_0, 32, 18)
