@@ -6,13 +6,17 @@ stored in the dtype it is wanted in.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from airstream.backend.host_memory import HostBuffer
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Cast, Piece
-from airstream.codecs import BLOCK_TYPES, decode_into
+from airstream.codecs import BLOCK_TYPES, STEP_ELEMENTS, decode_into
 from airstream.probe import CONVERT, HOST_COPY, Probe
+
+DEALT_BYTES = 1 << 20
+"""Of packed rows that are dealt out at a time."""
 
 
 class Staging:
@@ -60,30 +64,40 @@ class HostLanding:
 def cast_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast | None) -> None:
     """Copy the bytes `raw` to the bytes `target`, item by item through `cast` if there is one."""
     if cast is None:
-        target.copy_(raw)
-        return
-    if cast.ways > 1:
+        _copy(target, raw)
+    elif cast.ways > 1:
         _deal_into(target, raw, cast)
     else:
         _numbers_into(target, raw, cast)
 
 
 def _deal_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast) -> None:
-    """An item at a time, so that memory is needed for one."""
-    item = torch.empty(cast.target_item_bytes, dtype=torch.uint8, device=target.device)
-    dtype = getattr(torch, cast.target)
-    dealt = item.view(dtype).view(cast.rows // cast.ways, cast.ways, -1).transpose(0, 1)
-    runs = target.view(dtype).view(-1, *dealt.shape)
-    for number, packed in enumerate(raw.view(-1, cast.source_item_bytes)):
-        _numbers_into(item, packed, cast)
-        runs[number].copy_(dealt)
+    """Deals rows out while they are packed, when they are smallest; some items at a time, so that memory is little."""
+    step = max(1, DEALT_BYTES // cast.source_item_bytes)
+    targets = target.split(step * cast.target_item_bytes)
+    for numbers, items in zip(targets, raw.split(step * cast.source_item_bytes), strict=True):
+        rows = items.view(-1, cast.rows // cast.ways, cast.ways, cast.source_item_bytes // cast.rows)
+        dealt = torch.empty_like(items)
+        _copy(dealt.view(-1, cast.ways, *rows.shape[1::2]), rows.transpose(1, 2))
+        _numbers_into(numbers, dealt, cast)
 
 
 def _numbers_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast) -> None:
+    numbers = target.view(getattr(torch, cast.target))
     if cast.is_blocks:
-        decode_into(target.view(getattr(torch, cast.target)), raw, BLOCK_TYPES[cast.source])
+        decode_into(numbers, raw, BLOCK_TYPES[cast.source])
         return
     source = getattr(torch, cast.source)
     if raw.storage_offset() % source.itemsize:
         raw = raw.clone()  # a view of another dtype must start on an element
-    target.view(getattr(torch, cast.target)).copy_(raw.view(source))
+    step = STEP_ELEMENTS if raw.device.type == "cpu" else raw.numel()
+    for some, few in zip(numbers.split(step), raw.view(source).split(step), strict=True):
+        some.copy_(few)
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy bytes. On a CPU the thread that asks does it alone: torch would wake others, and there are enough already."""
+    if source.device.type == "cpu" == target.device.type:
+        np.copyto(target.numpy(), source.numpy())
+    else:
+        target.copy_(source)
