@@ -96,7 +96,7 @@ def _numbers_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast) -> None:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:
-    """Copy bytes. On a CPU the thread that asks does it alone: torch would wake others, and there are enough already."""
+    """Copy bytes. On a CPU the thread that asks does it alone: torch would wake others, of which there are enough."""
     if source.device.type == "cpu" == target.device.type:
         np.copyto(target.numpy(), source.numpy())
     else:
