@@ -73,9 +73,10 @@ def cast_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast | None) -> Non
 
 def _deal_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast) -> None:
     """Deals rows out while they are packed, when they are smallest; some items at a time, so that memory is little."""
-    step = max(1, DEALT_BYTES // cast.source_item_bytes)
-    targets = target.split(step * cast.target_item_bytes)
-    for numbers, items in zip(targets, raw.split(step * cast.source_item_bytes), strict=True):
+    num_items, step = raw.numel() // cast.source_item_bytes, max(1, DEALT_BYTES // cast.source_item_bytes)
+    for first in range(0, num_items, step):
+        items = raw[first * cast.source_item_bytes : (first + step) * cast.source_item_bytes]
+        numbers = target[first * cast.target_item_bytes : (first + step) * cast.target_item_bytes]
         rows = items.view(-1, cast.rows // cast.ways, cast.ways, cast.source_item_bytes // cast.rows)
         dealt = torch.empty_like(items)
         _copy(dealt.view(-1, cast.ways, *rows.shape[1::2]), rows.transpose(1, 2))
@@ -90,9 +91,10 @@ def _numbers_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast) -> None:
     source = getattr(torch, cast.source)
     if raw.storage_offset() % source.itemsize:
         raw = raw.clone()  # a view of another dtype must start on an element
-    step = STEP_ELEMENTS if raw.device.type == "cpu" else raw.numel()
-    for some, few in zip(numbers.split(step), raw.view(source).split(step), strict=True):
-        some.copy_(few)
+    items = raw.view(source)
+    step = STEP_ELEMENTS if raw.device.type == "cpu" else items.numel()
+    for first in range(0, items.numel(), step):
+        numbers[first : first + step].copy_(items[first : first + step])
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

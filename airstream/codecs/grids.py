@@ -1,6 +1,6 @@
 """Types whose numbers are looked up in large tables (IQ1, IQ2, IQ3), and the ternary ones, by way of the package gguf.
 
-Its tables and its arithmetic, in numpy, are the reference; they are slow, and such files are rare enough for that.
+Its tables are used by the compiled kernels, too; its arithmetic, in numpy, is the reference, and slow.
 """
 
 from __future__ import annotations
@@ -13,6 +13,20 @@ import torch
 
 from airstream.codecs.words import Unpacked
 from airstream.errors import UnsupportedError
+
+GRID_TYPES = ("IQ1_", "IQ2_", "IQ3_")
+"""Begins of the names of types that look numbers up."""
+
+
+def grid_of(name: str) -> np.ndarray | None:
+    """The table of type `name` as bytes, row by row; None if it has none, or the package gguf is not there."""
+    if not name.startswith(GRID_TYPES) or importlib.util.find_spec("gguf") is None:
+        return None
+    from gguf import quants
+
+    kind = getattr(quants, name)
+    kind.init_grid()
+    return np.ascontiguousarray(kind.grid.reshape(-1).astype(np.int8))
 
 
 def by_gguf(name: str) -> Callable[[torch.Tensor], Unpacked]:

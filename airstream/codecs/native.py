@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from airstream.codecs.grids import GRID_TYPES, grid_of
+
 __all__ = ["kernel"]
 
 Kernel = Callable[[int, int, int, bool], None]
@@ -22,16 +24,25 @@ Kernel = Callable[[int, int, int, bool], None]
 DTYPES = (torch.float32, torch.bfloat16)
 """What kernels write."""
 
+TYPES = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p)
+
 
 @functools.cache
 def kernel(name: str) -> Kernel | None:
-    """The kernel for blocks of type `name`, if there is one."""
+    """The kernel for blocks of type `name`, if there is one, and the table that it takes, if any."""
     library = _library()
     function = getattr(library, f"decode_{name.lower()}", None) if library is not None else None
-    if function is not None:
-        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-        function.restype = None
-    return function
+    if function is None:
+        return None
+    function.argtypes, function.restype = TYPES, None
+    grid = grid_of(name)
+    if grid is None and name.startswith(GRID_TYPES):
+        return None
+
+    def decode(blocks: int, numbers: int, count: int, to_bfloat16: bool) -> None:
+        function(blocks, numbers, count, to_bfloat16, None if grid is None else grid.ctypes.data)
+
+    return decode
 
 
 @functools.cache
