@@ -1,9 +1,10 @@
-"""Keep the README's table of speeds equal to the measured JSON.
+"""Keep the README's tables of speeds equal to the measured JSON.
 
     python -m benchmarks.readme [--check]
 
-Between `<!-- speeds: NAME -->` and `<!-- end of speeds -->` stands the table of docs/benchmarks/NAME.json. Without
-`--check` it is written anew; with it, a difference is an error.
+Between `<!-- speeds: NAME -->` and `<!-- end of speeds -->` stands the table of docs/benchmarks/NAME.json; between
+`<!-- speeds: A, B, C -->` and the same end, one line for each of several. Without `--check` they are written anew; with
+it, a difference is an error.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "benchmarks"
-MARKED = re.compile(r"(<!-- speeds: ([\w-]+) -->\n).*?(<!-- end of speeds -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- speeds: ([\w, -]+) -->\n).*?(<!-- end of speeds -->)", re.DOTALL)
 
 NAMES = {
     "airstream": "**airstream**",
@@ -61,6 +62,47 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+SHORT_NAMES = {
+    "airstream": "**airstream**",
+    "airllm": "AirLLM",
+    "accelerate": "accelerate",
+    "llamacpp": "llama.cpp",
+    "transformers": "transformers",
+}
+FAILURES = {"killed": "out of memory", "timed out": "too slow"}
+"""How an error begins, and what a table says of it."""
+
+
+def overview(several: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each comparison: seconds per token of every system, the first token included. Best ones in bold.
+
+    Raises:
+        ValueError: they are of different machines.
+    """
+    machines = {(results["machine"]["cpu"], results["machine"]["cores"]) for results in several}
+    if len(machines) > 1:
+        raise ValueError(f"comparisons of different machines in one table: {sorted(machines)}")
+    lines = [f"| | {' | '.join(SHORT_NAMES.values())} | turns |", "|---" * (len(SHORT_NAMES) + 2) + "|"]
+    for results in several:
+        medians = {system: spreads["seconds_per_token"]["median"] for system, spreads in results["medians"].items()}
+        cells = [
+            _cell(medians[system], min(medians.values()), "seconds_per_token")
+            if system in medians
+            else _failure(results, system)
+            for system in SHORT_NAMES
+        ]
+        lines.append(f"| {results['title']} | {' | '.join(cells)} | {results['turns']} |")
+    return "\n".join(lines) + "\n"
+
+
+def _failure(results: Mapping[str, Any], system: str) -> str:
+    """Why `system` has no figure, in two or three words; empty where it did not take part."""
+    errors = [run["error"] for run in results["runs"] if run["system"] == system]
+    if not errors:
+        return ""
+    return next((said for begin, said in FAILURES.items() if errors[0].startswith(begin)), "failed")
+
+
 def _cell(value: float, best: float, column: str) -> str:
     text = f"{value:.1f}" if column == "ttft_seconds" else f"{value:.2f}"
     return f"**{text}**" if value == best else text
@@ -77,7 +119,8 @@ def updated(text: str, results: Path = RESULTS) -> str:
     """`text` with every marked table made from its JSON."""
 
     def replace(match: re.Match[str]) -> str:
-        return match[1] + table(json.loads((results / f"{match[2]}.json").read_text())) + match[3]
+        measured = [json.loads((results / f"{name}.json").read_text()) for name in match[2].split(", ")]
+        return match[1] + (table(measured[0]) if len(measured) == 1 else overview(measured)) + match[3]
 
     return MARKED.sub(replace, text)
 

@@ -128,6 +128,19 @@ def test_a_difference_is_found_and_repaired(
     assert lines[-1] == "after"
 
 
+def test_several_comparisons_are_one_table() -> None:
+    first, second = results(), results()
+    second["runs"][-1]["error"] = "killed: it needs more memory than the limit"
+    lines = readme.overview([first, second]).splitlines()
+    assert lines[0].startswith("| | **airstream** | AirLLM |")
+    assert lines[2].split(" | ")[1:5] == ["**1.00**", "**1.00**", "", "failed"]
+    assert lines[3].split(" | ")[4] == "out of memory"
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    second["machine"]["cpu"] = "another"
+    with pytest.raises(ValueError, match="different machines"):
+        readme.overview([first, second])
+
+
 # ---------------------------------------------------------------------------------------------------------- batches
 
 
