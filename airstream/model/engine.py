@@ -24,7 +24,7 @@ from airstream.errors import BudgetError, ClosedError, UnsupportedError
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
 from airstream.model.executor import Executor
-from airstream.model.head import avoid_weight_copy
+from airstream.model.head import take_sequences_apart
 from airstream.model.observer import Observer
 from airstream.model.residents import bind_residents, is_stored
 from airstream.model.store import Store
@@ -101,7 +101,7 @@ class Engine:
             for binding in bind_residents(model, parts.resident, reader, backend, convert):
                 self._closing.callback(binding.unbind)
             if self.head is not None and self.device.type == "cpu":
-                self._closing.callback(avoid_weight_copy(self.head).remove)
+                self._closing.callback(take_sequences_apart(self.head))
             for specs in (*parts.units.values(), parts.head[1] if parts.head else ()):
                 take_out(self.modules, specs, self.device, partial(is_stored, reader))
             store = Store(self._specs, backend)

@@ -57,7 +57,7 @@ def gather_facts(
     head = batch_facts(parts.head[:1], head_specs, packing) if parts.head else None
     head_pieces = {spec.pieces for spec in head_specs}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
-    copies_head = device.type == "cpu" and model.dtype == torch.bfloat16
+    copies_head = device.type == "cpu" and model.dtype == torch.float16
     everything = [spec for tensors in parts.units.values() for spec in tensors]
     everything += [*parts.resident, *head_specs, *parts.rows.values()]
     packed = measure_packed(spec for tensors in (*parts.units.values(), head_specs) for spec in tensors)
