@@ -1,6 +1,6 @@
 """Every architecture that transformers has: streamed to the bit like the resident model, one layer in memory at a time.
 
-A fixed fifth runs with the other tests, every type in the same one always; `pytest -m matrix tests/test_matrix.py` runs
+A fixed fifth runs with the other tests, every case in the same one always; `pytest -m matrix tests/test_matrix.py` runs
 all of it. `python -m tests.matrix` does too, and writes the results that docs/models.md is made of.
 """
 

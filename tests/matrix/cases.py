@@ -30,7 +30,7 @@ class Case:
     @property
     def part(self) -> int:
         """The part of the matrix it is in: always the same, whatever else there is."""
-        return zlib.crc32(self.model_type.encode()) % NUM_PARTS
+        return zlib.crc32(str(self).encode()) % NUM_PARTS
 
 
 LISTED: Mapping[str, Mapping[str, str]] = {
