@@ -1,18 +1,19 @@
 """Every architecture that transformers has: streamed to the bit like the resident model, one layer in memory at a time.
 
-A fixed fifth runs with the other tests, every type in the same one always; `pytest -m matrix tests/test_matrix.py` runs
+A fixed fifth runs with the other tests, every case in the same one always; `pytest -m matrix tests/test_matrix.py` runs
 all of it. `python -m tests.matrix` does too, and writes the results that docs/models.md is made of.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.matrix.cases import CAUSAL_LM, LISTED, REASONS, Case, matrix
+from tests.matrix.cases import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, LISTED, REASONS, Case, matrix
 from tests.matrix.examine import examine
 from tests.matrix.page import PAGE, RESULTS, SECTIONS, make_page
 
@@ -48,10 +49,11 @@ def test_streamed_as_resident(case: Case, tmp_path: Path, one_thread: None) -> N
     assert verdict.streamed_share > 0
 
 
-def test_every_causal_language_model_is_tried_or_has_a_reason() -> None:
+@pytest.mark.parametrize("auto_class", [CAUSAL_LM, IMAGE_TEXT_TO_TEXT])
+def test_every_model_that_writes_or_sees_is_tried_or_has_a_reason(auto_class: str) -> None:
     """Of the types that the installed transformers has."""
-    tried = {case.model_type for case in matrix() if case.auto_class == CAUSAL_LM and case not in REASONS}
-    assert len(tried) >= len(LISTED[CAUSAL_LM]) - 8
+    tried = {case.model_type for case in matrix() if case.auto_class == auto_class and case not in REASONS}
+    assert len(tried) >= len(LISTED[auto_class]) - 8
     assert all(REASONS.values())
 
 
@@ -68,5 +70,6 @@ def test_the_results_are_those_of_a_full_run() -> None:
     """Every case has one, at least of the release that they are of, and none failed."""
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
     assert {row["verdict"] for row in results["cases"]} <= {"equal", "not tried"}
-    equal = [row for row in results["cases"] if row["auto_class"] == CAUSAL_LM and row["verdict"] == "equal"]
-    assert len(equal) >= 181
+    equal = Counter(row["auto_class"] for row in results["cases"] if row["verdict"] == "equal")
+    assert equal[CAUSAL_LM] >= 181
+    assert equal[IMAGE_TEXT_TO_TEXT] >= 94

@@ -144,16 +144,21 @@ def write_model(entry: TinyModel, folder: Path, dtype: torch.dtype) -> None:
 def tell_weights_apart(model: torch.nn.Module) -> None:
     """Spread freshly initialised weights, so that outputs depend on every one of them.
 
-    Matrices begin so small that all tokens get much the same logits; norms and biases begin all equal, so that two of
-    them could change places unnoticed.
+    Matrices begin so small that all tokens get much the same logits, some of them as zeros; norms and biases begin all
+    equal, so that two of them could change places unnoticed.
     """
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     for name, tensor in model.state_dict().items():
         if not tensor.is_floating_point():
             continue
-        if tensor.dim() > 1:
-            tensor.mul_(0.5 if "embed" in name or "wte" in name else 10)
-        else:
+        if tensor.dim() < 2:
             tensor.add_(torch.randn(tensor.shape).mul_(0.1).to(tensor.dtype))
+        elif name in parameters and not tensor.any():
+            tensor.copy_(torch.randn(tensor.shape).mul_(0.2))
+        elif "embed" in name or "wte" in name:
+            tensor.mul_(0.5)
+        elif tensor.float().square().mean() < 0.5:
+            tensor.mul_(10)
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:

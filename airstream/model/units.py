@@ -1,8 +1,9 @@
 """Which parts of a model are streamed, kept, or read row by row.
 
 A unit is what is streamed as one: a child of an outermost `nn.ModuleList`, which is where transformers keeps the layers
-of every architecture. Everything outside has a stated place: the lm_head is resident or streamed as the planner
-decides, of embedding tables only the rows that are needed are read, and the small rest is resident.
+of every architecture. A child that only holds others itself, a stage of a vision tower say, is never called: the layers
+in it are units. Everything outside has a stated place: the lm_head is resident or streamed as the planner decides, of
+embedding tables only the rows that are needed are read, and the small rest is resident.
 """
 
 from __future__ import annotations
@@ -48,19 +49,25 @@ class Parts:
 
 
 def find_units(model: nn.Module) -> list[list[str]]:
-    """The names of all units, one list per outermost ModuleList."""
+    """The names of all units, one list per outermost ModuleList whose modules are called."""
     stacks: list[list[str]] = []
 
     def visit(module: nn.Module, prefix: str) -> None:
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList):
-                units = [f"{prefix}{name}.{i}" for i, unit in child.named_children() if unit is not None]
-                stacks.append(units)
-            else:
-                visit(child, f"{prefix}{name}.")
+        children = {f"{prefix}{name}": child for name, child in module.named_children()}
+        if isinstance(module, nn.ModuleList):
+            units = [name for name, child in children.items() if _is_called(child)]
+            stacks.extend([units] if units else [])
+            children = {name: child for name, child in children.items() if name not in units}
+        for name, child in children.items():
+            visit(child, f"{name}.")
 
     visit(model, "")
     return stacks
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether it computes: lists, and plain modules that things were put into, have no `forward`."""
+    return type(module).forward is not nn.Module.forward
 
 
 def divide(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> Parts:

@@ -66,11 +66,11 @@ def run(case: Case) -> dict[str, Any]:
 
 
 def merged(results: dict[str, Any], versions: dict[str, str], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of `results`, and in place of some of them `rows`."""
+    """The rows of `results`, and in place of some of them, or besides, `rows`; in the order of the matrix."""
     if {name: results[name] for name in versions} != versions:
         raise SystemExit(f"the results there are of other versions than {versions}: run all of the matrix")
-    new = {(row["auto_class"], row["model_type"]): row for row in rows}
-    return [new.get((row["auto_class"], row["model_type"]), row) for row in results["cases"]]
+    by_case = {Case(row["auto_class"], row["model_type"]): row for row in (*results["cases"], *rows)}
+    return [by_case[case] for case in matrix() if case in by_case]
 
 
 def _too_slow(*_: object) -> NoReturn:

@@ -21,15 +21,17 @@ COMMON: Mapping[str, Any] = {
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
     # width
     "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "embed_dim": 64, "embedding_size": 64,
-    "word_embed_proj_dim": 64, "hidden_size_per_layer_input": 8,
+    "word_embed_proj_dim": 64, "hidden_size_per_layer_input": 8, "text_hidden_size": 64,
     "intermediate_size": 128, "ffn_dim": 128, "n_inner": 128, "ffn_hidden_size": 128, "encoder_ffn_dim": 128,
     "decoder_ffn_dim": 128, "d_inner": 128, "d_ff": 128, "dff": 128, "ffn_hidden": 128, "mlp_hidden_size": 128,
+    "initializer_range": 0.02,
     # depth
     "num_hidden_layers": 4, "n_layer": 4, "n_layers": 4, "num_layers": 4, "encoder_layers": 2, "decoder_layers": 4,
-    "num_encoder_layers": 2, "num_decoder_layers": 4,
+    "num_encoder_layers": 2, "num_decoder_layers": 4, "layers": 4,
     # attention
     "num_attention_heads": 4, "n_head": 4, "n_heads": 4, "num_heads": 4, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4,
+    "attention_heads": 4,
     "num_key_value_heads": 2, "num_kv_heads": 2, "head_dim": 16, "attention_head_dim": 16, "d_kv": 16,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "qk_head_dim": 16, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8,
@@ -45,7 +47,9 @@ COMMON: Mapping[str, Any] = {
     "projection_dim": 64, "vision_output_dim": 64, "mm_tokens_per_image": 4, "image_seq_length": 16,
     "image_token_id": 5, "image_token_index": 5, "video_token_id": 6, "video_token_index": 6, "audio_token_id": 7,
     "audio_token_index": 7, "vision_start_token_id": 8, "vision_end_token_id": 9, "boi_token_id": 10,
-    "boi_token_index": 10, "eoi_token_id": 11, "eoi_token_index": 11,
+    "boi_token_index": 10, "eoi_token_id": 11, "eoi_token_index": 11, "image_start_token_id": 8,
+    "image_end_token_id": 9, "video_start_token_id": 10, "video_end_token_id": 11, "num_query_tokens": 4,
+    "latent_query_num": 4, "patch_embed_hidden_size": 48, "insert_layer_id": 1, "projector_hidden_size": 64,
     # state spaces
     "lru_width": 64, "state_size": 16, "mamba_d_state": 16, "mamba_expand": 2,
 }  # fmt: skip
@@ -66,6 +70,16 @@ MUSICGEN = {"text_encoder": {"model_type": "t5"}, "audio_encoder": {"model_type"
 CLIP_TOWER = {"vision_config": {"model_type": "clip_vision_model"}}
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 EQUAL_HEADS = {"num_key_value_heads": 4}
+SAM = {"image_size": 64, "patch_size": 4, "window_size": 4, "mlp_dim": 128, "global_attn_indexes": (1, 3)}
+SPARSE = {"mlp_layer_types": ["dense", "sparse"] * 2}
+MUSE = {"out_hidden_size": 256}
+MUSE_VISION = {"pos_emb_height": 4, "pos_emb_width": 4, "max_position_embeddings": 16}
+CODES = {"base_channels": 32, "channel_multiplier": [1, 1, 2], "num_embeddings": 8}
+THINKER = {"vision_start_token_id": 8, "vision_end_token_id": 9, "audio_start_token_id": 10, "audio_end_token_id": 11}
+SLIDING_TOO = {
+    f"swa_{name}": COMMON[name]
+    for name in ("num_attention_heads", "q_lora_rank", "kv_lora_rank", "head_dim", "qk_nope_head_dim", "v_head_dim")
+}
 
 SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "axk2": EQUAL_HEADS,
@@ -99,7 +113,8 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
     "deepseek_v32": EQUAL_HEADS,
-    "dots3_note_text": EQUAL_HEADS | {"shared_experts_intermediate_size": 32},
+    "dots3_note_text": EQUAL_HEADS | SLIDING_TOO | {"shared_experts_intermediate_size": 32,
+                                                    "swa_num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": SLIDING_AND_FULL},
     "glm_moe_dsa": EQUAL_HEADS,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
@@ -124,8 +139,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "phi4_multimodal_audio": {"num_blocks": 2, "ext_pw_out_channel": 64, "depthwise_separable_out_channel": 64,
                               "nemo_conv_channels": 64, "input_size": 16, "bias_max_distance": 16},
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_chunk_size": 16},
-    "got_ocr2_vision": {"image_size": 64, "patch_size": 4, "window_size": 4, "mlp_dim": 128,
-                        "global_attn_indexes": (1, 3)},
+    "got_ocr2_vision": SAM,
     "gemma4_assistant": {"backbone_hidden_size": 64, "text_config": {
         "model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0,
         "num_kv_shared_layers": 4}},
@@ -181,7 +195,51 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "vision_output_dim": 192,
     },
     "mllama_text_model": {"cross_attention_layers": [1, 3]},
-    "llama4_vision_model": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
+    "llama4_vision_model": {"intermediate_size": 256, "vision_output_dim": 64, "projector_input_dim": 64,
+                            "projector_output_dim": 64},
+    "chameleon": {"vocabulary_map": {"<image>": 5} | {f"IMGIMG{c}Z": 32 + n for n, c in enumerate("ABCDEFGH")}},
+    "chameleon_vqgan": CODES | {"latent_channels": 32},
+    "janus_vqgan": CODES | {"latent_channels": 32, "image_token_embed_dim": 64},
+    "janus_vision_model": {"num_image_tokens": 16},
+    "emu3": {"vocabulary_map": {"<image>": 5, "<|extra_200|>": 12}
+             | {f"<|visual token {n:06}|>": 32 + n for n in range(8)}},
+    "emu3_vqgan": CODES | {"codebook_size": 8, "attn_resolutions": [2]},
+    "florence_vision": {"depths": [1, 1, 1, 1], "patch_size": [7, 3, 3, 3], "embed_dim": [32, 32, 64, 64],
+                        "num_heads": [4, 4, 4, 4], "num_groups": [4, 4, 4, 4], "window_size": 2},
+    "molmo2": {"image_patch_id": 5, "low_res_image_start_token_id": 10},
+    "molmo2_text": {"additional_vocab_size": 16},
+    "molmo2_vision": EQUAL_HEADS | {"image_size": [16, 16], "num_position_embeddings": 16},
+    "molmo2_adapter": EQUAL_HEADS | {"vision_feature_layer": [-1, -3]},
+    "qwen2_5_omni_thinker": THINKER, "qwen3_omni_moe_thinker": THINKER,
+    "qwen2_5_omni_vision_encoder": {"depth": 4, "fullatt_block_indexes": [1, 3]},
+    "qwen3_omni_moe_vision_encoder": {"depth": 4, "deepstack_visual_indexes": [0, 1], "num_position_embeddings": 16},
+    "qwen3_omni_moe_audio_encoder": {"downsample_hidden_size": 16, "output_dim": 64},
+    "qwen3_omni_moe_text": MROPE, "hunyuan_vl_text": MROPE,
+    "hy_v4_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+    "hunyuan_vl_vision": {"max_image_size": 32}, "hy_v4_vl_vision": {"max_image_size": 32},
+    "ernie4_5_vl_moe_text": {"moe_intermediate_size": [32, 16], "rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
+    "ernie4_5_vl_moe_vision": {"depth": 4},
+    "glm5_next_vision": {"depth": 4, "projection_intermediate_size": 64},
+    "granite4_vision": {"deepstack_layer_map": [[-2, 0], [-3, 1]], "spatial_target_layers": [0, 1, 2, 3],
+                        "downsample_rate": "1/2", "image_grid_pinpoints": [[16, 16]]},
+    "inkling2_vision": {"projection_hidden_dim": 64, "posemb_grid_size": 4},
+    "kimi_k25": {"projection_hidden_size": 64},
+    "muse_glimmer": MUSE, "muse_spark": MUSE, "muse_glimmer_vision": MUSE_VISION, "muse_spark_vision": MUSE_VISION,
+    "muse_spark_text": {"moe_hidden_size": 64},
+    "muse_spark_audio": {"patch_sizes": [16, 6], "hidden_sizes": [32, 64], "depths": [1, 1], "num_hidden_layers": 2},
+    "nemotron_h_omni": {"vision_hidden_size": 64},
+    "radio": {"video_temporal_patch_size": 2, "max_img_size": 32},
+    "wavtokenizer_encoder": {"codebook_dim": 64, "codebook_size": 8, "num_filters": 4},
+    "apertus1p5": {"image_token_offset": 32, "audio_token_offset": 40},
+    "apertus1p5_vision_tokenizer": CODES | {"codebook_size": 8, "latent_channels": 32, "attn_resolutions": [4],
+                                            "resolution": 16, "num_res_blocks": 1},
+    "deepseek_ocr2_text": SPARSE, "unlimited_ocr_text": SPARSE,
+    "deepseek_ocr2_sam_vision_model": SAM | {"downsample_channels": [32, 64]},
+    "unlimited_ocr_sam_vision_model": SAM | {"downsample_channels": [32, 64]},
+    "pp_formulanet_vision": SAM | {"output_channels": 32, "post_conv_in_channels": 32, "post_conv_mid_channels": 32,
+                                   "post_conv_out_channels": 64, "decoder_hidden_size": 64},
+    "udop": {"decoder_start_token_id": 0, "max_2d_position_embeddings": 32},
     "aria": {"projector_patch_to_query_dict": {16: 4}},
     "vision-encoder-decoder": {"encoder": {"model_type": "vit"}, "decoder": {
         "model_type": "gpt2", "is_decoder": True, "add_cross_attention": True}, "decoder_start_token_id": 1,
@@ -190,9 +248,11 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
     "exaone4_5_vision": {"depth": 4}, "glm4v_vision": {"depth": 4}, "glm_ocr_vision": {"depth": 4},
     "glm4v_text": MROPE, "glm_ocr_text": MROPE, "exaone4_5_text": MROPE,
     "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
-    "mistral4": EQUAL_HEADS, "axk1": EQUAL_HEADS, "deepseek_v2": EQUAL_HEADS, "glm4_moe_lite": EQUAL_HEADS,
-    "minicpm3": EQUAL_HEADS, "sarvam_mla": EQUAL_HEADS, "youtu": EQUAL_HEADS, "glm5_next_text": EQUAL_HEADS,
+    "mistral4": EQUAL_HEADS, "mistral_large4_text": EQUAL_HEADS, "axk1": EQUAL_HEADS, "deepseek_v2": EQUAL_HEADS,
+    "glm4_moe_lite": EQUAL_HEADS, "minicpm3": EQUAL_HEADS, "sarvam_mla": EQUAL_HEADS, "youtu": EQUAL_HEADS,
     "deepseek_v3": EQUAL_HEADS,
+    "glm5_next_text": EQUAL_HEADS | {"qk_rope_head_dim": 0, "index_kpool": 2, "linear_head_dim": 16,
+                                     "linear_num_heads": 4},
     "cohere2_vision": {"alignment_intermediate_size": 128},
     "internvl_vision": {"image_size": [16, 16], "patch_size": [4, 4]},
     "moshi": {"audio_vocab_size": VOCAB_SIZE},

@@ -23,6 +23,9 @@ NEW_TOKENS = 6
 ONLY_CALLED = ("gemma4_assistant", "gemma4_unified_assistant", "musicgen", "musicgen_melody", "diffusion_gemma")
 """Types that generate for another model only, or not from a prompt alone."""
 
+PICTURES = ("pixel_values", "flattened_patches")
+"""What pictures are called among inputs."""
+
 STREAMING: dict[str, Any] = {"layers_per_batch": 1, "prefetch_batches": 1, "max_context": 64, "max_batch_size": 2}
 
 
@@ -75,6 +78,7 @@ def examine(case: Case, folder: Path) -> Verdict:
         for inputs in calls:
             expected = seeded(reference, inputs)
             assert tells_something(expected)
+            assert sees(reference, inputs, expected), "what is said does not depend on the picture"
             assert_same(seeded(model, inputs), expected)
             assert most() == 1, f"{most()} streamed layers were in memory at once"
         generates = model.can_generate() and model_type not in ONLY_CALLED
@@ -87,7 +91,7 @@ def examine(case: Case, folder: Path) -> Verdict:
             units=sum(len(batch.units) for batch in plan.batches),
             streamed_share=round(plan.streamed_bytes / plan.checkpoint_bytes, 3),
             generates=generates,
-            has_image=any("pixel_values" in call for call in calls),
+            has_image=any(name in call for call in calls for name in PICTURES),
         )
 
 
@@ -117,6 +121,18 @@ def tells_something(output: Any) -> bool:
     """Whether values differ: equal results would mean nothing if all were."""
     tensors = (tensor for _, tensor in tensors_of(output) if tensor.is_floating_point() and tensor.numel() > 1)
     return any(bool(tensor[tensor.isfinite()].std() > 1e-3) for tensor in tensors)
+
+
+def sees(model: Any, inputs: Mapping[str, Any], output: Any) -> bool:
+    """Whether logits would be others if the picture in `inputs`, if there is one, were: else none was compared."""
+    name = next((name for name in PICTURES if name in inputs), None)
+    if name is None:
+        return True
+    picture = inputs[name].clone()
+    picture[..., 2:] *= -1  # where a patch lies may come first
+    other = dict(tensors_of(seeded(model, {**inputs, name: picture})))
+    differences = (other[key] - tensor for key, tensor in tensors_of(output) if key.startswith(".logits"))
+    return any(bool(difference[difference.isfinite()].abs().max() > 1e-3) for difference in differences)
 
 
 def tensors_of(output: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
