@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 COPYING = (torch.bfloat16, torch.float16)
-"""Types in which torch multiplies what has been sliced off longer sequences by a copy of the weight for each of them."""
+"""Types in which torch multiplies what was sliced off longer sequences by a copy of the weight for each of them."""
 
 
 def take_sequences_apart(head: nn.Module) -> Callable[[], None]:
-    """Give `head`, a linear layer on the CPU, the last positions of each sequence by themselves; returns what undoes it.
+    """Give `head`, a linear layer on the CPU, the last positions of each sequence alone; returns what undoes it.
 
     `generate` slices them off the hidden states, and the strides that are left send torch's half-precision products
     down a batched path, which copies the whole weight for every sequence: 2 GB each for a 70B model. Sequence by
