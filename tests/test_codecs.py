@@ -80,6 +80,12 @@ def test_blocks_may_lie_anywhere(block: BlockType, decode: Decode) -> None:
     assert same_bits(ours, reference(raw, block))
 
 
+@pytest.mark.parametrize(("nbytes", "elements"), [(2 * 18, 32), (18, 64), (17, 32), (19, 32)])
+def test_no_number_is_written_beside_the_target(nbytes: int, elements: int) -> None:
+    with pytest.raises(ValueError, match=f"{nbytes} bytes of Q4_0 do not make {elements} numbers"):
+        decode_into(torch.empty(elements), torch.zeros(nbytes, dtype=torch.uint8), BLOCK_TYPES["Q4_0"])
+
+
 @EVERY_WAY
 @pytest.mark.parametrize("value", [0x7C00, 0xFC00, 0x7E00, 0x8000, 0x0001, 0x83FF, 0x7BFF], ids=hex)
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"])

@@ -15,7 +15,7 @@ import torch
 
 from tests.matrix.cases import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, LISTED, REASONS, Case, matrix
 from tests.matrix.examine import examine
-from tests.matrix.page import PAGE, RESULTS, SECTIONS, make_page
+from tests.matrix.page import PAGE, RESULTS, ROOT, SECTIONS, make_page
 
 PART = 0
 """Of the matrix: the one that always runs."""
@@ -64,6 +64,12 @@ def test_the_parts_are_of_much_the_same_size() -> None:
 
 def test_the_page_is_made_of_the_results() -> None:
     assert PAGE.read_text(encoding="utf-8") == make_page(SECTIONS), "run `python -m tests.matrix --page`"
+
+
+def test_the_readme_counts_as_the_results_do() -> None:
+    verdicts = [row["verdict"] for row in json.loads(RESULTS.read_text(encoding="utf-8"))["cases"]]
+    said = f"[{verdicts.count('equal')} of {len(verdicts)} types](docs/models.md)"
+    assert said in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_results_are_those_of_a_full_run() -> None:

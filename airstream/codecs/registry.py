@@ -86,13 +86,18 @@ def decode_into(target: torch.Tensor, raw: torch.Tensor, block: BlockType) -> No
     """Write the numbers of `raw`, uint8 of whole blocks, to `target`, flat, in its dtype, on the same device.
 
     They are computed in float32 and rounded once. Does not block where torch does not.
+
+    Raises:
+        ValueError: there are not as many numbers as `target` takes.
     """
+    count = raw.numel() // block.nbytes
+    if raw.numel() != count * block.nbytes or target.numel() != count * block.elements:  # C would not notice
+        raise ValueError(f"{raw.numel()} bytes of {block.name} do not make {target.numel()} numbers")
     native = kernel(block.name) if raw.device.type == "cpu" and target.dtype in DTYPES else None
-    if native is not None and target.is_contiguous():
-        count = raw.numel() // block.nbytes
+    if native is not None and raw.is_contiguous() and target.is_contiguous():
         native(raw.data_ptr(), target.data_ptr(), count, target.dtype == torch.bfloat16)
-        return
-    decode_with_torch(target, raw, block)
+    else:
+        decode_with_torch(target, raw, block)
 
 
 def decode_with_torch(target: torch.Tensor, raw: torch.Tensor, block: BlockType) -> None:
