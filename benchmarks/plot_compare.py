@@ -78,24 +78,28 @@ def draw_scale(all_results: Sequence[Results], out: Path) -> None:
     figure = _figure(8.6, 3.9)
     seconds, memory = figure.subplots(1, 2)
     sizes = [size for size, _ in points]
-    _draw_points(seconds, sizes, [results["medians"][OURS]["decode_seconds_per_token"] for _, results in points])
+    _draw_points(
+        seconds, sizes, [results["medians"][OURS]["decode_seconds_per_token"] for _, results in points], (9, -4)
+    )
     seconds.set_ylabel("seconds per token after the first")
-    _draw_points(memory, sizes, [results["medians"][OURS]["peak_rss_gb"] for _, results in points])
+    _draw_points(memory, sizes, [results["medians"][OURS]["peak_rss_gb"] for _, results in points], (7, -13))
     limit = points[0][1]["limit_mib"]
     if limit is not None:
         memory.axhline(limit * 2**20 / 1e9, color=GREY, linestyle=(0, (5, 3)), linewidth=1.1)
-        memory.annotate("the limit", (0, limit * 2**20 / 1e9), xytext=(4, -12), color=GREY, **SMALL)
+        memory.annotate("the limit", (0, limit * 2**20 / 1e9), xytext=(4, 4), color=GREY, **SMALL)
     memory.set_ylabel("peak memory, GB")
     for axes in (seconds, memory):
         axes.set_xlabel("weights, GB")
-        axes.set_xlim(0, 1.06 * sizes[-1])
-        axes.set_ylim(bottom=0)
+        axes.set_xlim(0, 1.12 * sizes[-1])
+        axes.set_ylim(-0.03 * axes.get_ylim()[1], 1.12 * axes.get_ylim()[1])
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Models of several sizes in the same memory", x=0.01, ha="left", weight="bold", fontsize=11)
     figure.savefig(out, dpi=150)
 
 
-def _draw_points(axes: Any, sizes: Sequence[float], spreads: Sequence[Mapping[str, float]]) -> None:
+def _draw_points(
+    axes: Any, sizes: Sequence[float], spreads: Sequence[Mapping[str, float]], label_at: tuple[int, int]
+) -> None:
     middle = [spread["median"] for spread in spreads]
     bars = [
         [spread["median"] - spread["min"] for spread in spreads],
@@ -103,7 +107,7 @@ def _draw_points(axes: Any, sizes: Sequence[float], spreads: Sequence[Mapping[st
     ]
     axes.errorbar(sizes, middle, yerr=bars, color=BLUE, marker="o", markersize=6, capsize=4, linewidth=1.4)
     for size, value in zip(sizes, middle, strict=True):
-        axes.annotate(f"{value:.2f}", (size, value), xytext=(-6, 6), ha="right", **SMALL)
+        axes.annotate(f"{value:.2f}", (size, value), xytext=label_at, **SMALL)
 
 
 def _figure(width: float, height: float) -> Any:

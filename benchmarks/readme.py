@@ -69,8 +69,8 @@ SHORT_NAMES = {
     "llamacpp": "llama.cpp",
     "transformers": "transformers",
 }
-FAILURES = {"killed": "out of memory", "timed out": "too slow"}
-"""How an error begins, and what a table says of it."""
+FAILURES = {"killed": "out of memory", "timed out": "too slow", "one sequence at a time": "one at a time"}
+"""What an error has in it, and what a table says of it."""
 
 
 def overview(several: Sequence[Mapping[str, Any]]) -> str:
@@ -100,7 +100,7 @@ def _failure(results: Mapping[str, Any], system: str) -> str:
     errors = [run["error"] for run in results["runs"] if run["system"] == system]
     if not errors:
         return ""
-    return next((said for begin, said in FAILURES.items() if errors[0].startswith(begin)), "failed")
+    return next((said for found, said in FAILURES.items() if found in errors[0]), "failed")
 
 
 def _cell(value: float, best: float, column: str) -> str:
