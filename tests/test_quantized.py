@@ -14,11 +14,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from airstream import AutoModel, CheckpointError, UnsupportedError
 from airstream.allocations import Allocations
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.compat import KeyConversion, build_on_meta, choose_class, find_quantizer
+from airstream.compat.integers import AWQ, GPTQ, Layout, with_unpacking
 from airstream.config import LoadOptions
 from airstream.layout import read_specs
 from airstream.model.absent import Absent
@@ -32,6 +35,7 @@ from tests.quantized_models import (
     DENSE,
     FP8_MODELS,
     INTEGERS,
+    _in_integers,
     write_bitnet,
     write_bitsandbytes,
     write_compressed,
@@ -229,6 +233,24 @@ def test_what_equal_layers_take_is_found_out_once(quantized: Quantized, monkeypa
     prepared = prepare(quantized("gptq 4-bit"), LoadOptions(device="cpu", max_context=64))
     made = [spec for spec in prepared.parts.specs.values() if spec.made_by is not None]
     assert len({(spec.shape, spec.stored[0].shape) for spec in made}) == len(runs) < len(made)
+
+
+@pytest.mark.parametrize("layout", [GPTQ, AWQ])
+def test_every_mapping_takes_packed_weights(layout: Layout) -> None:
+    """Of every type that transformers has one for: merges of many weights, and cuts of one into several."""
+    for name in _build_checkpoint_conversion_mapping():
+        mapping = get_checkpoint_conversion_mapping(name)
+        assert len(with_unpacking(mapping, layout)) > len(mapping)
+
+
+def test_a_fused_weight_is_unpacked_and_cut() -> None:
+    cut = WeightConverter("mlp.both.weight", ["mlp.gate.weight", "mlp.up.weight"], [Chunk(dim=0)])
+    (packed,) = [entry for entry in with_unpacking([cut], GPTQ) if isinstance(entry.operations[-1], Chunk)][1:]
+    expected, made = _in_integers(torch.ones(64, 64), INTEGERS["gptq 4-bit"], torch.Generator().manual_seed(0))
+    for key, tensor in made.items():
+        packed.add_tensor("mlp.gate.weight", f"mlp.both.{key}", f"mlp.both.{key}", lambda tensor=tensor: tensor)
+    halves = packed.convert("mlp.gate.weight")
+    assert torch.equal(torch.cat([halves["mlp.gate.weight"], halves["mlp.up.weight"]]), expected)
 
 
 @needs_bitsandbytes

@@ -44,8 +44,10 @@ class Layout:
 GPTQ, GPTQ_V2, AWQ = Layout(zero_offset=1), Layout(), Layout(packs_outputs=True)
 
 
-class UnpackIntegers(ConversionOps):  # type: ignore[misc]
+class UnpackIntegers(ConversionOps):  # type: ignore[misc]  # transformers has no types
     """The first operation of a converter of transformers: packed tensors in, dense weights (outputs, inputs) out."""
+
+    supports_many_to_many = True  # four tensors of one fused weight, which the next operation cuts into several
 
     def __init__(self, layout: Layout, is_only: bool) -> None:
         self._layout = layout
@@ -65,21 +67,18 @@ class UnpackIntegers(ConversionOps):  # type: ignore[misc]
     ) -> torch.Tensor:
         return dequantize(self._layout, qweight, qzeros, scales, g_idx)
 
-    @property
-    def reverse_op(self) -> ConversionOps:
-        raise NotImplementedError("weights are not packed again")
-
 
 def with_unpacking(mapping: Iterable[Any], layout: Layout) -> list[Any]:
     """`mapping`, a model's renames and converters of checkpoint keys, for packed weights as well as for dense ones."""
     extended: list[Any] = []
     for entry in mapping:
         extended.append(entry)
-        if isinstance(entry, WeightRenaming) or not all(name.endswith(WEIGHT) for name in entry.source_patterns):
+        sources, targets = list(entry._original_source_patterns), list(entry._original_target_patterns)
+        if isinstance(entry, WeightRenaming) or not all(name.endswith(WEIGHT) for name in sources):
             continue
-        packed = [name.removesuffix(WEIGHT) + end for name in entry.source_patterns for end in NAMES]
+        packed = [name.removesuffix(WEIGHT) + end for name in sources for end in NAMES]
         operations = [UnpackIntegers(layout, is_only=False), *entry.operations]
-        extended.append(_scoped_like(entry, WeightConverter(packed, list(entry.target_patterns), operations)))
+        extended.append(_scoped_like(entry, WeightConverter(packed, targets, operations)))
     return [*extended, WeightConverter(list(NAMES), WEIGHT, [UnpackIntegers(layout, is_only=True)])]
 
 
@@ -102,7 +101,8 @@ def dequantize(
     bits = qzeros.shape[1] * WORD_BITS // outputs
     inputs = qweight.shape[0] if layout.packs_outputs else qweight.shape[0] * WORD_BITS // bits
     expected = (inputs, qzeros.shape[1]) if layout.packs_outputs else (inputs * bits // WORD_BITS, outputs)
-    if not 2 <= bits <= BYTE_BITS or tuple(qweight.shape) != expected or qzeros.shape[0] != groups:
+    are_known = bits == 4 if layout.packs_outputs else 2 <= bits <= BYTE_BITS
+    if not are_known or tuple(qweight.shape) != expected or qzeros.shape[0] != groups:
         raise ValueError(f"qweight {qweight.shape}, qzeros {qzeros.shape} and scales {scales.shape} do not match")
     group_of = _group_of_input(g_idx, inputs, groups)
     zeros = _unpack_zeros(qzeros, bits, layout.zero_offset)
@@ -161,7 +161,7 @@ def _unpack_words(words: torch.Tensor, bits: int) -> torch.Tensor:
         return octets
     mask = (1 << bits) - 1
     if bits == 4:
-        pairs = octets.to(torch.int16)  # each half byte to a byte of its own: twice as fast as `torch.stack`
+        pairs = octets.to(torch.int16)  # each half byte to a byte of its own: three times as fast as `torch.stack`
         return (pairs << 4).bitwise_or_(pairs).bitwise_and_(0x0F0F).view(torch.uint8)
     if bits == 2:
         parts = [octets >> shift & mask for shift in range(0, BYTE_BITS, bits)]
