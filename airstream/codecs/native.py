@@ -39,8 +39,10 @@ def kernel(name: str) -> Kernel | None:
     if grid is None and name.startswith(GRID_TYPES):
         return None
 
+    address = None if grid is None else grid.ctypes.data_as(ctypes.c_void_p)  # which keeps the grid
+
     def decode(blocks: int, numbers: int, count: int, to_bfloat16: bool) -> None:
-        function(blocks, numbers, count, to_bfloat16, None if grid is None else grid.ctypes.data)
+        function(blocks, numbers, count, to_bfloat16, address)
 
     return decode
 
