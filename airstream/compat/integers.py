@@ -25,6 +25,9 @@ WORD_BITS, BYTE_BITS = 32, 8
 CHUNK_ELEMENTS = 1 << 19
 """Made dense at a time, so that what lies between packed and dense stays in a core's cache."""
 
+CUTS_FUSED_WEIGHTS = hasattr(ConversionOps, "supports_many_to_many")
+"""Whether this transformers lets an operation of ours make several weights of several tensors; 5.17 does not."""
+
 Tensors = Mapping[str, "list[torch.Tensor] | torch.Tensor"]
 
 
@@ -76,6 +79,8 @@ def with_unpacking(mapping: Iterable[Any], layout: Layout) -> list[Any]:
         sources, targets = list(entry._original_source_patterns), list(entry._original_target_patterns)
         if isinstance(entry, WeightRenaming) or not all(name.endswith(WEIGHT) for name in sources):
             continue
+        if len(targets) > 1 and not CUTS_FUSED_WEIGHTS:
+            continue  # such a checkpoint lacks tensors, then, and is refused
         packed = [name.removesuffix(WEIGHT) + end for name in sources for end in NAMES]
         operations = [UnpackIntegers(layout, is_only=False), *entry.operations]
         extended.append(_scoped_like(entry, WeightConverter(packed, targets, operations)))
