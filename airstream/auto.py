@@ -177,7 +177,7 @@ def _progress(
     """What shows how a generation of some workload goes."""
     if not (in_notebook() if wanted == "auto" else wanted):
         return lambda _: nullcontext()
-    return lambda work: progress_bar(engine.observer, engine.stats, work.context - work.tokens if work else None)
+    return lambda work: progress_bar(engine.observer, engine.stats, work.context - work.prompt if work else None)
 
 
 def _load_now(load: Callable[[], Any]) -> Callable[[], Any]:

@@ -5,10 +5,14 @@ Formulas, with B sequences of T new tokens each, C tokens of context, s bytes pe
     KV cache        B * C * s * sum over layers of (kv heads) * (key width + value width)
                     (for one layer of LLaMA-7B in fp16: 2 * 4096 * 2 = 16 KiB a token, 512 KiB for its 32 layers)
     states          B * (whatever state-space and linear attention layers keep of a sequence, however long it is)
-    activations     B * T * (a few hidden states + the widest MLP + queries, keys and values), freed layer by layer
-    attention       B * T * C for the mask; times the heads, in float32 too, where attention is computed eagerly
+    activations     B * (the most that is alive at once in a pass on the meta device: a polynomial in T and C for each
+                    moment that may be the largest); where a model's code cannot be run there, the next two lines:
+                    B * T * (a few hidden states + the widest MLP + queries, keys and values), freed layer by layer
+    attention       B * T * C for the mask if there is one: of padding, or because tokens came before; times the heads,
+                    in float32 too, where attention is computed eagerly
     adapters        B * T * (the input and three times the output of the widest module that has one)
-    logits          B * V * (s + 4): the model's and generate()'s float32 copy, for as many positions as are asked for
+    logits          B * V * (s + 4): the model's and generate()'s float32 copy, for as many positions as are asked for;
+                    with labels one more in float32, of their logarithms
     lm_head copy    the lm_head, in float16 on the CPU: torch multiplies the strided slice that holds the last positions
                     of a prompt through a batched product, for which it copies the weight
     images          per value: (a few hidden states + the MLP) of a vision token / the values of its patch
@@ -21,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from airstream.compat import CacheSize, config_value
+from airstream.growth import PassGrowth
 
 HIDDEN_COPIES = 8
 """Hidden states alive at once in the widest part of a layer: input, residual, norm (in float32: two), q, k, v, out."""
@@ -61,6 +66,8 @@ class Footprint:
     """Numbers that an image consists of, as far as the config says: a square, or a thousand patches."""
     head_copy_bytes: int
     """Bytes of the lm_head where it is copied at the end of a prefill, else 0."""
+    passes: tuple[PassGrowth, ...] = ()
+    """How passes grow, for the longest contexts first; none if that could not be found out."""
     adapter_token_bytes: int = 0
     """What adapters compute beside the layers, of one token."""
     adapter_logit_bytes: int = 0
@@ -77,23 +84,39 @@ class Footprint:
         return batch_size * self.item_bytes * (keys_and_values + self.state_elements)
 
     def activation_bytes(
-        self, batch_size: int, tokens: int, context: int, logits: int = 1, pixel_values: int = 0
+        self,
+        batch_size: int,
+        tokens: int,
+        context: int,
+        logits: int = 1,
+        pixel_values: int = 0,
+        is_padded: bool = False,
+        has_labels: bool = False,
     ) -> int:
         """Peak bytes of one pass over `tokens` new tokens per sequence that keeps `logits` positions of each.
 
         Args:
             pixel_values: numbers that all images together consist of; they are seen before the tokens are.
+            is_padded: some of the tokens are hidden.
+            has_labels: a loss is computed.
         """
-        per_token = self.item_bytes * (HIDDEN_COPIES * self.hidden_size + 3 * self.intermediate_size)
-        per_token += self.adapter_token_bytes
-        scores = self.num_heads * (self.item_bytes + 4) if self.eager_attention else self.item_bytes
-        attention = tokens * context * scores
-        heads = 2 * context * self.item_bytes * self.num_heads * (self.hidden_size // self.num_heads)
-        layers = tokens * per_token + attention + heads
-        per_logit = self.vocab_size * (self.item_bytes + 4) if self.has_head else 0
+        layers = self._layer_bytes(tokens, context, is_padded or tokens < context) + tokens * self.adapter_token_bytes
+        copies = 4 + (4 if has_labels and self.item_bytes < 4 else 0)
+        per_logit = self.vocab_size * (self.item_bytes + copies) if self.has_head else 0
         head = logits * (per_logit + self.adapter_logit_bytes) + tokens * self.hidden_size * self.item_bytes
         head_copy = self.head_copy_bytes if 0 < logits < tokens else 0
         return max(batch_size * layers, batch_size * head + head_copy, int(pixel_values * self.pixel_bytes))
+
+    def _layer_bytes(self, tokens: int, context: int, is_masked: bool) -> int:
+        """Of one sequence, at most; without what adapters and the lm_head compute."""
+        for growth in self.passes:
+            if context >= growth.window:
+                return (growth.continued if is_masked else growth.fresh)(tokens, context)
+        per_token = self.item_bytes * (HIDDEN_COPIES * self.hidden_size + 3 * self.intermediate_size)
+        mask = 1 + self.item_bytes if is_masked or self.eager_attention else 0
+        scores = 2 * 4 * self.num_heads if self.eager_attention else 0
+        heads = 2 * context * self.item_bytes * self.num_heads * (self.hidden_size // self.num_heads)
+        return tokens * per_token + tokens * context * (mask + scores) + heads
 
 
 def footprint(
@@ -103,12 +126,14 @@ def footprint(
     head_copy_bytes: int = 0,
     cache: CacheSize | None = None,
     has_head: bool = True,
+    passes: tuple[PassGrowth, ...] = (),
 ) -> Footprint:
     """The footprint of a model with this transformers config, computing in elements of `item_bytes`.
 
     Args:
         cache: its size, where that has been measured; else it is computed from the config.
         has_head: it computes logits over the vocabulary.
+        passes: how they grow, where that has been measured.
     """
     text = config.get_text_config(decoder=True)
     hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
@@ -137,6 +162,7 @@ def footprint(
         max_position=first_count(text, *POSITION_COUNTS, default=1 << 20),
         eager_attention=eager_attention,
         head_copy_bytes=head_copy_bytes,
+        passes=passes,
     )
 
 

@@ -33,9 +33,11 @@ from airstream.compat import (
     gguf_config,
     gguf_dtype,
     measure_cache,
+    measure_passes,
 )
 from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
 from airstream.errors import AirstreamError, ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.growth import PassGrowth
 from airstream.layout import read_specs
 from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
 from airstream.model.facts import gather_facts, needs_staging
@@ -106,11 +108,13 @@ def prepare(
         index = GgufIndex.open(gguf)
     else:
         index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
-    model, dtype, quantizer, cache = build_model(folder, options, device, index)
+    model, dtype, quantizer, cache, passes = build_model(folder, options, device, index)
     index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype, quantizer))
     packing = packing_of(device)
-    facts = gather_facts(os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch, cache)
+    facts = gather_facts(
+        os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch, cache, passes
+    )
     staged = device.type != "cpu" or needs_staging(parts, packing)
     question = Question(options, machine, folder, device, staged, prompt_tokens)
     request = request_for(question, facts)
@@ -132,12 +136,14 @@ class Built(NamedTuple):
     Attributes:
         quantizer: of the checkpoint, if it is quantised.
         cache: what its KV cache grows to, if that could be measured.
+        passes: what its passes allocate, likewise.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
     quantizer: Quantizer | None
     cache: CacheSize | None
+    passes: tuple[PassGrowth, ...]
 
 
 def build_model(folder: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None) -> Built:
@@ -153,11 +159,11 @@ def build_model(folder: Path, options: LoadOptions, device: torch.device, index:
         raise
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise CheckpointError(f"no model can be built from {folder / 'config.json'}: {error}") from error
-    cache = measure_cache(model)  # while its modules compute on any device
+    cache, passes = measure_cache(model), measure_passes(model, device)  # while its modules compute on any device
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)
         quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
-    return Built(model, dtype, quantizer, cache)
+    return Built(model, dtype, quantizer, cache, passes)
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:

@@ -18,7 +18,7 @@ ROOT = Path(airstream.__file__).parent
 
 FLOORS: list[list[str]] = [
     ["errors"],
-    ["units", "probe", "figures", "stats", "allocations", "codecs", "codecs.*"],
+    ["units", "probe", "figures", "stats", "allocations", "growth", "codecs", "codecs.*"],
     [
         "checkpoint.files",
         "checkpoint.index",
@@ -28,6 +28,7 @@ FLOORS: list[list[str]] = [
         "rates",
         "rates.facts",
         "row_numbers",
+        "heap",
     ],
     ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
     ["checkpoint.gather", "checkpoint.formats", "checkpoint.gguf"],

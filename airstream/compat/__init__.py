@@ -5,6 +5,7 @@ keys, the dtype each parameter must have, and what `from_pretrained` does after 
 same calls work from 5.17 on; the test matrix runs the oldest and the newest supported release.
 """
 
+from airstream.compat.activations import measure_passes
 from airstream.compat.assembled import Assembled
 from airstream.compat.building import build_on_meta, finish_loading, load_generation_config
 from airstream.compat.classes import choose_class
@@ -14,10 +15,12 @@ from airstream.compat.remote import check_trust
 from airstream.compat.traits import (
     CACHE_KEYWORDS,
     CacheSize,
+    cache_capacity,
     cache_keyword,
     cached_tokens,
     config_value,
     measure_cache,
+    position_limit,
     uses_eager_attention,
 )
 from airstream.compat.weights import (
@@ -37,6 +40,7 @@ __all__ = [
     "KeyConversion",
     "Quantizer",
     "build_on_meta",
+    "cache_capacity",
     "cache_keyword",
     "cached_tokens",
     "check_trust",
@@ -51,7 +55,9 @@ __all__ = [
     "load_generation_config",
     "may_be_missing",
     "measure_cache",
+    "measure_passes",
     "natural_order",
+    "position_limit",
     "stored_tensors",
     "tied_names",
     "uses_eager_attention",

@@ -14,6 +14,9 @@ from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """What forward passes call the KV cache, newest name first."""
 
+POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed")
+"""What models call a table with a row for every position."""
+
 FEW, MANY = 2, 4
 """Tokens of the passes that measure a cache: what they differ by grows with every token, the rest does not."""
 
@@ -49,6 +52,29 @@ def cached_tokens(cache: Any) -> int:
         return int(cache.get_seq_length())
     except (AttributeError, ValueError):  # tuples of tensors; caches of state-space layers only
         return 0
+
+
+def cache_capacity(cache: Any) -> int:
+    """For how many tokens `cache` has room, or will have once it is used; 0 if it grows with them."""
+    capacities = [getattr(layer, "max_cache_len", 0) for layer in getattr(cache, "layers", ())]
+    return max((capacity for capacity in capacities if isinstance(capacity, int) and capacity > 0), default=0)
+
+
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Tokens that the model has a row of a table of positions for: no sequence can be longer; None without a table."""
+    part: nn.Module = model
+    if hasattr(model.config, "vision_config") and hasattr(model, "get_decoder"):
+        part = model.get_decoder()  # a vision tower has positions, too
+    limits = [_rows_for_positions(name, module) for name, module in part.named_modules()]
+    return min((limit for limit in limits if limit), default=None)
+
+
+def _rows_for_positions(name: str, module: nn.Module) -> int:
+    """Rows of a table of positions after those that stand for padding; 0 if `module` is none."""
+    if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in POSITION_TABLES:
+        return 0
+    padding = 0 if module.padding_idx is None else module.padding_idx + 1
+    return module.num_embeddings - (getattr(module, "offset", 0) or padding)
 
 
 def config_value(config: Any, name: str) -> Any:
@@ -95,20 +121,20 @@ def _cached_bytes(model: PreTrainedModel, part: nn.Module, tokens: int) -> int:
         arguments[keyword] = EncoderDecoderCache(cache, DynamicCache()) if config.is_encoder_decoder else cache
     output = part(**arguments)
     caches = [arguments.get(keyword or ""), *(output.get(name) for name in CACHE_KEYWORDS)]
-    tensors = {id(tensor): tensor for cache in caches for tensor in _tensors_in(cache)}
+    tensors = {id(tensor): tensor for cache in caches for tensor in tensors_in(cache)}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
     """The tensors of a cache, however its layers keep them."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, EncoderDecoderCache):
-        yield from _tensors_in([value.self_attention_cache, value.cross_attention_cache])
+        yield from tensors_in([value.self_attention_cache, value.cross_attention_cache])
     elif isinstance(value, Mapping):
-        yield from _tensors_in(list(value.values()))
+        yield from tensors_in(list(value.values()))
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors_in(item)
+            yield from tensors_in(item)
     elif hasattr(value, "layers"):
-        yield from _tensors_in([vars(layer) for layer in value.layers])
+        yield from tensors_in([vars(layer) for layer in value.layers])

@@ -21,6 +21,7 @@ from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Reader
 from airstream.compat import Quantizer, conversion_for
 from airstream.errors import BudgetError, ClosedError, UnsupportedError
+from airstream.heap import giving_back
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
 from airstream.model.executor import Executor
@@ -29,15 +30,29 @@ from airstream.model.observer import Observer
 from airstream.model.residents import bind_residents, is_stored
 from airstream.model.store import Store
 from airstream.model.units import Parts
-from airstream.plan import AdapterFacts, ModelFacts, Plan, Request, Workload, make_plan, smallest_plan
+from airstream.plan import (
+    AdapterFacts,
+    ModelFacts,
+    Plan,
+    Request,
+    Workload,
+    change_of,
+    check_positions,
+    make_plan,
+    smallest_plan,
+    too_much,
+)
 from airstream.probe import Probe
 from airstream.stats import StreamStats
-from airstream.units import format_bytes
+from airstream.units import MIB, format_bytes
 
 logger = logging.getLogger(__name__)
 
 MIN_GAIN = 0.02
 """Of all weights: what has to become resident besides for a change of plan to be worth its while."""
+
+GIVEN_BACK_BYTES = 8 * MIB
+"""Of activations: from here on, giving memory back is worth its while. Those of a few tokens are smaller."""
 
 GROWTH = 1.25
 """When a sequence outgrows its plan, the next one is made for so much more context, so that it lasts a while."""
@@ -133,11 +148,18 @@ class Engine:
                     self._executor.residency.let_go()
                 raise
 
-    def expect(self, work: Workload) -> None:
+    def expect(self, work: Workload, is_asked: bool = False) -> None:
         """A generation is about to begin that asks for `work` at its end.
 
         What it does not need of the memory that was set aside for KV cache and activations holds weights meanwhile.
+
+        Args:
+            is_asked: the caller says how long it may get. Else it may well end before, and the prompt alone has to fit.
+
+        Raises:
+            BudgetError, ArgumentError: it cannot be done, with what can be.
         """
+        self._check_possible(work if is_asked else replace(work, context=work.prompt))
         fits = work.bytes(self._facts.footprint) <= self.plan.work_bytes
         if self._is_final or (fits and not self.plan.streamed_bytes):
             return
@@ -159,11 +181,22 @@ class Engine:
             BudgetError: nothing more can be given up; with the numbers and what to change.
         """
         self._check_open()
+        check_positions(self._facts, work)
         need = work.bytes(self._facts.footprint)
         if need > self.plan.work_bytes:
             self._outgrow(work, need)
         elif self.plan is not self._normal and need <= self._normal.work_bytes:
             self._change(self._normal)
+
+    @contextmanager
+    def one_pass(self, work: Workload | None) -> Iterator[None]:
+        """Around a forward pass that was admitted. Of a prompt's, what is freed leaves the process at once."""
+        activations = work.activation_bytes(self._facts.footprint) if work is not None else 0
+        with (
+            giving_back(self.device.type == "cpu" and activations >= GIVEN_BACK_BYTES),
+            self.observer.one_pass(lambda: work),
+        ):
+            yield
 
     def make_room(self, adapters: AdapterFacts) -> None:
         """Adapters that cost this much are beside the model from now on, in place of those that were.
@@ -192,24 +225,27 @@ class Engine:
                     "the checkpoint with it, and stream that"
                 )
 
+    def _check_possible(self, work: Workload) -> None:
+        """Refuse `work` if no plan has room for it."""
+        check_positions(self._facts, work)
+        if work.bytes(self._facts.footprint) > self.plan.work_bytes and self._with_room_for(work) is None:
+            left = smallest_plan(self._facts, replace(self._request, max_context=1)).work_bytes
+            raise BudgetError(too_much(work, self._facts.footprint, left))
+
     def _outgrow(self, work: Workload, need: int) -> None:
         """Change to a plan with room for `work`, and some more if there is some."""
         plan = self._with_room_for(replace(work, context=int(GROWTH * work.context))) or self._with_room_for(work)
         if plan is None:
-            left = smallest_plan(self._facts, replace(self._request, max_context=1)).work_bytes
-            raise BudgetError(
-                f"{work.batch_size} x {work.context:,} tokens ({work.tokens:,} of them new, logits of "
-                f"{work.logits:,}{', images' if work.pixel_values else ''}) need {format_bytes(need)} for KV cache and "
-                f"activations, max_memory leaves {format_bytes(left)}. "
-                "Raise max_memory, or shorten the prompt (generate() takes prefill_chunk_size) or the batch"
+            self._check_possible(work)
+            return
+        if change := change_of(self.plan, plan):
+            logger.warning(
+                "%s x %s tokens need %s for KV cache and activations: %s",
+                work.batch_size,
+                f"{work.context:,}",
+                format_bytes(need),
+                change,
             )
-        logger.warning(
-            "%s x %s tokens need %s for KV cache and activations: %s of resident weights are streamed from now on",
-            work.batch_size,
-            f"{work.context:,}",
-            format_bytes(need),
-            format_bytes(self.plan.resident_bytes - plan.resident_bytes),
-        )
         self._change(plan)
 
     def _with_room_for(self, work: Workload) -> Plan | None:

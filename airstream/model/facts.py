@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.compat import CacheSize, uses_eager_attention
+from airstream.compat import CacheSize, position_limit, uses_eager_attention
 from airstream.footprint import first_count, footprint
+from airstream.growth import PassGrowth
 from airstream.model.groups import batch_facts, growth_bytes
 from airstream.model.packed import measure_packed
 from airstream.model.units import Parts
@@ -46,10 +47,11 @@ def gather_facts(
     packing: Packing,
     layers_per_batch: int | Literal["auto"],
     cache: CacheSize | None,
+    passes: tuple[PassGrowth, ...] = (),
 ) -> ModelFacts:
     """The facts of `model`, which will compute on `device` with weights that lie as `packing` says.
 
-    `cache` is what the KV cache grows to, if that could be measured.
+    `cache` is what the KV cache grows to, `passes` what they allocate, if that could be measured.
     """
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     resident = pack(distinct(parts.resident), packing)
@@ -79,10 +81,12 @@ def gather_facts(
             head_copy_bytes=head.slab_bytes[0] if head and copies_head else 0,
             cache=cache,
             has_head=head is not None or model.can_generate(),
+            passes=passes,
         ),
         arithmetic=_arithmetic(model, parts),
         stored_bytes=packed.stored_bytes if packed else None,
         decoding_seconds_per_byte=packed.decoding_seconds / packed.stored_bytes if packed else 0.0,
+        position_limit=position_limit(model),
     )
 
 

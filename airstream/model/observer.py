@@ -48,6 +48,11 @@ class Observer:
         self._recorder: Recorder | None = None
         self._inside = False
 
+    @property
+    def is_inside(self) -> bool:
+        """A pass is under way."""
+        return self._inside
+
     def start(self) -> Profile:
         """Begin a profile. It grows until another one begins."""
         plan = self._plan()

@@ -34,8 +34,12 @@ class GuardedModule:
     _engine: Engine
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._engine.guard(), self._engine.observer.one_pass(lambda: workload.of_pass(args, kwargs)):
-            return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the module class comes after this one
+        with self._engine.guard():
+            work = workload.of_pass(args, kwargs) if not self._engine.observer.is_inside else None
+            if work is not None:
+                self._engine.admit(work)
+            with self._engine.one_pass(work):
+                return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the module class comes after this one
 
     def _apply(self, *_: Any, **__: Any) -> NoReturn:
         """What moving and casting come down to, under whichever name."""
@@ -137,11 +141,7 @@ class StreamedModel(WithAdapters, GuardedModule):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._engine.guard():
             self._heed_adapters()
-            work = workload.of_pass(args, kwargs)
-            if work is not None:
-                self._engine.admit(work)
-            with self._engine.observer.one_pass(lambda: work):
-                return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         if not self.can_generate():  # type: ignore[attr-defined]
@@ -155,8 +155,8 @@ class StreamedModel(WithAdapters, GuardedModule):
             defaults: Any = self.generation_config  # type: ignore[attr-defined]
             expected = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
             if expected is not None:
-                self._engine.expect(expected)
-            prompt_tokens = expected.tokens if expected is not None else 0
+                self._engine.expect(expected, is_asked=workload.asks_for_length(args, kwargs))
+            prompt_tokens = expected.prompt if expected is not None else 0
             with self._engine.observer.one_call(prompt_tokens), self._show_progress(expected):
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from airstream.compat import CACHE_KEYWORDS, cached_tokens
+from airstream.compat import CACHE_KEYWORDS, cache_capacity, cached_tokens
 from airstream.plan import Workload
 
 UNNAMED_NEW_TOKENS = 20
@@ -31,8 +31,16 @@ def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Workload | None:
     context = tokens + (0 if past is None else cached_tokens(past))
     if source is not None:
         tokens = max(tokens, source.shape[1])
-    context = max(context, tokens, _encoded_tokens(kwargs))
-    return Workload(batch_size, context, tokens, logits, _pixel_values(kwargs))
+    context = max(context, tokens, _encoded_tokens(kwargs), 0 if past is None else cache_capacity(past))
+    return Workload(
+        batch_size,
+        context,
+        tokens,
+        logits,
+        _pixel_values(kwargs),
+        is_padded=tokens > 1 and _is_padded(kwargs),
+        has_labels=kwargs.get("labels") is not None,
+    )
 
 
 def of_generation(
@@ -47,19 +55,61 @@ def of_generation(
     inputs = _inputs(args, {"input_ids": kwargs.get("inputs"), **kwargs})
     if inputs is None or inputs.dim() < 2:
         return None
-    config = kwargs.get("generation_config") or defaults
+    config = _given_config(args, kwargs) or defaults
 
     def option(name: str) -> int:
         value = kwargs.get(name, getattr(config, name, None))
         return value if isinstance(value, int) else 0
 
     sequences = inputs.shape[0] * max(option("num_beams"), option("num_return_sequences"), 1)
-    prompt_tokens, new_tokens = inputs.shape[1], option("max_new_tokens")
+    past = 0 if is_encoder_decoder else _past_tokens(kwargs)
+    prompt_tokens, new_tokens = _whole_tokens(kwargs, inputs.shape[1], past), option("max_new_tokens")
     before = 0 if is_encoder_decoder else prompt_tokens
     if not new_tokens:
         new_tokens = max(option("max_length") - before, UNNAMED_NEW_TOKENS)
-    context = max(before + new_tokens, prompt_tokens)
-    return Workload.generation(sequences, context, prompt_tokens, _pixel_values(kwargs))
+    tokens = max(prompt_tokens - past, 1)
+    return Workload(
+        sequences,
+        context=max(before + new_tokens, prompt_tokens),
+        tokens=min(option("prefill_chunk_size") or tokens, tokens),
+        logits=1,
+        pixel_values=_pixel_values(kwargs),
+        prompt=prompt_tokens,
+        is_padded=_is_padded(kwargs),
+    )
+
+
+def asks_for_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether `generate(*args, **kwargs)` says itself how long it may get, rather than the checkpoint."""
+    return _given_config(args, kwargs) is not None or any(
+        kwargs.get(name) is not None for name in ("max_new_tokens", "max_length")
+    )
+
+
+def _given_config(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    return kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+
+
+def _past_tokens(kwargs: Mapping[str, Any]) -> int:
+    """How many tokens are in the cache that a generation goes on with."""
+    past = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+    return 0 if past is None else cached_tokens(past)
+
+
+def _whole_tokens(kwargs: Mapping[str, Any], given: int, past: int) -> int:
+    """The prompt's length with what is in the cache: a call may repeat that, or give only what is new."""
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return max(mask.shape[1], given)
+    return given if given > past else past + given
+
+
+def _is_padded(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a mask hides tokens. Waits for the device, as transformers does to find that out."""
+    mask = kwargs.get("attention_mask")
+    if not isinstance(mask, torch.Tensor):
+        return mask is not None
+    return mask.dim() != 2 or mask.is_meta or not bool(mask.all())
 
 
 def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:

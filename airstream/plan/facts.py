@@ -100,6 +100,7 @@ class ModelFacts:
         stored_bytes: of the weights of all layers and the lm_head on disk, if they are packed there.
         decoding_seconds_per_byte: of one CPU core, to make weights of a byte from disk, if they are packed there.
         adapter_bytes: of adapters that have been loaded beside the model.
+        position_limit: tokens that no sequence can exceed; None if positions are computed.
     """
 
     name: str
@@ -117,6 +118,7 @@ class ModelFacts:
     stored_bytes: int | None = None
     decoding_seconds_per_byte: float = 0.0
     adapter_bytes: int = 0
+    position_limit: int | None = None
 
     def with_adapters(self, adapters: AdapterFacts) -> ModelFacts:
         """The sizes of the model with these adapters instead of those that it has."""

@@ -16,6 +16,11 @@ class Workload:
     """One forward pass: `tokens` new tokens for each of `batch_size` sequences that then are `context` tokens long.
 
     It keeps `logits` positions of each, and sees images of `pixel_values` numbers, all of them together.
+
+    Attributes:
+        prompt: of a generation, which begins with passes over `tokens` of so many, and ends with `context`; else 0.
+        is_padded: some tokens are hidden from others, so that attention has a mask.
+        has_labels: a loss is computed.
     """
 
     batch_size: int
@@ -23,6 +28,9 @@ class Workload:
     tokens: int
     logits: int
     pixel_values: int = 0
+    prompt: int = 0
+    is_padded: bool = False
+    has_labels: bool = False
 
     @classmethod
     def generation(
@@ -30,17 +38,22 @@ class Workload:
     ) -> Workload:
         """The most that generation up to `context` tokens asks for: the prompt's pass, with the KV cache of the end.
 
-        Without `prompt_tokens`, a prompt may be as long as the context. `generate` looks at the last logits only.
+        Without `prompt_tokens`, a prompt may be as long as the context. Several prompts may differ in length.
+        `generate` looks at the last logits only.
         """
-        return cls(batch_size, context, prompt_tokens or context, 1, pixel_values)
+        prompt = prompt_tokens or context
+        return cls(batch_size, context, prompt, 1, pixel_values, prompt, is_padded=batch_size > 1)
 
     def kv_bytes(self, need: Footprint) -> int:
-        """The KV cache after the pass."""
+        """The KV cache after the pass, or at the end of the generation."""
         return need.kv_bytes(self.batch_size, self.context)
 
     def activation_bytes(self, need: Footprint) -> int:
         """The activations at their largest."""
-        return need.activation_bytes(self.batch_size, self.tokens, self.context, self.logits, self.pixel_values)
+        passes = [(self.tokens, self.prompt or self.context, self.logits, self.pixel_values, self.is_padded)]
+        if 0 < self.prompt < self.context:
+            passes.append((1, self.context, 1, 0, True))
+        return max(need.activation_bytes(self.batch_size, *sizes, has_labels=self.has_labels) for sizes in passes)
 
     def bytes(self, need: Footprint) -> int:
         """Both together."""

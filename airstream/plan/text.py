@@ -78,6 +78,18 @@ def _tier_lines(plan: Plan) -> Iterator[str]:
                 yield f"    {label:<18}{format_bytes(nbytes):>10}"
 
 
+def change_of(before: Plan, after: Plan) -> str:
+    """What becomes of weights when one plan follows another, in words; nothing if all stay where they are."""
+    less = before.resident_bytes - after.resident_bytes
+    parts = [f"{format_bytes(less)} of resident weights are streamed from now on"] if less > 0 else []
+    hosted = before.hosted_bytes - after.hosted_bytes
+    if after.read_bytes > before.read_bytes and hosted > 0:
+        parts.append(f"{format_bytes(hosted)} of what waited in host memory come from disk")
+    if before.prefetch_batches and not after.prefetch_batches:
+        parts.append("nothing is read ahead")
+    return ", ".join(parts)
+
+
 def too_small(plan: Plan) -> str:
     """The message for a budget that even `plan`, the smallest there is, does not fit."""
     nbytes, largest = max(((batch.nbytes, batch.units[0]) for batch in plan.batches), default=(0, "nothing"))
