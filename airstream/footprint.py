@@ -66,6 +66,7 @@ class Footprint:
     """Numbers that an image consists of, as far as the config says: a square, or a thousand patches."""
     head_copy_bytes: int
     """Bytes of the lm_head where it is copied at the end of a prefill, else 0."""
+    num_layers: int = 0
     passes: tuple[PassGrowth, ...] = ()
     """How passes grow, for the longest contexts first; none if that could not be found out."""
     adapter_token_bytes: int = 0
@@ -106,6 +107,12 @@ class Footprint:
         head = logits * (per_logit + self.adapter_logit_bytes) + tokens * self.hidden_size * self.item_bytes
         head_copy = self.head_copy_bytes if 0 < logits < tokens else 0
         return max(batch_size * layers, batch_size * head + head_copy, int(pixel_values * self.pixel_bytes))
+
+    def kept_bytes(self, tokens: int, context: int, states: bool, attentions: bool, scores: int) -> int:
+        """What one sequence keeps because it was asked for: states and attention of all layers, scores of tokens."""
+        of_states = (self.num_layers + 1) * tokens * self.hidden_size * self.item_bytes if states else 0
+        of_attentions = self.num_layers * self.num_heads * tokens * context * self.item_bytes if attentions else 0
+        return of_states + of_attentions + 4 * scores * self.vocab_size
 
     def _layer_bytes(self, tokens: int, context: int, is_masked: bool) -> int:
         """Of one sequence, at most; without what adapters and the lm_head compute."""
@@ -162,6 +169,7 @@ def footprint(
         max_position=first_count(text, *POSITION_COUNTS, default=1 << 20),
         eager_attention=eager_attention,
         head_copy_bytes=head_copy_bytes,
+        num_layers=layers,
         passes=passes,
     )
 

@@ -44,10 +44,12 @@ from airstream.plan import (
     ModelFacts,
     Plan,
     Request,
+    change_of,
     make_plan,
     quantised,
     with_advice,
 )
+from airstream.plan.planner import MAX_AHEAD, cost, enough_ahead
 from airstream.rates.facts import assumed
 from airstream.ring import ring_bytes
 from airstream.units import GIB, MIB, parse_bytes
@@ -193,39 +195,112 @@ def test_a_plan_is_the_same_every_time_and_survives_json(situation: tuple[ModelF
 
 def frames(facts: ModelFacts, request: Request) -> Iterator[Plan]:
     """Every plan that fits, found one by one with all choices made beforehand."""
-    heads: list[tuple[str, ModelFacts]] = [("none", facts)]
+    heads = [facts]
     if facts.head is not None:
-        always = replace(facts, head=None, resident_bytes=facts.resident_bytes + facts.head.groups[0].nbytes)
-        heads = [("resident", always), ("streamed", facts)]
-    contexts = [context for context in CONTEXTS if context <= facts.footprint.max_position]
-    for layers, depth, context, (head, other) in itertools.product(facts.batchings, (None, 0, 1), contexts, heads):
+        heads.append(replace(facts, head=None, resident_bytes=facts.resident_bytes + facts.head.groups[0].nbytes))
+    contexts = CONTEXTS if request.max_context is None else (request.max_context,)
+    contexts = tuple(context for context in contexts if context <= facts.footprint.max_position)
+    for layers, depth, context, other in itertools.product(facts.batchings, range(MAX_AHEAD + 1), contexts, heads):
         fixed = replace(other, batchings={layers: other.batchings[layers]})
-        try:
-            plan = make_plan(fixed, replace(request, prefetch_batches=depth, max_context=context))
-        except BudgetError:
-            continue
-        yield replace(plan, head=head) if head != "streamed" else plan
+        plan = plan_or_none(fixed, replace(request, prefetch_batches=depth, max_context=context))
+        if plan is not None:
+            yield plan
 
 
-def preference(plan: Plan) -> tuple[Any, ...]:
-    """Reading ahead (with a context worth having), a long context, a resident lm_head, large batches."""
+def preference(plan: Plan, facts: ModelFacts) -> tuple[Any, ...]:
+    """Reading ahead (with a context worth having), a long context, little to stream, and that in large batches."""
     overlapped = plan.prefetch_batches > 0 and plan.max_context >= MIN_OVERLAPPED_CONTEXT
-    return (overlapped, plan.max_context, plan.head != "streamed", plan.layers_per_batch)
+    enough = enough_ahead([batch.nbytes for batch in plan.batches if batch.nbytes])
+    fewer = 0 if plan.prefetch_batches >= enough else 1 if plan.prefetch_batches else 2
+    steps_down = list(facts.batchings).index(plan.layers_per_batch) + fewer
+    return (overlapped, plan.max_context, *(-moved for moved in cost(plan, steps_down)))
 
 
-@pytest.mark.parametrize("head_bytes", [None, 100 * MIB, 900 * MIB], ids=["no head", "small head", "large head"])
-def test_no_plan_that_fits_is_preferable(head_bytes: int | None) -> None:
-    facts = facts_of(layers=8, head_bytes=head_bytes)
+SHAPES = {
+    "no head": {"head_bytes": None},
+    "small head": {"head_bytes": 100 * MIB},
+    "large head": {"head_bytes": 900 * MIB},
+    "small layers": {"layer_bytes": 12 * MIB, "layers": 24, "batch_sizes": (3, 1), "head_bytes": 50 * MIB},
+    "all layers at once": {"layer_bytes": 40 * MIB, "layers": 6, "batch_sizes": (6, 1), "head_bytes": 10 * MIB},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_no_plan_that_fits_is_preferable(shape: dict[str, Any]) -> None:
+    facts = facts_of(**{"layers": 8} | shape)
     num_plans = 0
-    for budget in range(400 * MIB, 8 * GIB, 260 * MIB):
+    least, most = 200 * MIB, 400 * MIB + 2 * facts.checkpoint_bytes
+    for budget in range(least, most, (most - least) // 8):
         fitting = list(frames(facts, on_cpu(budget)))
         if not fitting:
             with pytest.raises(BudgetError):
                 make_plan(facts, on_cpu(budget))
             continue
         num_plans += 1
-        assert preference(make_plan(facts, on_cpu(budget))) == max(map(preference, fitting)), budget
-    assert num_plans > 8
+        best = max(preference(plan, facts) for plan in fitting)
+        assert preference(make_plan(facts, on_cpu(budget)), facts) == best, budget
+    assert num_plans > 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from(list(SHAPES.values())),
+    contexts=st.tuples(st.integers(16, 2048), st.integers(16, 2048)),
+    shares=st.tuples(st.floats(0.3, 1.2), st.floats(0.3, 1.2)),
+)
+def test_more_to_do_in_less_memory_never_means_less_to_stream(
+    shape: dict[str, Any], contexts: tuple[int, int], shares: tuple[float, float]
+) -> None:
+    """Else the plan for less to do in more memory was not the best one."""
+    facts = facts_of(**{"layers": 8} | shape)
+    plans = []
+    for context, share in zip(sorted(contexts), sorted(shares, reverse=True), strict=True):
+        budget = 400 * MIB + int(share * facts.checkpoint_bytes)
+        plans.append(plan_or_none(facts, on_cpu(budget, max_context=context)))
+    easy, hard = plans
+    assume(hard is not None and (easy is None or (easy.prefetch_batches > 0) == (hard.prefetch_batches > 0)))
+    assert easy is not None
+    assert hard is not None
+    assert preference(easy, facts)[2:] >= preference(hard, facts)[2:]
+    if easy.layers_per_batch == hard.layers_per_batch and easy.prefetch_batches == hard.prefetch_batches:
+        assert easy.resident_bytes >= hard.resident_bytes
+
+
+def test_a_longer_context_never_streams_half_as_much() -> None:
+    """As where all layers in one batch were preferred, until there was no room for that."""
+    facts = facts_of(**SHAPES["all layers at once"])
+    for budget in range(400 * MIB, 900 * MIB, 50 * MIB):
+        plans = [plan_or_none(facts, on_cpu(budget, max_context=context)) for context in range(128, 1024, 16)]
+        streamed = [plan.streamed_bytes for plan in plans if plan is not None and plan.prefetch_batches]
+        assert all(after >= before / 1.25 for before, after in itertools.pairwise(streamed)), budget
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+@pytest.mark.parametrize("layers", [1, 5, 8])
+def test_a_little_more_memory_never_means_more_to_stream(layers: int, depth: int) -> None:
+    """The ring shrinks as weights stay, so that what fits is no matter of halving an interval."""
+    facts = facts_of(layers=layers, layer_bytes=24 * MIB, batch_sizes=(1,), head_bytes=5 * MIB)
+    budgets = [150 * MIB + step * MIB for step in range(2 * 24 * layers)]
+    plans = [plan_or_none(facts, on_cpu(budget, max_context=16, prefetch_batches=depth)) for budget in budgets]
+    streamed = [plan.streamed_bytes for plan in plans if plan is not None]
+    assert streamed == sorted(streamed, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("after", "said"),
+    [
+        ({"max_context": 256}, r"\d+(\.\d)? MiB of resident weights are streamed from now on(, nothing is read ahead)?"),
+        ({"prefetch_batches": 0, "max_context": 128}, "nothing is read ahead"),
+        ({}, ""),
+        ({"max_context": 64}, ""),
+    ],
+    ids=str,
+)
+def test_a_change_of_plan_says_what_changed_or_nothing(after: dict[str, Any], said: str) -> None:
+    facts = facts_of(layers=8, layer_bytes=40 * MIB)
+    request = on_cpu(500 * MIB, max_context=128)
+    change = change_of(make_plan(facts, request), make_plan(facts, replace(request, **after)))
+    assert re.fullmatch(said, change), change
 
 
 def test_with_plenty_of_memory_nothing_is_given_up() -> None:
@@ -245,9 +320,7 @@ def test_more_memory_is_never_worse(budgets: tuple[int, int], head: int | None) 
     except BudgetError:
         assume(False)
     ample = make_plan(facts, on_cpu(large * MIB))
-    assert preference(ample) >= preference(modest)
-    if preference(ample) == preference(modest):
-        assert ample.streamed_bytes <= modest.streamed_bytes
+    assert preference(ample, facts) >= preference(modest, facts)
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2])

@@ -35,7 +35,8 @@ class GuardedModule:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self._engine.guard():
-            work = workload.of_pass(args, kwargs) if not self._engine.observer.is_inside else None
+            is_outermost = not self._engine.observer.is_inside
+            work = workload.of_pass(args, kwargs, getattr(self, "config", None)) if is_outermost else None
             if work is not None:
                 self._engine.admit(work)
             with self._engine.one_pass(work):

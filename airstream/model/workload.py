@@ -14,8 +14,8 @@ UNNAMED_NEW_TOKENS = 20
 """What transformers generates if neither the call nor the checkpoint says how much."""
 
 
-def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Workload | None:
-    """Of a forward pass with these arguments; None if they do not say.
+def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any], config: Any = None) -> Workload | None:
+    """Of a forward pass with these arguments; None if they do not say. `config` is the model's.
 
     Where an encoder and a decoder work, their sequences are taken to be as long as the longer one of them.
     """
@@ -40,6 +40,8 @@ def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Workload | None:
         _pixel_values(kwargs),
         is_padded=tokens > 1 and _is_padded(kwargs),
         has_labels=kwargs.get("labels") is not None,
+        keeps_states=_is_on("output_hidden_states", kwargs, config),
+        keeps_attentions=_is_on("output_attentions", kwargs, config),
     )
 
 
@@ -76,6 +78,9 @@ def of_generation(
         pixel_values=_pixel_values(kwargs),
         prompt=prompt_tokens,
         is_padded=_is_padded(kwargs),
+        keeps_states=_is_on("output_hidden_states", kwargs, config),
+        keeps_attentions=_is_on("output_attentions", kwargs, config),
+        keeps_scores=_is_on("output_scores", kwargs, config) + _is_on("output_logits", kwargs, config),
     )
 
 
@@ -84,6 +89,12 @@ def asks_for_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return _given_config(args, kwargs) is not None or any(
         kwargs.get(name) is not None for name in ("max_new_tokens", "max_length")
     )
+
+
+def _is_on(name: str, kwargs: Mapping[str, Any], config: Any) -> bool:
+    """Whether an output is asked for, in the call or else in the config."""
+    asked = kwargs.get(name)
+    return bool(getattr(config, name, False) if asked is None else asked)
 
 
 def _given_config(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

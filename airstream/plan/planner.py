@@ -1,19 +1,22 @@
 """Making the plan, by arithmetic: a pure function of the model's sizes, the budgets and the request.
 
-First the frame: the longest context, then the lm_head in memory, then large batches and reading ahead, as far as the
-budgets hold them. Then what is left of each budget is filled with resident tensors, spread evenly over the layers.
+First the frames: the longest context that the budgets hold, and all ways to move layers that leave room for it. In
+each, what is left of the budgets is filled with resident tensors, spread evenly over the layers. The one that moves
+least wins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from airstream.errors import BudgetError
 from airstream.plan.facts import BatchFacts, ModelFacts
 from airstream.plan.outlook import with_prediction
 from airstream.plan.plan import ACTIVATIONS, KV_CACHE, Batch, Plan, Tier
+from airstream.plan.refusal import most
 from airstream.plan.request import HOST, Request, Workload
 from airstream.plan.spread import counts_after, resident_order
 from airstream.plan.text import too_small
@@ -35,6 +38,9 @@ MIN_OVERLAPPED_CONTEXT = 512
 AHEAD_BYTES = 64 * MIB
 """To be read ahead, at least: twice what the reader has in flight, so that the disk never waits for room."""
 
+WORTH_A_STEP = 1.25
+"""How many times less has to be streamed for batches to be smaller, or for fewer of them to be read ahead."""
+
 MAX_AHEAD = 8
 """Batches read ahead, at most."""
 
@@ -43,12 +49,18 @@ _cached_ring_bytes = lru_cache(maxsize=4096)(ring_bytes)
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """What is decided first. `prefetch` None: as many batches ahead as make up `AHEAD_BYTES`."""
+    """What is decided first. `prefetch` None: as many batches ahead as make up `AHEAD_BYTES`.
+
+    `is_overlapped`: it is among those that read ahead, with a context worth having. `steps_down`: how far its batches,
+    and how many of them are read ahead, are from what is best.
+    """
 
     layers: int
     prefetch: int | None
     head_resident: bool
     context: int
+    is_overlapped: bool
+    steps_down: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,16 +75,38 @@ class _Placing:
 def make_plan(facts: ModelFacts, request: Request) -> Plan:
     """The best plan that fits the budgets.
 
-    Preferred, in this order: reading ahead, a longer context, a resident lm_head, larger batches, more batches ahead.
-    What is left of the budgets holds resident tensors.
+    Preferred, in this order: reading ahead, a longer context, less to read and to stream in a pass; of plans that
+    hardly differ in that, a resident lm_head, larger batches, more batches ahead.
 
     Raises:
         BudgetError: not even the smallest plan fits; the message has the smallest budgets that would do.
     """
-    for frame in _frames(facts, request):
-        if _fits(_bare_plan(facts, request, frame)):
-            return with_prediction(_fill(facts, request, frame), facts, request)
-    raise BudgetError(too_small(smallest_plan(facts, request)))
+    for _, frames in itertools.groupby(_frames(facts, request), key=lambda frame: (frame.is_overlapped, frame.context)):
+        fitting = [frame for frame in frames if _fits(_bare_plan(facts, request, frame))]
+        plans = [(_fill(facts, request, frame), frame.steps_down) for frame in fitting]
+        if plans:
+            return with_prediction(min(plans, key=lambda each: cost(*each))[0], facts, request)
+    raise BudgetError(too_small(smallest_plan(facts, request), _shorter(facts, request)))
+
+
+def cost(plan: Plan, steps_down: int) -> tuple[float, float]:
+    """What a pass moves by `plan`, from disk and over the bus, and what is lost by how it is moved. Less is better.
+
+    Every step down, to smaller batches or to fewer of them ahead, has to save `WORTH_A_STEP` to be worth it. What a
+    step costs is the same for all contexts and budgets, so that more memory, or less to do in it, is never worse.
+    """
+    loss = WORTH_A_STEP**steps_down
+    return plan.read_bytes * loss, plan.streamed_bytes * loss
+
+
+def _shorter(facts: ModelFacts, request: Request) -> int:
+    """The longest context below the one that was asked for that would fit; 0 if none would, or none was asked for."""
+
+    def holds(context: int) -> bool:
+        shorter = replace(request, max_context=context)
+        return any(_fits(_bare_plan(facts, shorter, frame)) for frame in _frames(facts, shorter))
+
+    return most(holds, (request.max_context or 1) - 1) if request.workload is None else 0
 
 
 def smallest_plan(facts: ModelFacts, request: Request) -> Plan:
@@ -89,18 +123,23 @@ def _bare_plan(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
 
 def _frames(facts: ModelFacts, request: Request) -> Iterator[_Frame]:
     """Every frame worth considering, best first."""
-    depths = (None, 1, 0) if request.prefetch_batches is None else (request.prefetch_batches,)
+    depths = _depths(request)
     longest = facts.footprint.max_position
     contexts = [min(longest, tokens) for tokens in CONTEXTS] if request.max_context is None else [request.max_context]
     overlapped = [context for context in contexts if context >= MIN_OVERLAPPED_CONTEXT] or contexts
     heads = (True, False) if facts.head is not None else (True,)
     ahead = [depth for depth in depths if depth != 0]
-    for allowed_contexts, allowed_depths in ((overlapped, ahead), (contexts, depths)):
+    for is_overlapped, allowed_contexts, allowed_depths in ((True, overlapped, ahead), (False, contexts, depths)):
         for context in dict.fromkeys(allowed_contexts):
             for head_resident in heads:
-                for layers in facts.batchings:
-                    for depth in allowed_depths:
-                        yield _Frame(layers, depth, head_resident, context)
+                for smaller, layers in enumerate(facts.batchings):
+                    for fewer, depth in enumerate(allowed_depths):
+                        yield _Frame(layers, depth, head_resident, context, is_overlapped, smaller + fewer)
+
+
+def _depths(request: Request) -> tuple[int | None, ...]:
+    """The numbers of batches to read ahead that may be chosen, best first."""
+    return (None, 1, 0) if request.prefetch_batches is None else (request.prefetch_batches,)
 
 
 def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
@@ -114,10 +153,13 @@ def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
         counts = counts_after(order, steps, len(layers)) + [0] * (len(batches) - len(layers))
         return _Placing(_with_head(counts, facts, frame), nothing, with_tables=steps > len(order))
 
-    def fits(placing: _Placing) -> bool:
-        return _fits(_plan(facts, request, frame, placing))
+    def fits(placing: _Placing, without_ring: bool = False) -> bool:
+        return _fits(_plan(facts, request, frame, placing), without_ring)
 
-    steps = _most(lambda steps: fits(resident(steps)), len(order) + bool(facts.tables))
+    # The ring shrinks where all of its batches have given something, so that more may fit where less does not.
+    steps = most(lambda steps: fits(resident(steps), without_ring=True), len(order) + bool(facts.tables))
+    while steps and not fits(resident(steps)):
+        steps -= 1
     chosen = resident(steps)
     if request.tier != HOST:
         rest = [batch for batch in order[min(steps, len(order)) :] if _can_be_hosted(layers[batch])]
@@ -127,19 +169,8 @@ def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
         def hosted(count: int) -> _Placing:
             return _Placing(chosen.resident, counts_after(rest, count, len(batches)), chosen.with_tables)
 
-        chosen = hosted(_most(lambda count: fits(hosted(count)), len(rest)))
+        chosen = hosted(most(lambda count: fits(hosted(count)), len(rest)))
     return _plan(facts, request, frame, chosen)
-
-
-def _most(holds: Callable[[int], bool], limit: int) -> int:
-    """The largest count up to `limit` for which `holds`, which is true for 0 and, once false, false for more."""
-    if holds(limit):
-        return limit
-    low, high = 0, limit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
 
 
 def _can_be_hosted(batch: BatchFacts) -> bool:
@@ -234,5 +265,8 @@ def enough_ahead(sizes: Sequence[int]) -> int:
     return min(-(-AHEAD_BYTES // average), MAX_AHEAD, max(len(sizes) - 1, 1))
 
 
-def _fits(plan: Plan) -> bool:
-    return all(tier.peak_bytes <= tier.budget_bytes for tier in plan.tiers.values())
+def _fits(plan: Plan, without_ring: bool = False) -> bool:
+    return all(
+        tier.peak_bytes - (tier.items.get("ring", 0) if without_ring else 0) <= tier.budget_bytes
+        for tier in plan.tiers.values()
+    )

@@ -21,6 +21,8 @@ class Workload:
         prompt: of a generation, which begins with passes over `tokens` of so many, and ends with `context`; else 0.
         is_padded: some tokens are hidden from others, so that attention has a mask.
         has_labels: a loss is computed.
+        keeps_states, keeps_attentions: those of all layers are returned.
+        keeps_scores: how many times over every new token's are.
     """
 
     batch_size: int
@@ -31,6 +33,9 @@ class Workload:
     prompt: int = 0
     is_padded: bool = False
     has_labels: bool = False
+    keeps_states: bool = False
+    keeps_attentions: bool = False
+    keeps_scores: int = 0
 
     @classmethod
     def generation(
@@ -53,7 +58,10 @@ class Workload:
         passes = [(self.tokens, self.prompt or self.context, self.logits, self.pixel_values, self.is_padded)]
         if 0 < self.prompt < self.context:
             passes.append((1, self.context, 1, 0, True))
-        return max(need.activation_bytes(self.batch_size, *sizes, has_labels=self.has_labels) for sizes in passes)
+        largest = max(need.activation_bytes(self.batch_size, *sizes, has_labels=self.has_labels) for sizes in passes)
+        tokens, new = (self.context, self.context - self.prompt) if self.prompt else (self.tokens, 0)
+        kept = (tokens, self.context, self.keeps_states, self.keeps_attentions, self.keeps_scores * new)
+        return largest + self.batch_size * need.kept_bytes(*kept)
 
     def bytes(self, need: Footprint) -> int:
         """Both together."""

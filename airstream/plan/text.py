@@ -90,8 +90,8 @@ def change_of(before: Plan, after: Plan) -> str:
     return ", ".join(parts)
 
 
-def too_small(plan: Plan) -> str:
-    """The message for a budget that even `plan`, the smallest there is, does not fit."""
+def too_small(plan: Plan, shorter: int = 0) -> str:
+    """The message for a budget that even `plan`, the smallest there is, does not fit; a `shorter` context may."""
     nbytes, largest = max(((batch.nbytes, batch.units[0]) for batch in plan.batches), default=(0, "nothing"))
     needs = []
     for name, tier in plan.tiers.items():
@@ -102,8 +102,14 @@ def too_small(plan: Plan) -> str:
                 f"max_memory gives {format_bytes(tier.budget_bytes)}"
             )
     remedy = ", ".join(f"{_key(name)}: {_rounded_up(tier.peak_bytes)}" for name, tier in plan.tiers.items())
+    instead = (
+        f"max_context={shorter} would fit; longer prompts are read in pieces by generate(..., prefill_chunk_size=), as "
+        "far as their KV cache fits. "
+        if shorter
+        else ""
+    )
     return (
-        f"{plan.model} does not fit: {'; '.join(needs)}. The largest layer batch is {largest!r} with "
+        f"{plan.model} does not fit: {'; '.join(needs)}. {instead}The largest layer batch is {largest!r} with "
         f"{format_bytes(nbytes)}; the smallest budget that would do, for batches of {plan.max_batch_size} x "
         f"{plan.max_context} tokens, is max_memory={{{remedy}}}"
     )

@@ -1,0 +1,348 @@
+"""What a pass allocates is what the plan says, by every door; what cannot fit is refused before the work, with a way out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedConfig,
+    Qwen3MoeConfig,
+)
+
+from airstream.allocations import Allocations
+from airstream.compat import cache_keyword, measure_passes, position_limit
+from airstream.errors import ArgumentError, BudgetError
+from airstream.footprint import footprint
+from airstream.growth import CONTINUED_SIZES, FRESH_SIZES, Growth, Moment, growth_of
+from airstream.plan import Workload, too_much
+from airstream.plan.refusal import remedies_for
+from airstream.units import MIB
+from tests.conftest import smallest_budget, stream
+
+WIDTH: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+NAMES: dict[str, Any] = WIDTH | {"intermediate_size": 80, "max_position_embeddings": 4000}
+MIXTURE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**NAMES),
+    "grouped heads": LlamaConfig(**NAMES, num_key_value_heads=2),
+    "windows": Gemma2Config(**NAMES, num_key_value_heads=2, head_dim=8, sliding_window=40),
+    "gpt2": GPT2Config(vocab_size=100, n_embd=32, n_layer=3, n_head=4, n_positions=4000),
+    "opt": OPTConfig(**WIDTH, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=4000),
+}
+SIZES = {"fresh": (300, 300, False), "padded": (300, 300, True), "chunk": (100, 700, True), "token": (1, 500, True)}
+
+
+# --------------------------------------------------------------------------------------------------------- polynomials
+
+
+@given(terms=st.lists(st.integers(0, 1000), min_size=5, max_size=5), length=st.integers(1, 64))
+def test_a_moment_is_found_from_a_few_sizes(terms: list[int], length: int) -> None:
+    moment = Moment(*map(Fraction, terms))
+    sizes = [(tokens * length, context * length) for tokens, context in CONTINUED_SIZES]
+    assert growth_of(sizes, [[moment(*size)] for size in sizes]) == Growth((moment,))
+    fresh = [(tokens * length, context * length) for tokens, context in FRESH_SIZES]
+    found = growth_of(fresh, [[moment(*size)] for size in fresh])
+    assert found is not None
+    assert found(777, 777) == moment(777, 777)
+
+
+def test_the_largest_moment_counts_and_passes_that_differ_have_no_growth() -> None:
+    sizes = [(2, 2), (3, 3), (4, 4)]
+    found = growth_of(sizes, [[10 * n, n * n, n] for n, _ in sizes])
+    assert found is not None
+    assert (len(found.moments), found(5, 5), found(100, 100)) == (2, 50, 10_000)
+    assert growth_of(sizes, [[1, 2], [1], [1]]) is None
+
+
+# ------------------------------------------------------------------------------------------ against tensors with values
+
+
+@torch.no_grad()
+def allocated(model: Any, tokens: int, context: int, is_masked: bool) -> int:
+    """The most that a pass on the CPU allocates, without what the cache keeps."""
+    keyword = cache_keyword(model)
+    options: dict[str, Any] = {keyword: DynamicCache(config=model.config), "use_cache": True}
+    base = model.base_model
+    if context > tokens:
+        base(input_ids=torch.zeros((1, context - tokens), dtype=torch.long), **options)
+    if is_masked:
+        options["attention_mask"] = torch.ones((1, context), dtype=torch.long)
+        options["attention_mask"][0, 0] = 0
+    before = [tensor for layer in options[keyword].layers for tensor in vars(layer).values() if torch.is_tensor(tensor)]
+    ids = torch.zeros((1, tokens), dtype=torch.long)
+    with Allocations([ids, *base.parameters(), *base.buffers(), *before]) as allocations:
+        base(input_ids=ids, **options)
+    return allocations.peak_bytes
+
+
+@pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_passes_without_values_see_what_passes_with_values_allocate(
+    config: PreTrainedConfig, attention: str, size: tuple[int, int, bool]
+) -> None:
+    tokens, context, is_masked = size
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    need = footprint(config, 4, attention == "eager", passes=measure_passes(bare, torch.device("cpu")), has_head=False)
+    assert need.passes
+    planned = need.activation_bytes(1, tokens, context, logits=0, is_padded=is_masked)
+    measured = allocated(model, tokens, context, is_masked)
+    kv_bytes = need.kv_bytes(1, context)  # which the measured bytes have in part, as it is written
+    assert planned <= measured <= planned + kv_bytes
+
+
+def test_nothing_grows_with_the_square_of_a_prompt_unless_it_has_a_mask_or_scores() -> None:
+    for attention, heads in (("sdpa", 0), ("eager", 4)):
+        with torch.device("meta"):
+            bare = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation=attention).eval()
+        (growth,) = measure_passes(bare, torch.device("cpu"))
+        squares = max(moment.per_square for moment in growth.fresh.moments)
+        pairs = max(moment.per_pair for moment in growth.continued.moments)
+        assert squares == (0 if not heads else 2 * heads * 4 + 4)
+        assert pairs == (1 + 4 if not heads else 2 * heads * 4 + 4)
+
+
+def test_measuring_passes_leaves_the_layers_where_they_were() -> None:
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**NAMES, **MIXTURE)).eval()
+    before = list(bare.state_dict())
+    measure_passes(bare, torch.device("cpu"))
+    assert list(bare.state_dict()) == before
+    assert len(bare.model.layers) == 3
+
+
+# ------------------------------------------------------------------------------------------- against the kernel's count
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large beside what a process does by itself, in a prompt's activations."""
+    config = LlamaConfig(
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=8, num_key_value_heads=2, intermediate_size=688,
+        vocab_size=1000, max_position_embeddings=40_000,
+    )  # fmt: skip
+    target = tmp_path_factory.mktemp("passes")
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(target)
+    return target
+
+
+PEAK = """
+import json, sys, psutil, torch
+from airstream import AutoModel
+
+def peak():
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return int(fields["VmHWM"].split()[0]) << 10
+
+def forget():
+    open("/proc/self/clear_refs", "w").write("5")
+
+torch.set_num_threads(1)
+ids = lambda tokens: torch.arange(tokens)[None] % 990 + 3
+greedy = dict(do_sample=False, min_new_tokens=2, max_new_tokens=2)
+"""
+
+GROWING = (
+    PEAK
+    + """
+folder, attention, tokens, padding = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+with AutoModel.from_pretrained(folder, device="cpu", max_memory="4GiB", attn_implementation=attention) as model:
+    rises = []
+    for count in (100, tokens):
+        mask = torch.ones_like(ids(count))
+        mask[0, :padding] = 0
+        forget()
+        model.generate(ids(count), attention_mask=mask, **greedy)
+        rises.append(peak())
+print(json.dumps(rises[1] - rises[0]))
+"""
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
+@pytest.mark.parametrize(
+    ("attention", "tokens", "padding"),
+    [("sdpa", 3000, 0), ("sdpa", 9000, 0), ("sdpa", 3000, 5), ("eager", 1500, 5)],
+)
+def test_a_longer_prompt_takes_what_is_planned_for_it(
+    folder: Path, attention: str, tokens: int, padding: int
+) -> None:
+    """Within a tenth, as the kernel counts it: freed activations do not stay with the process."""
+    command = [sys.executable, "-c", GROWING, str(folder), attention, str(tokens), str(padding)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    measured = json.loads(result.stdout.splitlines()[-1])
+    with stream(folder, attn_implementation=attention) as model:
+        need = model._engine._facts.footprint
+    works = [
+        Workload(1, count + 2, count, 1, prompt=count, is_padded=padding > 0) for count in (100, tokens)
+    ]
+    short, long = (work.bytes(need) for work in works)
+    assert 0.88 * (long - short) <= measured <= long - short + 4 * MIB
+
+
+DOORS = (
+    PEAK
+    + """
+one, two = ids(1500), ids(1500).repeat(2, 1)
+hidden = torch.ones_like(two)
+hidden[0, :700] = 0
+doors = {
+    "forward": lambda m: m(one),
+    "forward, labels": lambda m: m(one, labels=one),
+    "forward, states": lambda m: m(one, output_hidden_states=True),
+    "base model": lambda m: m.base_model(two),
+    "generate": lambda m: m.generate(one, **greedy),
+    "padded": lambda m: m.generate(two, attention_mask=hidden, **greedy),
+    "sampling": lambda m: m.generate(two, attention_mask=hidden, do_sample=True, max_new_tokens=2),
+    "beams": lambda m: m.generate(one, num_beams=2, **greedy),
+    "several": lambda m: m.generate(one, num_return_sequences=2, do_sample=True, max_new_tokens=2),
+    "chunks": lambda m: m.generate(two, prefill_chunk_size=200, **greedy),
+    "static cache": lambda m: m.generate(two, cache_implementation="static", **greedy),
+    "prompt lookup": lambda m: m.generate(one, prompt_lookup_num_tokens=3, **greedy),
+    "states": lambda m: m.generate(one, output_hidden_states=True, return_dict_in_generate=True, **greedy),
+    "scores": lambda m: m.generate(two, output_scores=True, return_dict_in_generate=True, **greedy),
+    "link": lambda m: m.measure_link(),
+}
+before = psutil.Process().memory_info().rss
+found = {}
+with AutoModel.from_pretrained(sys.argv[1], device="cpu", max_memory=sys.argv[2], page_cache=False) as model:
+    for name, door in doors.items():
+        forget()
+        try:
+            door(model)
+        except MemoryError as error:
+            found[name] = "refused"
+        else:
+            found[name] = peak() - before
+print(json.dumps(found))
+"""
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
+@pytest.mark.parametrize("budget", [100, 140])
+def test_by_every_door_the_budget_is_kept_or_the_call_refused(folder: Path, budget: int) -> None:
+    """`generate_batch` and its kin are not among them: they bring a cache of their own, sized by nobody."""
+    command = [sys.executable, "-c", DOORS, str(folder), f"{budget}MiB"]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert {name: rise for name, rise in found.items() if rise != "refused" and rise > budget * MIB} == {}
+    assert sum(rise != "refused" for rise in found.values()) >= (5 if budget == 100 else 12)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.fixture(scope="module")
+def tight(folder: Path) -> Iterator[Any]:
+    with stream(folder, max_memory=smallest_budget(folder, max_context=256), max_context=256) as model:
+        yield model
+
+
+def ids(tokens: int) -> torch.Tensor:
+    return torch.arange(tokens)[None] % 990 + 3
+
+
+REFUSED: dict[str, tuple[int, dict[str, Any], str]] = {
+    "chunks whose last does not fit": (30_000, {"prefill_chunk_size": 64, "max_new_tokens": 4}, "tokens would fit"),
+    "an answer": (8, {"max_new_tokens": 30_000}, r"max_new_tokens=\d+ would fit"),
+    "a prompt": (2000, {"max_new_tokens": 1}, r"prefill_chunk_size=\d+"),
+    "a prompt beyond the positions": (60_000, {"max_new_tokens": 1}, "made for 40,000 positions"),
+}
+
+
+@pytest.mark.parametrize(("tokens", "options", "said"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_fit_is_refused_at_the_start(tight: Any, tokens: int, options: dict[str, Any], said: str) -> None:
+    acquired = tight.stats.acquired
+    with pytest.raises(BudgetError, match=said):
+        tight.generate(ids(tokens), do_sample=False, **options)
+    assert tight.stats.acquired == acquired
+
+
+def test_a_length_that_only_the_checkpoint_names_is_not_refused(tight: Any) -> None:
+    """It may end early."""
+    tight.generation_config.max_new_tokens = 30_000
+    try:
+        assert tight.generate(ids(8), do_sample=False, eos_token_id=list(range(1000))).shape == (1, 9)
+    finally:
+        tight.generation_config.max_new_tokens = None
+
+
+@given(
+    work=st.builds(
+        Workload,
+        batch_size=st.integers(1, 8),
+        context=st.integers(2, 5000),
+        tokens=st.integers(1, 5000),
+        logits=st.just(1),
+        prompt=st.integers(0, 5000),
+    ),
+    share=st.floats(0.01, 0.99),
+)
+def test_the_remedies_fit(work: Workload, share: float) -> None:
+    need = footprint(LlamaConfig(), 2, eager_attention=False)
+    assume(work.prompt <= work.context)
+    assume(work.tokens <= (work.prompt or work.context))
+    left = int(share * work.bytes(need))
+    for remedy in remedies_for(work, need, left):
+        number = int("".join(character for character in remedy if character.isdigit()))
+        if remedy.startswith("max_new_tokens="):
+            smaller = replace(work, context=work.prompt + number)
+        elif "prefill_chunk_size" in remedy:
+            smaller = replace(work, tokens=number)
+        elif "batch" in remedy:
+            smaller = replace(work, batch_size=number)
+        else:
+            continue
+        assert smaller.bytes(need) <= left
+    assert "max_memory" in too_much(work, need, left)
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        (GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=40), 40),
+        (OPTConfig(**WIDTH, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=40), 40),
+        (LlamaConfig(**NAMES), None),
+    ],
+    ids=["gpt2", "opt", "llama"],
+)
+def test_sequences_longer_than_the_table_of_positions_are_refused_by_name(
+    config: PreTrainedConfig, limit: int | None, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    assert position_limit(model) == limit
+    if limit is None:
+        return
+    model.save_pretrained(tmp_path)
+    prompt = torch.arange(3, 3 + limit)[None]
+    with stream(tmp_path) as streamed:
+        assert torch.equal(streamed(prompt).logits, model(prompt).logits)
+        acquired = streamed.stats.acquired
+        for call in (
+            lambda: streamed(torch.zeros((1, limit + 1), dtype=torch.long)),
+            lambda: streamed.generate(prompt, max_new_tokens=5),
+        ):
+            with pytest.raises(ArgumentError, match="its table has 40"):
+                call()
+        assert streamed.stats.acquired == acquired
