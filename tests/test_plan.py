@@ -289,7 +289,10 @@ def test_a_little_more_memory_never_means_more_to_stream(layers: int, depth: int
 @pytest.mark.parametrize(
     ("after", "said"),
     [
-        ({"max_context": 256}, r"\d+(\.\d)? MiB of resident weights are streamed from now on(, nothing is read ahead)?"),
+        (
+            {"max_context": 256},
+            r"\d+(\.\d)? MiB of resident weights are streamed from now on(, nothing is read ahead)?",
+        ),
         ({"prefetch_batches": 0, "max_context": 128}, "nothing is read ahead"),
         ({}, ""),
         ({"max_context": 64}, ""),
