@@ -514,7 +514,7 @@ def test_a_workload_that_is_too_large_for_the_budget(checkpoint: Path) -> None:
 def test_a_prompt_beyond_the_budget_is_refused_before_it_runs(checkpoint: Path, expected: torch.Tensor) -> None:
     budget = AutoModel.plan(checkpoint, device="cpu", max_context=64).peak_bytes["cpu"]
     with load(checkpoint, max_memory=budget, max_context=64) as model:
-        with pytest.raises(BudgetError, match=r"1 x 100,000 tokens.*max_memory leaves.*Raise max_memory"):
+        with pytest.raises(BudgetError, match=r"1 x 100,000 tokens.*max_memory leaves.*raise max_memory"):
             model(torch.ones(1, 100_000, dtype=torch.long))
         assert torch.equal(tokens_of(model), expected)
 
