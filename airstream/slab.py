@@ -6,7 +6,7 @@ Knows byte plans and what a backend wants of addresses. Nothing here is allocate
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
@@ -44,7 +44,7 @@ def distinct(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
 
 def stored_specs(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """What is read for `specs`: themselves, or the raw tensors that they are made of."""
-    return list(dict.fromkeys(stored for spec in specs for stored in spec.stored))
+    return list({stored.name: stored for spec in specs for stored in spec.stored}.values())
 
 
 def pack(specs: Iterable[TensorSpec], packing: Packing, elsewhere: Collection[str] = ()) -> Slab:
@@ -84,7 +84,7 @@ class _SlabBuilder:
             base = self._fresh(spec)
         self.offsets[spec.name] = base
         for piece in spec.pieces:
-            self._append(replace(piece, target=base + piece.target))
+            self._append(Piece(piece.file, piece.offset, piece.nbytes, base + piece.target, piece.cast))
         self.end = max(self.end, base + spec.nbytes)
 
     def reserve(self, spec: TensorSpec) -> None:
@@ -137,6 +137,6 @@ class _SlabBuilder:
         if last is not None and last.cast is None and piece.cast is None and last.file == piece.file:
             gap = piece.offset - (last.offset + last.nbytes)
             if 0 <= gap <= MAX_GAP_BYTES and piece.target - last.target == piece.offset - last.offset:
-                self.pieces[-1] = replace(last, nbytes=piece.offset + piece.nbytes - last.offset)
+                self.pieces[-1] = Piece(last.file, last.offset, piece.offset + piece.nbytes - last.offset, last.target)
                 return
         self.pieces.append(piece)

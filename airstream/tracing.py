@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
+import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,10 +23,14 @@ from airstream.pieces import TORCH_DTYPES, dealt_piece, dtype_of, item_of, piece
 from airstream.row_numbers import dealt, is_permutation, runs
 from airstream.tensors import RAW_PREFIX, Conversion, TensorSpec, plain_spec
 
-__all__ = ["Expansions", "trace"]
+__all__ = ["Known", "trace"]
 
-Expansions = dict[Hashable, "Expansion"]
+Known = dict[Hashable, "Expansion | Moves"]
 """What is known of conversions, so that those of equal layers are run once: running them on nothing takes time, too."""
+
+
+NUMBER = re.compile(r"\d+")
+"""In the name of a weight: of its layer, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,21 @@ class Expansion:
     peak_bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """Where a converter that only moves rows takes those of one output from.
+
+    Attributes:
+        shape: of the output.
+        runs: (first row in the output, number of the source, first row in it, how many rows).
+        deal: (rows, ways) if it deals out the rows of its only source: then there is one run for each of them.
+    """
+
+    shape: tuple[int, ...]
+    runs: tuple[tuple[int, int, int, int], ...]
+    deal: tuple[int, int] | None = None
+
+
 def trace(
     conversion: KeyConversion,
     name: str,
@@ -43,7 +63,7 @@ def trace(
     index: CheckpointIndex,
     targets: Mapping[str, torch.Tensor],
     wanted: Mapping[str, torch.dtype],
-    known: Expansions,
+    known: Known,
 ) -> list[TensorSpec]:
     """What one converter makes of `sources`: byte plans if it only moves rows, else specs that it has to make.
 
@@ -56,19 +76,8 @@ def trace(
             return [passed]
         if conversion.makes_object(sources[0][1]):
             return [_object_of(conversion, name, sources, stored, wanted)]
-    else:
-        width = _common_width(stored)
-        whole = all(width % item_of(tensor.dtype)[0] == 0 for tensor in stored)  # else a row is not made of blocks
-        outputs = _try_convert(conversion, name, sources, _numbered(stored, width)) if whole else None
-        moved = dtype_of(stored[0])
-        dtypes = {
-            output: conversion.source_dtype(None, moved, wanted[output]) for output in outputs or () if output in wanted
-        }
-        specs = _specs_of_rows(outputs, stored, width, targets, dtypes) if outputs else None
-        if specs is None and outputs and conversion.keeps_views:
-            specs = _transposed_spec(outputs, stored, targets, wanted)
-        if specs is not None:
-            return specs
+    elif (specs := _specs_of_rows(conversion, name, sources, stored, targets, wanted, known)) is not None:
+        return specs
     expansion = _expansion(conversion, name, sources, stored, (_shape_of(targets, name), wanted[name]), known)
     if expansion is None or any(_shape_of(targets, output) != shape for output, shape in expansion.shapes.items()):
         listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
@@ -82,21 +91,63 @@ def trace(
     return [TensorSpec(output, wanted[output], shape, (), made_by) for output, shape in expansion.shapes.items()]
 
 
+def _specs_of_rows(
+    conversion: KeyConversion,
+    name: str,
+    sources: Sequence[tuple[str, str]],
+    stored: Sequence[StoredTensor],
+    targets: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.dtype],
+    known: Known,
+) -> list[TensorSpec] | None:
+    """Byte plans, if the converter only moves rows; None if it does more.
+
+    What was found out for one layer's many sources serves the others: the experts of a layer have millions of rows. One
+    source has few, and how they move may depend on more than shapes: on the heads of just that layer, say.
+    """
+    width = _common_width(stored)
+    if any(width % item_of(tensor.dtype)[0] for tensor in stored):
+        return None  # a row is not made of whole blocks
+    read_as = conversion.source_dtype(None, dtype_of(stored[0]), wanted[name])
+    kind = NUMBER.sub("", name), _kind(sources, stored, _shape_of(targets, name), read_as)
+    if len(stored) > 1 and isinstance(moves := known.get(kind), Moves):
+        return [_spec_of_moves(name, moves, stored, width, read_as)]
+    outputs = _try_convert(conversion, name, sources, _numbered(stored, width))
+    if not outputs:
+        return None
+    dtypes = {
+        output: conversion.source_dtype(None, dtype_of(stored[0]), wanted[output])
+        for output in outputs
+        if output in wanted
+    }
+    found = _moves_of(outputs, stored, width, targets, dtypes)
+    if found is None:
+        return _transposed_spec(outputs, stored, targets, wanted) if conversion.keeps_views else None
+    if found.keys() == {name}:
+        known[kind] = found[name]
+    return [_spec_of_moves(output, moves, stored, width, dtypes[output]) for output, moves in found.items()]
+
+
+def _kind(
+    sources: Sequence[tuple[str, str]], stored: Sequence[StoredTensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> Hashable:
+    """What is the same for two weights that a converter treats alike."""
+    patterns = tuple(pattern for _, pattern in sources)
+    return shape, dtype, patterns, tuple((tensor.shape, tensor.dtype) for tensor in stored)
+
+
 def _expansion(
     conversion: KeyConversion,
     name: str,
     sources: Sequence[tuple[str, str]],
     stored: Sequence[StoredTensor],
     target: tuple[tuple[int, ...], torch.dtype],
-    known: Expansions,
+    known: Known,
 ) -> Expansion | None:
     """What the converter makes of tensors without values; None if it cannot. The same for the same kinds of tensors."""
-    kind = (
-        *target,
-        *((pattern, tensor.shape, tensor.dtype) for (_, pattern), tensor in zip(sources, stored, strict=True)),
-    )
-    if kind in known:
-        return replace(known[kind], shapes={name: target[0]})
+    kind = _kind(sources, stored, *target)
+    if isinstance(expansion := known.get(kind), Expansion):
+        return replace(expansion, shapes={name: target[0]})
     shapes = [torch.empty(tensor.shape, dtype=dtype_of(tensor), device="meta") for tensor in stored]
     with Allocations(shapes) as allocations:
         outputs = _try_convert(conversion, name, sources, shapes)
@@ -186,14 +237,14 @@ def _numbered(stored: Sequence[StoredTensor], width: int) -> list[torch.Tensor]:
     return numbered
 
 
-def _specs_of_rows(
+def _moves_of(
     outputs: Mapping[str, torch.Tensor],
     stored: Sequence[StoredTensor],
     width: int,
     targets: Mapping[str, torch.Tensor],
-    wanted: Mapping[str, torch.dtype],
-) -> list[TensorSpec] | None:
-    """Byte plans from what a converter made of numbered tensors; None if it did more than move rows."""
+    dtypes: Mapping[str, torch.dtype],
+) -> dict[str, Moves] | None:
+    """What a converter did to numbered tensors; None if it did more than move rows."""
     counts = [math.prod(tensor.shape) // width for tensor in stored]
     starts = [0, *itertools.accumulate(counts[:-1])]
     everything = torch.cat([ids.reshape(-1) for ids in outputs.values()])
@@ -201,24 +252,34 @@ def _specs_of_rows(
         return None
     begins = torch.zeros(sum(counts) + 1, dtype=torch.bool)  # one more: an empty source may be the last
     begins[starts] = True
-    specs = []
+    found = {}
     for name, ids in outputs.items():
         shape = (*ids.shape[:-1], width) if width > 1 else tuple(ids.shape)
-        if name not in targets or tuple(targets[name].shape) != tuple(shape) or (width > 1 and ids.shape[-1] != 1):
+        if name not in targets or _shape_of(targets, name) != shape or (width > 1 and ids.shape[-1] != 1):
             return None
         deal = dealt(ids.reshape(-1)) if len(stored) == len(outputs) == 1 else None
-        if deal is not None and (piece := dealt_piece(stored[0], width, *deal, wanted[name])):
-            specs.append(TensorSpec(name, wanted[name], tuple(shape), (piece,), moved=True))
+        if deal is not None and dealt_piece(stored[0], width, *deal, dtypes[name]):
+            found[name] = Moves(shape, (), deal)
             continue
-        pieces = []
+        located = []
         for begin, first, count in runs(ids.reshape(-1), begins):
             number = bisect.bisect_right(starts, first) - 1
-            elements, item_bytes = item_of(stored[number].dtype)
-            row_bytes = width // elements * item_bytes
-            start = (first - starts[number]) * row_bytes
-            pieces.append(piece_of(stored[number], start, count * row_bytes, begin * row_bytes, wanted[name]))
-        specs.append(TensorSpec(name, wanted[name], tuple(shape), tuple(pieces), moved=True))
-    return specs
+            located.append((begin, number, first - starts[number], count))
+        found[name] = Moves(shape, tuple(located))
+    return found
+
+
+def _spec_of_moves(
+    name: str, moves: Moves, stored: Sequence[StoredTensor], width: int, dtype: torch.dtype
+) -> TensorSpec:
+    if moves.deal is not None and (piece := dealt_piece(stored[0], width, *moves.deal, dtype)) is not None:
+        return TensorSpec(name, dtype, moves.shape, (piece,), moved=True)
+    row_bytes = [width // elements * nbytes for elements, nbytes in (item_of(tensor.dtype) for tensor in stored)]
+    pieces = tuple(
+        piece_of(stored[number], first * row_bytes[number], count * row_bytes[number], begin * row_bytes[number], dtype)
+        for begin, number, first, count in moves.runs
+    )
+    return TensorSpec(name, dtype, moves.shape, pieces, moved=True)
 
 
 def _transposed_spec(

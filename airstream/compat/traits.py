@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from airstream.compat.layer_kinds import one_of_each_kind
+
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """What forward passes call the KV cache, newest name first."""
 
@@ -93,10 +95,19 @@ def _cached_bytes(model: PreTrainedModel, part: nn.Module, tokens: int) -> int:
         cache = DynamicCache(config=config)
         arguments["use_cache"] = True
         arguments[keyword] = EncoderDecoderCache(cache, DynamicCache()) if config.is_encoder_decoder else cache
-    output = part(**arguments)
-    caches = [arguments.get(keyword or ""), *(output.get(name) for name in CACHE_KEYWORDS)]
-    tensors = {id(tensor): tensor for cache in caches for tensor in _tensors_in(cache)}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    cache = arguments.get(keyword or "")
+    states = cache.layers if isinstance(cache, DynamicCache) else ()
+    with one_of_each_kind(part, states) as stands_for:
+        output = part(**arguments)
+    if stands_for and not any(_nbytes(vars(state)) for state in states[len(stands_for) :]):
+        return sum(number * _nbytes(vars(state)) for number, state in zip(stands_for, states, strict=False))
+    caches = [cache, *(output.get(name) for name in CACHE_KEYWORDS)]
+    return _nbytes(caches)
+
+
+def _nbytes(cache: Any) -> int:
+    """Of all tensors of a cache, or of one layer's part of it."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in _tensors_in(cache)}.values())
 
 
 def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
