@@ -128,7 +128,7 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     gguf = prepared.index if isinstance(prepared.index, GgufIndex) else None
     load: Callable[[Beside], Any]
     if gguf is not None:  # its reader needs much memory for a while: before the weights do
-        load = partial(_load_from_gguf, gguf, _load_now(partial(gguf_tokenizer, gguf)))
+        load = partial(_load_from_gguf, gguf, _load_now(partial(gguf_tokenizer, gguf, model.config)))
     else:  # a GGUF file says of generation what its config says, and the model has that already
         load = partial(_load_beside, prepared.folder, prepared.options.trust_remote_code)
         load_generation_config(model, os.fspath(prepared.folder))

@@ -21,6 +21,7 @@ FLOORS: list[list[str]] = [
     ["units", "probe", "figures", "stats", "allocations", "codecs", "codecs.*"],
     [
         "checkpoint.files",
+        "checkpoint.gguf_split",
         "checkpoint.index",
         "checkpoint.config_file",
         "cache",
@@ -31,6 +32,7 @@ FLOORS: list[list[str]] = [
     ],
     ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
     ["checkpoint.gather", "checkpoint.formats", "checkpoint.gguf"],
+    ["checkpoint.gguf_outline"],
     ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],
     ["checkpoint.locate"],
     ["backend.base", "compat", "compat.*", "hardware", "rates.store", "pieces"],
