@@ -167,7 +167,7 @@ class Reader:
             thread.start()
 
     def _forget_parent(self) -> None:
-        """In a forked child: threads, locks and whatever waits are the parent's. Files stay open: reads are positioned."""
+        """In a forked child: threads, locks and whatever waits are the parent's. Files stay: reads are positioned."""
         self._wake = threading.Condition()
         self._queue.clear()
         self._workers = []

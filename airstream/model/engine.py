@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from airstream.backend import Backend
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Reader
-from airstream.compat import Quantizer, conversion_for, kept_state
-from airstream.errors import AirstreamError, BudgetError, ClosedError, UnsupportedError
-from airstream.forks import FORKED_INSIDE, Forks
+from airstream.compat import Quantizer, conversion_for
+from airstream.errors import BudgetError, UnsupportedError
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
-from airstream.model.direct import Direct, is_in_a_module
+from airstream.model.direct import Direct
 from airstream.model.executor import Executor
+from airstream.model.forked import begin_anew
+from airstream.model.gate import Gate
 from airstream.model.generations import Generations
 from airstream.model.head import take_sequences_apart
 from airstream.model.observer import Observer
@@ -35,7 +36,6 @@ from airstream.model.units import Parts
 from airstream.plan import AdapterFacts, ModelFacts, Plan, Request, Workload, make_plan, smallest_plan
 from airstream.probe import Probe
 from airstream.stats import StreamStats
-from airstream.turns import Turns
 from airstream.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -93,13 +93,9 @@ class Engine:
         self._is_final = is_final
         self._executor: Executor | None = None
         self._reader = reader
-        self.turns = Turns()
-        self._generations = Generations(self.turns, self.guard, self._in_the_way)
-        self._kept_state: str | None = ""
-        self._forks = Forks()
-        self._closing = ExitStack()
-        self._closed = False
-        self._is_abandoned = False
+        self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
+        self._generations = Generations(self.gate, self, self.modules)
+        self._closing = self.gate.closing
         self._closing.callback(backend.close)
         self._closing.callback(reader.close)
         try:
@@ -115,7 +111,7 @@ class Engine:
             store = Store(self._specs, backend)
             self._closing.callback(store.close)
             self._closing.callback(self._stop)
-            direct = Direct(self.turns, self._begin_direct)
+            direct = Direct(self.gate)
             self._execute = partial(
                 Executor, self.modules, parts, facts, store, reader, backend, convert, self.stats, probe, direct
             )
@@ -128,90 +124,18 @@ class Engine:
             self.close()
             raise
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
+    def guard(self) -> AbstractContextManager[None]:
         """Around every use of the model: one thread at a time, no autograd, nothing left bound after a failure."""
-        self._forks.settle(self._after_fork)
-        try:
-            with self.turns.hold(), self._closing_behind(), torch.no_grad():
-                self._check_open()
-                if self._executor is None:  # an earlier change of plan was interrupted
-                    self._change(self.plan)
-                yield
-        except ClosedError:
-            if self._is_abandoned and threading.current_thread().daemon and not self.turns.is_mine:
-                threading.Event().wait()  # the interpreter ends, and this thread with it: nobody is there to be told
-            raise
-
-    @contextmanager
-    def _closing_behind(self) -> Iterator[None]:
-        """After the outermost use: nothing stays bound if it failed, and what it has closed is given back."""
-        is_outermost = self.turns.depth == 1
-        try:
-            yield
-        except BaseException:
-            if is_outermost and self._executor is not None:
-                self._executor.residency.let_go()
-            raise
-        finally:
-            if is_outermost and self._closed:
-                self._closing.close()
-
-    def _begin_direct(self) -> None:
-        """A layer is called by itself."""
-        self._forks.settle(self._after_fork)
-        self.turns.enter(is_in_a_module)
-        try:
-            self._check_open()
-            if self._executor is not None:
-                self._executor.residency.let_go()  # what an interrupt may have left
-        except BaseException:
-            self.turns.leave()
-            raise
-
-    def _after_fork(self) -> None:
-        """In a forked child: begin anew what does not cross a fork.
-
-        Raises:
-            UnsupportedError: what cannot be begun anew.
-        """
-        if self.device.type != "cpu":
-            raise UnsupportedError(
-                f"a model on {self.device} does not work in a forked process, as nothing does there: load it in the "
-                "child, or start that with multiprocessing's 'spawn'"
-            )
-        if self.turns.is_taken:
-            raise UnsupportedError(FORKED_INSIDE)
-        self.turns.after_fork()
-        self._generations.after_fork()
-        self.observer.after_fork()
-        if torch.get_num_threads() > 1:
-            logger.warning(
-                "a forked process: torch's own threads are not here, and torch would wait for them for ever. It computes "
-                "on one thread; torch.set_num_threads() makes it more, if the parent had not computed anything"
-            )
-            torch.set_num_threads(1)
-        if self._executor is not None:
-            self._executor.after_fork()
+        return self.gate.inside()
 
     def generation(self, work: Workload | None) -> AbstractContextManager[None]:
-        """Around a generation that asks for `work` at its end. Others take turns with it, between passes.
-
-        Waits for one of them to end if not all fit, or if the model keeps something of a generation in itself.
-
-        Raises:
-            BudgetError, UnsupportedError: it would wait for itself.
-        """
-        return self._generations.one(work, self._reserved_bytes, self.expect)
+        """Around a generation that asks for `work` at its end. Others take turns with it, between passes."""
+        return self._generations.one(work, self.expect)
 
     @contextmanager
     def one_pass(self, work: Workload | None, has_cache: bool, prepare: Callable[[], None]) -> Iterator[None]:
-        """Around a forward pass that asks for `work`, if that is known. Waits as `generation` does, and for the turn.
-
-        Raises:
-            BudgetError: it does not fit.
-        """
-        with self._generations.one_pass(work, has_cache, self._kv_bytes) as beside:
+        """Around a forward pass that asks for `work`, if that is known. BudgetError if it does not fit."""
+        with self._generations.one_pass(work, has_cache) as beside:
             prepare()
             if beside is not None:
                 self.admit(beside)
@@ -221,37 +145,27 @@ class Engine:
     @contextmanager
     def part_pass(self, work: Callable[[], Workload | None]) -> Iterator[None]:
         """Around a forward pass of a part that is called alone, or inside of a pass of the whole model."""
-        with self._generations.one_pass(None, False, self._kv_bytes), self.observer.one_pass(work):
+        with self._generations.one_pass(None, False), self.observer.one_pass(work):
             yield
 
-    def _in_the_way(self, work: Workload | None, beside_bytes: int, of_other_threads: bool) -> AirstreamError | None:
-        """Why `work` cannot be done while other generations, with KV caches of so many bytes, are under way."""
-        if self._kept_state == "":
-            self._kept_state = kept_state(self.modules)
-        if of_other_threads and self._kept_state is not None:
-            return UnsupportedError(
-                f"this model keeps something of a generation in itself ({self._kept_state}): another one cannot be "
-                "made from inside of it, by another thread. Do so when it has ended, or load the model twice"
-            )
-        if work is None:
-            return None
-        together = replace(work, beside_bytes=beside_bytes)
-        need = together.bytes(self._facts.footprint)
-        if need <= self.plan.work_bytes or self._with_room_for(together) or not self._with_room_for(work):
-            return None
-        return BudgetError(
-            f"{work.batch_size} x {work.context:,} tokens need {format_bytes(need)} for KV cache and activations, "
-            f"{format_bytes(beside_bytes)} of that for generations that are under way and cannot end before this call "
-            "has. Raise max_memory, generate fewer tokens, or call the model when they have ended"
-        )
+    def has_room(self, work: Workload) -> bool:
+        """Whether KV caches and activations of `work` fit, if need be in place of weights that stay."""
+        return work.bytes(self._facts.footprint) <= self.plan.work_bytes or self._with_room_for(work) is not None
 
-    def _kv_bytes(self, work: Workload) -> int:
+    def kv_bytes(self, work: Workload) -> int:
+        """Of the KV caches of `work`."""
         return work.kv_bytes(self._facts.footprint)
 
-    def _reserved_bytes(self, work: Workload) -> int:
-        """What to set aside for the KV cache of a generation: nothing for one that has to end early, to fit at all."""
-        fits = work.bytes(self._facts.footprint) <= self.plan.work_bytes or self._with_room_for(work) is not None
-        return self._kv_bytes(work) if fits else 0
+    def _get_ready(self) -> None:
+        if self._executor is None:  # an earlier change of plan was interrupted
+            self._change(self.plan)
+
+    def _let_go(self) -> None:
+        if self._executor is not None:
+            self._executor.residency.let_go()
+
+    def _after_fork(self) -> None:
+        begin_anew(self.device, self.gate.turns, self._generations, self.observer, self._executor)
 
     def expect(self, work: Workload | None) -> None:
         """A generation is about to begin that asks for `work` at its end, if that is known.
@@ -280,7 +194,7 @@ class Engine:
         Raises:
             BudgetError: nothing more can be given up; with the numbers and what to change.
         """
-        self._check_open()
+        self.gate.check_open()
         need = work.bytes(self._facts.footprint)
         if need > self.plan.work_bytes:
             self._outgrow(work, need)
@@ -346,17 +260,13 @@ class Engine:
         self._stop()
         self.plan = plan
         self._executor = self._execute(plan)
-        self._check_open()  # another thread may have closed the engine, and not have seen this executor
+        self.gate.check_open()  # another thread may have closed the engine, and not have seen this executor
         self._executor.start()
 
     def _stop(self) -> None:
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("the model is closed: load it again with from_pretrained()")
 
     def measure_link(self) -> tuple[int, float]:
         """Bytes and wall seconds of one pass over all streamed layers without computing. Blocks for that long."""
@@ -369,7 +279,7 @@ class Engine:
 
     def abandon(self) -> None:
         """`close`, for the garbage collector, which may call from one of the threads that `close` waits for."""
-        self._is_abandoned = True
+        self.gate.shut(is_abandoned=True)
         if self._reader.is_worker(threading.current_thread()):
             threading.Thread(target=self.close, name="airstream-closer").start()
         else:
@@ -378,13 +288,10 @@ class Engine:
     def close(self) -> None:
         """Give everything back. Idempotent. May be called while the model runs, by any thread: its call raises.
 
-        From inside a pass, the weights of the layer that computes stay until it is over.
+        From inside a pass, what the layer that computes needs is given back when the pass is over.
         """
-        self._closed = True
-        if self._forks.is_child:
-            self.turns.after_fork()
+        self.gate.shut()
         if executor := self._executor:
             executor.streamer.close()  # wakes a thread that waits for weights, which then gives back the turn
         self._generations.wake()
-        with self.turns.hold(), self._closing_behind():
-            pass
+        self.gate.finish_closing()

@@ -140,8 +140,8 @@ class Residency:
         last = position == len(batch.streamed) - 1
 
         def onload(called: nn.Module, args: tuple[object, ...]) -> None:
-            if not self._direct.turns.is_mine:
-                self._direct.start(called, args)
+            if not self._direct.is_inside:
+                self._start_direct(called, args)
             self._bring_in(name, number, position)
             if batch.parts and batch.is_settled:
                 batch.forget_parts()
@@ -161,11 +161,11 @@ class Residency:
                 self._direct.end()
 
         def onload_for_part(called: nn.Module, args: tuple[object, ...]) -> None:
-            if self._running == name and self._direct.turns.is_mine:
+            if self._running == name and self._direct.is_inside:
                 return
-            is_direct = not self._direct.turns.is_mine
+            is_direct = not self._direct.is_inside
             if is_direct:
-                self._direct.start(called, args)
+                self._start_direct(called, args)
 
             def offload_for_part(*_: object) -> None:
                 handle.remove()
@@ -181,6 +181,10 @@ class Residency:
         self._handles.append(module.register_forward_hook(_Hook(offload), always_call=True))
         for part in _parts(module, name, batch.fill):
             batch.parts.append(part.register_forward_pre_hook(_Hook(onload_for_part), prepend=True))
+
+    def _start_direct(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        self._direct.start(module, args)
+        self.let_go()  # what an interrupt may have left
 
     def _bring_in(self, name: str, number: int, position: int) -> None:
         """Have the weights of unit `name` in place."""

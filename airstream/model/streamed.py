@@ -152,9 +152,12 @@ class StreamedModel(WithAdapters, GuardedModule):
         defaults: Any = self.generation_config  # type: ignore[attr-defined]
         work = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
         prompt_tokens = work.tokens if work is not None else 0
-        with engine.generation(work), engine.observer.one_call(prompt_tokens, engine.turns.hold):
-            with self._show_progress(work):
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
+        with (
+            engine.generation(work),
+            engine.observer.one_call(prompt_tokens, engine.gate.turns.hold),
+            self._show_progress(work),
+        ):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def to(self, *args: Any, **kwargs: Any) -> StreamedModel:
         """Only what changes nothing is possible: a streamed model cannot be moved or cast."""
