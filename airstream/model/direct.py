@@ -6,10 +6,13 @@ it back. After an interrupt, which hooks do not see, the turn is free once the t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from airstream.errors import UnsupportedError
+from airstream.model.absent import Absent
 from airstream.model.gate import Gate
 
 
@@ -39,3 +42,14 @@ class Direct:
         """It is over."""
         self.module = None
         self._gate.leave()
+
+
+def refuse_when_closed(modules: Iterable[nn.Module], gate: Gate) -> None:
+    """Let those of `modules` that have lost their weights say that the model is closed."""
+
+    def check(*_: object) -> None:
+        gate.check_open()
+
+    for module in modules:
+        if any(isinstance(tensor, Absent) for tensor in module._parameters.values()):
+            module.register_forward_pre_hook(check)

@@ -23,7 +23,7 @@ from airstream.compat import Quantizer, conversion_for
 from airstream.errors import BudgetError, UnsupportedError
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
-from airstream.model.direct import Direct
+from airstream.model.direct import Direct, refuse_when_closed
 from airstream.model.executor import Executor
 from airstream.model.forked import begin_anew
 from airstream.model.gate import Gate
@@ -96,6 +96,7 @@ class Engine:
         self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
         self._generations = Generations(self.gate, self, self.modules)
         self._closing = self.gate.closing
+        self._closing.callback(refuse_when_closed, self.modules, self.gate)
         self._closing.callback(backend.close)
         self._closing.callback(reader.close)
         try:

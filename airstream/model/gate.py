@@ -48,25 +48,24 @@ class Gate:
                 self._ready()
                 yield
         except ClosedError:
-            if self._is_abandoned and threading.current_thread().daemon and not self.turns.is_mine:
-                threading.Event().wait()  # the interpreter ends, and this thread with it: nobody is there to be told
+            self._rest_if_abandoned()
             raise
 
     def enter(self) -> None:
         """Come in where no `with` can be, in the hook of a module. `leave` goes out again, also after an error."""
         self._forks.settle(self._after_fork)
         self.turns.enter(_is_in_a_module)
-        try:
+        if self._closed:
+            self.leave()
             self.check_open()
-        except BaseException:
-            self.turns.leave()
-            raise
 
     def leave(self) -> None:
         """Go out where `enter` came in."""
         if self._closed and self.turns.depth == 1:
             self.closing.close()
         self.turns.leave()
+        if self._closed:
+            self._rest_if_abandoned()
 
     def check_open(self) -> None:
         """Raise ClosedError if it is closed."""
@@ -88,6 +87,11 @@ class Gate:
         """Wait until nobody is inside, and give everything back; if the caller is inside, when it comes out."""
         with self.turns.hold(), self._leaving():
             pass
+
+    def _rest_if_abandoned(self) -> None:
+        """The interpreter ends, and its daemon threads with it: there is nobody to be told that the model is closed."""
+        if self._is_abandoned and threading.current_thread().daemon and not self.turns.is_mine:
+            threading.Event().wait()
 
     @contextmanager
     def _leaving(self) -> Iterator[None]:

@@ -152,8 +152,8 @@ class Generations:
             return None
         need = self._room.kv_bytes(together)
         return BudgetError(
-            f"{work.batch_size} x {work.context:,} tokens need a KV cache of {format_bytes(need - beside_bytes)}, beside "
-            f"{format_bytes(beside_bytes)} of generations under way, which cannot end before this call has: max_memory "
+            f"{work.batch_size} x {work.context:,} tokens need a KV cache of {format_bytes(need - beside_bytes)} "
+            f"beside {format_bytes(beside_bytes)} of generations under way that cannot end before this call: max_memory "
             "is too small for all of it. Raise it, generate fewer tokens, or call the model when they have ended"
         )
 
