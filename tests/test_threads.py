@@ -309,19 +309,18 @@ def test_the_kv_caches_of_all_generations_are_in_the_plan(folder: Path, referenc
     budget = least_memory(folder, **(STREAMING | options))["cpu"] + 400_000
     with stream(folder, max_memory=budget, **options) as model:
         normal, planned = model.plan, []
-
-        def look() -> None:
-            planned.append(model.plan)
+        model._engine.observer.watchers.append(lambda: planned.append(model.plan))
 
         def begin_second() -> None:
-            InThread(lambda: model.generate(IDS, streamer=After(look), **greedy(100))).finish()
+            InThread(lambda: model.generate(IDS, **greedy(150))).finish()
 
-        tokens = model.generate(IDS, streamer=After(begin_second), **greedy(150))
-        assert torch.equal(tokens, reference.generate(IDS, **greedy(150)))
-        held = model._engine.kv_bytes(Workload.generation(1, IDS.shape[1] + 150, IDS.shape[1]))
-        assert planned[0].tiers["cpu"].items["KV cache"] > held
-        assert planned[0].resident_bytes < normal.resident_bytes
-        assert planned[0].peak_bytes["cpu"] <= budget
+        tokens = model.generate(IDS, streamer=After(begin_second), **greedy(200))
+        assert torch.equal(tokens, reference.generate(IDS, **greedy(200)))
+        held = model._engine.kv_bytes(Workload.generation(1, IDS.shape[1] + 200, IDS.shape[1]))
+        largest = max(planned, key=lambda plan: plan.tiers["cpu"].items["KV cache"])
+        assert largest.tiers["cpu"].items["KV cache"] > 1.5 * held
+        assert largest.resident_bytes < normal.resident_bytes
+        assert largest.peak_bytes["cpu"] <= budget
         model(IDS)
         assert model.plan == normal
 
@@ -496,7 +495,7 @@ def test_a_process_ends_quietly_while_daemon_threads_compute(folder: Path) -> No
 # --------------------------------------------------------------------------------------------------------------- forks
 
 FORKS = """
-import json, multiprocessing, os, sys, threading, time
+import atexit, json, multiprocessing, os, sys, threading, time
 from functools import partial
 
 import torch
@@ -609,7 +608,8 @@ if __name__ == "__main__":
 
     pid = os.fork()
     if not pid:
-        sys.exit(4)  # by way of everything that is registered for the end of a process
+        atexit._run_exitfuncs()  # and no more: torch joins threads of its own which are not here
+        os._exit(4)
     seen["unused"] = exit_code(pid)
 
     def fork_and_go_on(*_):
@@ -637,8 +637,8 @@ def test_a_forked_child_computes_what_its_parent_does(folder: Path, tmp_path: Pa
     """Or says why not. What hangs is killed, there and here."""
     script = tmp_path / "forks.py"
     script.write_text(FORKS)
-    budget = smallest_budget(folder, layers_per_batch=1, prefetch_batches=1, max_context=256)["cpu"]
-    command = [sys.executable, str(script), str(folder), budget]
+    budget = least_memory(folder, layers_per_batch=1, prefetch_batches=1, max_context=256)["cpu"]
+    command = [sys.executable, str(script), str(folder), str(budget)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from airstream.errors import UnsupportedError
-from airstream.model.absent import Absent
 from airstream.model.gate import Gate
 
 
@@ -45,11 +44,10 @@ class Direct:
 
 
 def refuse_when_closed(modules: Iterable[nn.Module], gate: Gate) -> None:
-    """Let those of `modules` that have lost their weights say that the model is closed."""
+    """Let `modules`, which are about to lose their weights for good, say that the model is closed."""
 
     def check(*_: object) -> None:
         gate.check_open()
 
     for module in modules:
-        if any(isinstance(tensor, Absent) for tensor in module._parameters.values()):
-            module.register_forward_pre_hook(check)
+        module.register_forward_pre_hook(check, prepend=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -96,7 +97,6 @@ class Engine:
         self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
         self._generations = Generations(self.gate, self, self.modules)
         self._closing = self.gate.closing
-        self._closing.callback(refuse_when_closed, self.modules, self.gate)
         self._closing.callback(backend.close)
         self._closing.callback(reader.close)
         try:
@@ -107,11 +107,12 @@ class Engine:
                 self._closing.callback(binding.unbind)
             if self.head is not None and self.device.type == "cpu":
                 self._closing.callback(take_sequences_apart(self.head))
-            for specs in (*parts.units.values(), parts.head[1] if parts.head else ()):
-                take_out(self.modules, specs, self.device, partial(is_stored, reader))
+            leaving = [*chain.from_iterable(parts.units.values()), *(parts.head[1] if parts.head else ())]
+            take_out(self.modules, leaving, self.device, partial(is_stored, reader))
             store = Store(self._specs, backend)
             self._closing.callback(store.close)
             self._closing.callback(self._stop)
+            self._closing.callback(lambda: refuse_when_closed(self.modules.owners(leaving), self.gate))
             direct = Direct(self.gate)
             self._execute = partial(
                 Executor, self.modules, parts, facts, store, reader, backend, convert, self.stats, probe, direct
@@ -285,6 +286,7 @@ class Engine:
             threading.Thread(target=self.close, name="airstream-closer").start()
         else:
             self.close()
+            self.gate.wait_for_rest(self._generations.threads)
 
     def close(self) -> None:
         """Give everything back. Idempotent. May be called while the model runs, by any thread: its call raises.

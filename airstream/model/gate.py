@@ -6,7 +6,7 @@ Knows when to let in, and what has to be done on the way out. Refuses to know wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -14,6 +14,9 @@ import torch
 from airstream.errors import ClosedError
 from airstream.forks import Forks
 from airstream.turns import Turns, is_running
+
+REST_SECONDS = 5.0
+"""How long the end of a process waits for threads that generate."""
 
 
 class Gate:
@@ -37,6 +40,8 @@ class Gate:
         self._forks = Forks()
         self._closed = False
         self._is_abandoned = False
+        self._resting: set[int] = set()
+        self._rested = threading.Condition()
 
     @contextmanager
     def inside(self) -> Iterator[None]:
@@ -57,7 +62,7 @@ class Gate:
         self.turns.enter(_is_in_a_module)
         if self._closed:
             self.leave()
-            self.check_open()
+        self.check_open()
 
     def leave(self) -> None:
         """Go out where `enter` came in."""
@@ -70,6 +75,7 @@ class Gate:
     def check_open(self) -> None:
         """Raise ClosedError if it is closed."""
         if self._closed:
+            self._rest_if_abandoned()
             raise ClosedError("the model is closed: load it again with from_pretrained()")
 
     def shut(self, is_abandoned: bool = False) -> None:
@@ -88,9 +94,20 @@ class Gate:
         with self.turns.hold(), self._leaving():
             pass
 
+    def wait_for_rest(self, threads: Collection[int]) -> None:
+        """Wait until `threads`, which generate, have come to rest: torch aborts a process that ends while they compute.
+
+        Not for long: one may be in somebody else's code, and stay there.
+        """
+        with self._rested:
+            self._rested.wait_for(lambda: self._resting.issuperset(threads), timeout=REST_SECONDS)
+
     def _rest_if_abandoned(self) -> None:
         """The interpreter ends, and its daemon threads with it: there is nobody to be told that the model is closed."""
         if self._is_abandoned and threading.current_thread().daemon and not self.turns.is_mine:
+            with self._rested:
+                self._resting.add(threading.get_ident())
+                self._rested.notify_all()
             threading.Event().wait()
 
     @contextmanager

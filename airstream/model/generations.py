@@ -68,6 +68,11 @@ class Generations:
         self._ended = threading.Condition()
         self._num_passes = 0
 
+    @property
+    def threads(self) -> set[int]:
+        """Those that generate, but for the calling one."""
+        return {one.thread for one in tuple(self._all)} - {threading.get_ident()}
+
     def after_fork(self) -> None:
         """In a forked child: those that were under way are the parent's."""
         self._all = []
@@ -153,8 +158,8 @@ class Generations:
         need = self._room.kv_bytes(together)
         return BudgetError(
             f"{work.batch_size} x {work.context:,} tokens need a KV cache of {format_bytes(need - beside_bytes)} "
-            f"beside {format_bytes(beside_bytes)} of generations under way that cannot end before this call: max_memory "
-            "is too small for all of it. Raise it, generate fewer tokens, or call the model when they have ended"
+            f"beside {format_bytes(beside_bytes)} of generations under way that cannot end before this call: too much "
+            "for max_memory. Raise it, generate fewer tokens, or call the model when they have ended"
         )
 
     def _wait(self, mine: Generation | None, others: list[Generation], obstacle: AirstreamError) -> None:
