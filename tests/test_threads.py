@@ -386,6 +386,26 @@ def test_generations_of_a_model_that_keeps_something_of_them_come_one_after_the_
     assert torch.equal(after.result, reference(OTHER_IDS).logits)
 
 
+def test_adapters_change_between_the_generations_of_other_threads(model: Any) -> None:
+    """What loads and deletes them waits, but for a generation of its own thread."""
+    order: list[str] = []
+    others: list[InThread] = []
+
+    def change(name: str) -> None:
+        with model._engine.between_generations():
+            order.append(name)
+
+    def ask() -> None:
+        change("inside")
+        others.append(InThread(lambda: change("another thread")))
+        others[0].join(0.5)
+        order.append("going on")
+
+    model.generate(IDS, streamer=After(ask), **greedy(6))
+    others[0].finish()
+    assert order == ["inside", "going on", "another thread"]
+
+
 # ------------------------------------------------------------------------------------------------------------- profile
 
 

@@ -96,6 +96,7 @@ class Engine:
         self._reader = reader
         self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
         self._generations = Generations(self.gate, self, self.modules)
+        self.between_generations = self._generations.between
         self._closing = self.gate.closing
         self._closing.callback(backend.close)
         self._closing.callback(reader.close)
@@ -289,10 +290,7 @@ class Engine:
             self.gate.wait_for_rest(self._generations.threads)
 
     def close(self) -> None:
-        """Give everything back. Idempotent. May be called while the model runs, by any thread: its call raises.
-
-        From inside a pass, what the layer that computes needs is given back when the pass is over.
-        """
+        """Give everything back, what a pass under way needs when it is over. Idempotent. Calls under way raise."""
         self.gate.shut()
         if executor := self._executor:
             executor.streamer.close()  # wakes a thread that waits for weights, which then gives back the turn

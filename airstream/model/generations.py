@@ -109,6 +109,17 @@ class Generations:
             self._num_passes += 1
             yield beside
 
+    @contextmanager
+    def between(self) -> Iterator[None]:
+        """With the turn, while no other thread generates: around what changes the results of the model."""
+        while True:
+            with self._gate.inside():
+                others = [one for one in self._all if one.thread != threading.get_ident()]
+                if not others:
+                    yield
+                    return
+            self._wait(None, others, UnsupportedError("an adapter cannot change while a generation uses the model"))
+
     def wake(self) -> None:
         """Something has changed for those who wait."""
         with self._ended:
