@@ -38,7 +38,7 @@ FLOORS: list[list[str]] = [
     ["tracing"],
     ["layout"],
     ["slab", "config", "rates.*", "predict", "checkpoint.imagined"],
-    ["plan", "plan.*", "fill", "turns"],
+    ["plan", "plan.*", "fill", "turns", "region"],
     ["streamer", "profiling", "profiling.*"],
     ["model.*", "report", "machine"],
     ["live", "prepare"],

@@ -168,16 +168,14 @@ class Reader:
 
     def _forget_parent(self) -> None:
         """In a forked child: threads, locks and whatever waits are the parent's. Files stay: reads are positioned."""
-        self._wake = threading.Condition()
-        self._queue.clear()
-        self._workers = []
+        self._wake, self._workers, self._queue = threading.Condition(), [], deque()
         for file in self._files.values():
             file.after_fork()
 
     def _restart(self) -> None:
-        num_workers = 0 if self._closed else self.num_workers
+        num_workers = self.num_workers
         self._forget_parent()
-        self._start(num_workers)
+        self._start(0 if self._closed else num_workers)
 
     @property
     def num_workers(self) -> int:

@@ -24,7 +24,7 @@ from airstream.compat import Quantizer, conversion_for
 from airstream.errors import BudgetError, UnsupportedError
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
-from airstream.model.direct import Direct, refuse_when_closed
+from airstream.model.direct import refuse_when_closed
 from airstream.model.executor import Executor
 from airstream.model.forked import begin_anew
 from airstream.model.gate import Gate
@@ -80,17 +80,15 @@ class Engine:
         is_final: bool,
         quantizer: Quantizer | None = None,
     ) -> None:
-        self.plan = plan
+        self.plan = self._normal = plan
         self.folder = folder
         self.device = backend.device
         self.stats = StreamStats()
         self.modules = OriginalModules(model)
         self.head = model.get_submodule(parts.head[0]) if parts.head else None
         self._specs = parts.specs
-        self._facts = facts
-        self._adapters = AdapterFacts()
+        self._facts, self._adapters = facts, AdapterFacts()
         self._request = request
-        self._normal = plan
         self._is_final = is_final
         self._executor: Executor | None = None
         self._reader = reader
@@ -114,9 +112,8 @@ class Engine:
             self._closing.callback(store.close)
             self._closing.callback(self._stop)
             self._closing.callback(lambda: refuse_when_closed(self.modules.owners(leaving), self.gate))
-            direct = Direct(self.gate)
             self._execute = partial(
-                Executor, self.modules, parts, facts, store, reader, backend, convert, self.stats, probe, direct
+                Executor, self.modules, parts, facts, store, reader, backend, convert, self.stats, probe, self.gate
             )
             if is_profiling:
                 self.observer.start()

@@ -15,6 +15,7 @@ from airstream.fill import Fill, Kept
 from airstream.model.binding import Modules
 from airstream.model.conversion import Converter
 from airstream.model.direct import Direct
+from airstream.model.gate import Gate
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_tables
 from airstream.model.store import Store
@@ -40,7 +41,7 @@ class Executor:
         convert: Converter,
         stats: StreamStats,
         probe: Probe,
-        direct: Direct,
+        gate: Gate,
         plan: Plan,
     ) -> None:
         fills = store.fills(plan, facts)
@@ -51,7 +52,7 @@ class Executor:
             )
             closing.callback(self.streamer.close)
             units = [batch.units for batch in plan.batches]
-            self.residency = Residency(modules, units, fills, self.streamer, convert, direct, probe)
+            self.residency = Residency(modules, units, fills, self.streamer, convert, Direct(gate), probe)
             closing.callback(self.residency.close)
             kept = partial(_kept, store, parts)
             self._tables = bind_tables(modules, parts.rows, kept, reader, backend, convert, probe)
