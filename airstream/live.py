@@ -6,6 +6,7 @@ Knows what to show. Where it is shown is up to whoever owns the screen.
 from __future__ import annotations
 
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ RECENT_PASSES = 8
 
 
 class LiveLine:
-    """Follows the passes that `observer` reports. Each gives one token, but for a prompt that takes several passes.
+    """Follows the passes of one thread. Each gives one token, but for a prompt that takes several passes.
 
     Args:
         stats: gives what has been streamed so far.
@@ -39,7 +40,8 @@ class LiveLine:
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Show the line for as long as this lasts."""
+        """Show the line for as long as this lasts, about what the calling thread generates."""
+        self._thread = threading.get_ident()
         self._history.append((now(), self._stats.streamed_bytes))
         self._observer.watchers.append(self._tick)
         try:
@@ -48,6 +50,8 @@ class LiveLine:
             self._observer.watchers.remove(self._tick)
 
     def _tick(self) -> None:
+        if self._thread != threading.get_ident():
+            return
         self._tokens += 1
         if self._tokens == 2:
             self._history.popleft()  # the prompt's pass says little about the ones that follow

@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -21,38 +20,14 @@ import torch
 
 from airstream.backend.base import Backend
 from airstream.checkpoint.reader import ReadCancelled, Reader
-from airstream.errors import ClosedError
+from airstream.errors import ClosedError, UnsupportedError
 from airstream.fill import Fill, Filling
+from airstream.forks import FORKED_INSIDE, Forks
 from airstream.order import AccessOrder
 from airstream.probe import Probe
+from airstream.region import Region
 from airstream.ring import Ring, room_sizes
 from airstream.stats import StreamStats
-
-
-@dataclass(slots=True)
-class Region:
-    """A layer batch in the ring. One of which nothing is streamed takes no room there.
-
-    Attributes:
-        memory: its bytes on the device, a uint8 tensor.
-        offset: where in the ring it lies.
-        fresh: True after a fill; whoever makes something of the bytes in place, once, sets it to False.
-        filling: reads are under way.
-        users: calls that wait for it, or compute with it. Without any, it stays intact until its place is needed.
-        read_bytes, host_bytes: that came from disk and host memory to fill it, until they have been reported.
-        error: what kept it from being filled.
-    """
-
-    batch: int
-    offset: int
-    memory: torch.Tensor
-    fresh: bool = True
-    filling: bool = True
-    users: int = 0
-    read_bytes: int = 0
-    host_bytes: int = 0
-    work: Filling | None = None
-    error: BaseException | None = None
 
 
 class Streamer:
@@ -95,6 +70,7 @@ class Streamer:
         self._reading_since = 0.0
         self._num_reading = 0
         self._closed = False
+        self._forks = Forks()
 
     def start(self) -> None:
         """Begin to read ahead."""
@@ -110,8 +86,9 @@ class Streamer:
         """
         if listener := self._probe.listener:
             listener.begin_wait()
+        self.check_open()
         with self._changed:
-            self._check_open()
+            self.check_open()
             self._order.observe(batch)
             self.stats.acquired += 1
             self.stats.missed += batch not in self._regions and not self._fills[batch].is_complete
@@ -124,6 +101,8 @@ class Streamer:
 
     def release(self, batch: int) -> None:
         """The last computation with `batch` has been submitted: its place may be reused. Does not block."""
+        if self._forks.is_child:
+            return  # it was acquired in another process
         self._backend.release()
         with self._changed:
             region = self._regions.get(batch)
@@ -159,8 +138,18 @@ class Streamer:
         self.acquire(batch)
         self.release(batch)
 
+    def after_fork(self) -> None:
+        """In a forked child: what was being read never arrives here. The ring is empty; its memory stays."""
+        self._forks = Forks()
+        self._changed = threading.Condition()
+        self._regions.clear()
+        self._ring = Ring(self._ring.nbytes)
+        self._num_reading = 0
+
     def close(self) -> None:
         """Stop reading and give the ring back. Idempotent; blocks for reads under way. Waiting calls raise."""
+        if self._forks.is_child:
+            self.after_fork()
         with self._changed:
             self._closed = True
             for region in self._regions.values():
@@ -173,7 +162,10 @@ class Streamer:
         self._backend.synchronize()
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise if it is closed, or if what is asked for would be read in another process."""
+        if self._forks.is_child:
+            raise UnsupportedError(FORKED_INSIDE)
         if self._closed:
             raise ClosedError("the model is closed: load it again with from_pretrained()")
 
@@ -211,7 +203,7 @@ class Streamer:
     def _read_now(self, batch: int) -> Region:
         """Start reading `batch` ahead of everything else, at the cost of what was read ahead if need be."""
         while batch not in self._regions:
-            self._check_open()
+            self.check_open()
             if not self._begin(batch, self._spare(keep=()), urgent=True) and not self._give_up_one():
                 self._changed.wait()  # other threads use the whole ring
         return self._regions[batch]
@@ -287,7 +279,7 @@ class Streamer:
         while region.filling:
             self._changed.wait()
         self.stats.stall_seconds += time.perf_counter() - started
-        self._check_open()
+        self.check_open()
 
     def _count_reading(self, change: int) -> None:
         now = time.perf_counter()

@@ -18,7 +18,7 @@ ROOT = Path(airstream.__file__).parent
 
 FLOORS: list[list[str]] = [
     ["errors"],
-    ["units", "probe", "figures", "stats", "allocations", "codecs", "codecs.*"],
+    ["units", "forks", "probe", "figures", "stats", "allocations", "codecs", "codecs.*"],
     [
         "checkpoint.files",
         "checkpoint.gguf_split",
@@ -40,7 +40,7 @@ FLOORS: list[list[str]] = [
     ["tracing"],
     ["layout"],
     ["slab", "config", "rates.*", "predict", "checkpoint.imagined"],
-    ["plan", "plan.*", "fill"],
+    ["plan", "plan.*", "fill", "turns", "region"],
     ["streamer", "profiling", "profiling.*"],
     ["model.*", "report", "machine"],
     ["live", "prepare"],

@@ -21,9 +21,10 @@ from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Job, Landing, Piece, ReadCancelled, Reader
 from airstream.errors import ClosedError, ReadError
 from airstream.fill import Fill
+from airstream.region import Region
 from airstream.ring import ring_bytes
 from airstream.slab import Slab
-from airstream.streamer import Region, Streamer
+from airstream.streamer import Streamer
 
 CHUNK_BYTES = 8192
 NUM_PAGES = 64

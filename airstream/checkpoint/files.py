@@ -60,6 +60,10 @@ class WeightFile:
         if self._drop_cache:
             os.posix_fadvise(self._descriptor, offset, needed, os.POSIX_FADV_DONTNEED)
 
+    def after_fork(self) -> None:
+        """In a forked child: a thread that does not exist here may have held the lock."""
+        self._lock = threading.Lock()
+
     def close(self) -> None:
         """Close the file. Idempotent; no read may be under way."""
         with self._lock:

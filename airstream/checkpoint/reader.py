@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from airstream.checkpoint.files import EdgePages, WeightFile
 from airstream.codecs import BLOCK_TYPES
 from airstream.errors import ClosedError
+from airstream.forks import Forks
 from airstream.probe import DISK, Probe
 
 CHUNK_BYTES = 8 << 20
@@ -149,6 +150,7 @@ class Reader:
         self._queue: deque[tuple[Job, _Step]] = deque()
         self._wake = threading.Condition()
         self._closed = False
+        self._forks = Forks()
         self._workers: list[threading.Thread] = []
         try:
             for path in files:
@@ -156,10 +158,24 @@ class Reader:
         except BaseException:
             self.close()
             raise
+        self._start(num_workers)
+
+    def _start(self, num_workers: int) -> None:
         for number in range(num_workers):
             thread = threading.Thread(target=self._work, args=(number,), name=f"airstream-reader-{number}", daemon=True)
             self._workers.append(thread)
             thread.start()
+
+    def _forget_parent(self) -> None:
+        """In a forked child: threads, locks and whatever waits are the parent's. Files stay: reads are positioned."""
+        self._wake, self._workers, self._queue = threading.Condition(), [], deque()
+        for file in self._files.values():
+            file.after_fork()
+
+    def _restart(self) -> None:
+        num_workers = self.num_workers
+        self._forget_parent()
+        self._start(0 if self._closed else num_workers)
 
     @property
     def num_workers(self) -> int:
@@ -184,10 +200,11 @@ class Reader:
         return self._enqueue([partial(_do, errand) for errand in errands], on_done, urgent)
 
     def _enqueue(self, steps: Sequence[_Step], on_done: OnDone, urgent: bool) -> Job:
+        self._forks.settle(self._restart)
         job = Job(len(steps), on_done)
         with self._wake:
             if self._closed:
-                raise ClosedError("the reader is closed")
+                raise ClosedError("the model is closed: load it again with from_pretrained()")
             entries = [(job, step) for step in steps]
             if urgent:
                 self._queue.extendleft(reversed(entries))
@@ -214,6 +231,7 @@ class Reader:
 
     def close(self) -> None:
         """Skip what waits, end the threads, close the files. Idempotent; blocks for the reads under way."""
+        self._forks.settle(self._forget_parent)
         with self._wake:
             self._closed = True
             for job, _ in self._queue:

@@ -9,6 +9,7 @@ from airstream.compat.assembled import Assembled
 from airstream.compat.building import build_on_meta, finish_loading, load_generation_config
 from airstream.compat.classes import choose_class
 from airstream.compat.gguf import conversion_for, gguf_config, gguf_dtype, gguf_tokenizer
+from airstream.compat.kept_state import kept_state
 from airstream.compat.quantizers import Quantizer, find_quantizer
 from airstream.compat.remote import check_trust
 from airstream.compat.traits import (
@@ -48,6 +49,7 @@ __all__ = [
     "gguf_config",
     "gguf_dtype",
     "gguf_tokenizer",
+    "kept_state",
     "load_generation_config",
     "may_be_missing",
     "measure_cache",

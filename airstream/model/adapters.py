@@ -69,7 +69,7 @@ class WithAdapters:
         name = adapter_name or "default"
         if name in self._names:
             raise ValueError(f"there is an adapter {name!r} already: delete_adapter({name!r}), or give another name")
-        with self._engine.guard():
+        with self._engine.between_generations():
             source = _Source(peft_model_id, {**download, **(adapter_kwargs or {})})
             config = source.config() if peft_config is None else peft_config
             stored = source.weights() if adapter_state_dict is None else adapter_state_dict
@@ -109,7 +109,7 @@ class WithAdapters:
         """Forget adapters. Their memory holds weights again from the next call on."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_known(names)
-        with self._engine.guard():
+        with self._engine.between_generations():
             for name in names:
                 self._remove(name)
 

@@ -52,6 +52,11 @@ class OriginalModules:
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._modules.values())
 
+    def owners(self, specs: Iterable[TensorSpec]) -> Iterator[nn.Module]:
+        """The modules that tensors of `specs` belong to, as far as they are still there."""
+        names = {spec.name.rpartition(".")[0] for spec in specs}
+        return (module for name in names if (module := self._modules.get(name)) is not None)
+
 
 def take_out(
     modules: Modules,

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,10 +21,14 @@ from airstream.backend import Backend
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Reader
 from airstream.compat import Quantizer, conversion_for
-from airstream.errors import BudgetError, ClosedError, UnsupportedError
+from airstream.errors import BudgetError, UnsupportedError
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
+from airstream.model.direct import refuse_when_closed
 from airstream.model.executor import Executor
+from airstream.model.forked import begin_anew
+from airstream.model.gate import Gate
+from airstream.model.generations import Generations
 from airstream.model.head import take_sequences_apart
 from airstream.model.observer import Observer
 from airstream.model.residents import bind_residents, is_stored
@@ -75,23 +80,22 @@ class Engine:
         is_final: bool,
         quantizer: Quantizer | None = None,
     ) -> None:
-        self.plan = plan
+        self.plan = self._normal = plan
         self.folder = folder
         self.device = backend.device
         self.stats = StreamStats()
         self.modules = OriginalModules(model)
         self.head = model.get_submodule(parts.head[0]) if parts.head else None
         self._specs = parts.specs
-        self._facts = facts
-        self._adapters = AdapterFacts()
+        self._facts, self._adapters = facts, AdapterFacts()
         self._request = request
-        self._normal = plan
         self._is_final = is_final
         self._executor: Executor | None = None
         self._reader = reader
-        self._lock = threading.RLock()
-        self._closing = ExitStack()
-        self._closed = False
+        self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
+        self._generations = Generations(self.gate, self, self.modules)
+        self.between_generations = self._generations.between
+        self._closing = self.gate.closing
         self._closing.callback(backend.close)
         self._closing.callback(reader.close)
         try:
@@ -102,13 +106,14 @@ class Engine:
                 self._closing.callback(binding.unbind)
             if self.head is not None and self.device.type == "cpu":
                 self._closing.callback(take_sequences_apart(self.head))
-            for specs in (*parts.units.values(), parts.head[1] if parts.head else ()):
-                take_out(self.modules, specs, self.device, partial(is_stored, reader))
+            leaving = [*chain.from_iterable(parts.units.values()), *(parts.head[1] if parts.head else ())]
+            take_out(self.modules, leaving, self.device, partial(is_stored, reader))
             store = Store(self._specs, backend)
             self._closing.callback(store.close)
             self._closing.callback(self._stop)
+            self._closing.callback(lambda: refuse_when_closed(self.modules.owners(leaving), self.gate))
             self._execute = partial(
-                Executor, self.modules, parts, facts, store, reader, backend, convert, self.stats, probe
+                Executor, self.modules, parts, facts, store, reader, backend, convert, self.stats, probe, self.gate
             )
             if is_profiling:
                 self.observer.start()
@@ -119,25 +124,56 @@ class Engine:
             self.close()
             raise
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Around every call of the model: one thread at a time, no autograd, nothing left bound after a failure."""
-        with self._lock, torch.no_grad():
-            self._check_open()
-            if self._executor is None:  # an earlier change of plan was interrupted
-                self._change(self.plan)
-            try:
-                yield
-            except BaseException:
-                if self._executor is not None:
-                    self._executor.residency.let_go()
-                raise
+    def guard(self) -> AbstractContextManager[None]:
+        """Around every use of the model: one thread at a time, no autograd, nothing left bound after a failure."""
+        return self.gate.inside()
 
-    def expect(self, work: Workload) -> None:
-        """A generation is about to begin that asks for `work` at its end.
+    def generation(self, work: Workload | None) -> AbstractContextManager[None]:
+        """Around a generation that asks for `work` at its end. Others take turns with it, between passes."""
+        return self._generations.one(work, self.expect)
+
+    @contextmanager
+    def one_pass(self, work: Workload | None, has_cache: bool, prepare: Callable[[], None]) -> Iterator[None]:
+        """Around a forward pass that asks for `work`, if that is known. BudgetError if it does not fit."""
+        with self._generations.one_pass(work, has_cache) as beside:
+            prepare()
+            if beside is not None:
+                self.admit(beside)
+            with self.observer.one_pass(lambda: work):
+                yield
+
+    @contextmanager
+    def part_pass(self, work: Callable[[], Workload | None]) -> Iterator[None]:
+        """Around a forward pass of a part that is called alone, or inside of a pass of the whole model."""
+        with self._generations.one_pass(None, False), self.observer.one_pass(work):
+            yield
+
+    def has_room(self, work: Workload) -> bool:
+        """Whether KV caches and activations of `work` fit, if need be in place of weights that stay."""
+        return work.bytes(self._facts.footprint) <= self.plan.work_bytes or self._with_room_for(work) is not None
+
+    def kv_bytes(self, work: Workload) -> int:
+        """Of the KV caches of `work`."""
+        return work.kv_bytes(self._facts.footprint)
+
+    def _get_ready(self) -> None:
+        if self._executor is None:  # an earlier change of plan was interrupted
+            self._change(self.plan)
+
+    def _let_go(self) -> None:
+        if self._executor is not None:
+            self._executor.residency.let_go()
+
+    def _after_fork(self) -> None:
+        begin_anew(self.device, self.gate.turns, self._generations, self.observer, self._executor)
+
+    def expect(self, work: Workload | None) -> None:
+        """A generation is about to begin that asks for `work` at its end, if that is known.
 
         What it does not need of the memory that was set aside for KV cache and activations holds weights meanwhile.
         """
+        if work is None:
+            return
         fits = work.bytes(self._facts.footprint) <= self.plan.work_bytes
         if self._is_final or (fits and not self.plan.streamed_bytes):
             return
@@ -158,11 +194,11 @@ class Engine:
         Raises:
             BudgetError: nothing more can be given up; with the numbers and what to change.
         """
-        self._check_open()
+        self.gate.check_open()
         need = work.bytes(self._facts.footprint)
         if need > self.plan.work_bytes:
             self._outgrow(work, need)
-        elif self.plan is not self._normal and need <= self._normal.work_bytes:
+        elif self.plan is not self._normal and not work.beside_bytes and need <= self._normal.work_bytes:
             self._change(self._normal)
 
     def make_room(self, adapters: AdapterFacts) -> None:
@@ -224,17 +260,13 @@ class Engine:
         self._stop()
         self.plan = plan
         self._executor = self._execute(plan)
-        self._check_open()  # another thread may have closed the engine, and not have seen this executor
+        self.gate.check_open()  # another thread may have closed the engine, and not have seen this executor
         self._executor.start()
 
     def _stop(self) -> None:
         executor, self._executor = self._executor, None
         if executor is not None:
             executor.close()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("the model is closed: load it again with from_pretrained()")
 
     def measure_link(self) -> tuple[int, float]:
         """Bytes and wall seconds of one pass over all streamed layers without computing. Blocks for that long."""
@@ -247,15 +279,17 @@ class Engine:
 
     def abandon(self) -> None:
         """`close`, for the garbage collector, which may call from one of the threads that `close` waits for."""
+        self.gate.shut(is_abandoned=True)
         if self._reader.is_worker(threading.current_thread()):
             threading.Thread(target=self.close, name="airstream-closer").start()
         else:
             self.close()
+            self.gate.wait_for_rest(self._generations.threads)
 
     def close(self) -> None:
-        """Give everything back. Idempotent. May be called from another thread while the model runs: its call raises."""
-        self._closed = True
+        """Give everything back, what a pass under way needs when it is over. Idempotent. Calls under way raise."""
+        self.gate.shut()
         if executor := self._executor:
-            executor.streamer.close()  # wakes a thread that waits for weights, which then leaves the lock
-        with self._lock:
-            self._closing.close()
+            executor.streamer.close()  # wakes a thread that waits for weights, which then gives back the turn
+        self._generations.wake()
+        self.gate.finish_closing()

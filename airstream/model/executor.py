@@ -14,6 +14,8 @@ from airstream.checkpoint.reader import Reader
 from airstream.fill import Fill, Kept
 from airstream.model.binding import Modules
 from airstream.model.conversion import Converter
+from airstream.model.direct import Direct
+from airstream.model.gate import Gate
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_tables
 from airstream.model.store import Store
@@ -39,6 +41,7 @@ class Executor:
         convert: Converter,
         stats: StreamStats,
         probe: Probe,
+        gate: Gate,
         plan: Plan,
     ) -> None:
         fills = store.fills(plan, facts)
@@ -49,7 +52,7 @@ class Executor:
             )
             closing.callback(self.streamer.close)
             units = [batch.units for batch in plan.batches]
-            self.residency = Residency(modules, units, fills, self.streamer, convert, probe)
+            self.residency = Residency(modules, units, fills, self.streamer, convert, Direct(gate), probe)
             closing.callback(self.residency.close)
             kept = partial(_kept, store, parts)
             self._tables = bind_tables(modules, parts.rows, kept, reader, backend, convert, probe)
@@ -62,6 +65,11 @@ class Executor:
         """Begin to read ahead, if it is known what will be asked for first: of several stacks, some may go unused."""
         if self._has_one_stack:
             self.streamer.start()
+
+    def after_fork(self) -> None:
+        """In a forked child: begin to read anew. What stays in memory is here, shared with the parent."""
+        self.streamer.after_fork()
+        self.start()
 
     def foreign(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What somebody else has put in place of weights, by name."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 from airstream.backend import Backend
@@ -15,7 +16,7 @@ from airstream.rates.facts import Rate
 
 
 class Observer:
-    """One for every running model. Passes and calls are reported by the thread that runs it.
+    """One for every running model. Passes and calls are reported by the threads that run it, whoever has the turn.
 
     Args:
         is_direct: the reader goes around the page cache: only then is the disk's rate what its reads can be held to.
@@ -24,7 +25,7 @@ class Observer:
 
     Attributes:
         rates: what each link can do, as measured or assumed.
-        watchers: called after every pass.
+        watchers: called after every pass, by the thread that ran it.
     """
 
     def __init__(
@@ -47,6 +48,13 @@ class Observer:
         self._plan = plan
         self._recorder: Recorder | None = None
         self._inside = False
+        self._mine = threading.local()  # `call`: the innermost call that this thread is in
+
+    def after_fork(self) -> None:
+        """In a forked child: passes and calls of the parent's threads do not end here."""
+        self._inside = False
+        self._mine = threading.local()
+        self._resume(None)
 
     def start(self) -> Profile:
         """Begin a profile. It grows until another one begins."""
@@ -72,17 +80,25 @@ class Observer:
         self._recorder = self._probe.listener = recorder
 
     @contextmanager
-    def one_call(self, prompt_tokens: int = 0) -> Iterator[None]:
-        """Around `generate` on a prompt of so many tokens, 0 if that is not known."""
-        recorder = self._recorder
+    def one_call(self, prompt_tokens: int, turn: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Around `generate` on a prompt of so many tokens, 0 if that is not known. Others may be under way.
+
+        Args:
+            turn: nothing else computes while it lasts.
+        """
+        recorder, outer = self._recorder, getattr(self._mine, "call", None)
         if recorder is None:
             yield
             return
-        recorder.begin_call(prompt_tokens)
+        with turn():
+            call = recorder.begin_call(prompt_tokens)
+        self._mine.call = recorder, call
         try:
             yield
         finally:
-            recorder.end_call()
+            self._mine.call = outer
+            with turn():
+                recorder.end_call(call)
 
     @contextmanager
     def one_pass(self, work: Callable[[], Workload | None]) -> Iterator[None]:
@@ -95,8 +111,9 @@ class Observer:
             yield
             return
         recorder, is_complete, self._inside = self._recorder, False, True
+        listening, call = getattr(self._mine, "call", None) or (None, None)
         if recorder is not None:
-            recorder.begin_pass(work())
+            recorder.begin_pass(work(), call if recorder is listening else None)
         try:
             yield
             is_complete = True
@@ -104,7 +121,7 @@ class Observer:
             self._inside = False
             if recorder is not None:
                 recorder.end_pass(is_complete)
-        for watcher in self.watchers:
+        for watcher in tuple(self.watchers):
             watcher()
 
     def used_bytes(self) -> int:

@@ -8,15 +8,17 @@ last unit of the batch, the batch is released. Tensors that stay in memory are b
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from airstream.errors import UnsupportedError
 from airstream.fill import Fill, Kept
 from airstream.model.binding import Binding, Modules, Views
 from airstream.model.conversion import Converter
+from airstream.model.direct import Direct
 from airstream.probe import Probe
 from airstream.streamer import Streamer
 from airstream.tensors import TensorSpec
@@ -32,12 +34,21 @@ class _Batch:
     Attributes:
         streamed: the places of each unit's streamed tensors.
         kept: those of the tensors that stay, bound once `is_settled`.
+        parts: the hooks of what may be called alone: modules inside of units.
     """
 
     fill: Fill
     streamed: list[Binding]
     kept: list[tuple[Kept, Binding]]
+    parts: list[RemovableHandle] = field(default_factory=list)
     is_settled: bool = False
+
+    def forget_parts(self) -> None:
+        """Once nothing of the batch is streamed, its parts need no hooks."""
+        if not self.fill.slab.nbytes:
+            for handle in self.parts:
+                handle.remove()
+            self.parts.clear()
 
 
 class _Hook:
@@ -64,6 +75,7 @@ class Residency:
         batches: the names of the units in each batch.
         fills: what has to come for each batch, and how it lies in memory.
         convert: makes what has to be made of the bytes that some slabs bring.
+        direct: calls of units and their parts from outside.
         probe: told when units compute.
     """
 
@@ -74,15 +86,18 @@ class Residency:
         fills: Sequence[Fill],
         streamer: Streamer,
         convert: Converter,
+        direct: Direct,
         probe: Probe | None = None,
     ) -> None:
         self._streamer = streamer
         self._convert = convert
+        self._direct = direct
         self._probe = probe or Probe()
         self._batches: list[_Batch] = []
         self._views: dict[tuple[int, int], list[Views]] = {}
         self._handles: list[RemovableHandle] = []
         self._held: int | None = None
+        self._running: str | None = None
         self._bound: list[Views] = []
         for number, (units, fill) in enumerate(zip(batches, fills, strict=False)):  # tables have no units
             kept = [(kept, Binding(model, _inside(units, kept.slab.specs))) for kept in fill.kept]
@@ -99,6 +114,7 @@ class Residency:
 
     def let_go(self) -> None:
         """Unbind whatever is streamed and bound, and release the batch that is held. Idempotent."""
+        self._running = None
         if self._held is None:
             return
         batch, self._held = self._held, None
@@ -109,7 +125,7 @@ class Residency:
     def close(self) -> None:
         """Remove the hooks, unbind everything and forget all views of the ring. Idempotent."""
         self.let_go()
-        for handle in self._handles:
+        for handle in (*self._handles, *(handle for batch in self._batches for handle in batch.parts)):
             handle.remove()
         self._handles.clear()
         self._views.clear()
@@ -121,26 +137,69 @@ class Residency:
 
     def _hook(self, module: nn.Module, name: str, number: int, position: int) -> None:
         batch = self._batches[number]
-        binding = batch.streamed[position]
         last = position == len(batch.streamed) - 1
 
-        def onload(*_: object) -> None:
-            if batch.fill.slab.nbytes or not batch.is_settled:
-                self._hold(number)
-                if batch.fill.slab.nbytes:
-                    binding.bind(self._bound[position])
+        def onload(called: nn.Module, args: tuple[object, ...]) -> None:
+            if not self._direct.is_inside:
+                self._start_direct(called, args)
+            self._bring_in(name, number, position)
+            if batch.parts and batch.is_settled:
+                batch.forget_parts()
             if listener := self._probe.listener:
                 listener.begin_unit(name)
 
-        def offload(*_: object) -> None:
-            if listener := self._probe.listener:
-                listener.end_unit()
-            binding.unbind()
-            if last:
+        def offload(called: nn.Module, *_: object) -> None:
+            if self._running == name:
+                self._running = None
+                if listener := self._probe.listener:
+                    listener.end_unit()
+                batch.streamed[position].unbind()
+                if last:
+                    self.let_go()
+            if self._direct.module is called:
                 self.let_go()
+                self._direct.end()
+
+        def onload_for_part(called: nn.Module, args: tuple[object, ...]) -> None:
+            if self._running == name and self._direct.is_inside:
+                return
+            is_direct = not self._direct.is_inside
+            if is_direct:
+                self._start_direct(called, args)
+
+            def offload_for_part(*_: object) -> None:
+                handle.remove()
+                if self._running == name:
+                    self.let_go()
+                if is_direct:
+                    self._direct.end()
+
+            handle = called.register_forward_hook(_Hook(offload_for_part), always_call=True)
+            self._bring_in(name, number, position)
 
         self._handles.append(module.register_forward_pre_hook(_Hook(onload), prepend=True))
         self._handles.append(module.register_forward_hook(_Hook(offload), always_call=True))
+        for part in _parts(module, name, batch.fill):
+            batch.parts.append(part.register_forward_pre_hook(_Hook(onload_for_part), prepend=True))
+
+    def _start_direct(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        self._direct.start(module, args)
+        self.let_go()  # what an interrupt may have left
+
+    def _bring_in(self, name: str, number: int, position: int) -> None:
+        """Have the weights of unit `name` in place."""
+        if self._running is not None:
+            raise UnsupportedError(
+                f"{name} was called while {self._running} computes, by one of its hooks: a streamed model has the "
+                "weights of one of them in place. Note what the hook sees, and call the model when the pass is over"
+            )
+        batch = self._batches[number]
+        self._streamer.check_open()
+        if batch.fill.slab.nbytes or not batch.is_settled:
+            self._hold(number)
+            if batch.fill.slab.nbytes:
+                batch.streamed[position].bind(self._bound[position])
+        self._running = name
 
     def _hold(self, number: int) -> None:
         if self._held == number:
@@ -175,6 +234,14 @@ def settle(kept: Kept, convert: Converter) -> None:
     if not kept.converted:
         convert.fill(kept.slab, kept.memory)
         kept.converted = True
+
+
+def _parts(unit: nn.Module, name: str, fill: Fill) -> list[nn.Module]:
+    """The modules inside of `unit` that have tensors which are not there yet, or not always, in them."""
+    slabs = (fill.slab, *(kept.slab for kept in fill.kept))
+    tensors = [spec.name for slab in slabs for spec in slab.specs]
+    paths = ((path, part) for path, part in unit.named_modules() if path)
+    return [part for path, part in paths if any(tensor.startswith(f"{name}.{path}.") for tensor in tensors)]
 
 
 def _inside(units: Collection[str], specs: Sequence[TensorSpec]) -> list[TensorSpec]:

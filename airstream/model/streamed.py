@@ -34,7 +34,7 @@ class GuardedModule:
     _engine: Engine
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._engine.guard(), self._engine.observer.one_pass(lambda: workload.of_pass(args, kwargs)):
+        with self._engine.part_pass(lambda: workload.of_pass(args, kwargs)):
             return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the module class comes after this one
 
     def _apply(self, *_: Any, **__: Any) -> NoReturn:
@@ -135,13 +135,9 @@ class StreamedModel(WithAdapters, GuardedModule):
         self.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._engine.guard():
-            self._heed_adapters()
-            work = workload.of_pass(args, kwargs)
-            if work is not None:
-                self._engine.admit(work)
-            with self._engine.observer.one_pass(lambda: work):
-                return super().__call__(*args, **kwargs)
+        work = workload.of_pass(args, kwargs)
+        with self._engine.one_pass(work, workload.has_cache(kwargs), self._heed_adapters):
+            return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         if not self.can_generate():  # type: ignore[attr-defined]
@@ -149,16 +145,19 @@ class StreamedModel(WithAdapters, GuardedModule):
                 f"{type(self).__name__} does not generate: call it, model(**inputs), for what it computes, or load the "
                 "checkpoint with model_class= a class that does"
             )
-        with self._engine.guard():
+        engine = self._engine
+        with engine.guard():
             self._heed_adapters()
-            config: Any = self.config  # type: ignore[attr-defined]
-            defaults: Any = self.generation_config  # type: ignore[attr-defined]
-            expected = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
-            if expected is not None:
-                self._engine.expect(expected)
-            prompt_tokens = expected.tokens if expected is not None else 0
-            with self._engine.observer.one_call(prompt_tokens), self._show_progress(expected):
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
+        config: Any = self.config  # type: ignore[attr-defined]
+        defaults: Any = self.generation_config  # type: ignore[attr-defined]
+        work = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
+        prompt_tokens = work.tokens if work is not None else 0
+        with (
+            engine.generation(work),
+            engine.observer.one_call(prompt_tokens, engine.gate.turns.hold),
+            self._show_progress(work),
+        ):
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def to(self, *args: Any, **kwargs: Any) -> StreamedModel:
         """Only what changes nothing is possible: a streamed model cannot be moved or cast."""

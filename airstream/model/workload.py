@@ -25,7 +25,7 @@ def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Workload | None:
     if inputs is None or inputs.dim() < 2:
         return None
     batch_size, tokens = inputs.shape[0], inputs.shape[1]
-    past: Any = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+    past = _cache(kwargs)
     keep = kwargs.get("logits_to_keep", 0)
     logits = keep.numel() if isinstance(keep, torch.Tensor) else keep or tokens
     context = tokens + (0 if past is None else cached_tokens(past))
@@ -60,6 +60,15 @@ def of_generation(
         new_tokens = max(option("max_length") - before, UNNAMED_NEW_TOKENS)
     context = max(before + new_tokens, prompt_tokens)
     return Workload.generation(sequences, context, prompt_tokens, _pixel_values(kwargs))
+
+
+def has_cache(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward pass with these arguments is given a KV cache."""
+    return _cache(kwargs) is not None
+
+
+def _cache(kwargs: Mapping[str, Any]) -> Any:
+    return next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
 
 
 def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:

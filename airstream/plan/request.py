@@ -15,7 +15,8 @@ HOST = "cpu"
 class Workload:
     """One forward pass: `tokens` new tokens for each of `batch_size` sequences that then are `context` tokens long.
 
-    It keeps `logits` positions of each, and sees images of `pixel_values` numbers, all of them together.
+    It keeps `logits` positions of each, and sees images of `pixel_values` numbers, all of them together. Other
+    generations that are under way hold KV caches of `beside_bytes`.
     """
 
     batch_size: int
@@ -23,6 +24,7 @@ class Workload:
     tokens: int
     logits: int
     pixel_values: int = 0
+    beside_bytes: int = 0
 
     @classmethod
     def generation(
@@ -35,8 +37,8 @@ class Workload:
         return cls(batch_size, context, prompt_tokens or context, 1, pixel_values)
 
     def kv_bytes(self, need: Footprint) -> int:
-        """The KV cache after the pass."""
-        return need.kv_bytes(self.batch_size, self.context)
+        """The KV caches after the pass."""
+        return need.kv_bytes(self.batch_size, self.context) + self.beside_bytes
 
     def activation_bytes(self, need: Footprint) -> int:
         """The activations at their largest."""
