@@ -2,7 +2,7 @@
 
     python -m benchmarks.plot_compare RESULTS.json... --out chart.png
 
-Several results of the cases `scale-*` give the picture of the scale. Needs matplotlib: `pip install "airstream[plot]"`.
+Several results of the cases `scale-*` give the picture of the scale. Needs matplotlib: `pip install matplotlib`.
 """
 
 from __future__ import annotations
