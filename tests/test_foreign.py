@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from airstream import ArgumentError, AutoModel
+from airstream import ArgumentError, AutoModel, Machine, plan_table
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.foreign import HARMLESS, HONOURED, REFUSED, adopt
 from airstream.prepare import DEFAULTS
@@ -149,6 +149,8 @@ def test_a_script_for_accelerate_runs_unchanged(
 def test_a_plan_takes_them_too(tiny: WriteTiny) -> None:
     plan = AutoModel.plan(tiny("llama", torch.float32), torch_dtype="fp16", device_map="cpu", n_ctx=24)
     assert plan.max_context == 24
+    table = plan_table([tiny("llama", torch.float32)], ["T4"], torch_dtype="bf16", machine=Machine(ram="8GiB"))
+    assert table.rows[0].precision == "bf16"
     with pytest.raises(ArgumentError, match="'promt_tokens': did you mean 'prompt_tokens'"):
         AutoModel.plan(tiny("llama", torch.float32), promt_tokens=5)
 
