@@ -18,18 +18,11 @@ from airstream.landscape import Landscape, survey
 from airstream.machine import AUTO_SHARE, THIS_MACHINE, Machine
 from airstream.plan import ModelFacts, Request
 from airstream.prepare import ask
+from airstream.scales import levels_between, set_seconds, set_sizes, size_text
 from airstream.table import short_name
-from airstream.units import GIB, MIB, format_bytes, format_seconds
+from airstream.units import format_bytes, format_seconds
 
 __all__ = ["plot_plan"]
-
-STEPS = (1, 1.5, 2, 3, 5, 7)
-"""Seconds that have a line, times powers of ten."""
-
-FINE_STEPS = (1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2, 2.2, 2.5, 2.8, 3, 3.5, 4, 4.5, 5, 5.5, 6, 7, 8, 9)
-"""Where fewer than `MIN_TICKS` of those are on an axis."""
-
-MIN_TICKS = 4
 
 APART = 0.035
 """Of the width: lines of seconds that come nearer to each other than this are left out."""
@@ -41,6 +34,8 @@ LABEL_ROWS = (0.3, 0.12, 0.8, 0.55, 0.92)
 """Of the height, where a line may have its label: the first at which there is room."""
 
 STAR = {"marker": "*", "markersize": 14, "color": "black", "markeredgecolor": "white"}
+
+USED = f"in {{unit}}, of which {AUTO_SHARE:.0%} is used"
 
 DOES_NOT_FIT = "0.9"
 """The grey of sizes that do not do."""
@@ -105,8 +100,8 @@ def _draw_map(figure: Any, axes: Any, landscape: Landscape) -> None:
     by_ram = zip(*landscape.spots, strict=True)
     seconds = [[math.nan if spot is None else spot.seconds for spot in row] for row in by_ram]
     levels = _draw_seconds(figure, axes, x, y, seconds)
-    _set_scale(axes, "x", x, "VRAM")
-    _set_scale(axes, "y", y, "RAM")
+    set_sizes(axes, "x", x, f"VRAM {USED}")
+    set_sizes(axes, "y", y, f"RAM {USED}")
     _shade(axes, x, sum(not any(spots) for spots in landscape.spots))
     room = _Room(axes)
     _mark(axes, room, landscape)
@@ -123,7 +118,7 @@ def _draw_seconds(
 
     values = [value for row in seconds for value in row if not math.isnan(value)]
     low, high = 0.999 * min(values), 1.001 * max(values)
-    ticks = list(_levels(low, high, STEPS))
+    ticks = list(levels_between(low, high))
     levels = _apart(seconds, ticks)
     shades = [low * (high / low) ** (step / SHADES) for step in range(SHADES + 1)]
     colours = ListedColormap([colormaps[COLOURS](DARKEST * step / 255) for step in range(256)])
@@ -183,7 +178,7 @@ def _mark(axes: Any, room: _Room, landscape: Landscape) -> None:
         return
     axes.plot(x, y, transform=axes.transAxes, **STAR)
     room.taken.append((x - 0.02, y - 0.03, x + 0.02, y + 0.03))
-    text = f"{_size(vram)} + {_size(ram)}: {format_seconds(landscape.here.seconds)}"
+    text = f"{size_text(vram)} + {size_text(ram)}: {format_seconds(landscape.here.seconds)}"
     side = 0.036 + 0.0064 * len(text)
     if not room.write(x + side, y, text, weight="bold"):
         room.write(x - side, y, text, weight="bold")
@@ -247,72 +242,21 @@ def _draw_curve(axes: Any, landscape: Landscape) -> None:
     x = landscape.host_bytes
     fitting = [(size, spot.seconds) for size, spot in zip(x, spots, strict=True) if spot is not None]
     axes.plot(*zip(*fitting, strict=True), color="black", linewidth=1.8)
-    _set_scale(axes, "x", x, "RAM")
-    _set_seconds(axes, [seconds for _, seconds in fitting])
+    set_sizes(axes, "x", x, f"RAM {USED}")
+    set_seconds(axes, [seconds for _, seconds in fitting])
     axes.grid(visible=True, color="0.85", linewidth=0.6)
     _shade(axes, x, spots.count(None))
     (ram,) = landscape.here_bytes
     here = landscape.here
     if here is not None and x[0] < ram < x[-1]:
         axes.plot(ram, here.seconds, **STAR)
-        text = f"{_size(ram)}: {format_seconds(here.seconds)}"
+        text = f"{size_text(ram)}: {format_seconds(here.seconds)}"
         beside: dict[str, Any] = {"xytext": (8, 8)}  # the curve falls: there is room on its right, and below
         if _share(landscape.host_bytes, ram) > 0.7:
             beside = {"xytext": (-8, -16), "ha": "right"}
         axes.annotate(text, (ram, here.seconds), textcoords="offset points", weight="bold", **beside)
 
 
-# ------------------------------------------------------------------------------------------------------------- scales
-
-
-def _set_scale(axes: Any, which: str, sizes: Sequence[int], label: str) -> None:
-    """Sizes of memory, in bytes, on the axis `which`, by their logarithms."""
-    axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
-    axes.set(**{f"{which}scale": "log", f"{which}lim": (sizes[0], sizes[-1])})
-    unit, name = _unit(sizes[-1])
-    ticks = _ticks(sizes[0] / unit, sizes[-1] / unit)
-    axis.set_ticks([tick * unit for tick in ticks], [f"{tick:g}" for tick in ticks])
-    axis.set_ticks([], minor=True)
-    axis.set_label_text(f"{label} in {name}, of which {AUTO_SHARE:.0%} is used")
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers between two: powers of two, and as many between these as it takes to have a few."""
-    powers = range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)
-    for parts in (2, 4, 8, 16, 32):
-        ticks = [2.0**power * (1 + part / parts) for power in powers for part in range(parts)]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) >= MIN_TICKS:
-            break
-    return ticks
-
-
-def _unit(nbytes: float) -> tuple[int, str]:
-    return (GIB, "GiB") if nbytes >= GIB else (MIB, "MiB")
-
-
-def _size(nbytes: float) -> str:
-    unit, name = _unit(nbytes)
-    return f"{nbytes / unit:.3g} {name}"
-
-
-def _set_seconds(axes: Any, seconds: Sequence[float]) -> None:
-    axes.set_yscale("log")
-    low, high = min(seconds) / 1.2, max(seconds) * 1.2
-    levels = list(_levels(low, high, STEPS))
-    if len(levels) < MIN_TICKS:
-        levels = list(_levels(low, high, FINE_STEPS))
-    axes.set_ylim(low, high)
-    axes.set_yticks(levels, [f"{level:g}" for level in levels])
-    axes.set_yticks([], minor=True)
-    axes.set_ylabel("predicted seconds per token")
-
-
 def _share(sizes: Sequence[int], nbytes: float) -> float:
     """Where `nbytes` lies between the first and the last of `sizes`."""
     return math.log(nbytes / sizes[0]) / math.log(sizes[-1] / sizes[0])
-
-
-def _levels(low: float, high: float, steps: Sequence[float]) -> Iterator[float]:
-    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
-        yield from (level for step in steps if low < (level := step * 10.0**power) < high)

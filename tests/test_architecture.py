@@ -28,6 +28,7 @@ FLOORS: list[list[str]] = [
         "rates",
         "rates.facts",
         "row_numbers",
+        "scales",
     ],
     ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
     ["checkpoint.gather", "checkpoint.formats", "checkpoint.gguf"],
