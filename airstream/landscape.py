@@ -48,6 +48,7 @@ class Landscape:
         spots: by device size, or one for the CPU, and then by host size; None where the model does not fit.
         here_bytes: what the machine that was asked for has: of device memory, if there is any, and of host memory.
         here: what that gives.
+        is_cached: that reads from the page cache, and is faster than all the others, which read from disk.
     """
 
     context: int
@@ -56,6 +57,7 @@ class Landscape:
     spots: tuple[tuple[Spot | None, ...], ...]
     here_bytes: tuple[int, ...]
     here: Spot | None
+    is_cached: bool
 
     def ram_without_disk(self) -> list[float | None]:
         """By device size, the host memory from which on nothing comes from disk any more; None if that is never."""
@@ -88,6 +90,7 @@ def survey(facts: ModelFacts, request: Request) -> Landscape:
         spots=tuple(tuple(_spots(facts, request, memory, host_bytes)) for memory in memories),
         here_bytes=tuple(here.values()),
         here=None if asked is None else _of_plan(asked),
+        is_cached=asked is not None and not asked.direct_io and asked.read_bytes > 0,
     )
 
 

@@ -178,7 +178,7 @@ def _mark(axes: Any, room: _Room, landscape: Landscape) -> None:
         return
     axes.plot(x, y, transform=axes.transAxes, **STAR)
     room.taken.append((x - 0.02, y - 0.03, x + 0.02, y + 0.03))
-    text = f"{size_text(vram)} + {size_text(ram)}: {format_seconds(landscape.here.seconds)}"
+    text = f"{size_text(vram)} + {size_text(ram)}: {_here(landscape)}"
     side = 0.036 + 0.0064 * len(text)
     if not room.write(x + side, y, text, weight="bold"):
         room.write(x - side, y, text, weight="bold")
@@ -250,11 +250,16 @@ def _draw_curve(axes: Any, landscape: Landscape) -> None:
     here = landscape.here
     if here is not None and x[0] < ram < x[-1]:
         axes.plot(ram, here.seconds, **STAR)
-        text = f"{size_text(ram)}: {format_seconds(here.seconds)}"
+        text = f"{size_text(ram)}: {_here(landscape)}"
         beside: dict[str, Any] = {"xytext": (8, 8)}  # the curve falls: there is room on its right, and below
         if _share(landscape.host_bytes, ram) > 0.7:
             beside = {"xytext": (-8, -16), "ha": "right"}
         axes.annotate(text, (ram, here.seconds), textcoords="offset points", weight="bold", **beside)
+
+
+def _here(landscape: Landscape) -> str:
+    assert landscape.here is not None
+    return format_seconds(landscape.here.seconds) + (" (page cache)" if landscape.is_cached else "")
 
 
 def _share(sizes: Sequence[int], nbytes: float) -> float:

@@ -309,6 +309,15 @@ def test_a_picture_says_what_the_plan_says(configs: dict[str, Path], ram: str) -
     assert f"{plan.max_context:,} tokens" in title
 
 
+def test_a_mark_off_the_curve_says_why(configs: dict[str, Path]) -> None:
+    """A budget that leaves the checkpoint in the page cache of this machine: the plan reads from there."""
+    machine = Machine(ram="64GiB", disk_gbps=3.5)
+    plan = AutoModel.plan(configs["llama-8b"], machine=machine, device="cpu", max_memory="6GiB", max_context=128)
+    figure = plot_plan(configs["llama-8b"], machine=machine, device="cpu", max_memory="6GiB", max_context=128)
+    assert not plan.direct_io
+    assert any(text.get_text().endswith("(page cache)") for text in figure.axes[0].texts)
+
+
 @pytest.mark.parametrize("name", ["llama-8b", "small"])
 @pytest.mark.parametrize("device", ["map", "curve"])
 def test_axes_have_ticks_and_little_grey(configs: dict[str, Path], name: str, device: str) -> None:
