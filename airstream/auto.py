@@ -17,15 +17,16 @@ from airstream.backend import create_backend
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
 from airstream.compat import finish_loading, gguf_tokenizer, load_generation_config
-from airstream.config import LoadOptions, MaxMemory, refuse_unknown
+from airstream.config import LoadOptions, MaxMemory
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
+from airstream.foreign import adopt
 from airstream.hardware import process_bytes
 from airstream.live import in_notebook, progress_bar
 from airstream.machine import THIS_MACHINE, Machine
 from airstream.model.engine import Engine
 from airstream.model.streamed import StreamedModel, make_streamed
 from airstream.plan import Plan, Workload, make_plan, with_advice
-from airstream.prepare import OPTION_NAMES, Prepared, ask, prepare
+from airstream.prepare import DEFAULTS, Prepared, ask, prepare
 from airstream.probe import Probe
 
 Beside = Literal["tokenizer", "processor"]
@@ -54,6 +55,8 @@ class AutoModel:
         model_class: Any = None,
         attn_implementation: str | None = None,
         gguf_file: str | None = None,
+        subfolder: str = "",
+        variant: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -61,13 +64,14 @@ class AutoModel:
         trust_remote_code: bool = False,
         profiling_mode: bool = False,
         progress: bool | Literal["auto"] = "auto",
-        **unknown: Any,
+        **foreign: Any,
     ) -> Any:
         """A transformers model of the checkpoint's own class whose layers are streamed from disk as they are needed.
 
         It is a `PreTrainedModel`: `generate()`, `pipeline(...)` and the rest work as ever, with the same results to the
         bit where the arithmetic is the same. It has `tokenizer`, `processor`, `plan`, `stats`, `profile()`, `close()`;
-        it is a context manager. The checkpoint is read as it lies: nothing is converted, or written beside it.
+        it is a context manager. The checkpoint is read as it lies: nothing is converted, or written beside it. Blocks
+        until the first layers are being read; the download, if there is one, included.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and *.safetensors, a hub id, or a GGUF file.
@@ -78,26 +82,23 @@ class AutoModel:
                 computes. What is not given is 90 % of the free memory.
             max_context: tokens per sequence that the KV cache is planned for; as many as fit, up to 4096, if not given.
             max_batch_size: sequences that are generated at once.
-            layers_per_batch: layers that are moved as one unit.
-            prefetch_batches: layer batches that are read ahead; 0 reads each when it is needed.
+            layers_per_batch, prefetch_batches: layers that move as one unit, and how many such units are read ahead.
             page_cache: read through the operating system's page cache; "auto" does if the checkpoint will stay there.
             model_class: instead of the one that the checkpoint names: a class or auto class of transformers, or a name.
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
-            attn_implementation, revision, token, cache_dir, local_files_only, trust_remote_code: as in transformers.
+            attn_implementation, ...: the others are as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
             progress: `generate` shows a live line with tokens, speed and memory; "auto" does in notebooks.
-
-        Blocks until the first layers are being read; the download, if there is one, included.
+            foreign: other libraries' arguments: honoured, let pass if they change nothing, or refused with a remedy.
 
         Raises:
             ArgumentError: an argument is unknown, malformed, or contradicts another.
             CheckpointNotFoundError, CheckpointError: there is no such checkpoint, or it is incomplete or corrupt.
             BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do.
         """
-        known = {name: value for name, value in locals().items() if name in OPTION_NAMES}
-        refuse_unknown(unknown, OPTION_NAMES)
+        known = {name: value for name, value in locals().items() if name in DEFAULTS}
         host_bytes = process_bytes()
-        prepared = prepare(pretrained_model_name_or_path, LoadOptions(**known))
+        prepared = prepare(pretrained_model_name_or_path, LoadOptions(**adopt(foreign, known, DEFAULTS)))
         return _assemble(prepared, make_plan(prepared.facts, prepared.request), host_bytes)
 
     @classmethod

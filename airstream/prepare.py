@@ -36,8 +36,9 @@ from airstream.compat import (
     gguf_dtype,
     measure_cache,
 )
-from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
+from airstream.config import LoadOptions, check_count, named_dtype, parse_max_memory
 from airstream.errors import AirstreamError, ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.foreign import adopt
 from airstream.layout import read_specs
 from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
 from airstream.model.facts import gather_facts, needs_staging
@@ -45,8 +46,8 @@ from airstream.model.units import Parts, divide
 from airstream.pieces import TORCH_DTYPES
 from airstream.plan import ModelFacts, Request
 
-OPTION_NAMES = tuple(option.name for option in fields(LoadOptions))
-_PLAN_NAMES = (*OPTION_NAMES, "machine", "prompt_tokens")
+DEFAULTS: Mapping[str, Any] = {option.name: option.default for option in fields(LoadOptions)}
+_PLAN_DEFAULTS: Mapping[str, Any] = {**DEFAULTS, "machine": THIS_MACHINE, "prompt_tokens": None}
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def ask(
     prompt_tokens: int | None = None,
 ) -> Prepared:
     """The sizes of a model and what is asked of the planner, weights or not. Arguments as `AutoModel.plan`."""
-    refuse_unknown((name for name in options if name not in OPTION_NAMES), _PLAN_NAMES)
-    known = LoadOptions(**options)
+    given = {key: value for key, value in options.items() if key in DEFAULTS}
+    foreign = {key: value for key, value in options.items() if key not in DEFAULTS}
+    known = LoadOptions(**adopt(foreign, given, _PLAN_DEFAULTS))
     if prompt_tokens is not None:
         check_count("prompt_tokens", prompt_tokens, at_least=1)
         if prompt_tokens > (known.max_context or prompt_tokens):
@@ -111,6 +113,8 @@ def prepare(
     folder, gguf = locate(
         name,
         options.gguf_file,
+        subfolder=options.subfolder,
+        variant=options.variant,
         revision=options.revision,
         token=options.token,
         cache_dir=options.cache_dir,
@@ -120,9 +124,12 @@ def prepare(
     )
     index: CheckpointIndex | None
     if gguf is not None:
+        if options.variant is not None:
+            raise ArgumentError(f"variant={options.variant!r} is of safetensors: name the GGUF file with gguf_file=...")
         index = GgufIndex.open(gguf)
     else:
-        index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
+        has_any = with_weights or has_weights(folder, options.variant)
+        index = open_checkpoint(folder, variant=options.variant) if has_any else None
     model, dtype, quantizer, cache = build_model(folder, options, device, index)
     index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype, quantizer))
@@ -168,13 +175,26 @@ def build_model(folder: Path, options: LoadOptions, device: torch.device, index:
         model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
     except AirstreamError:
         raise
+    except ImportError as error:
+        raise UnsupportedError(_needs_package(options.attn_implementation, folder, error)) from error
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
+        if options.attn_implementation is not None and "attn_implementation" in str(error):
+            raise ArgumentError(f"attn_implementation={options.attn_implementation!r}: {error}") from error
         raise CheckpointError(f"no model can be built from {folder / 'config.json'}: {error}") from error
     cache = measure_cache(model)  # while its modules compute on any device
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)
         quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
     return Built(model, dtype, quantizer, cache)
+
+
+def _needs_package(attn_implementation: str | None, folder: Path, error: ImportError) -> str:
+    if attn_implementation is None:
+        return f"the model of {folder / 'config.json'} needs a package that is not installed here: {error}"
+    return (
+        f"attn_implementation={attn_implementation!r} needs a package that is not installed here: "
+        f'{str(error).rstrip(".")}. Install it, or leave the argument out: torch brings "sdpa"'
+    )
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
@@ -197,7 +217,7 @@ def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: Ch
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        return getattr(torch, dtype.removeprefix("torch."))
+        return named_dtype(dtype)
     if isinstance(index, GgufIndex):
         return gguf_dtype(index)
     if config.dtype is not None:

@@ -12,26 +12,28 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _SUFFIXES = {"": 1, "b": 1} | {
     prefix + ending: base**power
     for power, prefix in enumerate("kmgt", start=1)
-    for ending, base in (("ib", 1024), ("b", 1000))
+    for ending, base in (("ib", 1024), ("", 1024), ("b", 1000))
 }
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
+"""A letter alone is a binary unit, as for container engines and schedulers."""
+
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(e\+?[0-9]{1,2})?\s*([a-zA-Z]*)\s*", re.IGNORECASE)
 
 
-def parse_bytes(size: int | str, name: str = "size") -> int:
-    """The number of bytes in `size`: an int, or a string such as `"4GiB"`, `"512 MB"`, `"1.5GiB"`.
+def parse_bytes(size: int | float | str, name: str = "size") -> int:
+    """The number of bytes in `size`: an int, a whole float, or a string such as `"4GiB"`, `"512 MB"`, `"4e9"`.
 
     Raises:
         ArgumentError: `size` is not a size; the message calls it `name`.
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        nbytes = size
+    if isinstance(size, int | float) and not isinstance(size, bool) and size % 1 == 0:  # not for infinity, NaN
+        nbytes = int(size)
     else:
         match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-        if match is None or match[2].lower() not in _SUFFIXES:
+        if match is None or match[3].lower() not in _SUFFIXES:
             raise ArgumentError(
                 f'{name}={size!r} is not a size: use bytes as an int, or a string such as "4GiB" or "512MB"'
             )
-        nbytes = int(Decimal(match[1]) * _SUFFIXES[match[2].lower()])
+        nbytes = int(Decimal(match[1] + (match[2] or "")) * _SUFFIXES[match[3].lower()])
     if not 1 <= nbytes < 1 << 63:
         raise ArgumentError(f"{name}={size!r} must be at least one byte, and less than there are addresses")
     return nbytes

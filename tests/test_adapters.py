@@ -456,7 +456,7 @@ def test_without_files(folder: Path, first: Path) -> None:
 
 def test_without_peft(folder: Path, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with stream(folder) as model, pytest.raises(UnsupportedError, match=r"airstream\[peft\]"):
+    with stream(folder) as model, pytest.raises(UnsupportedError, match=r"pip install peft"):
         model.load_adapter(first)
 
 

@@ -18,7 +18,18 @@ ROOT = Path(airstream.__file__).parent
 
 FLOORS: list[list[str]] = [
     ["errors"],
-    ["units", "forks", "probe", "figures", "stats", "allocations", "codecs", "codecs.*"],
+    [
+        "units",
+        "foreign",
+        "forks",
+        "checkpoint.hub_errors",
+        "probe",
+        "figures",
+        "stats",
+        "allocations",
+        "codecs",
+        "codecs.*",
+    ],
     [
         "checkpoint.files",
         "checkpoint.gguf_split",
@@ -29,6 +40,7 @@ FLOORS: list[list[str]] = [
         "rates",
         "rates.facts",
         "row_numbers",
+        "scales",
     ],
     ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
     ["checkpoint.gather", "checkpoint.formats", "checkpoint.gguf"],

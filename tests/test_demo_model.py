@@ -310,7 +310,7 @@ def test_without_gguf(
 ) -> None:
     monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda _: None)
     without_pip()
-    with pytest.raises(UnsupportedError, match=r'pip install "airstream\[demo\]"'):
+    with pytest.raises(UnsupportedError, match=r"pip install gguf"):
         demo_model.prepare(tmp_path)
     assert names(tmp_path) == set()
 

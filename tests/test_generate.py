@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BatchEncoding,
     DynamicCache,
     GenerationConfig,
     StaticCache,
@@ -22,6 +24,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from airstream import ArgumentError
 from airstream.compat import CACHE_KEYWORDS
 from tests.conftest import Resident, WriteTiny, cache_in, cache_of, stream
 from tests.tiny_models import VOCAB_SIZE
@@ -280,3 +283,38 @@ def test_nothing_is_recorded_for_a_backward_pass(tiny: WriteTiny) -> None:
         output.loss.backward()
     gc.collect()
     assert weights[0]() is None
+
+
+# --------------------------------------------------------------------------------------- what is no tensor: what to do
+
+BATCH_OF_TEXT = BatchEncoding({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)})
+MESSAGES = [{"role": "user", "content": "What is it?"}]
+NO_TENSORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "text": (("What is it?",), {}, r"not text: .*tokenizer\(text, padding=True, return_tensors=\"pt\"\)"),
+    "texts": ((["One", "Two"],), {}, r"not text: .*tokenizer\(text, padding=True"),
+    "text by name": ((), {"input_ids": "What?"}, r"not text: .*tokenizer\(text, padding=True"),
+    "a batch": ((BATCH_OF_TEXT,), {}, r"batch\) takes .* write model.*\(\*\*batch\)"),
+    "a dictionary": ((dict(BATCH_OF_TEXT),), {}, r"write model.*\(\*\*batch\)"),
+    "a batch by name": ((), {"input_ids": BATCH_OF_TEXT}, r"write model.*\(\*\*batch\)"),
+    "messages": ((MESSAGES,), {}, r"not messages: .*apply_chat_template\(messages, add_generation_prompt=True"),
+    "lists": ((IDS.tolist(),), {}, r"not a list: let the tokenizer .*return_tensors=\"pt\""),
+    "lists by name": ((), {"input_ids": IDS.tolist(), "attention_mask": IDS}, r"not a list: .*return_tensors=\"pt\""),
+}
+
+
+@pytest.mark.parametrize("call", ["model", "model.generate"])
+@pytest.mark.parametrize(("args", "kwargs", "said"), NO_TENSORS.values(), ids=NO_TENSORS)
+def test_what_is_no_tensor_is_told_what_to_do(
+    call: str, args: tuple[Any, ...], kwargs: dict[str, Any], said: str, llama: Any
+) -> None:
+    called = llama.generate if call == "model.generate" else llama
+    with pytest.raises(ArgumentError, match=rf"^{re.escape(call)}\(.*{said}"):
+        called(*args, **kwargs)
+
+
+def test_what_the_message_says_to_write_is_right(llama: Any) -> None:
+    assert llama.generate(**BATCH_OF_TEXT, max_new_tokens=2).shape == (1, 14)
+
+
+def test_inputs_may_be_left_out(llama: Any) -> None:
+    assert llama.generate(max_new_tokens=2).shape[0] == 1

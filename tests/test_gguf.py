@@ -168,7 +168,7 @@ def test_an_architecture_that_transformers_does_not_read(tmp_path: Path) -> None
 def test_without_the_package_gguf(gguf: File, monkeypatch: pytest.MonkeyPatch) -> None:
     file = gguf("llama", "Q8_0")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UnsupportedError, match=r"airstream\[gguf\]"):
+    with pytest.raises(UnsupportedError, match=r"pip install gguf"):
         AutoModel.plan(file)
 
 

@@ -21,6 +21,7 @@ from airstream.probe import CONVERT, DISK, H2D, HOST_COPY, LINKS, Probe, Span
 from airstream.profiling import Costs, LinkUse, MemoryUse, PassProfile, Profile
 from airstream.profiling import profile as profile_module
 from airstream.profiling.intervals import blame, merge, total, within
+from airstream.profiling.plot import _latest
 from airstream.rates.facts import Rate
 from tests.conftest import WriteTiny, simulated_accelerator, stream
 from tests.sim import SimDevice
@@ -466,3 +467,28 @@ def test_blame_is_shared_out_without_rest(disk: list[tuple[float, float]], bus: 
 def test_a_probe_nobody_listens_to_makes_nothing() -> None:
     probe = Probe()
     assert probe.span(DISK, 1) is probe.span(H2D, 2)
+
+
+def passes(*phases: str) -> list[PassProfile]:
+    return [PassProfile(number, phase, 1, float(number), True, Costs()) for number, phase in enumerate(phases)]
+
+
+P, D = "prefill", "decode"
+
+
+@pytest.mark.parametrize(
+    ("phases", "shown"),
+    [
+        ((P, D, D), [1, 2]),
+        ((P, D), [1]),
+        ((P,), [0]),
+        ((P, P), [1]),
+        ((P, D, D, D, D), [2, 3, 4]),
+        ((P, D, P, D, D), [3, 4]),
+        ((), []),
+    ],
+    ids=str,
+)
+def test_a_prompt_does_not_take_the_width_of_the_picture(phases: Sequence[str], shown: list[int]) -> None:
+    """A pass over a prompt lasts many times longer than the passes of decoding that the lanes are about."""
+    assert [each.number for each in _latest(passes(*phases))] == shown

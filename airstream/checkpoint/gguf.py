@@ -84,7 +84,7 @@ class GgufIndex(CheckpointIndex):
         self.architecture = architecture
 
     @classmethod
-    def open(cls, file: Path) -> GgufIndex:
+    def open(cls, file: Path) -> GgufIndex:  # type: ignore[override]  # a file, which has no variants
         """Read and check the headers of the checkpoint that `file` belongs to: the file, or all files it is split in.
 
         Raises:

@@ -64,16 +64,19 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
         self.nbytes: int = sum(tensor.nbytes for tensor in tensors.values())
 
     @classmethod
-    def open(cls, folder: Path) -> CheckpointIndex:
+    def open(cls, folder: Path, variant: str | None = None) -> CheckpointIndex:
         """Read and check every header of the safetensors checkpoint in `folder`; `formats` knows the other formats.
+
+        Args:
+            variant: what stands before the ending of its files' names.
 
         Raises:
             CheckpointNotFoundError: no checkpoint, or a shard that the index names is missing.
             CheckpointError: a file is truncated or its header is not what safetensors writes; nothing was loaded.
         """
-        expected = _weight_map(folder)
+        expected = _weight_map(folder, variant)
         tensors: dict[str, StoredTensor] = {}
-        for file in _checkpoint_files(folder, expected):
+        for file in _checkpoint_files(folder, expected, variant):
             for tensor in read_header(file):
                 if tensor.name in tensors and (expected is None or expected.get(tensor.name) != file.name):
                     if expected is None:
@@ -101,14 +104,21 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
         return len(self._tensors)
 
 
-def has_weights(folder: Path) -> bool:
+def file_name(name: str, variant: str | None) -> str:
+    """What transformers calls the file `name` of a variant of a checkpoint: `model.fp16.safetensors`."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def has_weights(folder: Path, variant: str | None = None) -> bool:
     """Whether `folder` has the files of a checkpoint, complete by name. Opens no file of weights.
 
     Raises:
         CheckpointError: the shard index is not one.
     """
-    expected = _weight_map(folder)
-    files = _checkpoint_files(folder, expected) if expected is not None else list(folder.glob("*.safetensors"))
+    expected = _weight_map(folder, variant)
+    anything = list(folder.glob(file_name("*.safetensors", variant)))
+    files = _checkpoint_files(folder, expected, variant) if expected is not None else anything
     return bool(files) and all(file.is_file() for file in files)
 
 
@@ -171,10 +181,10 @@ def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> Stored
     return StoredTensor(name, file, data_start + begin, end - begin, dtype, tuple(shape))
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def _weight_map(folder: Path, variant: str | None) -> dict[str, str] | None:
     """Tensor name -> shard, as the index file says; None for a checkpoint without one."""
-    index = folder / SHARD_INDEX
-    if (folder / SINGLE_FILE).is_file() or not index.is_file():
+    index = folder / file_name(SHARD_INDEX, variant)
+    if (folder / file_name(SINGLE_FILE, variant)).is_file() or not index.is_file():
         return None
     return read_weight_map(index)
 
@@ -206,14 +216,14 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _checkpoint_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
+def _checkpoint_files(folder: Path, weight_map: Mapping[str, str] | None, variant: str | None) -> list[Path]:
     if weight_map is not None:
         return [folder / shard for shard in sorted(set(weight_map.values()))]
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    files = sorted(folder.glob("*.safetensors"))
+    names = [file_name(name, variant) for name in (SINGLE_FILE, SHARD_INDEX, "pytorch_model.bin")]
+    if (folder / names[0]).is_file():
+        return [folder / names[0]]
+    files = sorted(folder.glob(file_name("*.safetensors", variant)))
     if files:
         return files
-    raise CheckpointNotFoundError(
-        f"{folder} has no checkpoint: expected {SINGLE_FILE}, {SHARD_INDEX} or pytorch_model.bin"
-    )
+    what = "checkpoint" if variant is None else f"checkpoint of variant={variant!r}"
+    raise CheckpointNotFoundError(f"{folder} has no {what}: expected {names[0]}, {names[1]} or {names[2]}")

@@ -99,7 +99,7 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `from_pretrained` among those of the command line; those not given are left to its defaults."""
     names = (
         "dtype", "device", "max_context", "max_batch_size", "layers_per_batch", "prefetch_batches", "page_cache",
-        "attn_implementation", "gguf_file", *HUB_OPTIONS,
+        "attn_implementation", "gguf_file", "subfolder", "variant", *HUB_OPTIONS,
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     if arguments.max_memory:
@@ -147,6 +147,8 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attn-implementation", help="as in transformers")
     group.add_argument("--gguf-file", metavar="FILE", help="the GGUF file to use, of a folder or hub repository")
+    group.add_argument("--subfolder", metavar="FOLDER", help="of the folder or repository, where the checkpoint lies")
+    group.add_argument("--variant", help="of the weights: fp16 names model.fp16.safetensors")
     _add_hub(group)
 
 

@@ -246,7 +246,7 @@ def _table_of_mappings() -> Mapping[str, Any]:
 
 def _need_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise UnsupportedError('GGUF files need the package gguf: pip install "airstream[gguf]"')
+        raise UnsupportedError("GGUF files need the package gguf: pip install gguf")
 
 
 def _line(error: BaseException) -> str:

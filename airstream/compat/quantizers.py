@@ -22,7 +22,7 @@ from airstream.compat.quiet import quiet_transformers
 from airstream.errors import UnsupportedError
 
 PACKAGES: Mapping[str, str] = {
-    "bitsandbytes": "airstream[quant]",
+    "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed-tensors",
     "torchao": "torchao",
     "hqq": "hqq",

@@ -254,4 +254,4 @@ def _check_peft() -> None:
     try:
         import peft  # noqa: F401 - is it there?
     except ImportError as error:
-        raise UnsupportedError('adapters need PEFT: pip install "airstream[peft]"') from error
+        raise UnsupportedError("adapters need PEFT: pip install peft") from error

@@ -17,6 +17,7 @@ from airstream.errors import UnsupportedError
 from airstream.model import workload
 from airstream.model.adapters import WithAdapters
 from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
+from airstream.model.inputs import check_inputs
 from airstream.plan import Workload  # likewise
 
 if TYPE_CHECKING:
@@ -135,6 +136,7 @@ class StreamedModel(WithAdapters, GuardedModule):
         self.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        check_inputs("model", args, kwargs)
         work = workload.of_pass(args, kwargs)
         with self._engine.one_pass(work, workload.has_cache(kwargs), self._heed_adapters):
             return super().__call__(*args, **kwargs)
@@ -145,6 +147,7 @@ class StreamedModel(WithAdapters, GuardedModule):
                 f"{type(self).__name__} does not generate: call it, model(**inputs), for what it computes, or load the "
                 "checkpoint with model_class= a class that does"
             )
+        check_inputs("model.generate", args, kwargs)
         engine = self._engine
         with engine.guard():
             self._heed_adapters()
