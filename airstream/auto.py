@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,16 +20,19 @@ from airstream.compat import finish_loading, gguf_tokenizer, load_generation_con
 from airstream.config import LoadOptions, MaxMemory, refuse_unknown
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.hardware import process_bytes
-from airstream.live import in_notebook, progress_bar
+from airstream.live import progress
 from airstream.machine import THIS_MACHINE, Machine
 from airstream.model.engine import Engine
 from airstream.model.streamed import StreamedModel, make_streamed
 from airstream.plan import Plan, Workload, make_plan, with_advice
-from airstream.prepare import OPTION_NAMES, Prepared, ask, prepare
+from airstream.prepare import OPTION_NAMES, STEPS, Prepared, ask, prepare
 from airstream.probe import Probe
+from airstream.status import Activity, showing
 
 Beside = Literal["tokenizer", "processor"]
 """What lies beside a model's weights and makes its inputs."""
+
+LAST_STEP = "reading what always stays"
 
 
 class AutoModel:
@@ -85,7 +88,9 @@ class AutoModel:
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
             attn_implementation, revision, token, cache_dir, local_files_only, trust_remote_code: as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
-            progress: `generate` shows a live line with tokens, speed and memory; "auto" does in notebooks.
+            progress: show on standard error what goes on: on a terminal while loading, and in `generate` how far the
+                prompt is, then tokens, speed and memory. "auto" does on terminals, where the line is erased in the end,
+                unless a `streamer` prints the text meanwhile, and in notebooks; True also where there is neither.
 
         Blocks until the first layers are being read; the download, if there is one, included.
 
@@ -97,8 +102,13 @@ class AutoModel:
         known = {name: value for name, value in locals().items() if name in OPTION_NAMES}
         refuse_unknown(unknown, OPTION_NAMES)
         host_bytes = process_bytes()
-        prepared = prepare(pretrained_model_name_or_path, LoadOptions(**known))
-        return _assemble(prepared, make_plan(prepared.facts, prepared.request), host_bytes)
+        options = LoadOptions(**known)
+        activity = Activity(f"loading {pretrained_model_name_or_path}", (*STEPS, LAST_STEP), is_timed=False)
+        with showing(activity.text, bool(options.progress)):
+            prepared = prepare(pretrained_model_name_or_path, options, begin=activity.begin)
+            plan = make_plan(prepared.facts, prepared.request)
+            activity.begin(LAST_STEP)
+            return _assemble(prepared, plan, host_bytes)
 
     @classmethod
     def plan(
@@ -160,7 +170,7 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         is_final=prepared.options.max_context is not None,
         quantizer=prepared.quantizer,
     )
-    make_streamed(model, engine, load, _progress(engine, prepared.options.progress))
+    make_streamed(model, engine, load, partial(_progress, engine, prepared.options.progress))
     # Where transformers asks what runs where: one device computes, and layers have no memory of their own. It keeps
     # pipelines from moving the model. "disk" would have PEFT and others put hooks of accelerate on it.
     units = [unit for batch in plan.batches for unit in batch.units]
@@ -172,12 +182,11 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
 
 
 def _progress(
-    engine: Engine, wanted: bool | Literal["auto"]
-) -> Callable[[Workload | None], AbstractContextManager[None]]:
+    engine: Engine, wanted: bool | Literal["auto"], work: Workload | None, has_streamer: bool
+) -> AbstractContextManager[Any]:
     """What shows how a generation of some workload goes."""
-    if not (in_notebook() if wanted == "auto" else wanted):
-        return lambda _: nullcontext()
-    return lambda work: progress_bar(engine.observer, engine.stats, work.context - work.tokens if work else None)
+    max_tokens = work.context - work.tokens if work else None
+    return progress(wanted, engine.observer, engine.stats, max_tokens, has_streamer)
 
 
 def _load_now(load: Callable[[], Any]) -> Callable[[], Any]:

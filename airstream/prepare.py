@@ -7,7 +7,7 @@ table, or a running model.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +42,9 @@ from airstream.model.facts import gather_facts, needs_staging
 from airstream.model.units import Parts, divide
 from airstream.pieces import TORCH_DTYPES
 from airstream.plan import ModelFacts, Request
+
+STEPS = ("finding the checkpoint", "reading headers", "building the model", "planning")
+"""Of `prepare`, as it begins them."""
 
 OPTION_NAMES = tuple(option.name for option in fields(LoadOptions))
 _PLAN_NAMES = (*OPTION_NAMES, "machine", "prompt_tokens")
@@ -88,7 +91,9 @@ def prepare(
     with_weights: bool = True,
     machine: Machine = THIS_MACHINE,
     prompt_tokens: int = PROMPT_TOKENS,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
+    """Find out everything about the model `name`. `begin` is told each of `STEPS` but the first."""
     device = machine.device(options.device)
     parse_max_memory(options.max_memory, device)  # a mistake in it is told before anything is downloaded
     folder, gguf = locate(
@@ -101,12 +106,15 @@ def prepare(
         with_code=options.trust_remote_code,
         with_weights=with_weights,
     )
+    begin(STEPS[1])
     index: CheckpointIndex | None
     if gguf is not None:
         index = GgufIndex.open(gguf)
     else:
         index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
+    begin(STEPS[2])
     model, dtype, quantizer, cache = build_model(folder, options, device, index)
+    begin(STEPS[3])
     index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype, quantizer))
     packing = packing_of(device)

@@ -18,7 +18,7 @@ ROOT = Path(airstream.__file__).parent
 
 FLOORS: list[list[str]] = [
     ["errors"],
-    ["units", "probe", "figures", "stats", "allocations", "codecs", "codecs.*"],
+    ["units", "probe", "figures", "stats", "status", "allocations", "codecs", "codecs.*"],
     [
         "checkpoint.files",
         "checkpoint.index",

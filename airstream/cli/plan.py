@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from transformers import logging as transformers_logging
-
 from airstream import AutoModel, Machine, plan_table, plot_plan
 from airstream.cli.parser import load_options
 from airstream.cli.session import note
@@ -17,7 +15,6 @@ from airstream.table_text import FORMATS
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the plan that `from_pretrained` would follow with the same arguments; or a table; or draw a picture."""
-    transformers_logging.set_verbosity_error()
     _refuse_idle(arguments)
     options = load_options(arguments)
     if arguments.table:

@@ -111,6 +111,10 @@ class Observer:
         """Host memory that the process uses above what it did before the model was loaded."""
         return process_bytes() - self._host_bytes
 
+    def num_layers(self) -> int:
+        """Whatever is streamed as one: the layers of all stacks, and the lm_head if it is one of them."""
+        return sum(len(batch.units) for batch in self._plan().batches)
+
     def forget_spans(self) -> None:
         """What has been moved was not for a pass."""
         if self._recorder is not None:

@@ -124,7 +124,10 @@ class Residency:
         binding = batch.streamed[position]
         last = position == len(batch.streamed) - 1
 
+        stats = self._streamer.stats
+
         def onload(*_: object) -> None:
+            stats.layers += 1
             if batch.fill.slab.nbytes or not batch.is_settled:
                 self._hold(number)
                 if batch.fill.slab.nbytes:

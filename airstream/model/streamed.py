@@ -73,7 +73,7 @@ class StreamedModel(WithAdapters, GuardedModule):
     _tokenizer: Any = None
     _processor: Any = None
     _load_beside: Callable[[str], Any]
-    _show_progress: Callable[[Workload | None], AbstractContextManager[None]]
+    _show_progress: Callable[[Workload | None, bool], AbstractContextManager[Any]]
 
     @property
     def plan(self) -> Plan:
@@ -157,7 +157,8 @@ class StreamedModel(WithAdapters, GuardedModule):
             if expected is not None:
                 self._engine.expect(expected)
             prompt_tokens = expected.tokens if expected is not None else 0
-            with self._engine.observer.one_call(prompt_tokens), self._show_progress(expected):
+            progress = self._show_progress(expected, kwargs.get("streamer") is not None)
+            with self._engine.observer.one_call(prompt_tokens), progress:
                 return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def to(self, *args: Any, **kwargs: Any) -> StreamedModel:
@@ -188,7 +189,7 @@ def make_streamed(
     model: PreTrainedModel,
     engine: Engine,
     load_beside: Callable[[str], Any],
-    show_progress: Callable[[Workload | None], AbstractContextManager[None]],
+    show_progress: Callable[[Workload | None, bool], AbstractContextManager[Any]],
 ) -> None:
     """Turn `model` into a streamed one: change its class, and guard the parts of it that can be called alone."""
     for part in _parts_called_alone(model):
