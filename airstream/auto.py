@@ -103,7 +103,7 @@ class AutoModel:
         refuse_unknown(unknown, OPTION_NAMES)
         host_bytes = process_bytes()
         options = LoadOptions(**known)
-        activity = Activity(f"loading {pretrained_model_name_or_path}", (*STEPS, LAST_STEP), is_timed=False)
+        activity = Activity(f"loading {Path(pretrained_model_name_or_path).name}", (*STEPS, LAST_STEP), is_timed=False)
         with showing(activity.text, bool(options.progress)):
             prepared = prepare(pretrained_model_name_or_path, options, begin=activity.begin)
             plan = make_plan(prepared.facts, prepared.request)

@@ -45,10 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _cost(plan: Plan, report: RunReport, file: Path) -> str:
+    packed = format_bytes(file.stat().st_size)
     return (
         f"{format_bytes(plan.checkpoint_bytes)} of weights in {format_bytes(report.peak_bytes)} of memory: "
-        f"SmolLM2-135M in {plan.dtype}, streamed packed from {format_bytes(file.stat().st_size)} of GGUF for every token, on "
-        f"{plan.device}"
+        f"SmolLM2-135M in {plan.dtype} on {plan.device}, streamed from {packed} of GGUF for every token"
     )
 
 

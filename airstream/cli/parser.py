@@ -65,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="a small real model answers a question in less memory than it has weights")
-    demo.add_argument("question", nargs="?", default="What is the capital of France? Answer in two sentences.")
+    demo.add_argument("question", nargs="?", default="What is the capital of Italy, and what is it known for?")
     demo.add_argument(
         "--max-memory", default="200MiB", help="budget of the device that computes (default: %(default)s)"
     )

@@ -36,17 +36,18 @@ def typed() -> Iterator[str]:
 
 
 def _one_text(read: Callable[[str], str]) -> str:
+    """What the next lines say together. Where they end too early, what there is of them counts."""
     line = read(PROMPT)
-    if line.lstrip().startswith(QUOTES):
-        lines = [line.lstrip().removeprefix(QUOTES)]
-        while not lines[-1].rstrip().endswith(QUOTES):
+    is_quoted = line.lstrip().startswith(QUOTES)
+    lines = [line.lstrip().removeprefix(QUOTES) if is_quoted else line]
+    with suppress(EOFError):
+        while is_quoted and not lines[-1].rstrip().endswith(QUOTES):
             lines.append(read(MORE))
-        return "\n".join(lines).rstrip().removesuffix(QUOTES)
-    lines = [line]
-    while lines[-1].endswith(CONTINUED):
-        lines[-1] = lines[-1].removesuffix(CONTINUED)
-        lines.append(read(MORE))
-    return "\n".join(lines)
+        while not is_quoted and lines[-1].endswith(CONTINUED):
+            lines[-1] = lines[-1].removesuffix(CONTINUED)
+            lines.append(read(MORE))
+    text = "\n".join(lines)
+    return text.rstrip().removesuffix(QUOTES) if is_quoted else text
 
 
 def _ask(prompt: str) -> str:

@@ -15,6 +15,9 @@ FOR_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 
 EVER = "repetition_penalty"
 
+USUAL_TOP_K = 50
+"""What transformers takes if nobody says: said here, so that it can be told."""
+
 
 class Choice(NamedTuple):
     """The arguments of `generate`, and the same in words."""
@@ -42,7 +45,9 @@ def choose(arguments: argparse.Namespace, checkpoint: Any, samples_by_default: b
     samples = not greedy and bool(given or arguments.sample or (samples_by_default and suggested))
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": samples, "num_beams": 1}
     options |= {"num_return_sequences": 1}  # text is printed as it comes, which is one text
-    options |= given if samples else {}
+    if samples:
+        unsaid = {"top_k": USUAL_TOP_K} if getattr(checkpoint, "top_k", None) is None else {}
+        options |= unsaid | given
     if getattr(arguments, EVER) is not None:
         options[EVER] = getattr(arguments, EVER)
     seed = secrets.randbits(31) if arguments.seed is None else arguments.seed  # one that can be named

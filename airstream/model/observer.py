@@ -112,8 +112,9 @@ class Observer:
         return process_bytes() - self._host_bytes
 
     def num_layers(self) -> int:
-        """Whatever is streamed as one: the layers of all stacks, and the lm_head if it is one of them."""
-        return sum(len(batch.units) for batch in self._plan().batches)
+        """The layers of all stacks. They are children of lists, and have numbers for names; the lm_head has not."""
+        units = (unit for batch in self._plan().batches for unit in batch.units)
+        return sum(unit.rpartition(".")[2].isdigit() for unit in units)
 
     def forget_spans(self) -> None:
         """What has been moved was not for a pass."""
