@@ -88,9 +88,8 @@ class AutoModel:
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
             attn_implementation, revision, token, cache_dir, local_files_only, trust_remote_code: as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
-            progress: show on standard error what goes on: on a terminal while loading, and in `generate` how far the
-                prompt is, then tokens, speed and memory. "auto" does on terminals, where the line is erased in the end,
-                unless a `streamer` prints the text meanwhile, and in notebooks; True also where there is neither.
+            progress: a live line while loading, in the prompt, and with each token; "auto" shows it in notebooks and on
+                terminals, but not while a streamer prints there; True also where standard error is redirected.
 
         Blocks until the first layers are being read; the download, if there is one, included.
 
@@ -102,13 +101,7 @@ class AutoModel:
         known = {name: value for name, value in locals().items() if name in OPTION_NAMES}
         refuse_unknown(unknown, OPTION_NAMES)
         host_bytes = process_bytes()
-        options = LoadOptions(**known)
-        activity = Activity(f"loading {Path(pretrained_model_name_or_path).name}", (*STEPS, LAST_STEP), is_timed=False)
-        with showing(activity.text, bool(options.progress)):
-            prepared = prepare(pretrained_model_name_or_path, options, begin=activity.begin)
-            plan = make_plan(prepared.facts, prepared.request)
-            activity.begin(LAST_STEP)
-            return _assemble(prepared, plan, host_bytes)
+        return _load(pretrained_model_name_or_path, LoadOptions(**known), host_bytes)
 
     @classmethod
     def plan(
@@ -131,6 +124,16 @@ class AutoModel:
         """
         prepared = ask(pretrained_model_name_or_path, options, machine, prompt_tokens)
         return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
+
+
+def _load(name: str | os.PathLike[str], options: LoadOptions, host_bytes: int) -> StreamedModel:
+    # Without the time at first: where something is downloaded, the hub draws bars.
+    activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
+    with showing(activity.text, bool(options.progress)):
+        prepared = prepare(name, options, begin=activity.begin)
+        plan = make_plan(prepared.facts, prepared.request)
+        activity.begin(LAST_STEP)
+        return _assemble(prepared, plan, host_bytes)
 
 
 def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:

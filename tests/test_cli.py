@@ -8,6 +8,7 @@ import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from transformers import GenerationConfig
 
 from airstream import ArgumentError, Plan
-from airstream.cli import main
+from airstream.cli import demo, main
 from airstream.cli.parser import build_parser, load_options, parse_memory
 from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
@@ -319,6 +320,38 @@ def test_a_stop_is_never_shown_however_the_text_comes() -> None:
         assert "".join(shown) == "one two "
     assert Holding(stops).pass_on("one STO", is_last=False) == "one "
     assert Holding(stops).pass_on("one STO", is_last=True) == "one STO"
+
+
+@pytest.mark.parametrize(
+    ("device", "has_room", "theirs", "status", "said"),
+    [
+        ("cpu", True, [7, 8], 0, "The same 2 tokens as transformers"),
+        ("cpu", True, [7, 9], 1, "NOT the tokens of transformers"),
+        ("cpu", False, None, 0, "not enough free memory"),
+        ("cuda:0", True, None, 0, "rounds otherwise than cuda:0"),
+        ("cpu", True, KeyboardInterrupt, 0, "interrupted"),
+    ],
+)
+def test_the_demo_says_honestly_whether_it_was_compared(
+    device: str,
+    has_room: bool,
+    theirs: Any,
+    status: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(*_: object) -> Any:
+        if theirs is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        assert theirs is not None, "transformers was asked"
+        return theirs
+
+    monkeypatch.setattr(demo, "has_room", lambda: has_room)
+    monkeypatch.setattr(demo, "answer_of_transformers", answer)
+    plan: Any = types.SimpleNamespace(device=device)
+    assert demo._check(plan, Path("m.gguf"), torch.tensor([[5, 6, 7, 8]]), prompt_tokens=2) == status
+    assert said in capsys.readouterr().err
 
 
 def test_python_dash_m_is_the_same_program() -> None:

@@ -110,7 +110,7 @@ def test_commands_say_nothing_that_is_not_theirs(folder: Path, tmp_path: Path) -
     assert result.stderr.splitlines() == [
         "(greedy; stopped at 2 tokens: --max-new-tokens allows more)",
         "(sampling, top k 50, seed 1; stopped at 2 tokens: --max-new-tokens allows more)",
-        f"{folder} is ready (greedy). /help says what else can be typed.",
+        f"{folder.name} is ready (greedy). /help says what else can be typed.",
         "(stopped at 2 tokens: --max-new-tokens allows more)",
     ]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,15 @@ def run(arguments: argparse.Namespace) -> None:
         stops = arguments.stop or []
         choice = choose(arguments, model.generation_config, samples_by_default=True)
         conversation = Conversation(model, arguments.system, choice.options, stops, reuses=not arguments.no_reuse)
-        note(f"{arguments.model} is ready ({choice.words}). /help says what else can be typed.")
+        note(f"{Path(arguments.model).absolute().name} is ready ({choice.words}). /help says what else can be typed.")
+        show = partial(printing, model, stops, arguments.max_new_tokens)
         for text in typed():
             try:
                 if text.startswith("/") and not text.startswith("//"):
                     if not obey(conversation, text):
                         break
                 else:
-                    with printing(model, stops, arguments.max_new_tokens) as streamer:
-                        _answer(conversation, text.removeprefix("/") if text.startswith("//") else text, streamer)
+                    _answer(conversation, text.removeprefix("/"), show)
                     if not conversation.is_complete:
                         note(f"(stopped at {arguments.max_new_tokens} tokens: --max-new-tokens allows more)")
             except ClosedError:
@@ -38,10 +40,11 @@ def run(arguments: argparse.Namespace) -> None:
                 note(f"airstream: {error}")
 
 
-def _answer(conversation: Conversation, question: str, streamer: Any) -> None:
+def _answer(conversation: Conversation, question: str, show: Callable[[], AbstractContextManager[Any]]) -> None:
     before = len(conversation.messages)
     try:
-        conversation.answer(question, streamer)
+        with show() as streamer:
+            conversation.answer(question, streamer)
     except KeyboardInterrupt:
         kept = "what there is of the answer is kept" if len(conversation.messages) > before else "nothing was answered"
         conversation.is_complete = True

@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache
 
 from airstream.cli.session import encode_chat
-from airstream.cli.stopping import StopAt, cut
+from airstream.cli.stopping import StopAt, cut, has_ended
 from airstream.compat import cache_keyword, cut_back
 from airstream.errors import ArgumentError
 
@@ -90,7 +90,7 @@ class Conversation:
                 # The last token has been chosen, and not been seen: if a pass was under way, by some layers only.
                 seen = torch.cat([prompt_ids, torch.tensor(recorder.ids[:-1], dtype=torch.long)])
             self._keep(cache, seen, is_whole)
-        self.is_complete = len(recorder.ids) < self._options["max_new_tokens"] or any(c.has_stopped for c in criteria)
+        self.is_complete = has_ended(self._model, recorder.ids, criteria)
         return reply
 
     def save(self, file: Path) -> None:

@@ -39,9 +39,13 @@ def run(arguments: argparse.Namespace) -> int:
         report = meter.report(plan, model.stats)
     note(f"\n{_cost(plan, report, file)}\n{report}\n")
     status_code = 0 if arguments.no_check else _check(plan, file, output.cpu(), report.prompt_tokens)
-    command = f"airstream chat {shlex.quote(os.fspath(file))} --max-memory {arguments.max_memory}"
-    note(f"Next, talk to it:\n  {command}\nor see where the memory goes:\n  {command.replace(' chat ', ' plan ')}")
+    note(f"Next, talk to it:\n  airstream {shlex.join(next_command(file))}")
     return status_code
+
+
+def next_command(file: Path) -> list[str]:
+    """To talk to the model: with room for the keys and values of a conversation."""
+    return ["chat", os.fspath(file), "--dtype", "bfloat16", "--max-memory", "300MiB"]
 
 
 def _cost(plan: Plan, report: RunReport, file: Path) -> str:

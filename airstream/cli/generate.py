@@ -10,7 +10,7 @@ from typing import Any
 
 from airstream.cli.sampling import choose
 from airstream.cli.session import encode, encode_chat, load, note, printing
-from airstream.cli.stopping import StopAt, cut
+from airstream.cli.stopping import StopAt, cut, has_ended
 from airstream.errors import ArgumentError
 from airstream.figures import check_file, check_folder, new_figure
 from airstream.profiling import Profile
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
             output = model.generate(**inputs, **choice.options, streamer=meter, stopping_criteria=criteria)
         report = meter.report(model.plan, model.stats)
         prompt_ids, ids = output[0].tolist()[: report.prompt_tokens], output[0].tolist()[report.prompt_tokens :]
-        reason = _reason(model, ids, any(criterion.has_stopped for criterion in criteria))
+        reason = STOPPED if has_ended(model, ids, criteria) else CUT_OFF
         if arguments.json:
             text = cut(model.tokenizer.decode(ids, skip_special_tokens=True), stops)
             profile = {"profile": model.last_profile.to_dict()} if is_profiling else {}
@@ -83,12 +83,6 @@ def _encode(arguments: argparse.Namespace, model: Any, prompt: str) -> dict[str,
         return encode(model, prompt)
     system = [{"role": "system", "content": arguments.system}] if arguments.system else []
     return encode_chat(model, [*system, {"role": "user", "content": prompt}])
-
-
-def _reason(model: Any, ids: list[int], has_stopped: bool) -> str:
-    ends = model.generation_config.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    return STOPPED if has_stopped or (ids and ids[-1] in ends) else CUT_OFF
 
 
 def _show(arguments: argparse.Namespace, profile: Profile) -> None:

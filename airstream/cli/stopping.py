@@ -31,6 +31,13 @@ class StopAt(StoppingCriteria):  # type: ignore[misc]  # transformers has no typ
         return torch.full((input_ids.shape[0],), self.has_stopped, dtype=torch.bool, device=input_ids.device)
 
 
+def has_ended(model: Any, ids: Sequence[int], criteria: Sequence[StopAt]) -> bool:
+    """Whether the model, or a stop, ended the generation of `ids`: else there were as many as were allowed."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return any(criterion.has_stopped for criterion in criteria) or (len(ids) > 0 and ids[-1] in ends)
+
+
 def cut(text: str, stops: Sequence[str]) -> str:
     """`text` up to the first of `stops` in it."""
     found = [position for stop in stops if (position := text.find(stop)) >= 0]
