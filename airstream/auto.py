@@ -32,7 +32,7 @@ from airstream.status import Activity, showing
 Beside = Literal["tokenizer", "processor"]
 """What lies beside a model's weights and makes its inputs."""
 
-LAST_STEP = "reading what always stays"
+LAST_STEP = "reading the small parts"
 
 
 class AutoModel:

@@ -85,7 +85,8 @@ class LiveLine:
         if nbytes := self._stats.streamed_bytes - bytes_before:
             parts.append(f"{nbytes / max(seconds, 1e-9) / 1e9:.2f} GB/s")
         if layer > 1 and seconds > 1:
-            parts.append(f"about {format_seconds(seconds / (layer - 1) * (layers - layer + 1))} more")
+            left = round(seconds / (layer - 1) * (layers - layer + 1))
+            parts.append(f"about {f'{left} s' if left < 100 else format_seconds(left)} more")
         return ", ".join(parts)
 
     def _layer(self) -> tuple[int, int]:

@@ -38,13 +38,13 @@ def run(arguments: argparse.Namespace) -> None:
             meter.start(model.stats)
             output = model.generate(**inputs, **choice.options, streamer=meter, stopping_criteria=criteria)
         report = meter.report(model.plan, model.stats)
-        prompt_ids, ids = output[0].tolist()[: report.prompt_tokens], output[0].tolist()[report.prompt_tokens :]
+        ids = output[0].tolist()[report.prompt_tokens :]
         reason = STOPPED if has_ended(model, ids, criteria) else CUT_OFF
         if arguments.json:
             text = cut(model.tokenizer.decode(ids, skip_special_tokens=True), stops)
             profile = {"profile": model.last_profile.to_dict()} if is_profiling else {}
             found = {"model": arguments.model, "prompt": prompt, "text": text, "finish_reason": reason}
-            found |= {"prompt_token_ids": prompt_ids, "token_ids": ids, "choice": choice.words}
+            found |= {"prompt_token_ids": inputs["input_ids"][0].tolist(), "token_ids": ids, "choice": choice.words}
             print(json.dumps({**found, **report.to_dict(), **profile}))
         else:
             end = f"stopped at {len(ids)} tokens: --max-new-tokens allows more" if reason == CUT_OFF else "complete"
