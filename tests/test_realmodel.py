@@ -39,6 +39,7 @@ def test_the_streamed_answer_is_the_resident_answer(
             assert torch.equal(model(**inputs).logits, resident(**inputs).logits)
 
 
+@pytest.mark.timeout(900)  # the model is loaded three times
 def test_the_demo_answers_within_its_budget_as_transformers_does(
     smollm2_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

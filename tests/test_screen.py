@@ -16,6 +16,8 @@ from tests.test_chat import with_template
 
 pty = pytest.importorskip("pty", reason="needs a terminal that a program can look at")
 
+pytestmark = pytest.mark.timeout(600)  # programs that import torch, on machines that may do other things besides
+
 WATCHED = """
 import os, sys
 
