@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +21,19 @@ from airstream.config import LoadOptions, MaxMemory
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.foreign import adopt
 from airstream.hardware import process_bytes
-from airstream.live import in_notebook, progress_bar
+from airstream.live import progress
 from airstream.machine import THIS_MACHINE, Machine
 from airstream.model.engine import Engine
 from airstream.model.streamed import StreamedModel, make_streamed
 from airstream.plan import Plan, Workload, make_plan, with_advice
-from airstream.prepare import DEFAULTS, Prepared, ask, prepare
+from airstream.prepare import DEFAULTS, STEPS, Prepared, ask, prepare
 from airstream.probe import Probe
+from airstream.status import Activity, showing
 
 Beside = Literal["tokenizer", "processor"]
 """What lies beside a model's weights and makes its inputs."""
+
+LAST_STEP = "reading the small parts"
 
 
 class AutoModel:
@@ -88,8 +91,11 @@ class AutoModel:
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
             attn_implementation, ...: the others are as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
-            progress: `generate` shows a live line with tokens, speed and memory; "auto" does in notebooks.
+            progress: a live line while loading, in the prompt, and with each token; "auto" shows it in notebooks and on
+                terminals, but not while a streamer prints there; True also where standard error is redirected.
             foreign: other libraries' arguments: honoured, let pass if they change nothing, or refused with a remedy.
+
+        Blocks until the first layers are being read; the download, if there is one, included.
 
         Raises:
             ArgumentError: an argument is unknown, malformed, or contradicts another.
@@ -98,8 +104,7 @@ class AutoModel:
         """
         known = {name: value for name, value in locals().items() if name in DEFAULTS}
         host_bytes = process_bytes()
-        prepared = prepare(pretrained_model_name_or_path, LoadOptions(**adopt(foreign, known, DEFAULTS)))
-        return _assemble(prepared, make_plan(prepared.facts, prepared.request), host_bytes)
+        return _load(pretrained_model_name_or_path, LoadOptions(**adopt(foreign, known, DEFAULTS)), host_bytes)
 
     @classmethod
     def plan(
@@ -122,6 +127,16 @@ class AutoModel:
         """
         prepared = ask(pretrained_model_name_or_path, options, machine, prompt_tokens)
         return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
+
+
+def _load(name: str | os.PathLike[str], options: LoadOptions, host_bytes: int) -> StreamedModel:
+    # Without the time at first: where something is downloaded, the hub draws bars.
+    activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
+    with showing(activity.text, bool(options.progress)):
+        prepared = prepare(name, options, begin=activity.begin)
+        plan = make_plan(prepared.facts, prepared.request)
+        activity.begin(LAST_STEP)
+        return _assemble(prepared, plan, host_bytes)
 
 
 def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
@@ -161,7 +176,7 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         is_final=prepared.options.max_context is not None,
         quantizer=prepared.quantizer,
     )
-    make_streamed(model, engine, load, _progress(engine, prepared.options.progress))
+    make_streamed(model, engine, load, partial(_progress, engine, prepared.options.progress))
     # Where transformers asks what runs where: one device computes, and layers have no memory of their own. It keeps
     # pipelines from moving the model. "disk" would have PEFT and others put hooks of accelerate on it.
     units = [unit for batch in plan.batches for unit in batch.units]
@@ -173,12 +188,11 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
 
 
 def _progress(
-    engine: Engine, wanted: bool | Literal["auto"]
-) -> Callable[[Workload | None], AbstractContextManager[None]]:
+    engine: Engine, wanted: bool | Literal["auto"], work: Workload | None, has_streamer: bool
+) -> AbstractContextManager[Any]:
     """What shows how a generation of some workload goes."""
-    if not (in_notebook() if wanted == "auto" else wanted):
-        return lambda _: nullcontext()
-    return lambda work: progress_bar(engine.observer, engine.stats, work.context - work.tokens if work else None)
+    max_tokens = work.context - work.tokens if work else None
+    return progress(wanted, engine.observer, engine.stats, max_tokens, has_streamer)
 
 
 def _load_now(load: Callable[[], Any]) -> Callable[[], Any]:

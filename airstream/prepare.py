@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -45,6 +45,9 @@ from airstream.model.facts import gather_facts, needs_staging
 from airstream.model.units import Parts, divide
 from airstream.pieces import TORCH_DTYPES
 from airstream.plan import ModelFacts, Request
+
+STEPS = ("finding the checkpoint", "reading headers", "building the model", "planning")
+"""Of `prepare`, as it begins them."""
 
 DEFAULTS: Mapping[str, Any] = {option.name: option.default for option in fields(LoadOptions)}
 _PLAN_DEFAULTS: Mapping[str, Any] = {**DEFAULTS, "machine": THIS_MACHINE, "prompt_tokens": None}
@@ -107,7 +110,9 @@ def prepare(
     with_weights: bool = True,
     machine: Machine = THIS_MACHINE,
     prompt_tokens: int = PROMPT_TOKENS,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
+    """Find out everything about the model `name`. `begin` is told each of `STEPS` but the first."""
     device = machine.device(options.device)
     parse_max_memory(options.max_memory, device)  # a mistake in it is told before anything is downloaded
     folder, gguf = locate(
@@ -122,6 +127,7 @@ def prepare(
         with_code=options.trust_remote_code,
         with_weights=with_weights,
     )
+    begin(STEPS[1])
     index: CheckpointIndex | None
     if gguf is not None:
         if options.variant is not None:
@@ -130,7 +136,9 @@ def prepare(
     else:
         has_any = with_weights or has_weights(folder, options.variant)
         index = open_checkpoint(folder, variant=options.variant) if has_any else None
+    begin(STEPS[2])
     model, dtype, quantizer, cache = build_model(folder, options, device, index)
+    begin(STEPS[3])
     index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype, quantizer))
     packing = packing_of(device)

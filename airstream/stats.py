@@ -16,6 +16,7 @@ class StreamStats:
         read_seconds: wall time in which at least one batch was being read.
         acquired: batches handed out.
         missed: of those, the ones whose read had not even been started.
+        layers: have begun to compute, those in memory included.
     """
 
     streamed_bytes: int = 0
@@ -24,3 +25,4 @@ class StreamStats:
     read_seconds: float = 0.0
     acquired: int = 0
     missed: int = 0
+    layers: int = 0

@@ -26,6 +26,7 @@ FLOORS: list[list[str]] = [
         "probe",
         "figures",
         "stats",
+        "status",
         "allocations",
         "codecs",
         "codecs.*",

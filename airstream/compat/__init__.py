@@ -18,6 +18,7 @@ from airstream.compat.traits import (
     cache_keyword,
     cached_tokens,
     config_value,
+    cut_back,
     measure_cache,
     uses_eager_attention,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "choose_class",
     "config_value",
     "conversion_for",
+    "cut_back",
     "find_quantizer",
     "finish_loading",
     "gguf_config",

@@ -53,6 +53,24 @@ def cached_tokens(cache: Any) -> int:
         return 0
 
 
+def cut_back(cache: Any, tokens: int) -> bool:
+    """Make every layer of `cache` forget all but the first `tokens`; False if one cannot, and the cache is of no use.
+
+    Layers may differ in how far they are: a pass that was interrupted has been through some of them.
+    """
+    try:
+        for layer in cache.layers:
+            if not getattr(layer, "is_initialized", True):
+                continue  # it shares the keys and values of another one
+            if (excess := layer.get_seq_length() - tokens) > 0:
+                layer.crop(-excess)
+            if layer.keys.shape[-2] != tokens or layer.values.shape[-2] != tokens:
+                return False
+    except (AttributeError, RuntimeError, ValueError, TypeError):  # windows that have slid on, and states, cannot
+        return False
+    return True
+
+
 def config_value(config: Any, name: str) -> Any:
     """The attribute `name` of `config`, None if it has none; of layers that differ in it, the largest."""
     try:
@@ -101,8 +119,8 @@ def _cached_bytes(model: PreTrainedModel, part: nn.Module, tokens: int) -> int:
         output = part(**arguments)
     if stands_for and not any(_nbytes(vars(state)) for state in states[len(stands_for) :]):
         return sum(number * _nbytes(vars(state)) for number, state in zip(stands_for, states, strict=False))
-    caches = [cache, *(output.get(name) for name in CACHE_KEYWORDS)]
-    return _nbytes(caches)
+    # Asked by their names alone: an output warns the user when it is asked for the name that it had before.
+    return _nbytes([cache, *(value for name, value in output.items() if name in CACHE_KEYWORDS)])
 
 
 def _nbytes(cache: Any) -> int:

@@ -128,6 +128,11 @@ class Observer:
         """Host memory that the process uses above what it did before the model was loaded."""
         return process_bytes() - self._host_bytes
 
+    def num_layers(self) -> int:
+        """The layers of all stacks. They are children of lists, and have numbers for names; the lm_head has not."""
+        units = (unit for batch in self._plan().batches for unit in batch.units)
+        return sum(unit.rpartition(".")[2].isdigit() for unit in units)
+
     def forget_spans(self) -> None:
         """What has been moved was not for a pass."""
         if self._recorder is not None:

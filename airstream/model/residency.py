@@ -139,7 +139,10 @@ class Residency:
         batch = self._batches[number]
         last = position == len(batch.streamed) - 1
 
+        stats = self._streamer.stats
+
         def onload(called: nn.Module, args: tuple[object, ...]) -> None:
+            stats.layers += 1
             if not self._direct.is_inside:
                 self._start_direct(called, args)
             self._bring_in(name, number, position)

@@ -74,7 +74,7 @@ class StreamedModel(WithAdapters, GuardedModule):
     _tokenizer: Any = None
     _processor: Any = None
     _load_beside: Callable[[str], Any]
-    _show_progress: Callable[[Workload | None], AbstractContextManager[None]]
+    _show_progress: Callable[[Workload | None, bool], AbstractContextManager[Any]]
 
     @property
     def plan(self) -> Plan:
@@ -158,7 +158,7 @@ class StreamedModel(WithAdapters, GuardedModule):
         with (
             engine.generation(work),
             engine.observer.one_call(prompt_tokens, engine.gate.turns.hold),
-            self._show_progress(work),
+            self._show_progress(work, kwargs.get("streamer") is not None),
         ):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
@@ -190,7 +190,7 @@ def make_streamed(
     model: PreTrainedModel,
     engine: Engine,
     load_beside: Callable[[str], Any],
-    show_progress: Callable[[Workload | None], AbstractContextManager[None]],
+    show_progress: Callable[[Workload | None, bool], AbstractContextManager[Any]],
 ) -> None:
     """Turn `model` into a streamed one: change its class, and guard the parts of it that can be called alone."""
     for part in _parts_called_alone(model):

@@ -35,6 +35,7 @@ from airstream.repacking.manifest import (
 )
 from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
 from airstream.repacking.write import header_of, sha256_of, write_shard
+from airstream.status import status
 from airstream.units import format_bytes, parse_bytes
 
 NOT_COPIED = re.compile(
@@ -74,7 +75,8 @@ def repack(
     """
     target = Path(out).expanduser().absolute()
     shard_bytes = parse_bytes(shard_size, "shard_size")
-    prepared = prepare(model, LoadOptions(device="cpu", **options))
+    with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
+        prepared = prepare(model, LoadOptions(device="cpu", **options))
     _check_target(target, prepared.folder)
     shards, chosen = _planned(prepared, layers, shard_bytes)
     recipe = {
