@@ -20,6 +20,7 @@ FLOORS: list[list[str]] = [
     ["errors"],
     ["units", "probe", "figures", "stats", "allocations", "codecs", "codecs.*"],
     [
+        "checkpoint.descriptors",
         "checkpoint.files",
         "checkpoint.index",
         "checkpoint.config_file",
