@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from airstream.model.observer import Observer
-from airstream.probe import DISK, now
+from airstream.probe import DISK, H2D, HOST_MEMORY, now
 from airstream.stats import StreamStats
-from airstream.units import format_bytes, format_seconds
+from airstream.units import format_bytes, format_rate, format_seconds
 
 BAR = "{percentage:3.0f}%|{bar:20}| {desc}"
 
@@ -35,12 +35,12 @@ class LiveLine:
         self._stats = stats
         self._show = show
         self._tokens = 0
-        self._history: deque[tuple[float, int]] = deque(maxlen=RECENT_PASSES + 1)
+        self._history: deque[tuple[float, int, int]] = deque(maxlen=RECENT_PASSES + 1)
 
     @contextmanager
     def following(self) -> Iterator[None]:
         """Show the line for as long as this lasts."""
-        self._history.append((now(), self._stats.streamed_bytes))
+        self._note()
         self._observer.watchers.append(self._tick)
         try:
             yield
@@ -51,19 +51,25 @@ class LiveLine:
         self._tokens += 1
         if self._tokens == 2:
             self._history.popleft()  # the prompt's pass says little about the ones that follow
-        self._history.append((now(), self._stats.streamed_bytes))
+        self._note()
         self._show(self._tokens, self.text())
+
+    def _note(self) -> None:
+        self._history.append((now(), self._stats.streamed_bytes, self._stats.host_bytes))
 
     def text(self) -> str:
         """`"12 tokens, 1.66 s/token, 2.21 GB/s from disk (96 %), 2.93 GiB"`."""
-        (start, bytes_before), (end, nbytes) = self._history[0], self._history[-1]
+        (start, *before), (end, *after) = self._history[0], self._history[-1]
         seconds = (end - start) / max(1, len(self._history) - 1)
         parts = [f"{self._tokens} token{'s' * (self._tokens > 1)}", f"{format_seconds(seconds)}/token"]
-        if nbytes > bytes_before:
-            rate = (nbytes - bytes_before) / max(end - start, 1e-9)
-            limit = self._observer.rates.get(DISK)
-            share = f" ({rate / limit.per_second:.0%})" if limit else ""
-            parts.append(f"{rate / 1e9:.2f} GB/s from disk{share}")
+        for source, limited_by, old, new in zip(
+            (self._stats.source, HOST_MEMORY), (DISK, H2D), before, after, strict=True
+        ):
+            if new > old:
+                rate = (new - old) / max(end - start, 1e-9)
+                limit = self._observer.rates.get(limited_by)  # of the disk there is none for what the page cache gives
+                share = f" ({rate / limit.per_second:.0%})" if limit else ""
+                parts.append(f"{format_rate(rate)} from {source}{share}")
         parts.append(format_bytes(self._observer.used_bytes()))
         return ", ".join(parts)
 

@@ -18,7 +18,7 @@ from airstream.checkpoint.descriptors import MAX_OPEN_FILES, Descriptors
 from airstream.checkpoint.files import EdgePages, WeightFile
 from airstream.codecs import BLOCK_TYPES
 from airstream.errors import ClosedError
-from airstream.probe import DISK, Probe
+from airstream.probe import DISK, PAGE_CACHE, Probe
 
 CHUNK_BYTES = 8 << 20
 """The largest single read. 4-16 MiB on a few threads keep an NVMe drive busy; larger ones only drain unevenly."""
@@ -178,6 +178,11 @@ class Reader:
     def direct(self) -> bool:
         """Whether every file is read around the page cache."""
         return all(file.direct for file in self._files.values())
+
+    @property
+    def source(self) -> str:
+        """What gives the bytes: the disk, or, if any file is read through it, the page cache."""
+        return DISK if self.direct else PAGE_CACHE
 
     def submit(self, pieces: Sequence[Piece], landing: Landing, on_done: OnDone, urgent: bool = False) -> Job:
         """Start reading `pieces`, in order, ahead of all that waits if `urgent`. Does not block."""

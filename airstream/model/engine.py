@@ -31,7 +31,7 @@ from airstream.model.store import Store
 from airstream.model.units import Parts
 from airstream.plan import AdapterFacts, ModelFacts, Plan, Request, Workload, make_plan, smallest_plan
 from airstream.probe import Probe
-from airstream.stats import StreamStats
+from airstream.stats import MeasuredLink, StreamStats
 from airstream.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class Engine:
         self._closing.callback(backend.close)
         self._closing.callback(reader.close)
         try:
-            self.observer = Observer(probe, backend, request, reader.direct, host_bytes, lambda: self.plan)
+            self.observer = Observer(probe, backend, request, lambda: reader.direct, host_bytes, lambda: self.plan)
             keys = conversion_for(model, index, quantizer)
             convert = converter_of(keys, partial(convert_slab, keys, probe, backend.moment))
             for binding in bind_residents(model, parts.resident, reader, backend, convert):
@@ -236,8 +236,8 @@ class Engine:
         if self._closed:
             raise ClosedError("the model is closed: load it again with from_pretrained()")
 
-    def measure_link(self) -> tuple[int, float]:
-        """Bytes and wall seconds of one pass over all streamed layers without computing. Blocks for that long."""
+    def measure_link(self) -> MeasuredLink:
+        """One pass over all streamed layers without computing. Blocks until the last byte has arrived."""
         with self.guard():
             assert self._executor is not None  # an open engine has one
             try:
