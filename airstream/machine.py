@@ -21,7 +21,8 @@ from airstream.config import LoadOptions, parse_max_memory, resolve_device
 from airstream.errors import ArgumentError
 from airstream.plan import HOST, ModelFacts, Request
 from airstream.rates.cards import Card, card_facts, find_card
-from airstream.rates.facts import HardwareFacts, Rate
+from airstream.rates.facts import HardwareFacts, Rate, measured_today
+from airstream.rates.links import measure_pinned
 from airstream.rates.store import facts_for
 from airstream.units import GIB, format_bytes, parse_bytes
 
@@ -80,10 +81,14 @@ class Machine:
         return torch.device("cuda", 0)
 
     def rates(self, folder: Path, device: torch.device) -> HardwareFacts:
-        """What it can do with a checkpoint in `folder`, as far as that is known without measuring."""
+        """What it can do with a checkpoint in `folder`, as far as that is known.
+
+        Nothing is measured, but for the link to an accelerator that nobody has measured: that takes some ten
+        milliseconds, and a guess may be wrong by half.
+        """
         if self.gpu is not None:
             return card_facts(self.gpu, disk_gbps=self.disk_gbps)
-        facts = facts_for(folder, device)
+        facts = with_measured_link(facts_for(folder, device), device)
         return facts if self.disk_gbps is None else replace(facts, disk=Rate(self.disk_gbps * 1e9, "given"))
 
     def memory(self, device: torch.device, given: Mapping[str, int]) -> dict[str, tuple[int, str]]:
@@ -143,6 +148,16 @@ def request_for(question: Question, facts: ModelFacts) -> Request:
         hardware=machine.rates(question.folder, device),
         prompt_tokens=question.prompt_tokens,
     )
+
+
+def with_measured_link(facts: HardwareFacts, device: torch.device) -> HardwareFacts:
+    """`facts`, with the rate of the link to `device` as it is now, if they only have an assumed one."""
+    if facts.h2d is None or facts.h2d.is_measured:
+        return facts
+    per_second = measure_pinned(device)
+    if per_second is None:
+        return facts
+    return replace(facts, h2d=Rate(per_second, f"{measured_today()}; while the model was loaded, the bus alone"))
 
 
 def _direct_io(facts: ModelFacts, left_over: int, options: LoadOptions) -> bool:

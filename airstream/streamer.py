@@ -166,6 +166,7 @@ class Streamer:
         """Until nothing that has been begun is under way, neither reads nor copies."""
         with self._changed:
             self._wait_for_fills()
+        self._backend.settle()
         self._backend.synchronize()
 
     def _wait_for_fills(self) -> None:

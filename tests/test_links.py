@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from airstream import AutoModel, machine
 from airstream.checkpoint import files
 from airstream.live import LiveLine
 from airstream.probe import DISK, H2D
+from airstream.rates.facts import Rate, assumed
+from airstream.rates.links import measure_pinned
 from airstream.report import Meter
 from tests.conftest import WriteTiny, simulated_accelerator, stream
 
@@ -152,3 +156,53 @@ def source_in(text: str) -> str:
     assert "0.00" not in text
     found = re.search(r"[\d.]+ [GMk]B/s from ([a-z ]+?)(?: \(|,|$)", text, re.MULTILINE)
     return found[1] if found else ""
+
+
+# --------------------------------------------------------------------------------- rates that nobody has measured yet
+
+
+def test_the_link_to_an_accelerator_is_measured_when_a_model_is_loaded(folder: Path) -> None:
+    """The wrong guess was 25 GB/s; here the bus is a thousand times slower, and never faster than it is."""
+    with simulated_accelerator(copy_bytes_per_second=SLOW) as sim, stream(folder, "sim:0") as model:
+        rate = model.plan.prediction.rates["h2d"]
+        assert 0 < rate.per_second <= SLOW
+        assert rate.is_measured
+        assert "h2d" not in model.plan.prediction.assumed
+        assert "measured while the model was loaded" in str(model.plan)
+        assert sim.allocated_bytes < 8 << 20, "what it was measured with is still there"
+
+
+@pytest.mark.parametrize("pinnable", [True, False])
+def test_without_pinned_memory_or_room_the_guess_stays(folder: Path, pinnable: bool) -> None:
+    with simulated_accelerator(memory_limit=1 << 20 if pinnable else None, is_pinnable=pinnable) as sim:
+        assert measure_pinned(sim.device) is None
+        assert sim.pinned_bytes == 0
+        assert machine.with_measured_link(assumed("sim"), sim.device) == assumed("sim")
+
+
+def test_a_rate_that_is_on_file_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "measure_pinned", None)
+    known = replace(assumed("sim"), h2d=Rate(3e9, "measured 2026-11-25"))
+    assert machine.with_measured_link(known, torch.device("sim", 0)) is known
+    assert machine.with_measured_link(assumed("cpu"), torch.device("cpu")) == assumed("cpu")
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("measured 2026-11-25; while other programs used 1.2 cores", "measured while other programs used 1.2 cores"),
+        ("measured 2026-11-25; through the page cache: direct reads are refused", "measured through the page cache"),
+        ("measured 2026-11-25", ""),
+        ("assumed: a mid-range GPU; or better", ""),
+        ("data sheet: RTX 3090", ""),
+    ],
+)
+def test_the_plan_says_how_its_rates_were_measured(
+    folder: Path, source: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = replace(assumed("cpu"), weights={"bfloat16": Rate(15e9, source)})
+    monkeypatch.setattr(machine, "facts_for", lambda *_: known)
+    text = str(AutoModel.plan(folder, device="cpu"))
+    assert ("airstream hardware --refresh" in text) is bool(said)
+    assert said in text
+    assert max(map(len, text.splitlines())) <= 100

@@ -89,6 +89,7 @@ class Engine:
         self._is_final = is_final
         self._executor: Executor | None = None
         self._reader = reader
+        self._backend = backend
         self._lock = threading.RLock()
         self._closing = ExitStack()
         self._closed = False
@@ -247,7 +248,8 @@ class Engine:
 
     def abandon(self) -> None:
         """`close`, for the garbage collector, which may call from one of the threads that `close` waits for."""
-        if self._reader.is_worker(threading.current_thread()):
+        thread = threading.current_thread()
+        if self._reader.is_worker(thread) or self._backend.is_worker(thread):
             threading.Thread(target=self.close, name="airstream-closer").start()
         else:
             self.close()
