@@ -191,7 +191,7 @@ def test_a_rate_that_is_on_file_is_not_measured_again(monkeypatch: pytest.Monkey
     ("source", "said"),
     [
         ("measured 2026-11-25; while other programs used 1.2 cores", "measured while other programs used 1.2 cores"),
-        ("measured 2026-11-25; through the page cache: direct reads are refused", "measured through the page cache"),
+        ("measured 2026-11-25; through the page cache, direct reads refused", "measured through the page cache"),
         ("measured 2026-11-25", ""),
         ("assumed: a mid-range GPU; or better", ""),
         ("data sheet: RTX 3090", ""),

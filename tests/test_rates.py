@@ -384,7 +384,7 @@ def test_only_folders_are_measured(tmp_path: Path, name: str) -> None:
 def test_refused_direct_reads_are_part_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.Reader, "direct", property(lambda _: False))
     assert measure.measure(tmp_path, CPU, effort=TINY).disk.source.endswith(
-        "through the page cache: direct reads are refused"
+        "through the page cache, direct reads refused"
     )
 
 

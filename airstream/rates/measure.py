@@ -29,6 +29,9 @@ ACCELERATOR_TOKENS = 2048
 LEAST_DEVICE_BYTES = 128 * MIB
 """With less, a device's caches would hold the weights."""
 
+REFUSED = "through the page cache, direct reads refused"
+"""Said of a disk's rate that may be that of memory."""
+
 NOISE_CORES = 0.3
 """Cores that others use without anybody noticing."""
 
@@ -76,7 +79,7 @@ def measure(
         num_cores=usable_cores(),
         disk=Rate(
             disk.bytes_per_second,
-            source if disk.direct else f"{source}; through the page cache: direct reads are refused",
+            source if disk.direct else f"{source}; {REFUSED}",
         ),
         disk_cpu_seconds_per_byte=disk.cpu_seconds_per_byte,
         host_copy=Rate(host_copy, source),
