@@ -91,6 +91,12 @@ class Machine:
         facts = with_measured_link(facts_for(folder, device), device)
         return facts if self.disk_gbps is None else replace(facts, disk=Rate(self.disk_gbps * 1e9, "given"))
 
+    def driver_bytes(self, device: torch.device) -> int:
+        """Host memory that the driver and the libraries of `device` take; of one that is only described, a guess."""
+        if self.gpu is not None:
+            return hardware.LIBRARY_BYTES["cuda"]
+        return 0 if device.type == "cpu" else hardware.driver_bytes(device)
+
     def memory(self, device: torch.device, given: Mapping[str, int]) -> dict[str, tuple[int, str]]:
         """Bytes of each memory, and in words what they are. Accelerators whose budget is `given` are not looked at."""
         if self.ram is None:
@@ -130,6 +136,7 @@ def request_for(question: Question, facts: ModelFacts) -> Request:
     """The user's numbers, and those of the machine where there are none."""
     options, machine, device = question.options, question.machine, question.device
     given = parse_max_memory(options.max_memory, device)
+    driver_bytes = machine.driver_bytes(device)  # first of all: whatever asks the device for anything brings it up
     memory = machine.memory(device, given)
     budgets = {name: int(AUTO_SHARE * nbytes) for name, (nbytes, _) in memory.items()} | given
     shares = {name: f"{AUTO_SHARE:.0%} of {words}, the rest is head-room" for name, (_, words) in memory.items()}
@@ -145,6 +152,7 @@ def request_for(question: Question, facts: ModelFacts) -> Request:
         direct_io=_direct_io(facts, total - min(budgets[HOST], total), options),
         staging_bytes=staging_bytes(device, NUM_WORKERS, CHUNK_BYTES) if question.staged else 0,
         decoding_bytes=decoding_bytes(device, NUM_WORKERS, CHUNK_BYTES) if facts.stored_bytes is not None else 0,
+        driver_bytes=driver_bytes,
         hardware=machine.rates(question.folder, device),
         prompt_tokens=question.prompt_tokens,
     )
