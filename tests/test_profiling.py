@@ -183,7 +183,7 @@ def test_weights_in_host_memory_are_bytes_of_the_bus(folder: Path) -> None:
             hosted = sum(unit_bytes(model, name) for name in profile.layers)
         assert all(each.costs.host_bytes == hosted for each in profile.passes)
         assert profile.passes[-1].costs.read_bytes == model.plan.read_bytes
-        assert profile.total.links[H2D].nbytes >= 4 * hosted
+        assert profile.total.links[H2D].nbytes >= 3 * hosted  # some of the first pass was read ahead before
         assert bool(profile.total.links[HOST_COPY].nbytes) is not is_pinnable
 
 
