@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 from airstream.model.observer import Observer
-from airstream.probe import DISK, now
+from airstream.probe import DISK, H2D, HOST_MEMORY, now
 from airstream.stats import StreamStats
 from airstream.status import bar, can_draw, repeating, showing
-from airstream.units import format_bytes, format_seconds
+from airstream.units import format_bytes, format_rate, format_seconds
 
 TQDM_FORMAT = "{percentage:3.0f}%|{bar:20}| {desc}"
 
@@ -51,14 +51,14 @@ class LiveLine:
         self._on_pass = on_pass
         self._max_tokens = max_tokens
         self._layers_before = 0
-        self._history: deque[tuple[float, int]] = deque(maxlen=RECENT_PASSES + 1)
+        self._history: deque[tuple[float, int, int]] = deque(maxlen=RECENT_PASSES + 1)
 
     @contextmanager
     def following(self) -> Iterator[None]:
         """Follow what the calling thread generates for as long as this lasts."""
         self._thread = threading.get_ident()
         self._layers_before = self._stats.layers
-        self._history.append((now(), self._stats.streamed_bytes))
+        self._note()
         self._observer.watchers.append(self._tick)
         try:
             yield
@@ -72,9 +72,12 @@ class LiveLine:
         self._layers_before = self._stats.layers
         if self.tokens == 2:
             self._history.popleft()  # the prompt's pass says little about the ones that follow
-        self._history.append((now(), self._stats.streamed_bytes))
+        self._note()
         if self._on_pass is not None:
             self._on_pass()
+
+    def _note(self) -> None:
+        self._history.append((now(), self._stats.streamed_bytes, self._stats.host_bytes))
 
     def text(self) -> str:
         """What is to be shown now. May be asked for by any thread."""
@@ -82,12 +85,12 @@ class LiveLine:
 
     def _about_prompt(self) -> str:
         """`"reading the prompt [###.................] layer 12 of 80, 1.9 GB/s, about 40 s"`."""
-        start, bytes_before = self._history[0]
+        start, bytes_before, _ = self._history[0]
         seconds = now() - start
         layer, layers = self._layer()
         parts = [f"reading the prompt {bar(max(layer - 1, 0) / layers)} layer {layer} of {layers}"]
         if nbytes := self._stats.streamed_bytes - bytes_before:
-            parts.append(f"{nbytes / max(seconds, 1e-9) / 1e9:.2f} GB/s")
+            parts.append(format_rate(nbytes / max(seconds, 1e-9)))
         if layer > 1 and seconds > 1:
             left = round(seconds / (layer - 1) * (layers - layer + 1))
             parts.append(f"about {f'{left} s' if left < 100 else format_seconds(left)} more")
@@ -101,15 +104,18 @@ class LiveLine:
     def _about_tokens(self) -> str:
         """`"12 tokens, 1.66 s/token, 2.21 GB/s from disk (96 %), 2.93 GiB"`."""
         history = list(self._history)
-        (start, bytes_before), (end, nbytes) = history[0], history[-1]
+        (start, *before), (end, *after) = history[0], history[-1]
         seconds = (end - start) / max(1, len(history) - 1)
         of = f" of {self._max_tokens}" if self._max_tokens else ""
         parts = [f"{self.tokens}{of} token{'s' * (self.tokens > 1 or bool(of))}", f"{format_seconds(seconds)}/token"]
-        if nbytes > bytes_before:
-            rate = (nbytes - bytes_before) / max(end - start, 1e-9)
-            limit = self._observer.rates.get(DISK)
-            share = f" ({rate / limit.per_second:.0%})" if limit else ""
-            parts.append(f"{rate / 1e9:.2f} GB/s from disk{share}")
+        for source, limited_by, old, new in zip(
+            (self._stats.source, HOST_MEMORY), (DISK, H2D), before, after, strict=True
+        ):
+            if new > old:
+                rate = (new - old) / max(end - start, 1e-9)
+                limit = self._observer.rates.get(limited_by)  # of the disk there is none for what the page cache gives
+                share = f" ({rate / limit.per_second:.0%})" if limit else ""
+                parts.append(f"{format_rate(rate)} from {source}{share}")
         parts.append(format_bytes(self._observer.used_bytes()))
         if seconds > SLOW_SECONDS:
             parts.append("layer {} of {}".format(*self._layer()))

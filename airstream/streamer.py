@@ -24,10 +24,10 @@ from airstream.errors import ClosedError, UnsupportedError
 from airstream.fill import Fill, Filling
 from airstream.forks import FORKED_INSIDE, Forks
 from airstream.order import AccessOrder
-from airstream.probe import Probe
+from airstream.probe import HOST_MEMORY, Probe
 from airstream.region import Region
 from airstream.ring import Ring, room_sizes
-from airstream.stats import StreamStats
+from airstream.stats import MeasuredLink, StreamStats
 
 
 class Streamer:
@@ -114,25 +114,43 @@ class Streamer:
                 self._read_ahead()
             self._changed.notify_all()
 
-    def measure_link(self) -> tuple[int, float]:
-        """Stream every batch once without computing. Returns the bytes that passed and the wall seconds they took.
+    def measure_link(self) -> MeasuredLink:
+        """Stream every batch once without computing: from when nothing moves until nothing moves any more.
 
         This is the raw link: what streaming would run at if computation took no time. What is loaded just once, and
-        what has been read ahead, is out of the way first, so that it does not count.
+        what has been read ahead, is out of the way first, so that it does not count; what is read ahead at the end
+        does instead. Blocks for all of that, copies to the device included: those that are queued have not arrived.
         """
         for batch, fill in enumerate(self._fills):
             if not all(kept.loaded for kept in fill.kept) or not all(ready.loaded for ready in fill.ready):
                 self._pass_through(batch)
-        for batch in self._upcoming():
-            self._pass_through(batch)
+        self.start()
         streamed = [batch for batch, fill in enumerate(self._fills) if fill.slab.nbytes]
         coming = next((batch for batch in self._order.upcoming() if batch in streamed), None)
         first = streamed.index(coming) if coming is not None else 0
-        started = time.perf_counter()
+        self._wait_until_quiet()
+        read_bytes, host_bytes, started = self.stats.streamed_bytes, self.stats.host_bytes, time.perf_counter()
         for batch in (*streamed[first:], *streamed[:first]):
             self._pass_through(batch)
+        self._wait_until_quiet()
         seconds = time.perf_counter() - started
-        return sum(self._fills[batch].slab.read_bytes + self._fills[batch].ready_bytes for batch in streamed), seconds
+        moved = {
+            self.stats.source: self.stats.streamed_bytes - read_bytes,
+            HOST_MEMORY: self.stats.host_bytes - host_bytes,
+        }
+        sources = [source for source, nbytes in moved.items() if nbytes]
+        return MeasuredLink(" and ".join(sources) or None, sum(moved.values()), seconds)
+
+    def _wait_until_quiet(self) -> None:
+        """Until nothing that has been begun is under way, neither reads nor copies."""
+        with self._changed:
+            self._wait_for_fills()
+        self._backend.settle()
+        self._backend.synchronize()
+
+    def _wait_for_fills(self) -> None:
+        while any(region.filling for region in self._regions.values()):
+            self._changed.wait()
 
     def _pass_through(self, batch: int) -> None:
         self.acquire(batch)
@@ -156,8 +174,7 @@ class Streamer:
                 if region.work is not None:
                     region.work.cancel()
             self._changed.notify_all()
-            while any(region.filling for region in self._regions.values()):
-                self._changed.wait()
+            self._wait_for_fills()
             self._regions.clear()
         self._backend.synchronize()
         self._memory = torch.empty(0, dtype=torch.uint8)
@@ -230,7 +247,8 @@ class Streamer:
         region.read_bytes, region.host_bytes = fill.to_read_bytes, fill.ready_bytes
         self._regions[batch] = region
         self._report_ring()
-        self._count_reading(+1)
+        if region.read_bytes:
+            self._count_reading(+1)
         self._backend.begin_fill()
         on_done = partial(self._filled, region, region.read_bytes)
         work = Filling(fill, region.memory, self._reader, self._backend, on_done, urgent)
@@ -266,12 +284,15 @@ class Streamer:
         with self._changed:
             if error is None:
                 self._backend.end_fill(self._fences[region.batch])
-                self.stats.streamed_bytes += read_bytes
+                if read_bytes:
+                    self.stats.streamed_bytes += read_bytes
+                    self.stats.source = self._reader.source
                 self.stats.host_bytes += self._fills[region.batch].ready_bytes
             region.error = error
             region.work = None  # it refers to this region: the cycle would keep the ring's memory after close()
             region.filling = False
-            self._count_reading(-1)
+            if read_bytes:
+                self._count_reading(-1)
             self._changed.notify_all()
 
     def _wait_until_filled(self, region: Region) -> None:

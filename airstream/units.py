@@ -49,6 +49,14 @@ def format_bytes(nbytes: float) -> str:
     return f"{size:.2f} GiB"
 
 
+def format_rate(bytes_per_second: float) -> str:
+    """`bytes_per_second` for people, never as nothing: `"2.41 GB/s"`, `"87.30 MB/s"`, `"0.52 kB/s"`."""
+    for unit, size in (("GB/s", 1e9), ("MB/s", 1e6)):
+        if bytes_per_second >= 0.1 * size:
+            return f"{bytes_per_second / size:.2f} {unit}"
+    return f"{bytes_per_second / 1e3:.2f} kB/s"
+
+
 def format_seconds(seconds: float) -> str:
     """`seconds` for people: `"850 ms"`, `"3.42 s"`, `"2 min 05 s"`."""
     if seconds < 0.9995:

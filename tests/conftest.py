@@ -108,7 +108,7 @@ def least_memory(folder: Path, device: str = "cpu", **options: Any) -> dict[int 
 
 def smallest_budget(folder: Path, device: str = "cpu", **options: Any) -> dict[int | str, str]:
     """The max_memory that the refusal of one that is too small names."""
-    too_small = {"cpu": 1} if device == "cpu" else {"cpu": 1, 0: 1}
+    too_small = {"cpu": "1MiB"} if device == "cpu" else {"cpu": "1MiB", 0: "1MiB"}
     with pytest.raises(BudgetError) as refusal:
         AutoModel.plan(folder, device=device, **(STREAMING | options | {"max_memory": too_small}))
     (named,) = re.findall(r"max_memory=\{(.*)\}", str(refusal.value))

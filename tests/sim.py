@@ -274,6 +274,11 @@ class SimDevice:
         raise_races: raise `RaceError` where a race is found, if on the main thread. The others wait for `check`.
         kernel_seconds: that every operation takes which is not a view.
         copy_bytes_per_second: of copies from the host; None: they take no time.
+        pin_bytes_per_second: of pinning host memory, in the thread that asks for it; None: it takes no time.
+
+    Attributes:
+        pins: by which thread and when memory was pinned that may be unpinned by now: name, start, end, bytes.
+        pinned_bytes: that are pinned.
     """
 
     def __init__(
@@ -282,10 +287,14 @@ class SimDevice:
         raise_races: bool = True,
         kernel_seconds: float = 0.0,
         copy_bytes_per_second: float | None = None,
+        pin_bytes_per_second: float | None = None,
     ) -> None:
         _register()
         self.kernel_seconds = kernel_seconds
         self.copy_bytes_per_second = copy_bytes_per_second
+        self.pin_bytes_per_second = pin_bytes_per_second
+        self.pins: list[tuple[str, float, float, int]] = []
+        self.pinned_bytes = 0
         self.device = torch.device("sim", 0)
         self.memory_limit = memory_limit
         self.allocated_bytes = 0
@@ -381,6 +390,19 @@ class SimDevice:
             if func.overloadpacket in _UNINITIALISED:
                 ctypes.memset(storage.data_ptr(), _POISON, storage.nbytes())
             return SimTensor(raw, Memory(self, storage, self.compute_stream.access(f"the allocation by {func}")))
+
+    def pin(self, nbytes: int) -> None:
+        """Pin so much host memory. Blocks the calling thread, and nobody else, for as long as it takes."""
+        start = time.perf_counter()
+        if self.pin_bytes_per_second is not None:
+            time.sleep(nbytes / self.pin_bytes_per_second)
+        with self.lock:
+            self.pins.append((threading.current_thread().name, start, time.perf_counter(), nbytes))
+            self.pinned_bytes += nbytes
+
+    def unpin(self, nbytes: int) -> None:
+        with self.lock:
+            self.pinned_bytes -= nbytes
 
     def _charge(self, nbytes: int) -> None:
         if self.memory_limit is not None and self.allocated_bytes + nbytes > self.memory_limit:
@@ -653,10 +675,12 @@ class SimRuntime:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def pin(self, buffer: HostBuffer) -> bool:
+        if self._pinnable:
+            self._sim.pin(buffer.nbytes)
         return self._pinnable
 
     def unpin(self, buffer: HostBuffer) -> None:
-        """Nothing to undo."""
+        self._sim.unpin(buffer.nbytes)
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
         """Queue a copy, which reads `source` when it runs: when somebody waits for it. Keep `source` until then.

@@ -32,6 +32,7 @@ FLOORS: list[list[str]] = [
         "codecs.*",
     ],
     [
+        "checkpoint.descriptors",
         "checkpoint.files",
         "checkpoint.gguf_split",
         "checkpoint.index",

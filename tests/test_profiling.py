@@ -178,14 +178,20 @@ def test_weights_in_host_memory_are_bytes_of_the_bus(folder: Path) -> None:
         with (
             simulated_accelerator(is_pinnable=is_pinnable),
             stream(folder, "sim:0", max_memory=memory) as model,
-            model.profile() as profile,
+            settled(model).profile() as profile,
         ):
             model.generate(IDS.to("sim:0"), max_new_tokens=4, do_sample=False)
             hosted = sum(unit_bytes(model, name) for name in profile.layers)
         assert all(each.costs.host_bytes == hosted for each in profile.passes)
         assert profile.passes[-1].costs.read_bytes == model.plan.read_bytes
-        assert profile.total.links[H2D].nbytes >= 4 * hosted
+        assert profile.total.links[H2D].nbytes >= 3 * hosted  # some of the first pass was read ahead before
         assert bool(profile.total.links[HOST_COPY].nbytes) is not is_pinnable
+
+
+def settled(model: Any) -> Any:
+    """`model` with all in memory that stays there, and pinned."""
+    model.measure_link()
+    return model
 
 
 def test_what_is_loaded_for_good_counts_once(folder: Path) -> None:

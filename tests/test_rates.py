@@ -263,7 +263,7 @@ def test_effort_fits_small_machines() -> None:
 def test_other_programs_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure.OtherLoad, "cores", lambda _: 1.24)
     found = measure.measure(tmp_path, CPU, effort=TINY)
-    assert found.disk.source.endswith("; other programs used 1.2 cores")
+    assert found.disk.source.endswith("; while other programs used 1.2 cores")
     assert measure._source(0.1).startswith("measured 2")
     assert "other" not in measure._source(0.1)
 
@@ -383,7 +383,9 @@ def test_only_folders_are_measured(tmp_path: Path, name: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct reads here")
 def test_refused_direct_reads_are_part_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.Reader, "direct", property(lambda _: False))
-    assert measure.measure(tmp_path, CPU, effort=TINY).disk.source.endswith("; direct reads are refused")
+    assert measure.measure(tmp_path, CPU, effort=TINY).disk.source.endswith(
+        "through the page cache, direct reads refused"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ keeping

@@ -14,11 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from airstream.checkpoint.descriptors import MAX_OPEN_FILES, Descriptors
 from airstream.checkpoint.files import EdgePages, WeightFile
 from airstream.codecs import BLOCK_TYPES
 from airstream.errors import ClosedError
 from airstream.forks import Forks
-from airstream.probe import DISK, Probe
+from airstream.probe import DISK, PAGE_CACHE, Probe
 
 CHUNK_BYTES = 8 << 20
 """The largest single read. 4-16 MiB on a few threads keep an NVMe drive busy; larger ones only drain unevenly."""
@@ -72,7 +73,8 @@ class ReadCancelled(Exception):  # noqa: N818 - it is not an error: somebody ask
 class Landing(Protocol):
     """Where bytes land. Both methods are called by worker `worker`, one piece at a time, and may block.
 
-    `direct` says that the file is read around the page cache, which ties the window's address to the file offset.
+    `direct` says that the piece is read around the page cache, which ties the window's address to the file offset. It
+    is decided once for each piece, and both are told the same, whatever becomes of the file meanwhile.
     """
 
     def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
@@ -130,9 +132,10 @@ class Reader:
     """Worker threads that read pieces of files.
 
     Args:
-        files: the files that may be read; all are opened at once, so that a missing one is known now.
+        files: the files that may be read; each is opened now, so that a missing one is known.
         direct: go around the page cache where the file system allows it.
         probe: told about every read.
+        max_open_files: at a time; the others are opened again when they are read.
     """
 
     def __init__(
@@ -142,6 +145,7 @@ class Reader:
         num_workers: int = NUM_WORKERS,
         chunk_bytes: int = CHUNK_BYTES,
         probe: Probe | None = None,
+        max_open_files: int = MAX_OPEN_FILES,
     ) -> None:
         self.chunk_bytes = chunk_bytes
         self._probe = probe or Probe()
@@ -152,9 +156,10 @@ class Reader:
         self._closed = False
         self._forks = Forks()
         self._workers: list[threading.Thread] = []
+        descriptors = Descriptors(max_open_files)
         try:
             for path in files:
-                self._files[path] = WeightFile(path, direct)
+                self._files[path] = WeightFile(path, direct, descriptors)
         except BaseException:
             self.close()
             raise
@@ -189,6 +194,11 @@ class Reader:
     def direct(self) -> bool:
         """Whether every file is read around the page cache."""
         return all(file.direct for file in self._files.values())
+
+    @property
+    def source(self) -> str:
+        """What gives the bytes: the disk, or, if any file is read through it, the page cache."""
+        return DISK if self.direct else PAGE_CACHE
 
     def submit(self, pieces: Sequence[Piece], landing: Landing, on_done: OnDone, urgent: bool = False) -> Job:
         """Start reading `pieces`, in order, ahead of all that waits if `urgent`. Does not block."""
@@ -262,13 +272,14 @@ class Reader:
 
     def _read(self, landing: Landing, piece: Piece, worker: int, edges: EdgePages) -> None:
         file = self._files[piece.file]
-        window = landing.window(worker, piece, file.direct)
+        direct = file.direct  # asked once: the answer may change under way, and decides where the bytes are
+        window = landing.window(worker, piece, direct)
         with self._probe.span(DISK, piece.nbytes):
-            if file.direct:
+            if direct:
                 edges.read_direct(file, window, piece.offset)
             else:
                 file.read_into(window, piece.offset, piece.nbytes)
-        landing.landed(worker, piece, file.direct)
+        landing.landed(worker, piece, direct)
         with self._wake:
             self.bytes_read += piece.nbytes
 

@@ -36,7 +36,7 @@ from airstream.model.store import Store
 from airstream.model.units import Parts
 from airstream.plan import AdapterFacts, ModelFacts, Plan, Request, Workload, make_plan, smallest_plan
 from airstream.probe import Probe
-from airstream.stats import StreamStats
+from airstream.stats import MeasuredLink, StreamStats
 from airstream.units import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -92,6 +92,7 @@ class Engine:
         self._is_final = is_final
         self._executor: Executor | None = None
         self._reader = reader
+        self._backend = backend
         self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
         self._generations = Generations(self.gate, self, self.modules)
         self.between_generations = self._generations.between
@@ -99,7 +100,7 @@ class Engine:
         self._closing.callback(backend.close)
         self._closing.callback(reader.close)
         try:
-            self.observer = Observer(probe, backend, request, reader.direct, host_bytes, lambda: self.plan)
+            self.observer = Observer(probe, backend, request, lambda: reader.direct, host_bytes, lambda: self.plan)
             keys = conversion_for(model, index, quantizer)
             convert = converter_of(keys, partial(convert_slab, keys, probe, backend.moment))
             for binding in bind_residents(model, parts.resident, reader, backend, convert):
@@ -268,8 +269,8 @@ class Engine:
         if executor is not None:
             executor.close()
 
-    def measure_link(self) -> tuple[int, float]:
-        """Bytes and wall seconds of one pass over all streamed layers without computing. Blocks for that long."""
+    def measure_link(self) -> MeasuredLink:
+        """One pass over all streamed layers without computing. Blocks until the last byte has arrived."""
         with self.guard():
             assert self._executor is not None  # an open engine has one
             try:
@@ -280,7 +281,8 @@ class Engine:
     def abandon(self) -> None:
         """`close`, for the garbage collector, which may call from one of the threads that `close` waits for."""
         self.gate.shut(is_abandoned=True)
-        if self._reader.is_worker(threading.current_thread()):
+        thread = threading.current_thread()
+        if self._reader.is_worker(thread) or self._backend.is_worker(thread):
             threading.Thread(target=self.close, name="airstream-closer").start()
         else:
             self.close()

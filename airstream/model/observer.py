@@ -19,12 +19,12 @@ class Observer:
     """One for every running model. Passes and calls are reported by the threads that run it, whoever has the turn.
 
     Args:
-        is_direct: the reader goes around the page cache: only then is the disk's rate what its reads can be held to.
+        is_direct: whether the reader goes around the page cache now: only then is the disk's rate what its reads can be
+            held to.
         host_bytes: resident memory of the process before the model was loaded.
         plan: gives the plan that is being followed.
 
     Attributes:
-        rates: what each link can do, as measured or assumed.
         watchers: called after every pass, by the thread that ran it.
     """
 
@@ -33,13 +33,13 @@ class Observer:
         probe: Probe,
         backend: Backend,
         request: Request,
-        is_direct: bool,
+        is_direct: Callable[[], bool],
         host_bytes: int,
         plan: Callable[[], Plan],
     ) -> None:
         self.watchers: list[Callable[[], None]] = []
         self.last_profile: Profile | None = None
-        self.rates = _rates(request, is_direct)
+        self._request = request
         self._is_direct = is_direct
         self._probe = probe
         self._backend = backend
@@ -56,10 +56,15 @@ class Observer:
         self._mine = threading.local()
         self._resume(None)
 
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """What each link can do, as measured or assumed."""
+        return _rates(self._request, self._is_direct())
+
     def start(self) -> Profile:
         """Begin a profile. It grows until another one begins."""
         plan = self._plan()
-        profile = Profile(plan.model, plan.device, plan.dtype, now(), self.rates, self._is_direct)
+        profile = Profile(plan.model, plan.device, plan.dtype, now(), self.rates, self._is_direct())
         self._backend.forget_peak()
         self._resume(Recorder(profile, self._backend, partial(self._measure, PeakMemory(self._host_bytes))))
         self.last_profile = profile

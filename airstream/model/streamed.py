@@ -23,7 +23,7 @@ from airstream.plan import Workload  # likewise
 if TYPE_CHECKING:
     from airstream.plan import Plan
     from airstream.profiling import Profile
-    from airstream.stats import StreamStats
+    from airstream.stats import MeasuredLink, StreamStats
 
 
 class GuardedModule:
@@ -105,11 +105,12 @@ class StreamedModel(WithAdapters, GuardedModule):
         """The device that computes: where inputs belong."""
         return self._engine.device
 
-    def measure_link(self) -> tuple[int, float]:
+    def measure_link(self) -> MeasuredLink:
         """Stream all layers once without computing: how fast this machine's disk and bus are. Blocks for one pass.
 
         Returns:
-            The bytes that passed and the wall seconds they took.
+            Bytes, wall seconds until the last of them had arrived, and where they came from; the rate is None if
+            nothing is streamed.
         """
         return self._engine.measure_link()
 

@@ -56,6 +56,7 @@ class Request:
     Attributes:
         budgets: bytes per tier: "cpu", and the index of the accelerator if one is used.
         budget_notes: per tier, where the budget comes from.
+        driver_bytes: of host memory that an accelerator's driver and libraries take.
         decoding_bytes: that decoding packed weights takes where the model computes.
         workload: to make room for, whatever `max_context` and `max_batch_size` say; for one that has outgrown them.
         hardware: what the machine can do, if seconds are to be predicted, for prompts of `prompt_tokens`.
@@ -70,6 +71,7 @@ class Request:
     direct_io: bool = True
     staging_bytes: int = 0
     decoding_bytes: int = 0
+    driver_bytes: int = 0
     workload: Workload | None = None
     hardware: HardwareFacts | None = None
     prompt_tokens: int = 512
