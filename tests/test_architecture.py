@@ -18,7 +18,8 @@ ROOT = Path(airstream.__file__).parent
 
 FLOORS: list[list[str]] = [
     ["errors"],
-    ["units", "probe", "figures", "stats", "allocations", "codecs", "codecs.*"],
+    ["units", "probe", "figures", "stats", "allocations", "codecs", "codecs.*", "checkpoint.impostors"],
+    ["checkpoint.foreign", "checkpoint.foreign_json"],
     [
         "checkpoint.files",
         "checkpoint.index",
