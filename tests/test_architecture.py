@@ -24,6 +24,8 @@ FLOORS: list[list[str]] = [
         "checkpoint.files",
         "checkpoint.index",
         "checkpoint.config_file",
+        "checkpoint.generation_file",
+        "checkpoint.beside",
         "cache",
         "checkpoint",
         "rates",

@@ -25,11 +25,12 @@ AS_WHAT: Mapping[str, str] = {
     "pickle": "a checkpoint that torch.save has written: rename it to pytorch_model.bin",
 }
 
+LFS_POINTER = b"version https://git-lfs"
 POINTER = "a pointer that git-lfs left in place of the file. Fetch the file: git lfs install && git lfs pull"
 AGAIN = "Download it again: hf download REPOSITORY --local-dir FOLDER"
 
 KINDS: tuple[tuple[bytes, str], ...] = (
-    (rb"version https://git-lfs", POINTER),
+    (LFS_POINTER, POINTER),
     (rb"\s*(?i:<!doctype html|<html|<head|<!--)", f"a web page, as a login or an error of a server gives. {AGAIN}"),
     (rb"\s*<(\?xml|Error>)", f"a message of a server, in XML. {AGAIN}"),
     (rb"\x1f\x8b", "compressed with gzip: unpack it with gunzip"),
