@@ -7,7 +7,7 @@ is refused here, where that costs nothing; what no model can be built from is fo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,11 @@ AT_LEAST = dict.fromkeys(("hidden_size", "d_model", "n_embd", "vocab_size"), 1) 
 )
 """What sizes are never below."""
 
+TYPES: Mapping[str, tuple[type, ...]] = dict.fromkeys(("sliding_window", "attention_chunk_size"), (int, list)) | (
+    dict.fromkeys(("output_hidden_states", "output_attentions", "use_cache", "return_dict"), (bool, int))
+)
+"""What a value is where transformers looks at it in the middle of a pass only; null may be anywhere."""
+
 CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields that may name code of others on the hub, which transformers would fetch and run."""
 
@@ -41,6 +46,9 @@ def read_config_file(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise CheckpointNotFoundError(f"{file.parent} has no config.json: it is not the folder of a transformers model")
     config = read_object(file)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            check_types(file, part, TYPES)
     for name, choice in _choices(config):
         if "/" in choice:
             raise CheckpointError(
@@ -62,6 +70,17 @@ def read_object(file: Path) -> dict[str, Any]:
         if value < AT_LEAST.get(name, value):
             raise CheckpointError(f"{file}: {name} is {value:,}; it cannot be less than {AT_LEAST[name]}")
     return config
+
+
+def check_types(file: Path, values: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
+    """Refuse the first of `values` that is not of the types that its name has in `types`."""
+    for name in values.keys() & types.keys():
+        value, expected = values[name], types[name]
+        if value is not None and (not isinstance(value, expected) or (value is True and bool not in expected)):
+            raise CheckpointError(
+                f"{file}: {name} is {str(value)[:100]!r}, a {type(value).__name__}; "
+                f"{' or '.join(kind.__name__ for kind in expected)} was expected"
+            )
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from airstream.checkpoint.config_file import read_object
+from airstream.checkpoint.config_file import check_types, read_object
 from airstream.errors import CheckpointError
 
 _WHOLE, _NUMBER, _FLAG, _IDS = (int,), (int, float), (bool, int), (int, list)
@@ -61,12 +61,9 @@ def read_generation_file(file: Path) -> dict[str, Any]:
         CheckpointNotFoundError, CheckpointError: as `read_config_file`.
     """
     config = read_object(file)
+    check_types(file, config, GENERATION)
     for name, types in GENERATION.items():
         value = config.get(name)
-        if value is not None and (not isinstance(value, types) or (value is True and bool not in types)):
-            raise CheckpointError(
-                f"{file}: {name} is {str(value)[:100]!r}, a {type(value).__name__}; {types[-1].__name__} was expected"
-            )
         if types is _IDS and isinstance(value, list) and not all(type(item) is int for item in value):
             raise CheckpointError(f"{file}: {name} is {str(value)[:100]}; a list of whole numbers was expected")
     return config
