@@ -19,13 +19,14 @@ ROOT = Path(airstream.__file__).parent
 FLOORS: list[list[str]] = [
     ["errors"],
     ["units", "probe", "figures", "stats", "allocations", "codecs", "codecs.*", "checkpoint.impostors"],
-    ["checkpoint.foreign", "checkpoint.foreign_json"],
+    ["checkpoint.foreign", "checkpoint.foreign_json", "disk_space"],
     [
         "checkpoint.files",
         "checkpoint.index",
         "checkpoint.config_file",
         "checkpoint.generation_file",
         "checkpoint.beside",
+        "checkpoint.gguf_split",
         "cache",
         "checkpoint",
         "rates",

@@ -15,7 +15,7 @@ from airstream.checkpoint.foreign_json import CONFIG, read_json
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 
 AT_MOST: tuple[tuple[re.Pattern[str], int], ...] = (
-    (re.compile(r"(layer|block|expert|head|stage|group|stack|codebook|level)s?$|(^|_)depths?$"), 10_000),
+    (re.compile(r"(layer|block|expert|head|stage|group|stack|codebook|level|repeat)s?(_num)?$|(^|_)depths?$"), 10_000),
     (re.compile(r"(^|_)(labels|classes)$"), 100_000),
     (re.compile(r"_token_ids?$|_token_index$"), 100_000_000),
 )

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import mmap
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from airstream.checkpoint.foreign import open_regular
+from airstream.checkpoint.gguf_split import split_files
 from airstream.checkpoint.impostors import HEAD_BYTES, complaint
 from airstream.checkpoint.index import ITEM_BYTES, CheckpointIndex, StoredTensor
 from airstream.codecs import BLOCK_TYPES
-from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import CheckpointError, UnsupportedError
 from airstream.units import format_bytes, round_up
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 MAX_NAME_BYTES = 65535
 MAX_DIMENSIONS = 4
@@ -108,33 +107,6 @@ class GgufIndex(CheckpointIndex):
         if promised != len(tensors):
             raise CheckpointError(f"{files[0]} promises {promised} tensors in all, its files have {len(tensors)}")
         return cls(tensors, files[0], architecture)
-
-
-def split_files(file: Path) -> list[Path]:
-    """All files of the checkpoint that `file` belongs to, the first one first; `file` alone if it is not split.
-
-    Raises:
-        CheckpointNotFoundError: one of them is missing.
-        CheckpointError: the numbers in the name make no sense.
-    """
-    files = [file.with_name(name) for name in split_names(file.name)]
-    if missing := [part.name for part in files if not part.is_file()]:
-        raise CheckpointNotFoundError(
-            f"{file.parent} lacks {len(missing)} of the {len(files)} files of this GGUF checkpoint: "
-            f"{', '.join(missing[:3])}. Download it again"
-        )
-    return files
-
-
-def split_names(name: str) -> list[str]:
-    """The names of all files of the checkpoint whose file `name` is one of."""
-    match = SPLIT_NAME.fullmatch(name)
-    if match is None:
-        return [name]
-    count = int(match["count"])
-    if not 1 <= int(match["number"]) <= count:
-        raise CheckpointError(f"{name!r} is not one of {count} files: the name of a GGUF file says which of how many")
-    return [f"{match['stem']}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
 
 
 def read_gguf_header(file: Path) -> GgufHeader:

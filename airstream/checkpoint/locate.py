@@ -9,7 +9,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from airstream.checkpoint.gguf import SPLIT_NAME, split_names
+from airstream.checkpoint.gguf_split import SPLIT_NAME, split_names
 from airstream.checkpoint.hub import resolve
 from airstream.errors import ArgumentError, CheckpointNotFoundError
 
