@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
 from airstream import AirstreamError, AutoModel, CheckpointError
 from airstream.auto import load_beside
-from airstream.checkpoint.config_file import read_config_file
+from airstream.checkpoint.config_file import check_numbers, read_config_file
 from airstream.checkpoint.foreign_json import CONFIG
 from airstream.checkpoint.formats import PICKLE_INDEX, open_checkpoint
 from airstream.checkpoint.generation_file import read_generation_file
@@ -367,6 +368,28 @@ def test_absurd_numbers_deep_inside(tmp_path: Path) -> None:
 def test_numbers_that_models_have(tmp_path: Path, config: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     read_config_file(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["inner_group_num", "num_block_repeats", "num_quantizers", "num_hash_functions", "n_langs"]
+)
+def test_counts_of_other_names(tmp_path: Path, name: str) -> None:
+    """Each of which something is built for in some type of model."""
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {name: 10**9}}))
+    with pytest.raises(CheckpointError, match=f"{name} is 1,000,000,000"):
+        read_config_file(tmp_path / "config.json")
+
+
+def test_no_config_of_transformers_has_absurd_numbers(tmp_path: Path) -> None:
+    checked = 0
+    for cls in set(CONFIG_MAPPING.values()):
+        try:
+            values = cls().to_dict()
+        except (ValueError, TypeError, AttributeError, ImportError):
+            continue  # it cannot be made without arguments
+        check_numbers(tmp_path, values)
+        checked += 1
+    assert checked > 200
 
 
 @pytest.mark.parametrize("shard", ["../x.bin", "/etc/passwd", "sub/x.bin", "..", "", "a\\x.bin", "x\0.bin", 5, None])

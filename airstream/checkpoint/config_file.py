@@ -14,13 +14,15 @@ from typing import Any
 from airstream.checkpoint.foreign_json import CONFIG, read_json
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 
+_PARTS = "layer|block|expert|head|stage|group|stack|codebook|level|repeat|quantizer|flow|network|conv|loop|passe"
 AT_MOST: tuple[tuple[re.Pattern[str], int], ...] = (
-    (re.compile(r"(layer|block|expert|head|stage|group|stack|codebook|level|repeat)s?(_num)?$|(^|_)depths?$"), 10_000),
+    (re.compile(rf"({_PARTS})s?(_num)?$|(^|_)depths?$"), 10_000),
     (re.compile(r"(^|_)(labels|classes)$"), 100_000),
     (re.compile(r"_token_ids?$|_token_index$"), 100_000_000),
+    (re.compile(r"^(num|n)_(?!.*(param|token|position|ctx|embd|sample|step|word))"), 1_000_000),
 )
-"""How the names of numbers end, and what they are never above: counts for each of which something is built, the largest
-models having a few hundred; names of labels; places in a vocabulary."""
+"""How the names of numbers begin or end, and what they are never above: counts for each of which something is built, the
+largest models having a few hundred; names of labels; places in a vocabulary; all other counts but of what is trained on."""
 
 AT_LEAST = dict.fromkeys(("hidden_size", "d_model", "n_embd", "vocab_size"), 1) | dict.fromkeys(
     ("intermediate_size", "d_ff", "head_dim", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 0
@@ -63,13 +65,22 @@ def read_object(file: Path) -> dict[str, Any]:
     config = read_json(file, CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object. Download it again")
-    for name, value in _numbers(config):
+    check_numbers(file, config)
+    return config
+
+
+def check_numbers(file: Path, values: Mapping[str, Any]) -> None:
+    """Refuse `values` that `file` says if one of them is a number that no model has.
+
+    Raises:
+        CheckpointError: the message names the field.
+    """
+    for name, value in _numbers(values):
         for pattern, most in AT_MOST:
             if value > most and pattern.search(name):
                 raise CheckpointError(f"{file}: {name} is {value:,}; no model has more than {most:,}")
         if value < AT_LEAST.get(name, value):
             raise CheckpointError(f"{file}: {name} is {value:,}; it cannot be less than {AT_LEAST[name]}")
-    return config
 
 
 def check_types(file: Path, values: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
