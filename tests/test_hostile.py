@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING
 
 from airstream import AirstreamError, AutoModel, CheckpointError
@@ -381,14 +382,18 @@ def test_counts_of_other_names(tmp_path: Path, name: str) -> None:
 
 
 def test_no_config_of_transformers_has_absurd_numbers(tmp_path: Path) -> None:
-    checked = 0
+    checked, refused = 0, set[str]()
     for cls in set(CONFIG_MAPPING.values()):
         try:
             values = cls().to_dict()
-        except (ValueError, TypeError, AttributeError, ImportError):
+        except (ValueError, TypeError, AttributeError, ImportError, StrictDataclassError):
             continue  # it cannot be made without arguments
-        check_numbers(tmp_path, values)
+        try:
+            check_numbers(tmp_path, values)
+        except CheckpointError as error:
+            refused.add(f"{cls.__name__}: {error}")
         checked += 1
+    assert not refused
     assert checked > 200
 
 

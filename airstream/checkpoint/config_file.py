@@ -14,15 +14,16 @@ from typing import Any
 from airstream.checkpoint.foreign_json import CONFIG, read_json
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 
-_PARTS = "layer|block|expert|head|stage|group|stack|codebook|level|repeat|quantizer|flow|network|conv|loop|passe"
+_STAGES = "layer|block|stage|group|stack|level|repeat|flow|network|conv|loop|passe"
 AT_MOST: tuple[tuple[re.Pattern[str], int], ...] = (
-    (re.compile(rf"({_PARTS})s?(_num)?$|(^|_)depths?$"), 10_000),
-    (re.compile(r"(^|_)(labels|classes)$"), 100_000),
+    (re.compile(rf"({_STAGES})s?(_num)?$|(^|_)depths?$"), 1_000),
+    (re.compile(r"(expert|head|codebook|quantizer)s?$|(^|_)(labels|classes)$"), 100_000),
     (re.compile(r"_token_ids?$|_token_index$"), 100_000_000),
     (re.compile(r"^(num|n)_(?!.*(param|token|position|ctx|embd|sample|step|word))"), 1_000_000),
 )
-"""How the names of numbers begin or end, and what they are never above: counts for each of which something is built, the
-largest models having a few hundred; names of labels; places in a vocabulary; all other counts but of what is trained on."""
+"""How the names of numbers begin or end, and what they are never above: stages that data goes through, each of which is
+built, the largest models having a few hundred; experts and heads, which one type has 16,384 of, and names of labels;
+places in a vocabulary; all other counts but of what it was trained on."""
 
 AT_LEAST = dict.fromkeys(("hidden_size", "d_model", "n_embd", "vocab_size"), 1) | dict.fromkeys(
     ("intermediate_size", "d_ff", "head_dim", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 0
