@@ -277,6 +277,7 @@ class _Parser:
             raise self._fault(f"its header goes on for more than {MAX_WORK:,} values")
 
     def _fault(self, what: str) -> CheckpointError:
+        what = what if len(what) < 500 else f"{what[:500]} ..."  # names are as long as their file likes
         return CheckpointError(f"{self._file} is not a sound GGUF file: {what}. Download it again")
 
 
