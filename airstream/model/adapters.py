@@ -11,15 +11,11 @@ import os
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from airstream.checkpoint.config_file import read_object
-from airstream.checkpoint.index import read_header
-from airstream.compat import Consequences, blamed_on
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.model.engine import Engine  # transformers evaluates the annotations
 from airstream.model.wrappers import cast_copies, costs, freeze, refuse_merging, strangers
@@ -202,7 +198,7 @@ class WithAdapters:
         before = [(module, dict(module.named_children())) for module in self.modules()]
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if name in self._names:
                 self._remove(name)
             for module, children in before:
@@ -212,8 +208,9 @@ class WithAdapters:
                     elif child is not children[key]:
                         setattr(module, key, children[key])
             self._counted = None
-            with blamed_on(f"the adapter {name!r} does not fit this model"):
-                raise
+            if isinstance(error, ValueError | RuntimeError | KeyError) and type(error).__module__ != "airstream.errors":
+                raise CheckpointError(f"the adapter {name!r} does not fit this model: {error}") from error
+            raise
 
     def _remove(self, name: str) -> None:
         from peft.functional import delete_adapter
@@ -247,20 +244,10 @@ class _Source:
     def _found(self, load: Any) -> Any:
         if self._name is None:
             raise ValueError("load_adapter() needs a folder or hub id, or both peft_config= and adapter_state_dict=")
-        self._check()
-        with blamed_on(f"there is no PEFT adapter in {self._name!r}", _NOT_THERE):
+        try:
             return load(self._name)
-
-    def _check(self) -> None:
-        """Refuse a folder whose files would cost more than any adapter's, before PEFT believes them."""
-        folder = Path(self._name or "", self._download.get("subfolder") or "")
-        if (config := folder / "adapter_config.json").is_file():
-            read_object(config)
-        if (weights := folder / "adapter_model.safetensors").is_file():
-            read_header(weights)
-
-
-_NOT_THERE: Consequences = (((ImportError,), UnsupportedError), ((ValueError, OSError), CheckpointNotFoundError))
+        except (ValueError, OSError) as error:
+            raise CheckpointNotFoundError(f"there is no PEFT adapter in {self._name!r}: {error}") from error
 
 
 def _check_peft() -> None:
