@@ -14,9 +14,10 @@ import torch
 import transformers
 
 from airstream.backend import create_backend
+from airstream.checkpoint.beside import check_small_files
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
-from airstream.compat import finish_loading, gguf_tokenizer, load_generation_config
+from airstream.compat import Consequences, blamed_on, finish_loading, gguf_tokenizer, load_generation_config
 from airstream.config import LoadOptions, MaxMemory
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.foreign import adopt
@@ -146,11 +147,12 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     if gguf is not None:  # its reader needs much memory for a while: before the weights do
         load = partial(_load_from_gguf, gguf, _load_now(partial(gguf_tokenizer, gguf, model.config)))
     else:  # a GGUF file says of generation what its config says, and the model has that already
-        load = partial(_load_beside, prepared.folder, prepared.options.trust_remote_code)
+        load = partial(load_beside, prepared.folder, prepared.options.trust_remote_code)
         load_generation_config(model, os.fspath(prepared.folder))
-    finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
-    if prepared.quantizer is not None:
-        prepared.quantizer.finish(model)
+    with blamed_on(f"no model can be made of the checkpoint in {prepared.folder}"):
+        finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
+        if prepared.quantizer is not None:
+            prepared.quantizer.finish(model)
     probe = Probe()
     reader = Reader(prepared.index.files, plan.direct_io, probe=probe)
     try:
@@ -209,14 +211,16 @@ def _load_now(load: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: loaded
 
 
-def _load_beside(folder: Path, trust_remote_code: bool, what: Beside) -> Any:
+def load_beside(folder: Path, trust_remote_code: bool, what: Beside) -> Any:
     """What turns text, and for a processor whatever else the model takes, into its inputs."""
     # Looked up here: what loads processors of images takes memory that a text model has no use for.
     auto_class = transformers.AutoTokenizer if what == "tokenizer" else transformers.AutoProcessor
-    try:
+    check_small_files(folder)
+    with blamed_on(f"{folder} has no {what} that transformers can load", _NOT_THERE):
         return auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointNotFoundError(f"{folder} has no {what} that transformers can load: {error}") from error
+
+
+_NOT_THERE: Consequences = (((ImportError,), UnsupportedError), ((OSError, ValueError), CheckpointNotFoundError))
 
 
 def _load_from_gguf(index: GgufIndex, load_tokenizer: Callable[[], Any], what: Beside) -> Any:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from airstream.backend import packing_of
@@ -27,7 +26,9 @@ from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.locate import locate
 from airstream.compat import (
     CacheSize,
+    Consequences,
     Quantizer,
+    blamed_on,
     build_on_meta,
     check_trust,
     choose_class,
@@ -37,7 +38,7 @@ from airstream.compat import (
     measure_cache,
 )
 from airstream.config import LoadOptions, check_count, named_dtype, parse_max_memory
-from airstream.errors import AirstreamError, ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.foreign import adopt
 from airstream.layout import read_specs
 from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
@@ -175,34 +176,45 @@ class Built(NamedTuple):
 def build_model(folder: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None) -> Built:
     """The model that the config in `folder` describes, with the modules that compute with its weights on `device`."""
     config = gguf_config(index) if isinstance(index, GgufIndex) else _load_config(folder, options)
-    quantizer = find_quantizer(config, device)
-    dtype = _resolve_dtype(options.dtype, config, index)
-    dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
-    model_cls, config = choose_class(config, folder, options.trust_remote_code, options.model_class)
-    try:
-        model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
-    except AirstreamError:
-        raise
-    except ImportError as error:
-        raise UnsupportedError(_needs_package(options.attn_implementation, folder, error)) from error
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
-        if options.attn_implementation is not None and "attn_implementation" in str(error):
-            raise ArgumentError(f"attn_implementation={options.attn_implementation!r}: {error}") from error
-        raise CheckpointError(f"no model can be built from {folder / 'config.json'}: {error}") from error
-    cache = measure_cache(model)  # while its modules compute on any device
-    if quantizer is not None:
-        _check_planned_from_headers(index, quantizer)
-        quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
+    source = index.first if isinstance(index, GgufIndex) else folder / "config.json"
+    with blamed_on(f"no model can be built from {source}"):
+        quantizer = find_quantizer(config, device)
+        dtype = _resolve_dtype(options.dtype, config, index)
+        dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
+        model_cls, config = choose_class(config, folder, options.trust_remote_code, options.model_class)
+        with _attention(options.attn_implementation, source):
+            model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+        cache = measure_cache(model)  # while its modules compute on any device
+        if quantizer is not None:
+            _check_planned_from_headers(index, quantizer)
+            quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
     return Built(model, dtype, quantizer, cache)
 
 
-def _needs_package(attn_implementation: str | None, folder: Path, error: ImportError) -> str:
+@contextmanager
+def _attention(wanted: str | None, source: Path) -> Iterator[None]:
+    """Where a model is built: what fails because of the attention that the user wants is not the file's fault."""
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedError(_needs_package(wanted, source, error)) from error
+    except ValueError as error:
+        if wanted is not None and "attn_implementation" in str(error):
+            raise ArgumentError(f"attn_implementation={wanted!r}: {error}") from error
+        raise
+
+
+def _needs_package(attn_implementation: str | None, source: Path, error: ImportError) -> str:
     if attn_implementation is None:
-        return f"the model of {folder / 'config.json'} needs a package that is not installed here: {error}"
+        return f"the model of {source} needs a package that is not installed here: {error}"
     return (
         f"attn_implementation={attn_implementation!r} needs a package that is not installed here: "
         f'{str(error).rstrip(".")}. Install it, or leave the argument out: torch brings "sdpa"'
     )
+
+
+_READING: Consequences = (((OSError, ValueError, KeyError, ImportError), UnsupportedError),)
+"""A type of model that transformers does not know is one of these."""
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
@@ -213,12 +225,8 @@ def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
             f"model.load_adapter({os.fspath(folder)!r})"
         )
     check_trust(read_config_file(file), folder, options.trust_remote_code)
-    try:
+    with blamed_on(f"transformers cannot read {file}", _READING):
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except (StrictDataclassError, TypeError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{file} does not describe a model: {error}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedError(f"transformers cannot read {file}: {error}") from error
 
 
 def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: CheckpointIndex | None) -> torch.dtype:

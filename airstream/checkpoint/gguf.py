@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from airstream.checkpoint.foreign import open_regular
 from airstream.checkpoint.gguf_split import split_files
+from airstream.checkpoint.impostors import HEAD_BYTES, complaint
 from airstream.checkpoint.index import ITEM_BYTES, CheckpointIndex, StoredTensor
 from airstream.codecs import BLOCK_TYPES
-from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import CheckpointError, UnsupportedError
 from airstream.units import format_bytes, round_up
 
 MAGIC = b"GGUF"
@@ -29,6 +31,13 @@ MAX_NAME_BYTES = 65535
 MAX_DIMENSIONS = 4
 MAX_DEPTH = 4
 """Of arrays in arrays."""
+
+MAX_TENSORS = 65_536
+"""In one file. Experts are merged, so that the largest models have a few thousand."""
+
+MAX_WORK = 2_000_000
+"""Values of metadata that have to be gone past one by one, and bytes of names over 16. The largest vocabularies have
+262,144 entries and twice as many merges."""
 
 MAX_ALIGNMENT = 1 << 20
 
@@ -113,15 +122,14 @@ class GgufIndex(CheckpointIndex):
 
 def read_gguf_header(file: Path) -> GgufHeader:
     """The header of one file, with every claim of it checked against the file."""
-    try:
-        if not file.stat().st_size:
-            raise CheckpointError(f"{file} is empty. Download it again")  # mmap would say so less kindly
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Parser(file, data).header()
-    except FileNotFoundError:
-        raise CheckpointNotFoundError(f"{file} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    with open_regular(file) as opened:
+        try:
+            if said := complaint(file, opened.read(HEAD_BYTES), "gguf"):
+                raise CheckpointError(said)
+            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Parser(file, data).header()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
 
 
 class _Parser:
@@ -132,6 +140,7 @@ class _Parser:
         self._data = data
         self._size = len(data)
         self._position = 0
+        self._work_left = MAX_WORK
 
     def header(self) -> GgufHeader:
         if self._take(4) != MAGIC:
@@ -143,6 +152,8 @@ class _Parser:
         num_tensors, num_entries = self._number("<Q"), self._number("<Q")
         metadata, entries = self._metadata(num_entries)
         self._check_count(num_tensors, 8 + 4 + 8 + 4 + 8, "tensors")
+        if num_tensors > MAX_TENSORS:
+            raise self._fault(f"it claims {num_tensors:,} tensors; no model has more than {MAX_TENSORS:,} in one file")
         table = [self._entry() for _ in range(num_tensors)]
         return GgufHeader(self._file, metadata, self._placed(table, metadata), entries)
 
@@ -151,6 +162,7 @@ class _Parser:
         self._check_count(num_entries, 8 + 4 + 1, "metadata entries")
         entries: dict[str, GgufEntry] = {}
         kept: dict[str, Any] = {}
+        self._spend(num_entries)
         for _ in range(num_entries):
             begin, num_values = self._position, 1
             key = self._name()
@@ -239,6 +251,7 @@ class _Parser:
             self._take_over(count * struct.calcsize(SCALARS[kind]))
             return count
         self._check_count(count, 8, "values")
+        self._spend(count)
         for _ in range(count):
             self._skip(kind, depth + 1)
         return count
@@ -247,6 +260,7 @@ class _Parser:
         length = self._number("<Q")
         if length > MAX_NAME_BYTES:
             raise self._fault(f"a name at byte {self._position:,} claims {length:,} bytes")
+        self._spend(length // 16)
         try:
             return self._take(length).decode()
         except UnicodeDecodeError:
@@ -272,7 +286,13 @@ class _Parser:
         if count * least_bytes > self._size - self._position:
             raise self._fault(f"it claims {count:,} {what}, more than its {self._size:,} bytes can hold")
 
+    def _spend(self, work: int) -> None:
+        self._work_left -= work
+        if self._work_left < 0:
+            raise self._fault(f"its header goes on for more than {MAX_WORK:,} values")
+
     def _fault(self, what: str) -> CheckpointError:
+        what = what if len(what) < 500 else f"{what[:500]} ..."  # names are as long as their file likes
         return CheckpointError(f"{self._file} is not a sound GGUF file: {what}. Download it again")
 
 

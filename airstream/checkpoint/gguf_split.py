@@ -1,4 +1,4 @@
-"""Which files a GGUF checkpoint is split in, by their names. Opens none of them."""
+"""The names of the files that a GGUF checkpoint is split in: each says which of how many it is."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ same calls work from 5.17 on; the test matrix runs the oldest and the newest sup
 """
 
 from airstream.compat.assembled import Assembled
+from airstream.compat.blame import Consequences, blamed_on
 from airstream.compat.building import build_on_meta, finish_loading, load_generation_config
 from airstream.compat.classes import choose_class
 from airstream.compat.gguf import conversion_for, gguf_config, gguf_dtype, gguf_tokenizer
@@ -35,9 +36,11 @@ __all__ = [
     "CACHE_KEYWORDS",
     "Assembled",
     "CacheSize",
+    "Consequences",
     "DtypePlan",
     "KeyConversion",
     "Quantizer",
+    "blamed_on",
     "build_on_meta",
     "cache_keyword",
     "cached_tokens",

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from airstream.checkpoint.config_file import check_numbers
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.gguf_outline import write_outline
 from airstream.checkpoint.index import CheckpointIndex
@@ -59,6 +60,7 @@ def gguf_config(index: GgufIndex) -> PreTrainedConfig:
         raise CheckpointError(f"{index.first} does not describe a model: {_line(error)}") from error
     if len(index.files) > 1 and index.architecture not in TIED_ANYWAY:
         config.tie_word_embeddings = OUTPUT not in index  # transformers has looked into the first file only
+    check_numbers(index.first, config.to_dict())
     layers = config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(layers, int) or not 0 < layers <= len(index):
         raise CheckpointError(f"{index.first} claims {layers} layers, and has {len(index)} tensors: it is not sound")

@@ -52,6 +52,8 @@ class Rate:
     source: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, str):
+            raise ArgumentError(f"where a rate comes from is said in words, not by a {type(self.source).__name__}")
         if not 0 < self.per_second < math.inf:
             raise ArgumentError(f"a rate of {self.per_second!r} per second ({self.source}) is not a positive number")
 
@@ -101,6 +103,8 @@ class HardwareFacts:
     layer_seconds: float
 
     def __post_init__(self) -> None:
+        if not isinstance(self.machine, str) or type(self.num_cores) is not int or self.num_cores < 1:
+            raise ArgumentError("a machine has a name and one core at least")
         if not self.weights or not self.flops:
             raise ArgumentError("weights and flops need the rate of one dtype at least")
         if not (0 <= self.layer_seconds < math.inf and 0 <= self.disk_cpu_seconds_per_byte < math.inf):
