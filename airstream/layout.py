@@ -29,9 +29,10 @@ from airstream.compat import (
     tied_names,
 )
 from airstream.errors import CheckpointError
+from airstream.expansion import Expansions
 from airstream.pieces import dtype_of
 from airstream.tensors import TensorSpec, plain_spec
-from airstream.tracing import Expansions, trace
+from airstream.tracing import trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,7 +1,9 @@
 """What a converter of transformers does to tensors, found out without their values.
 
-A converter is run on tensors of row numbers: if it only moves rows, what comes out is a byte plan. If it transposes or
-computes, or makes an object of packed tensors, its sources are read raw, and it runs each time they have been read.
+A converter is run on shapes alone: what comes out tells which results are views of what it was given, and so where in
+memory a resident model has them. It is run on tensors of row numbers: if it only moves rows, what comes out is a byte
+plan. If it transposes or computes, or makes an object of packed tensors, its sources are read raw, and it runs each
+time they have been read.
 """
 
 from __future__ import annotations
@@ -9,31 +11,20 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
-from airstream.allocations import Allocations
 from airstream.checkpoint.index import CheckpointIndex, StoredTensor
 from airstream.compat import KeyConversion
 from airstream.errors import CheckpointError
+from airstream.expansion import Expansion, Expansions, expand, try_convert
 from airstream.pieces import TORCH_DTYPES, dealt_piece, dtype_of, item_of, piece_of
 from airstream.row_numbers import dealt, is_permutation, runs
 from airstream.tensors import RAW_PREFIX, Conversion, TensorSpec, plain_spec
 
-__all__ = ["Expansions", "trace"]
-
-Expansions = dict[Hashable, "Expansion"]
-"""What is known of conversions, so that those of equal layers are run once: running them on nothing takes time, too."""
-
-
-@dataclass(frozen=True, slots=True)
-class Expansion:
-    """What a converter makes of packed tensors: shapes by name, and the bytes that it holds for a moment."""
-
-    shapes: Mapping[str, tuple[int, ...]]
-    peak_bytes: int
+__all__ = ["trace"]
 
 
 def trace(
@@ -51,25 +42,21 @@ def trace(
     `known` is for all calls of one model, and gets what is found out.
     """
     stored = [index[key] for key, _ in sources]
+    kind = _shape_of(targets, name), wanted[name]
+    expansion = None
     if conversion.unpacks(sources[0][1]):
         if len(sources) == 1 and (passed := _passed_through(conversion, name, sources, stored[0], targets)) is not None:
             return [passed]
         if conversion.makes_object(sources[0][1]):
             return [_object_of(conversion, name, sources, stored, wanted)]
     else:
-        width = _common_width(stored)
-        whole = all(width % item_of(tensor.dtype)[0] == 0 for tensor in stored)  # else a row is not made of blocks
-        outputs = _try_convert(conversion, name, sources, _numbered(stored, width)) if whole else None
-        moved = dtype_of(stored[0])
-        dtypes = {
-            output: conversion.source_dtype(None, moved, wanted[output]) for output in outputs or () if output in wanted
-        }
-        specs = _specs_of_rows(outputs, stored, width, targets, dtypes) if outputs else None
-        if specs is None and outputs and conversion.keeps_views:
-            specs = _transposed_spec(outputs, stored, targets, wanted)
+        if all(tensor.resident_offset is None for tensor in stored):  # else numpy may be asked, which makes values
+            expansion = expand(conversion, name, sources, stored, kind, known)
+        specs = _specs_of_views(expansion, stored, targets, wanted) if expansion is not None else None
+        specs = specs or _specs_of_numbers(conversion, name, sources, stored, expansion, targets, wanted)
         if specs is not None:
             return specs
-    expansion = _expansion(conversion, name, sources, stored, (_shape_of(targets, name), wanted[name]), known)
+    expansion = expansion or expand(conversion, name, sources, stored, kind, known)
     if expansion is None or any(_shape_of(targets, output) != shape for output, shape in expansion.shapes.items()):
         listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
         raise CheckpointError(
@@ -79,33 +66,62 @@ def trace(
     patterns, raw = _raw_specs(conversion, sources, stored, wanted[name])
     elements = sum(math.prod(shape) for shape in expansion.shapes.values())
     made_by = Conversion(name, patterns, raw, max(expansion.peak_bytes, conversion.scratch_bytes(elements)))
-    return [TensorSpec(output, wanted[output], shape, (), made_by) for output, shape in expansion.shapes.items()]
+    return [
+        TensorSpec(
+            output, wanted[output], shape, (), made_by, expansion.origins[output].line_offset(stored, wanted[name])
+        )
+        for output, shape in expansion.shapes.items()
+    ]
 
 
-def _expansion(
+def _specs_of_views(
+    expansion: Expansion,
+    stored: Sequence[StoredTensor],
+    targets: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.dtype],
+) -> list[TensorSpec] | None:
+    """Byte plans of results that are all sources, or runs of their elements, as they are; None if one is not."""
+    specs = []
+    for name, shape in expansion.shapes.items():
+        origin = expansion.origins[name]
+        if origin.source is None or not origin.is_run or _shape_of(targets, name) != shape:
+            return None
+        tensor, dtype = stored[origin.source], wanted[name]
+        start = origin.start // dtype.itemsize * dtype_of(tensor).itemsize
+        nbytes = math.prod(shape) * dtype_of(tensor).itemsize
+        piece = piece_of(tensor, start, nbytes, 0, dtype)
+        specs.append(TensorSpec(name, dtype, shape, (piece,), line_offset=origin.line_offset(stored, dtype)))
+    return specs
+
+
+def _specs_of_numbers(
     conversion: KeyConversion,
     name: str,
     sources: Sequence[tuple[str, str]],
     stored: Sequence[StoredTensor],
-    target: tuple[tuple[int, ...], torch.dtype],
-    known: Expansions,
-) -> Expansion | None:
-    """What the converter makes of tensors without values; None if it cannot. The same for the same kinds of tensors."""
-    kind = (
-        *target,
-        *((pattern, tensor.shape, tensor.dtype) for (_, pattern), tensor in zip(sources, stored, strict=True)),
-    )
-    if kind in known:
-        return replace(known[kind], shapes={name: target[0]})
-    shapes = [torch.empty(tensor.shape, dtype=dtype_of(tensor), device="meta") for tensor in stored]
-    with Allocations(shapes) as allocations:
-        outputs = _try_convert(conversion, name, sources, shapes)
-    if outputs is None:
+    expansion: Expansion | None,
+    targets: Mapping[str, torch.Tensor],
+    wanted: Mapping[str, torch.dtype],
+) -> list[TensorSpec] | None:
+    """Byte plans, found by running the converter on row numbers; None if it did more than move rows."""
+    width = _common_width(stored)
+    if any(width % item_of(tensor.dtype)[0] for tensor in stored):  # a row is not made of blocks
         return None
-    found = Expansion({output: tuple(value.shape) for output, value in outputs.items()}, allocations.peak_bytes)
-    if found.shapes == {name: target[0]}:
-        known[kind] = found
-    return found
+    outputs = try_convert(conversion, name, sources, _numbered(stored, width))
+    if not outputs:
+        return None
+    first = dtype_of(stored[0])
+    dtypes = {output: conversion.source_dtype(None, first, wanted[output]) for output in outputs if output in wanted}
+    specs = _specs_of_rows(outputs, stored, width, targets, dtypes)
+    if specs is None and conversion.keeps_views:
+        specs = _transposed_spec(outputs, stored, targets, wanted)
+    if specs is None or expansion is None:
+        return specs
+    origins = expansion.origins
+    return [
+        replace(spec, line_offset=origins[spec.name].line_offset(stored, spec.dtype)) if spec.name in origins else spec
+        for spec in specs
+    ]
 
 
 def _passed_through(
@@ -123,7 +139,7 @@ def _passed_through(
     if not dtype.is_floating_point or dtype.itemsize < 2 or stored.shape != _shape_of(targets, name):
         return None
     numbers = (_numbered([stored], _common_width([stored]))[0] % 251).to(dtype)
-    passed = (_try_convert(conversion, name, sources, [numbers]) or {}).get(name)
+    passed = (try_convert(conversion, name, sources, [numbers]) or {}).get(name)
     if passed is None or not torch.equal(passed.double(), numbers.double()):
         return None
     return plain_spec(name, stored, passed.dtype)
@@ -141,15 +157,6 @@ def _object_of(
     made_by = Conversion(name, patterns, raw, *conversion.expansion(name), is_object=True)
     weight = max(raw, key=lambda source: source.nbytes)
     return TensorSpec(name, weight.dtype, weight.shape, (), made_by)
-
-
-def _try_convert(
-    conversion: KeyConversion, name: str, sources: Sequence[tuple[str, str]], tensors: Sequence[torch.Tensor]
-) -> dict[str, torch.Tensor] | None:
-    try:
-        return conversion.convert(name, [(*source, tensor) for source, tensor in zip(sources, tensors, strict=True)])
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError):
-        return None  # it needs real shapes or values, or a source is missing: the caller finds out which
 
 
 def _shape_of(targets: Mapping[str, torch.Tensor], name: str) -> tuple[int, ...]:
@@ -208,7 +215,7 @@ def _specs_of_rows(
             return None
         deal = dealt(ids.reshape(-1)) if len(stored) == len(outputs) == 1 else None
         if deal is not None and (piece := dealt_piece(stored[0], width, *deal, wanted[name])):
-            specs.append(TensorSpec(name, wanted[name], tuple(shape), (piece,), moved=True))
+            specs.append(TensorSpec(name, wanted[name], tuple(shape), (piece,), line_offset=0))
             continue
         pieces = []
         for begin, first, count in runs(ids.reshape(-1), begins):
@@ -217,7 +224,7 @@ def _specs_of_rows(
             row_bytes = width // elements * item_bytes
             start = (first - starts[number]) * row_bytes
             pieces.append(piece_of(stored[number], start, count * row_bytes, begin * row_bytes, wanted[name]))
-        specs.append(TensorSpec(name, wanted[name], tuple(shape), tuple(pieces), moved=True))
+        specs.append(TensorSpec(name, wanted[name], tuple(shape), tuple(pieces), line_offset=0))
     return specs
 
 
@@ -236,4 +243,4 @@ def _transposed_spec(
     if not torch.equal(ids.flatten(), torch.arange(count)):
         return None
     piece = piece_of(tensor, 0, tensor.nbytes, 0, wanted[name])
-    return [TensorSpec(name, wanted[name], shape, (piece,), moved=True, transposed=True)]
+    return [TensorSpec(name, wanted[name], shape, (piece,), line_offset=0, transposed=True)]
