@@ -139,9 +139,12 @@ def seeded(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def greedy(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """Tokens, and the logits that they were taken from: of the prompt's last position alone, first of all."""
     torch.manual_seed(0)
     inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
-    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    outputs = model.generate(**inputs, **length, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    return {"tokens": outputs.sequences, "first logits": outputs.logits}
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -222,13 +225,19 @@ def watch_places(model: Any, reference: Any) -> dict[str, Any]:
             other = expected[name]
             if padded is not None and other.data_ptr() == padded.data_ptr():
                 continue
-            place, wanted = (tensor.data_ptr() % 64, tensor.stride()), (other.data_ptr() % 64, other.stride())
+            place, wanted = place_of(tensor), place_of(other)
             if tensor.numel() > 1 and place != wanted:
                 misplaced[f"{path}.{name}"] = (place, wanted)
 
     for path, module in model.named_modules():
         module.register_forward_pre_hook(lambda module, _, path=path: look(module, path))
     return misplaced
+
+
+def place_of(tensor: torch.Tensor) -> tuple[int, list[int]]:
+    """Where within a cache line it starts, and its strides, but for those of dimensions of size one."""
+    steps = zip(tensor.stride(), tensor.shape, strict=True)
+    return tensor.data_ptr() % 64, [stride for stride, size in steps if size > 1]
 
 
 def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
