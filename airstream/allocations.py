@@ -21,7 +21,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
     def __init__(self, existing: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
-        self._existing = {_memory_of(tensor) for tensor in existing}
+        self._existing = {memory_of(tensor) for tensor in existing}
         self._alive: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -29,12 +29,13 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         self._alive = {storage: nbytes for storage, nbytes in self._alive.items() if not storage.expired()}  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                storage = _memory_of(tensor)
+                storage = memory_of(tensor)
                 if storage not in self._existing:
                     self._alive[storage] = tensor.untyped_storage().nbytes()
         self.peak_bytes = max(self.peak_bytes, sum(self._alive.values()))
         return result
 
 
-def _memory_of(tensor: torch.Tensor) -> StorageWeakRef:
+def memory_of(tensor: torch.Tensor) -> StorageWeakRef:
+    """What tells the memory of one tensor from that of another, on the meta device too."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

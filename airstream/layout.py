@@ -77,7 +77,7 @@ def read_specs(
             specs[name] = plain_spec(name, stored, conversion.source_dtype(None, dtype_of(stored), wanted[name]))
         else:
             converted.setdefault(name, []).append((key, pattern))
-    known: Known = {}
+    known = Known()
     for name, sources in converted.items():
         with _noting(faults):
             for spec in trace(conversion, name, sources, index, targets, wanted, known):

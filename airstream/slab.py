@@ -11,11 +11,8 @@ from dataclasses import dataclass
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Piece
-from airstream.tensors import Conversion, TensorSpec
+from airstream.tensors import CACHE_LINE_BYTES, Conversion, TensorSpec
 from airstream.units import round_up
-
-CACHE_LINE_BYTES = 64
-"""What torch aligns its own host allocations to."""
 
 MAX_GAP_BYTES = 1 << 20
 """Bytes nobody needs that are read along when they lie between two tensors of a slab: cheaper than a second read."""
@@ -89,7 +86,10 @@ class _SlabBuilder:
 
     def reserve(self, spec: TensorSpec) -> None:
         """Room for a tensor that is not read: it is computed, or comes from elsewhere."""
-        self.offsets[spec.name] = base = round_up(self.end, max(self.packing.alignment, CACHE_LINE_BYTES))
+        base = round_up(self.end, max(self.packing.alignment, CACHE_LINE_BYTES))
+        if self.packing.follows_file:
+            base += self._phase(spec) % CACHE_LINE_BYTES
+        self.offsets[spec.name] = base
         self.end = base + spec.nbytes
 
     def _alignment(self, spec: TensorSpec) -> int:
@@ -114,17 +114,16 @@ class _SlabBuilder:
     def _phase(self, spec: TensorSpec) -> int:
         """Where within a page `spec` has to start.
 
-        Where within a cache line a tensor starts decides the order in which CPU kernels add up, and so the last bit: it
-        has to be as in a resident model. transformers maps tensors from the file, and allocates those that it casts or
-        puts together, at the start of a line. Within that, reads land in place if the page is entered as in the file.
+        Within a cache line as in a resident model, which decides the last bit of what CPU kernels compute with it.
+        Within that, reads land in place if the page is entered as in the file.
         """
+        if not spec.pieces or spec.pieces[0].cast is not None:
+            return spec.line_offset or 0
         piece = spec.pieces[0]
         in_file = (piece.offset - piece.target) % PAGE_BYTES
-        if piece.cast is not None:
-            return 0
-        if spec.moved:
-            return in_file if in_file % CACHE_LINE_BYTES == 0 else 0
-        return in_file if in_file % self._alignment(spec) == 0 else 0
+        if spec.line_offset is None:
+            return in_file if in_file % self._alignment(spec) == 0 else 0
+        return in_file if in_file % CACHE_LINE_BYTES == spec.line_offset else spec.line_offset
 
     def _fresh(self, spec: TensorSpec) -> int:
         """Where `spec` lies if it starts a read of its own."""

@@ -67,7 +67,7 @@ def resident(tiny: WriteTiny) -> Resident:
 
 @contextmanager
 def simulated_accelerator(
-    memory_limit: int | None = None, raise_races: bool = True, is_pinnable: bool = True, **times: float
+    memory_limit: int | None = None, raise_races: bool = True, is_pinnable: bool = True, **times: Any
 ) -> Iterator[SimDevice]:
     """`sim:0` as a device of airstream's, as slow as `times` say. Close its models inside."""
     with SimDevice(memory_limit, raise_races, **times) as device:

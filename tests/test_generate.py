@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import re
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -212,9 +214,18 @@ def test_as_the_assistant(llama: Any, resident: Resident, assistant: Any) -> Non
     assert torch.equal(assistant.generate(IDS, assistant_model=llama, **GREEDY), expected)
 
 
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """What quanto's C++ does: several numbers of `bits` out of each byte."""
+    return torch.cat([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)])
+
+
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_quantised_cache(llama: Any, resident: Resident, backend: str) -> None:
+def test_quantised_cache(llama: Any, resident: Resident, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip({"quanto": "optimum.quanto"}.get(backend, backend))
+    if backend == "quanto":  # else it compiles C++ when it is first used: minutes, and gigabytes of memory
+        library = importlib.import_module("optimum.quanto.library")
+        extension = library.extensions.get_extension("quanto_cpp")
+        monkeypatch.setattr(extension, "_lib", types.SimpleNamespace(unpack=unpack))
     cache = {"backend": backend, "nbits": 4, "residual_length": 4, "axis_key": 0, "axis_value": 0}
     compare(
         lambda model: model.generate(IDS, cache_implementation="quantized", cache_config=cache, **GREEDY),

@@ -47,7 +47,7 @@ class StoredTensor:
     """One tensor of a checkpoint: `nbytes` bytes at `offset` of `file`, row-major, little-endian.
 
     Attributes:
-        is_mapped: a resident model has it where it lies in the file, mapped, rather than in memory of its own.
+        resident_offset: where in memory of its own a resident model has it, in bytes. None if it maps the file.
     """
 
     name: str
@@ -56,7 +56,7 @@ class StoredTensor:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
-    is_mapped: bool = True
+    resident_offset: int | None = None
 
     @property
     def end(self) -> int:

@@ -175,12 +175,14 @@ def _place(name: str, tensor: PickledTensor, contents: _Contents, file: Path) ->
             f"{file}: tensor {name!r} {list(tensor.shape)} does not fit into its storage of {storage.nbytes:,} bytes: "
             "the file is corrupt"
         )
-    offset = record.offset + storage.start + tensor.offset * item_bytes
+    start = storage.start + tensor.offset * item_bytes
+    offset = record.offset + start
     turned = contents.is_big_endian and item_bytes > 1
     if count and (turned or not _is_contiguous(tensor)):
         nbytes = span * item_bytes
         return ScatteredTensor(name, file, offset, nbytes, tensor.dtype, tensor.shape, tensor.stride, turned)
-    return StoredTensor(name, file, offset, count * item_bytes, tensor.dtype, tensor.shape, contents.is_mapped)
+    resident_offset = None if contents.is_mapped else start
+    return StoredTensor(name, file, offset, count * item_bytes, tensor.dtype, tensor.shape, resident_offset)
 
 
 def _is_contiguous(tensor: PickledTensor) -> bool:
