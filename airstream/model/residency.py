@@ -3,20 +3,21 @@
 transformers owns the forward pass; this owns what its modules contain. Before a unit runs, the batch it belongs to is
 acquired from the streamer and its streamed tensors are bound; after it has run, or failed, they are unbound; after the
 last unit of the batch, the batch is released. Tensors that stay in memory are bound once, when they have been loaded.
+Whether somebody has changed a weight is asked each time its layer has run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from airstream.fill import Fill, Kept
 from airstream.model.binding import Binding, Modules, Views
 from airstream.model.conversion import Converter
+from airstream.model.stored import Stored
 from airstream.probe import Probe
 from airstream.streamer import Streamer
 from airstream.tensors import TensorSpec
@@ -41,20 +42,17 @@ class _Batch:
 
 
 class _Hook:
-    """Calls `function`; a copy of the module, which has weights of its own, does not."""
+    """Calls `function`; in a copy of the module, pickled or not, which has weights of its own, nothing."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
         self._function = function
 
     def __call__(self, *args: object) -> None:
-        self._function(*args)
+        if self._function is not None:
+            self._function(*args)
 
-    def __deepcopy__(self, _: object) -> Callable[..., None]:
-        return _do_nothing
-
-
-def _do_nothing(*_: object) -> None:
-    pass
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 class Residency:
@@ -63,6 +61,7 @@ class Residency:
     Args:
         batches: the names of the units in each batch.
         fills: what has to come for each batch, and how it lies in memory.
+        stored: the values that weights are to have, by name.
         convert: makes what has to be made of the bytes that some slabs bring.
         probe: told when units compute.
     """
@@ -72,6 +71,7 @@ class Residency:
         model: Modules,
         batches: Sequence[Sequence[str]],
         fills: Sequence[Fill],
+        stored: Mapping[str, Stored],
         streamer: Streamer,
         convert: Converter,
         probe: Probe | None = None,
@@ -85,17 +85,17 @@ class Residency:
         self._held: int | None = None
         self._bound: list[Views] = []
         for number, (units, fill) in enumerate(zip(batches, fills, strict=False)):  # tables have no units
-            kept = [(kept, Binding(model, _inside(units, kept.slab.specs))) for kept in fill.kept]
-            streamed = [Binding(model, _inside((unit,), fill.slab.specs)) for unit in units]
+            kept = [(kept, Binding(model, _inside(units, kept.slab.specs), stored)) for kept in fill.kept]
+            streamed = [Binding(model, _inside((unit,), fill.slab.specs), stored) for unit in units]
             self._batches.append(_Batch(fill, streamed, kept))
             for position, unit in enumerate(units):
                 self._hook(model.get_submodule(unit), unit, number, position)
 
-    def foreign(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What somebody else has put in place of weights, by name."""
+    def check(self) -> None:
+        """Raise UnsupportedError if somebody has changed a weight, of any layer."""
         for batch in self._batches:
             for binding in (*batch.streamed, *(binding for _, binding in batch.kept)):
-                yield from binding.foreign()
+                binding.check()
 
     def let_go(self) -> None:
         """Unbind whatever is streamed and bound, and release the batch that is held. Idempotent."""
@@ -123,6 +123,7 @@ class Residency:
         batch = self._batches[number]
         binding = batch.streamed[position]
         last = position == len(batch.streamed) - 1
+        checked = [binding, *(kept for _, kept in batch.kept if last)]
 
         def onload(*_: object) -> None:
             if batch.fill.slab.nbytes or not batch.is_settled:
@@ -135,9 +136,13 @@ class Residency:
         def offload(*_: object) -> None:
             if listener := self._probe.listener:
                 listener.end_unit()
-            binding.unbind()
-            if last:
-                self.let_go()
+            try:
+                for each in checked:
+                    each.check()
+            finally:
+                binding.unbind()
+                if last:
+                    self.let_go()
 
         self._handles.append(module.register_forward_pre_hook(_Hook(onload), prepend=True))
         self._handles.append(module.register_forward_hook(_Hook(offload), always_call=True))
