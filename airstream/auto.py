@@ -161,10 +161,6 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         quantizer=prepared.quantizer,
     )
     make_streamed(model, engine, load, _progress(engine, prepared.options.progress))
-    # Where transformers asks what runs where: one device computes, and layers have no memory of their own. It keeps
-    # pipelines from moving the model. "disk" would have PEFT and others put hooks of accelerate on it.
-    units = [unit for batch in plan.batches for unit in batch.units]
-    model.hf_device_map = {"": prepared.device, **dict.fromkeys(units, torch.device("meta"))}
     if model.can_generate():
         model.generation_config.disable_compile = True
     weakref.finalize(model, engine.abandon)

@@ -29,7 +29,7 @@ class WithAdapters:
 
     _engine: Engine
     modules: Callable[[], Iterator[nn.Module]]
-    named_parameters: Callable[[], Iterator[tuple[str, nn.Parameter]]]
+    named_parameters: Callable[..., Iterator[tuple[str, nn.Parameter]]]
     _configs: Mapping[str, Any] | None = None
     _counted: tuple[str, ...] | None = ()
 

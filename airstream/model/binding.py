@@ -77,6 +77,7 @@ class Binding:
         self._current = self._placeholders
         self._was_changed: str | None = None
 
+    @torch.inference_mode(False)  # torch counts no changes of what is made in it
     def views(self, memory: torch.Tensor, offsets: Mapping[str, int], convert: Converter) -> Views:
         """The tensors as views of `memory`, a uint8 slab in which they start at `offsets`. Ready for `bind`."""
         tensors: list[torch.Tensor] = []
@@ -140,14 +141,14 @@ class Binding:
             if is_touched and not stored.has(ours):
                 self._was_changed = spec.name  # its memory may pass to another layer, and the traces with it
                 refuse_change(spec.name)
-            if found is None or not _holds(found, stored):
+            if found is None or not holds(found, stored):
                 refuse_change(spec.name)
             registry[leaf] = ours
             if isinstance(ours, Weight):
                 ours.accepted = ours._version
 
 
-def _holds(found: torch.Tensor, stored: Stored) -> bool:
+def holds(found: torch.Tensor, stored: Stored) -> bool:
     """Whether `found` has the values that are `stored`."""
     if isinstance(found, Absent):
         return found.stored is stored

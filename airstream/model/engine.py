@@ -59,7 +59,7 @@ class Engine:
         quantizer: of the checkpoint, if it is quantised.
     """
 
-    @torch.inference_mode(False)  # of what is allocated inside, torch would not count changes
+    @torch.inference_mode(False)  # torch counts no changes of what is made in it
     def __init__(
         self,
         model: PreTrainedModel,

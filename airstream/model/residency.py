@@ -3,11 +3,12 @@
 transformers owns the forward pass; this owns what its modules contain. Before a unit runs, the batch it belongs to is
 acquired from the streamer and its streamed tensors are bound; after it has run, or failed, they are unbound; after the
 last unit of the batch, the batch is released. Tensors that stay in memory are bound once, when they have been loaded.
-Whether somebody has changed a weight is asked each time its layer has run.
+Whether somebody has changed a weight is asked each time its layer runs.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,9 +124,15 @@ class Residency:
         batch = self._batches[number]
         binding = batch.streamed[position]
         last = position == len(batch.streamed) - 1
-        checked = [binding, *(kept for _, kept in batch.kept if last)]
+        kept = [kept for _, kept in batch.kept]
+        before, after = kept if position == 0 else [], [binding, *(kept if last else [])]
+        handled: BaseException | None = None
 
         def onload(*_: object) -> None:
+            nonlocal handled
+            handled = sys.exc_info()[1]
+            for each in before:
+                each.check()
             if batch.fill.slab.nbytes or not batch.is_settled:
                 self._hold(number)
                 if batch.fill.slab.nbytes:
@@ -137,7 +144,7 @@ class Residency:
             if listener := self._probe.listener:
                 listener.end_unit()
             try:
-                for each in checked:
+                for each in after if sys.exc_info()[1] is handled else ():  # where the layer failed, that is reported
                     each.check()
             finally:
                 binding.unbind()
