@@ -78,17 +78,13 @@ class Absent(torch.Tensor):
         return self.stored.read().numpy(force=force)
 
     def untyped_storage(self) -> NoReturn:
-        raise UnsupportedError(
-            f"{self.stored.name!r} is not in memory: a streamed model has its weights in place only while it computes. "
-            "Make copies, {name: weight.clone() for name, weight in model.state_dict().items()}, if there is memory "
-            "for them: they have the values"
-        )
+        refuse_storage(self.stored.name)
 
     def storage(self) -> NoReturn:
-        self.untyped_storage()
+        refuse_storage(self.stored.name)
 
     def data_ptr(self) -> NoReturn:
-        self.untyped_storage()
+        refuse_storage(self.stored.name)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -160,6 +156,15 @@ def refuse_remaking() -> NoReturn:
         "a streamed model's weights cannot be moved, offloaded or exchanged by other tools, such as accelerate's "
         "cpu_offload: it streams them itself. Give from_pretrained() the device= and max_memory= that the model is to "
         "have, or load the checkpoint with transformers for such a tool"
+    )
+
+
+def refuse_storage(name: str) -> NoReturn:
+    """Raise because somebody asks for the storage of weight `name`: what writes files, or looks for tied weights."""
+    raise UnsupportedError(
+        f"{name!r} has no storage of its own: a streamed model has its weights in place only while it computes, side "
+        "by side. Make copies, {name: weight.clone() for name, weight in model.state_dict().items()}, if there is "
+        "memory for them: those have one, and can be saved"
     )
 
 

@@ -25,6 +25,7 @@ GENERATE = (
 
 REFUSED: Mapping[str, str] = {
     "__deepcopy__": SECOND,
+    "__init__": "its class has no others. Use airstream.AutoModel.from_pretrained(), or the class of transformers",
     "__reduce_ex__": SECOND,
     "activation_checkpointing_enable": TRAIN,
     "add_adapter": "its weights are not kept; train the adapter with transformers and PEFT, and load_adapter() it",
@@ -57,16 +58,23 @@ REFUSED: Mapping[str, str] = {
 """`{folder}` is where the checkpoint lies."""
 
 
+OPERATORS: Mapping[str, str] = {
+    "__deepcopy__": "copying",
+    "__init__": "making another one by its class",
+    "__reduce_ex__": "copying, pickling or saving it as an object",
+}
+
+
 def refuse(call: str, remedy: str) -> NoReturn:
     """Raise because a streamed model does not support `call`; `remedy` is what to do instead."""
     raise UnsupportedError(f"a streamed model does not support {call}: {remedy}")
 
 
 def _refusal(name: str, remedy: str) -> Callable[..., NoReturn]:
-    call = {"__deepcopy__": "copying", "__reduce_ex__": "copying, pickling or saving it as an object"}
+    call = OPERATORS.get(name, f"{name}()")
 
     def method(self: Any, *_: Any, **__: Any) -> NoReturn:
-        refuse(call.get(name, f"{name}()"), remedy.format(folder=self._engine.folder))
+        refuse(call, remedy.format(folder=self._engine.folder) if "{folder}" in remedy else remedy)
 
     method.__name__, method.__doc__ = name, f"Refused: {remedy}"
     return method

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from airstream.model.absent import refuse_change, refuse_remaking
+from airstream.model.absent import refuse_change, refuse_remaking, refuse_storage
 from airstream.model.stored import Stored
 
 
@@ -47,6 +47,12 @@ class Weight(torch.Tensor):
     @data.setter
     def data(self, _: Any) -> NoReturn:
         refuse_change(self.stored.name)
+
+    def untyped_storage(self) -> NoReturn:
+        refuse_storage(self.stored.name)
+
+    def storage(self) -> NoReturn:
+        refuse_storage(self.stored.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
