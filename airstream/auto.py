@@ -123,6 +123,7 @@ class AutoModel:
         return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
 
 
+@torch.inference_mode(False)  # torch counts no changes of what is made in it, and weights have to be watched
 def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     model = prepared.model
     gguf = prepared.index if isinstance(prepared.index, GgufIndex) else None

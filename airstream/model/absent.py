@@ -18,8 +18,8 @@ from airstream.errors import UnsupportedError
 from airstream.model.stored import FetchRows, Stored
 
 ATEN = torch.ops.aten
-COPIES = (ATEN.clone.default, ATEN._to_copy.default)
-"""What asks for all values, and gives memory of its own."""
+TO_COPY = torch.ops.aten._to_copy.default
+""".to(...), where it changes something."""
 
 IN_PLACE = (
     "__iadd__",
@@ -92,11 +92,11 @@ class Absent(torch.Tensor):
         absent = next(value for value in (*args, *kwargs.values()) if isinstance(value, Absent))
         if func in (ATEN.detach.default, ATEN.alias.default):  # asked for by whatever lists parameters
             return absent
-        if func is ATEN._to_copy.default and kwargs.get("device") == torch.device("meta"):
+        if func is TO_COPY and kwargs.get("device") == torch.device("meta"):
             return torch.empty(absent.shape, dtype=absent.dtype, device="meta")
-        if func in COPIES and args[0] is absent:
+        if func in (ATEN.clone.default, TO_COPY) and args[0] is absent:
             values = absent.stored.read()
-            return values if func is COPIES[0] else func(values, **kwargs)
+            return values if func is ATEN.clone.default else func(values, **kwargs)
         if args and args[0] is absent and (numbers := _row_numbers(absent, func, args[1:])) is not None:
             return Excerpt(_pick(absent.stored.rows, numbers), absent.stored.name)
         if func is ATEN.copy_.default and args[0] is absent and (args[1] is absent or absent.stored.has(args[1])):

@@ -59,7 +59,6 @@ class Engine:
         quantizer: of the checkpoint, if it is quantised.
     """
 
-    @torch.inference_mode(False)  # torch counts no changes of what is made in it
     def __init__(
         self,
         model: PreTrainedModel,
@@ -84,8 +83,7 @@ class Engine:
         self.modules = OriginalModules(model)
         self.head = model.get_submodule(parts.head[0]) if parts.head else None
         self._specs = parts.specs
-        self._facts = facts
-        self._adapters = AdapterFacts()
+        self._facts, self._adapters = facts, AdapterFacts()
         self._request = request
         self._normal = plan
         self._is_final = is_final
@@ -102,8 +100,7 @@ class Engine:
             convert = converter_of(keys, partial(convert_slab, keys, probe, backend.moment))
             self.stored = all_stored(self._specs.values(), reader, convert, self.device)
             self._residents = bind_residents(model, parts.resident, self.stored, reader, backend, convert)
-            for binding in self._residents:
-                self._closing.callback(binding.unbind)
+            self._closing.callback(self._unbind_residents)
             if self.head is not None and self.device.type == "cpu":
                 self._closing.callback(take_sequences_apart(self.head))
             for specs in (*parts.units.values(), parts.head[1] if parts.head else ()):
@@ -190,6 +187,10 @@ class Engine:
         if self._executor is not None:
             self._executor.check()
 
+    def _unbind_residents(self) -> None:
+        for binding in self._residents:
+            binding.unbind()
+
     def _check_between(self) -> None:
         """Raise if somebody has changed a weight outside the layers, which check for themselves when they run."""
         for binding in self._residents:
@@ -224,7 +225,7 @@ class Engine:
         except BudgetError:
             return None
 
-    @torch.inference_mode(False)
+    @torch.inference_mode(False)  # torch counts no changes of what is made in it
     def _change(self, plan: Plan) -> None:
         """Go on by `plan`, between two passes. What stays in memory under both plans stays where it is.
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from airstream.compat.traits import attention_of
 from airstream.errors import UnsupportedError
 from airstream.model import workload
 from airstream.model.absent import refuse_change
@@ -68,7 +69,7 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
 
     def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
         """Allowed if it changes nothing: another one takes other memory, and rounds otherwise."""
-        if attn_implementation != self.config._attn_implementation:
+        if attn_implementation != attention_of(self.config):
             refuse("set_attn_implementation()", LOAD.format("attn_implementation"))
 
     def named_parameters(
