@@ -59,8 +59,9 @@ class Absent(torch.Tensor):
         return self
 
     @data.setter
-    def data(self, _: Any) -> NoReturn:
-        refuse_change(self.stored.name)
+    def data(self, value: Any) -> None:
+        if value is not self:
+            refuse_change(self.stored.name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:

@@ -45,8 +45,10 @@ class Weight(torch.Tensor):
         return self.detach()
 
     @data.setter
-    def data(self, _: Any) -> NoReturn:
-        refuse_change(self.stored.name)
+    def data(self, value: torch.Tensor) -> None:
+        """Its own twin alone, which some layers set when they have cast it to the dtype that it has."""
+        if value.data_ptr() != self.data_ptr() or value.dtype != self.dtype or value.shape != self.shape:
+            refuse_change(self.stored.name)
 
     def untyped_storage(self) -> NoReturn:
         refuse_storage(self.stored.name)
