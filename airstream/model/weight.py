@@ -40,15 +40,17 @@ class Weight(torch.Tensor):
     def detach(self) -> Weight:
         return _make(torch.Tensor._make_subclass(Weight, super().detach()), self.stored, False)
 
-    @property  # type: ignore[override]  # torch has it as an attribute
+    @property
     def data(self) -> Weight:
         return self.detach()
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        """Its own twin alone, which some layers set when they have cast it to the dtype that it has."""
-        if value.data_ptr() != self.data_ptr() or value.dtype != self.dtype or value.shape != self.shape:
+        """The same values alone: some layers cast their weights when they first compute."""
+        if value.shape != self.shape or not torch.equal(value, self.to(value.dtype)):
             refuse_change(self.stored.name)
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]  # torch has it as an attribute
+        self.accepted = self._version
 
     def untyped_storage(self) -> NoReturn:
         refuse_storage(self.stored.name)
