@@ -15,7 +15,7 @@ PROJECT_URL = "https://example.invalid/airstream"
 EXTRAS = {
     "demo": ["gguf>=0.17"],
     "gguf": ["gguf>=0.17"],
-    "peft": ["peft>=0.21"],
+    "peft": ["peft>=0.22"],
     "plot": ["matplotlib>=3.8"],
     "quant": ["accelerate>=1.1", "bitsandbytes>=0.46; platform_system != 'Darwin'", "optimum>=2.0"],
     "test": [
@@ -30,7 +30,7 @@ EXTRAS = {
         "ipykernel>=6.29",
         "nbclient>=0.10",
         "optimum-quanto>=0.2.7",
-        "peft>=0.21",
+        "peft>=0.22",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "ruff>=0.12",

@@ -140,6 +140,7 @@ def _load(name: str | os.PathLike[str], options: LoadOptions, host_bytes: int) -
         return _assemble(prepared, plan, host_bytes)
 
 
+@torch.inference_mode(False)  # torch counts no changes of what is made in it, and weights have to be watched
 def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     model = prepared.model
     gguf = prepared.index if isinstance(prepared.index, GgufIndex) else None
@@ -179,10 +180,6 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         quantizer=prepared.quantizer,
     )
     make_streamed(model, engine, load, partial(_progress, engine, prepared.options.progress))
-    # Where transformers asks what runs where: one device computes, and layers have no memory of their own. It keeps
-    # pipelines from moving the model. "disk" would have PEFT and others put hooks of accelerate on it.
-    units = [unit for batch in plan.batches for unit in batch.units]
-    model.hf_device_map = {"": prepared.device, **dict.fromkeys(units, torch.device("meta"))}
     if model.can_generate():
         model.generation_config.disable_compile = True
     weakref.finalize(model, engine.abandon)

@@ -208,7 +208,9 @@ def is_own(node: ast.expr) -> bool:
 
 @OTHERS
 def test_only_compat_touches_private_attributes_of_transformers(module: str) -> None:
-    """torch's are allowed where there is no public way; tables of parameters and versions have been there forever."""
+    """torch's are allowed where there is no public way; `nn.Module`'s tables of parameters, and a tensor's count of
+    changes, have been there forever.
+    """
     allowed = private_names_of_airstream() | {"_parameters", "_buffers", "_version"}
     for node in (node for node in ast.walk(TREES[module]) if isinstance(node, ast.Attribute)):
         assert node.attr not in SEMI_PRIVATE, f"{module}:{node.lineno} touches {ast.unparse(node)}"

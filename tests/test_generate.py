@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from airstream import ArgumentError
+from airstream import ArgumentError, UnsupportedError
 from airstream.compat import CACHE_KEYWORDS
 from tests.conftest import Resident, WriteTiny, cache_in, cache_of, stream
 from tests.tiny_models import VOCAB_SIZE
@@ -179,7 +179,7 @@ USES: dict[str, Use] = {
     "transition scores": transition_scores,
     "by hand": by_hand,
     "all layers' states": lambda model: model(IDS, output_hidden_states=True).hidden_states,
-    "loss": lambda model: model(BATCH, labels=BATCH).loss,
+    "loss": torch.no_grad()(lambda model: model(BATCH, labels=BATCH).loss),
     "last logits only": lambda model: model(BATCH, logits_to_keep=2).logits,
     "tuple": lambda model: model(IDS, return_dict=False, use_cache=False),
     "base model": lambda model: model.base_model(IDS).last_hidden_state,
@@ -284,14 +284,11 @@ def test_nothing_is_recorded_for_a_backward_pass(tiny: WriteTiny) -> None:
         model.model.layers[2].mlp.register_forward_pre_hook(
             lambda module, _: weights.append(weakref.ref(module.up_proj.weight))
         )
-        output = model(IDS, labels=IDS, output_hidden_states=True)
+        output = model(IDS, output_hidden_states=True)
         assert torch.is_grad_enabled()
         assert weights[0]() is not None
     assert output.logits.grad_fn is None
-    assert output.loss.grad_fn is None
     assert not output.logits.requires_grad
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        output.loss.backward()
     gc.collect()
     assert weights[0]() is None
 
@@ -329,3 +326,23 @@ def test_what_the_message_says_to_write_is_right(llama: Any) -> None:
 
 def test_inputs_may_be_left_out(llama: Any) -> None:
     assert llama.generate(max_new_tokens=2).shape[0] == 1
+
+
+EMBEDDED = torch.zeros(1, 3, 64, requires_grad=True)
+GRADIENTS: dict[str, Callable[[Any], Any]] = {
+    "labels": lambda model: model(IDS, labels=IDS),
+    "labels by position": lambda model: model(IDS, None, None, None, None, IDS),
+    "embeddings": lambda model: model(inputs_embeds=EMBEDDED),
+    "embeddings, base model": lambda model: model.base_model(inputs_embeds=EMBEDDED),
+}
+
+
+@pytest.mark.parametrize("use", GRADIENTS.values(), ids=GRADIENTS)
+def test_where_a_gradient_is_asked_for_it_is_refused(llama: Any, resident: Resident, use: Use) -> None:
+    """And the values alone are given."""
+    acquired = llama.stats.acquired
+    with torch.enable_grad(), pytest.raises(UnsupportedError, match=r"no_grad\(\).*train.*transformers and PEFT"):
+        use(llama)
+    assert llama.stats.acquired == acquired
+    for mode in (torch.no_grad, torch.inference_mode):
+        compare(mode()(lambda model: use(model)[0].detach()), llama, resident("llama-sharded", FP32, FP32))

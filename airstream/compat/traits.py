@@ -20,6 +20,11 @@ FEW, MANY = 2, 4
 """Tokens of the passes that measure a cache: what they differ by grows with every token, the rest does not."""
 
 
+def attention_of(config: Any) -> str | None:
+    """The implementation of attention that a built model of `config` uses."""
+    return config._attn_implementation
+
+
 @dataclass(frozen=True, slots=True)
 class CacheSize:
     """Elements of the model's dtype that the cache has.

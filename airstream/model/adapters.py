@@ -29,7 +29,7 @@ class WithAdapters:
 
     _engine: Engine
     modules: Callable[[], Iterator[nn.Module]]
-    named_parameters: Callable[[], Iterator[tuple[str, nn.Parameter]]]
+    named_parameters: Callable[..., Iterator[tuple[str, nn.Parameter]]]
     _configs: Mapping[str, Any] | None = None
     _counted: tuple[str, ...] | None = ()
 
@@ -164,7 +164,8 @@ class WithAdapters:
         """Take those that PEFT has saved along with the adapter out of `state`, if they are the checkpoint's own."""
         for key in [key for key in state if key.endswith((".base_layer.weight", ".base_layer.bias"))]:
             name = key.replace(".base_layer.", ".")
-            if not self._engine.has_weight(name, state.pop(key)):
+            brought = state.pop(key)
+            if name not in self._engine.stored or not self._engine.stored[name].has(brought):
                 raise UnsupportedError(
                     f"the adapter brings its own {name!r}, which is not the checkpoint's: trained along, or of another "
                     "vocabulary. A streamed model cannot replace a weight: save the checkpoint with it, and stream that"

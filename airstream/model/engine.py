@@ -21,7 +21,7 @@ from airstream.backend import Backend
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Reader
 from airstream.compat import Quantizer, conversion_for
-from airstream.errors import BudgetError, UnsupportedError
+from airstream.errors import BudgetError
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
 from airstream.model.direct import refuse_when_closed
@@ -31,8 +31,9 @@ from airstream.model.gate import Gate
 from airstream.model.generations import Generations
 from airstream.model.head import take_sequences_apart
 from airstream.model.observer import Observer
-from airstream.model.residents import bind_residents, is_stored
+from airstream.model.residents import bind_residents
 from airstream.model.store import Store
+from airstream.model.stored import all_stored
 from airstream.model.units import Parts
 from airstream.plan import AdapterFacts, ModelFacts, Plan, Request, Workload, make_plan, smallest_plan
 from airstream.probe import Probe
@@ -103,18 +104,30 @@ class Engine:
             self.observer = Observer(probe, backend, request, lambda: reader.direct, host_bytes, lambda: self.plan)
             keys = conversion_for(model, index, quantizer)
             convert = converter_of(keys, partial(convert_slab, keys, probe, backend.moment))
-            for binding in bind_residents(model, parts.resident, reader, backend, convert):
-                self._closing.callback(binding.unbind)
+            self.stored = all_stored(self._specs.values(), reader, convert, self.device)
+            self._residents = bind_residents(model, parts.resident, self.stored, reader, backend, convert)
+            self._closing.callback(self._unbind_residents)
             if self.head is not None and self.device.type == "cpu":
                 self._closing.callback(take_sequences_apart(self.head))
             leaving = [*chain.from_iterable(parts.units.values()), *(parts.head[1] if parts.head else ())]
-            take_out(self.modules, leaving, self.device, partial(is_stored, reader))
+            take_out(self.modules, leaving, self.stored, self.device)
             store = Store(self._specs, backend)
             self._closing.callback(store.close)
             self._closing.callback(self._stop)
             self._closing.callback(lambda: refuse_when_closed(self.modules.owners(leaving), self.gate))
             self._execute = partial(
-                Executor, self.modules, parts, facts, store, reader, backend, convert, self.stats, probe, self.gate
+                Executor,
+                self.modules,
+                parts,
+                facts,
+                self.stored,
+                store,
+                reader,
+                backend,
+                convert,
+                self.stats,
+                probe,
+                self.gate,
             )
             if is_profiling:
                 self.observer.start()
@@ -160,6 +173,7 @@ class Engine:
     def _get_ready(self) -> None:
         if self._executor is None:  # an earlier change of plan was interrupted
             self._change(self.plan)
+        self._check_between()
 
     def _let_go(self) -> None:
         if self._executor is not None:
@@ -216,18 +230,22 @@ class Engine:
         self._facts, self._adapters, self._normal = facts, adapters, plan
         self._change(plan)
 
-    def has_weight(self, name: str, values: torch.Tensor) -> bool:
-        """Whether `values` are what the checkpoint has under `name`. Blocks while they are compared."""
-        return name in self._specs and is_stored(self._reader, self._specs[name], values)
-
     def _check_untouched(self) -> None:
-        """Raise if somebody has put a weight into the model that is not the checkpoint's."""
-        for name, values in self._executor.foreign() if self._executor is not None else ():
-            if not self.has_weight(name, values):
-                raise UnsupportedError(
-                    f"{name!r} has been replaced: a streamed model takes its weights from the checkpoint alone. Save "
-                    "the checkpoint with it, and stream that"
-                )
+        """Raise if somebody has changed a weight, anywhere."""
+        self._check_between()
+        if self._executor is not None:
+            self._executor.check()
+
+    def _unbind_residents(self) -> None:
+        for binding in self._residents:
+            binding.unbind()
+
+    def _check_between(self) -> None:
+        """Raise if somebody has changed a weight outside the layers, which check for themselves when they run."""
+        for binding in self._residents:
+            binding.check()
+        if self._executor is not None:
+            self._executor.check_tables()
 
     def _outgrow(self, work: Workload, need: int) -> None:
         """Change to a plan with room for `work`, and some more if there is some."""
@@ -256,8 +274,14 @@ class Engine:
         except BudgetError:
             return None
 
+    @torch.inference_mode(False)  # torch counts no changes of what is made in it
     def _change(self, plan: Plan) -> None:
-        """Go on by `plan`, between two passes. What stays in memory under both plans stays where it is."""
+        """Go on by `plan`, between two passes. What stays in memory under both plans stays where it is.
+
+        Raises:
+            UnsupportedError: somebody has changed a weight, which would be lost with its memory.
+        """
+        self._check_untouched()
         self._stop()
         self.plan = plan
         self._executor = self._execute(plan)

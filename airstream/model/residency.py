@@ -3,14 +3,15 @@
 transformers owns the forward pass; this owns what its modules contain. Before a unit runs, the batch it belongs to is
 acquired from the streamer and its streamed tensors are bound; after it has run, or failed, they are unbound; after the
 last unit of the batch, the batch is released. Tensors that stay in memory are bound once, when they have been loaded.
+Whether somebody has changed a weight is asked each time its layer runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -19,6 +20,7 @@ from airstream.fill import Fill, Kept
 from airstream.model.binding import Binding, Modules, Views
 from airstream.model.conversion import Converter
 from airstream.model.direct import Direct
+from airstream.model.stored import Stored
 from airstream.probe import Probe
 from airstream.streamer import Streamer
 from airstream.tensors import TensorSpec
@@ -52,20 +54,17 @@ class _Batch:
 
 
 class _Hook:
-    """Calls `function`; a copy of the module, which has weights of its own, does not."""
+    """Calls `function`; in a copy of the module, pickled or not, which has weights of its own, nothing."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
         self._function = function
 
     def __call__(self, *args: object) -> None:
-        self._function(*args)
+        if self._function is not None:
+            self._function(*args)
 
-    def __deepcopy__(self, _: object) -> Callable[..., None]:
-        return _do_nothing
-
-
-def _do_nothing(*_: object) -> None:
-    pass
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 class Residency:
@@ -74,6 +73,7 @@ class Residency:
     Args:
         batches: the names of the units in each batch.
         fills: what has to come for each batch, and how it lies in memory.
+        stored: the values that weights are to have, by name.
         convert: makes what has to be made of the bytes that some slabs bring.
         direct: calls of units and their parts from outside.
         probe: told when units compute.
@@ -84,6 +84,7 @@ class Residency:
         model: Modules,
         batches: Sequence[Sequence[str]],
         fills: Sequence[Fill],
+        stored: Mapping[str, Stored],
         streamer: Streamer,
         convert: Converter,
         direct: Direct,
@@ -100,17 +101,17 @@ class Residency:
         self._running: str | None = None
         self._bound: list[Views] = []
         for number, (units, fill) in enumerate(zip(batches, fills, strict=False)):  # tables have no units
-            kept = [(kept, Binding(model, _inside(units, kept.slab.specs))) for kept in fill.kept]
-            streamed = [Binding(model, _inside((unit,), fill.slab.specs)) for unit in units]
+            kept = [(kept, Binding(model, _inside(units, kept.slab.specs), stored)) for kept in fill.kept]
+            streamed = [Binding(model, _inside((unit,), fill.slab.specs), stored) for unit in units]
             self._batches.append(_Batch(fill, streamed, kept))
             for position, unit in enumerate(units):
                 self._hook(model.get_submodule(unit), unit, number, position)
 
-    def foreign(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What somebody else has put in place of weights, by name."""
+    def check(self) -> None:
+        """Raise UnsupportedError if somebody has changed a weight, of any layer."""
         for batch in self._batches:
             for binding in (*batch.streamed, *(binding for _, binding in batch.kept)):
-                yield from binding.foreign()
+                binding.check()
 
     def let_go(self) -> None:
         """Unbind whatever is streamed and bound, and release the batch that is held. Idempotent."""
@@ -138,13 +139,21 @@ class Residency:
     def _hook(self, module: nn.Module, name: str, number: int, position: int) -> None:
         batch = self._batches[number]
         last = position == len(batch.streamed) - 1
+        kept = [kept for _, kept in batch.kept]
+        binding = batch.streamed[position]
+        before, after = kept if position == 0 else [], [binding, *(kept if last else [])]
+        handled: BaseException | None = None
 
         stats = self._streamer.stats
 
         def onload(called: nn.Module, args: tuple[object, ...]) -> None:
+            nonlocal handled
             stats.layers += 1
             if not self._direct.is_inside:
                 self._start_direct(called, args)
+            handled = sys.exc_info()[1]
+            for each in before:
+                each.check()
             self._bring_in(name, number, position)
             if batch.parts and batch.is_settled:
                 batch.forget_parts()
@@ -152,16 +161,18 @@ class Residency:
                 listener.begin_unit(name)
 
         def offload(called: nn.Module, *_: object) -> None:
-            if self._running == name:
-                self._running = None
-                if listener := self._probe.listener:
-                    listener.end_unit()
-                batch.streamed[position].unbind()
-                if last:
+            try:
+                if self._running == name:
+                    self._running = None
+                    if listener := self._probe.listener:
+                        listener.end_unit()
+                    _check(after, handled)
+            finally:
+                binding.unbind()
+                if last or self._direct.module is called:
                     self.let_go()
-            if self._direct.module is called:
-                self.let_go()
-                self._direct.end()
+                if self._direct.module is called:
+                    self._direct.end()
 
         def onload_for_part(called: nn.Module, args: tuple[object, ...]) -> None:
             if self._running == name and self._direct.is_inside:
@@ -169,15 +180,21 @@ class Residency:
             is_direct = not self._direct.is_inside
             if is_direct:
                 self._start_direct(called, args)
+            handled = sys.exc_info()[1]
 
             def offload_for_part(*_: object) -> None:
                 handle.remove()
-                if self._running == name:
-                    self.let_go()
-                if is_direct:
-                    self._direct.end()
+                try:
+                    _check([binding, *kept], handled)
+                finally:
+                    if self._running == name:
+                        self.let_go()
+                    if is_direct:
+                        self._direct.end()
 
             handle = called.register_forward_hook(_Hook(offload_for_part), always_call=True)
+            for each in kept:
+                each.check()
             self._bring_in(name, number, position)
 
         self._handles.append(module.register_forward_pre_hook(_Hook(onload), prepend=True))
@@ -230,6 +247,13 @@ class Residency:
             settle(kept, self._convert)
             binding.bind(binding.views(kept.memory, kept.slab.offsets, self._convert))
         batch.is_settled = True
+
+
+def _check(bindings: Sequence[Binding], handled: BaseException | None) -> None:
+    """Raise if somebody has changed a weight; where the module itself failed since `handled`, that is reported."""
+    if sys.exc_info()[1] is handled:
+        for binding in bindings:
+            binding.check()
 
 
 def settle(kept: Kept, convert: Converter) -> None:
