@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
 from transformers import pipeline
-from transformers.integrations import peft as transformers_peft
 
 from airstream import UnsupportedError
 from tests.conftest import Resident, WriteTiny, stream
@@ -140,11 +139,3 @@ def test_tools_that_move_weights(model: Any, reference: Any, tmp_path: Path, too
     arguments = [tmp_path] if tool == "disk_offload" else []
     with pytest.raises(UnsupportedError, match=rf"such as accelerate's cpu_offload: .*{re.escape('max_memory=')}"):
         getattr(accelerate, tool)(model, *arguments)
-
-
-def test_the_extra_asks_for_a_version_that_transformers_takes() -> None:
-    setup = (Path(__file__).parents[1] / "setup.py").read_text(encoding="utf-8")
-    least = re.findall(r"peft>=([\d.]+)", setup)
-    wanted = [int(part) for part in transformers_peft.MIN_PEFT_VERSION.split(".")]
-    assert len(set(least)) == 1
-    assert [int(part) for part in least[0].split(".")] >= wanted[:2]
