@@ -12,7 +12,7 @@ HERE = Path(__file__).parent
 PROJECT_URL = "https://example.invalid/airstream"
 """Where the repository is: a placeholder until it has a public address. Notebooks name it too."""
 
-# peft: the `load_adapter` of some releases of transformers asks for 0.22, which nobody can install yet; that of a streamed
+# peft: `load_adapter` of some releases of transformers asks for 0.22, which nobody can install yet; that of a streamed
 # model, and `PeftModel`, work with 0.21.
 EXTRAS = {
     "demo": ["gguf>=0.17"],
