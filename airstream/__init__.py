@@ -8,6 +8,9 @@ Importing the package is silent and cheap: torch and transformers are imported w
 
 from __future__ import annotations
 
+import importlib
+import warnings
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from airstream.errors import (
@@ -55,6 +58,23 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__:
+        _import_tqdm()
+    return _look_up(name)
+
+
+def _import_tqdm() -> None:
+    """Before transformers does: in notebooks tqdm tells the first who imports it that ipywidgets are not there.
+
+    Alone, because it is done without warnings: the filters that torch and transformers set have to outlast it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with suppress(ImportError):
+            importlib.import_module("tqdm.auto")
+
+
+def _look_up(name: str) -> Any:
     if name == "AutoModel":
         from airstream.auto import AutoModel
 

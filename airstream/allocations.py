@@ -22,7 +22,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
     def __init__(self, existing: Sequence[torch.Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak_bytes = 0
-        self._existing = {_memory_of(tensor) for tensor in existing}
+        self._existing = {memory_of(tensor) for tensor in existing}
         self._alive: dict[StorageWeakRef, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -30,7 +30,7 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch'
         self._alive = {storage: nbytes for storage, nbytes in self._alive.items() if not storage.expired()}  # type: ignore[no-untyped-call]
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                storage = _memory_of(tensor)
+                storage = memory_of(tensor)
                 if storage not in self._existing:
                     self._alive[storage] = tensor.untyped_storage().nbytes()
         self.peak_bytes = max(self.peak_bytes, sum(self._alive.values()))
@@ -51,7 +51,7 @@ class History(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def begin(self, existing: Sequence[torch.Tensor]) -> None:
         """Forget what has been; memory of `existing` tensors does not count."""
         self._moment = 0
-        self._existing = {_memory_of(tensor) for tensor in existing}
+        self._existing = {memory_of(tensor) for tensor in existing}
         self._alive: set[StorageWeakRef] = set()
         self._spans: dict[StorageWeakRef, list[int]] = {}
 
@@ -64,7 +64,7 @@ class History(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._spans[storage][2] = self._moment
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                storage = _memory_of(tensor)
+                storage = memory_of(tensor)
                 if storage not in self._existing and storage not in self._alive:
                     self._alive.add(storage)
                     self._spans[storage] = [tensor.untyped_storage().nbytes(), self._moment, -1]
@@ -73,7 +73,7 @@ class History(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def alive(self, without: Sequence[torch.Tensor] = ()) -> list[int]:
         """The bytes alive after every operation, memory of the tensors `without` left out."""
-        left_out = {_memory_of(tensor) for tensor in without}
+        left_out = {memory_of(tensor) for tensor in without}
         changes = [0] * (self._moment + 1)
         for storage, (nbytes, born, died) in self._spans.items():
             if storage not in left_out:
@@ -85,5 +85,6 @@ class History(TorchDispatchMode):  # type: ignore[no-untyped-call]
 _NOTHING = {(True, False): 0.0, (False, False): 0, (False, True): False}
 
 
-def _memory_of(tensor: torch.Tensor) -> StorageWeakRef:
+def memory_of(tensor: torch.Tensor) -> StorageWeakRef:
+    """What tells the memory of one tensor from that of another, on the meta device too."""
     return StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,22 +14,27 @@ import torch
 import transformers
 
 from airstream.backend import create_backend
+from airstream.checkpoint.beside import check_small_files
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
-from airstream.compat import finish_loading, gguf_tokenizer, load_generation_config
-from airstream.config import LoadOptions, MaxMemory, refuse_unknown
+from airstream.compat import Consequences, blamed_on, finish_loading, gguf_tokenizer, load_generation_config
+from airstream.config import LoadOptions, MaxMemory
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
+from airstream.foreign import adopt
 from airstream.hardware import process_bytes
-from airstream.live import in_notebook, progress_bar
+from airstream.live import progress
 from airstream.machine import THIS_MACHINE, Machine
 from airstream.model.engine import Engine
 from airstream.model.streamed import StreamedModel, make_streamed
 from airstream.plan import Plan, Workload, make_plan, with_advice
-from airstream.prepare import OPTION_NAMES, Prepared, ask, prepare
+from airstream.prepare import DEFAULTS, STEPS, Prepared, ask, prepare
 from airstream.probe import Probe
+from airstream.status import Activity, showing
 
 Beside = Literal["tokenizer", "processor"]
 """What lies beside a model's weights and makes its inputs."""
+
+LAST_STEP = "reading the small parts"
 
 
 class AutoModel:
@@ -54,6 +59,8 @@ class AutoModel:
         model_class: Any = None,
         attn_implementation: str | None = None,
         gguf_file: str | None = None,
+        subfolder: str = "",
+        variant: str | None = None,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -61,13 +68,14 @@ class AutoModel:
         trust_remote_code: bool = False,
         profiling_mode: bool = False,
         progress: bool | Literal["auto"] = "auto",
-        **unknown: Any,
+        **foreign: Any,
     ) -> Any:
         """A transformers model of the checkpoint's own class whose layers are streamed from disk as they are needed.
 
         It is a `PreTrainedModel`: `generate()`, `pipeline(...)` and the rest work as ever, with the same results to the
         bit where the arithmetic is the same. It has `tokenizer`, `processor`, `plan`, `stats`, `profile()`, `close()`;
-        it is a context manager. The checkpoint is read as it lies: nothing is converted, or written beside it.
+        it is a context manager. The checkpoint is read as it lies: nothing is converted, or written beside it. Blocks
+        until the first layers are being read; the download, if there is one, included.
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and *.safetensors, a hub id, or a GGUF file.
@@ -78,14 +86,15 @@ class AutoModel:
                 computes. What is not given is 90 % of the free memory.
             max_context: tokens per sequence that the KV cache is planned for; as many as fit, up to 4096, if not given.
             max_batch_size: sequences that are generated at once.
-            layers_per_batch: layers that are moved as one unit.
-            prefetch_batches: layer batches that are read ahead; 0 reads each when it is needed.
+            layers_per_batch, prefetch_batches: layers that move as one unit, and how many such units are read ahead.
             page_cache: read through the operating system's page cache; "auto" does if the checkpoint will stay there.
             model_class: instead of the one that the checkpoint names: a class or auto class of transformers, or a name.
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
-            attn_implementation, revision, token, cache_dir, local_files_only, trust_remote_code: as in transformers.
+            attn_implementation, ...: the others are as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
-            progress: `generate` shows a live line with tokens, speed and memory; "auto" does in notebooks.
+            progress: a live line while loading, in the prompt, and with each token; "auto" shows it in notebooks and on
+                terminals, but not while a streamer prints there; True also where standard error is redirected.
+            foreign: other libraries' arguments: honoured, let pass if they change nothing, or refused with a remedy.
 
         Blocks until the first layers are being read; the download, if there is one, included.
 
@@ -94,11 +103,9 @@ class AutoModel:
             CheckpointNotFoundError, CheckpointError: there is no such checkpoint, or it is incomplete or corrupt.
             BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do.
         """
-        known = {name: value for name, value in locals().items() if name in OPTION_NAMES}
-        refuse_unknown(unknown, OPTION_NAMES)
+        known = {name: value for name, value in locals().items() if name in DEFAULTS}
         host_bytes = process_bytes()
-        prepared = prepare(pretrained_model_name_or_path, LoadOptions(**known))
-        return _assemble(prepared, make_plan(prepared.facts, prepared.request), host_bytes)
+        return _load(pretrained_model_name_or_path, LoadOptions(**adopt(foreign, known, DEFAULTS)), host_bytes)
 
     @classmethod
     def plan(
@@ -123,18 +130,30 @@ class AutoModel:
         return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
 
 
+def _load(name: str | os.PathLike[str], options: LoadOptions, host_bytes: int) -> StreamedModel:
+    # Without the time at first: where something is downloaded, the hub draws bars.
+    activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
+    with showing(activity.text, bool(options.progress)):
+        prepared = prepare(name, options, begin=activity.begin)
+        plan = make_plan(prepared.facts, prepared.request)
+        activity.begin(LAST_STEP)
+        return _assemble(prepared, plan, host_bytes)
+
+
+@torch.inference_mode(False)  # torch counts no changes of what is made in it, and weights have to be watched
 def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
     model = prepared.model
     gguf = prepared.index if isinstance(prepared.index, GgufIndex) else None
     load: Callable[[Beside], Any]
     if gguf is not None:  # its reader needs much memory for a while: before the weights do
-        load = partial(_load_from_gguf, gguf, _load_now(partial(gguf_tokenizer, gguf)))
+        load = partial(_load_from_gguf, gguf, _load_now(partial(gguf_tokenizer, gguf, model.config)))
     else:  # a GGUF file says of generation what its config says, and the model has that already
-        load = partial(_load_beside, prepared.folder, prepared.options.trust_remote_code)
+        load = partial(load_beside, prepared.folder, prepared.options.trust_remote_code)
         load_generation_config(model, os.fspath(prepared.folder))
-    finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
-    if prepared.quantizer is not None:
-        prepared.quantizer.finish(model)
+    with blamed_on(f"no model can be made of the checkpoint in {prepared.folder}"):
+        finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
+        if prepared.quantizer is not None:
+            prepared.quantizer.finish(model)
     probe = Probe()
     reader = Reader(prepared.index.files, plan.direct_io, probe=probe)
     try:
@@ -160,11 +179,7 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         is_final=prepared.options.max_context is not None,
         quantizer=prepared.quantizer,
     )
-    make_streamed(model, engine, load, _progress(engine, prepared.options.progress))
-    # Where transformers asks what runs where: one device computes, and layers have no memory of their own. It keeps
-    # pipelines from moving the model. "disk" would have PEFT and others put hooks of accelerate on it.
-    units = [unit for batch in plan.batches for unit in batch.units]
-    model.hf_device_map = {"": prepared.device, **dict.fromkeys(units, torch.device("meta"))}
+    make_streamed(model, engine, load, partial(_progress, engine, prepared.options.progress))
     if model.can_generate():
         model.generation_config.disable_compile = True
     weakref.finalize(model, engine.abandon)
@@ -172,12 +187,11 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
 
 
 def _progress(
-    engine: Engine, wanted: bool | Literal["auto"]
-) -> Callable[[Workload | None], AbstractContextManager[None]]:
+    engine: Engine, wanted: bool | Literal["auto"], work: Workload | None, has_streamer: bool
+) -> AbstractContextManager[Any]:
     """What shows how a generation of some workload goes."""
-    if not (in_notebook() if wanted == "auto" else wanted):
-        return lambda _: nullcontext()
-    return lambda work: progress_bar(engine.observer, engine.stats, work.context - work.prompt if work else None)
+    max_tokens = work.context - work.prompt if work else None
+    return progress(wanted, engine.observer, engine.stats, max_tokens, has_streamer)
 
 
 def _load_now(load: Callable[[], Any]) -> Callable[[], Any]:
@@ -194,14 +208,16 @@ def _load_now(load: Callable[[], Any]) -> Callable[[], Any]:
     return lambda: loaded
 
 
-def _load_beside(folder: Path, trust_remote_code: bool, what: Beside) -> Any:
+def load_beside(folder: Path, trust_remote_code: bool, what: Beside) -> Any:
     """What turns text, and for a processor whatever else the model takes, into its inputs."""
     # Looked up here: what loads processors of images takes memory that a text model has no use for.
     auto_class = transformers.AutoTokenizer if what == "tokenizer" else transformers.AutoProcessor
-    try:
+    check_small_files(folder)
+    with blamed_on(f"{folder} has no {what} that transformers can load", _NOT_THERE):
         return auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise CheckpointNotFoundError(f"{folder} has no {what} that transformers can load: {error}") from error
+
+
+_NOT_THERE: Consequences = (((ImportError,), UnsupportedError), ((OSError, ValueError), CheckpointNotFoundError))
 
 
 def _load_from_gguf(index: GgufIndex, load_tokenizer: Callable[[], Any], what: Beside) -> Any:

@@ -5,22 +5,31 @@ Knows folders, locks, manifests and free space. Refuses to know what the folders
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
-from airstream.errors import DiskSpaceError
-from airstream.units import format_bytes
+from airstream.checkpoint.foreign_json import MANIFEST as MANIFEST_KIND
+from airstream.checkpoint.foreign_json import read_json
+from airstream.disk_space import check_free_space, named_when_full
+from airstream.errors import CheckpointError
 
 __all__ = ["cache_folder", "is_complete", "make_once", "sync"]
 
 MANIFEST = "airstream-manifest.json"
+ELSEWHERE = "Free some, or set AIRSTREAM_CACHE to a folder on another disk."
+
+_MAKING = "-making-"
+_WORK_FOLDER = re.compile(rf"\.(?P<folder>.+){_MAKING}[^-]+")
 
 
 def cache_folder() -> Path:
@@ -45,18 +54,25 @@ def make_once(folder: Path, recipe: str, build: Callable[[Path, Path], None], pe
         peak_bytes: the most that `made` and `scratch` hold together.
 
     Raises:
-        DiskSpaceError: fewer than `peak_bytes` are free.
+        DiskSpaceError: fewer than `peak_bytes` are free, or the disk filled up meanwhile.
     """
+    with named_when_full(folder, lambda: peak_bytes, f"making {folder}", ELSEWHERE):
+        made = _make_once(folder, recipe, build, peak_bytes)
+        _sweep(folder.parent)
+    return made
+
+
+def _make_once(folder: Path, recipe: str, build: Callable[[Path, Path], None], peak_bytes: int) -> Path:
     if is_complete(folder, recipe):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if is_complete(folder, recipe):  # another process made it while this one waited for the lock
             return folder
-        prefix = f".{folder.name}-making-"
-        for leftover in folder.parent.glob(f"{prefix}*"):  # whoever held the lock was killed
+        prefix = f".{folder.name}{_MAKING}"
+        for leftover in folder.parent.glob(f"{glob.escape(prefix)}*"):  # whoever held the lock was killed
             shutil.rmtree(leftover, ignore_errors=True)
-        _check_free_space(folder, peak_bytes)
+        check_free_space(folder.parent, peak_bytes, f"making {folder}", ELSEWHERE)
         with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as work:
             made, scratch = Path(work, "made"), Path(work, "scratch")
             made.mkdir()
@@ -70,11 +86,24 @@ def make_once(folder: Path, recipe: str, build: Callable[[Path, Path], None], pe
     return folder
 
 
+def _sweep(parent: Path) -> None:
+    """Delete what makers of folders in `parent` have left that were killed, wherever they were. Waits for nobody.
+
+    A maker holds the lock of its folder as long as it lives.
+    """
+    for leftover in parent.glob(f".*{_MAKING}*"):
+        name = _WORK_FOLDER.fullmatch(leftover.name)
+        if name is None:
+            continue
+        with suppress(Timeout, OSError), FileLock(parent / f".{name['folder']}.lock", timeout=0):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
 def is_complete(folder: Path, recipe: str) -> bool:
     """Whether `folder` was made by `recipe` and its files still have their sizes. Reads the manifest, not the files."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        manifest = read_json(folder / MANIFEST, MANIFEST_KIND)
+    except CheckpointError:
         return False
     if not isinstance(manifest, dict) or manifest.get("recipe") != recipe:
         return False
@@ -107,12 +136,3 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _check_free_space(folder: Path, peak_bytes: int) -> None:
-    free = shutil.disk_usage(folder.parent).free
-    if free < peak_bytes:
-        raise DiskSpaceError(
-            f"making {folder} needs {format_bytes(peak_bytes)} of disk; {format_bytes(free)} are free. "
-            "Free some, or set AIRSTREAM_CACHE to a folder on another disk."
-        )

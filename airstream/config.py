@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import torch
@@ -13,9 +14,15 @@ import torch
 from airstream.backend import RUNTIMES
 from airstream.errors import ArgumentError
 from airstream.hardware import default_device, describe_devices, is_present
-from airstream.units import parse_bytes
+from airstream.units import KIB, MIB, format_bytes, parse_bytes
 
-MaxMemory = int | str | Mapping[int | str, int | str] | None
+MaxMemory = int | float | str | Mapping[int | str, int | float | str] | None
+
+SHORT_DTYPES: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""What people call them."""
+
+LEAST_BUDGET = MIB
+"""Bytes that no model does with: a number below is one whose unit was forgotten."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,8 @@ class LoadOptions:
     model_class: Any = None
     attn_implementation: str | None = None
     gguf_file: str | None = None
+    subfolder: str = ""
+    variant: str | None = None
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | os.PathLike[str] | None = None
@@ -53,16 +62,28 @@ class LoadOptions:
             raise ArgumentError(f'page_cache={self.page_cache!r}: use True, False or "auto"')
         if self.progress not in ("auto", True, False):
             raise ArgumentError(f'progress={self.progress!r}: use True, False or "auto"')
-        named = getattr(torch, self.dtype.removeprefix("torch."), None) if isinstance(self.dtype, str) else self.dtype
+        named = named_dtype(self.dtype)
         if self.dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
             raise ArgumentError(
-                f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", torch.float16...'
+                f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", torch.float16... Weights '
+                "are not quantised here: name a checkpoint that is"
             )
+        check_inside("subfolder", self.subfolder)
+        if self.variant is not None and not (isinstance(self.variant, str) and re.fullmatch(r"[\w-]+", self.variant)):
+            raise ArgumentError(f'variant={self.variant!r} is not a part of a file\'s name: use one such as "fp16"')
+
+
+def named_dtype(dtype: str | torch.dtype) -> Any:
+    """What torch has under the name `dtype`, long or short; nothing for `"auto"`."""
+    if not isinstance(dtype, str):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    return getattr(torch, SHORT_DTYPES.get(name, name), None)
 
 
 def resolve_device(device: str | int | torch.device | None) -> torch.device:
     """The device named by the user, with its index; the accelerator, or else the CPU, if none is named."""
-    if device is None:
+    if device is None or device == "auto":
         return default_device()
     try:
         chosen = torch.device(device)
@@ -87,30 +108,37 @@ def parse_max_memory(max_memory: MaxMemory, device: torch.device) -> dict[str, i
     if max_memory is None or max_memory == "auto":
         return {}
     if not isinstance(max_memory, Mapping):
-        return {compute: parse_bytes(max_memory, "max_memory")}
+        return {compute: _parse_budget(max_memory, "max_memory")}
     budgets: dict[str, int] = {}
     for key, size in max_memory.items():
-        name = str(key)
+        name = compute if str(key) == str(device) else str(key)
         if name not in ("cpu", compute):
             raise ArgumentError(
                 f"max_memory names {key!r}, but the model runs on {device}: use the keys "
                 f"{', '.join(sorted({'cpu', compute}))}, or choose another device="
             )
         if size != "auto":
-            budgets[name] = parse_bytes(size, f"max_memory[{key!r}]")
+            budgets[name] = _parse_budget(size, f"max_memory[{key!r}]")
     return budgets
 
 
-def refuse_unknown(arguments: Iterable[str], known: Iterable[str]) -> None:
-    """Raise for any of `arguments`, naming what it may have been meant to be."""
-    known = list(known)
-    for name in arguments:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the arguments are {', '.join(known)}"
-        raise ArgumentError(f"from_pretrained() has no argument {name!r}: {hint}")
+def _parse_budget(size: int | float | str, name: str) -> int:
+    nbytes = parse_bytes(size, name)
+    if nbytes >= LEAST_BUDGET:
+        return nbytes
+    text = str(size).strip()
+    guess = f'; did you mean "{text}{"GiB" if nbytes < KIB else "MiB"}"?' if text.isdigit() else ""
+    raise ArgumentError(f"{name}={size!r} is {format_bytes(nbytes)}, in which no model runs{guess}")
 
 
 def check_count(name: str, value: object, at_least: int) -> None:
     """Raise unless `value` is a whole number of `at_least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
         raise ArgumentError(f"{name}={value!r} must be a whole number of at least {at_least}")
+
+
+def check_inside(name: str, path: object) -> None:
+    """Raise unless `path`, an argument called `name`, lies inside whatever it is relative to, and stands for itself."""
+    inside = PurePosixPath(path) if isinstance(path, str) else None
+    if inside is None or inside.is_absolute() or ".." in inside.parts or set("\\*?[\0") & set(str(path)):
+        raise ArgumentError(f"{name}={path!r} is not a path inside the repository")

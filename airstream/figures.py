@@ -18,7 +18,7 @@ def new_figure(width: float = 8, height: float = 5.4) -> Any:
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, nothing that the whole process shares
     except ImportError:
-        raise UnsupportedError('drawing needs matplotlib: pip install "airstream[plot]"') from None
+        raise UnsupportedError("drawing needs matplotlib: pip install matplotlib") from None
 
     class Picture(Figure):
         def _repr_png_(self) -> bytes:

@@ -100,7 +100,7 @@ class Filling:
             if ready.loaded:
                 send()
             else:
-                self._read(ready.slab.pieces, ready.memory.landing(), partial(_then, partial(_settle, ready), send))
+                self._read(ready.slab.pieces, ready.memory.landing(), partial(_mark_loaded, ready, send))
         self._end_one(None)
 
     def cancel(self) -> None:
@@ -144,18 +144,10 @@ class Filling:
             on_done(self._error)
 
 
-def _mark_loaded(kept: Kept | Ready) -> None:
-    kept.loaded = True
-
-
-def _settle(ready: Ready) -> None:
-    ready.memory.filled()
-    ready.loaded = True
-
-
-def _then(first: Callable[[], None], second: Callable[[], None]) -> None:
-    first()
-    second()
+def _mark_loaded(once: Kept | Ready, then: Callable[[], None] | None = None) -> None:
+    once.loaded = True
+    if then is not None:
+        then()
 
 
 def _copies(slab: Slab, source: Slab, memory: torch.Tensor) -> list[tuple[torch.Tensor, int]]:

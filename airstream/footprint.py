@@ -13,8 +13,8 @@ Formulas, with B sequences of T new tokens each, C tokens of context, s bytes pe
     adapters        B * T * (the input and three times the output of the widest module that has one)
     logits          B * V * (s + 4): the model's and generate()'s float32 copy, for as many positions as are asked for;
                     with labels one more in float32, of their logarithms
-    lm_head copy    the lm_head, in float16 on the CPU: torch multiplies the strided slice that holds the last positions
-                    of a prompt through a batched product, for which it copies the weight
+    lm_head copy    the lm_head, where torch copies it on the CPU to multiply the strided slice that holds the last
+                    positions of a prompt; for each sequence, or once if they can be taken apart (`model/head.py`)
     images          per value: (a few hidden states + the MLP) of a vision token / the values of its patch
     tokenizer       1,000 bytes per entry of the vocabulary (0.96 to 1.05 kB measured with 49k to 200k entries)
 """
@@ -65,7 +65,9 @@ class Footprint:
     image_values: int
     """Numbers that an image consists of, as far as the config says: a square, or a thousand patches."""
     head_copy_bytes: int
-    """Bytes of the lm_head where it is copied at the end of a prefill, else 0."""
+    """Bytes of the lm_head where it is copied once at the end of a prefill, else 0."""
+    head_copy_bytes_each: int = 0
+    """Bytes of the lm_head where it is copied for every sequence at the end of a prefill, else 0."""
     num_layers: int = 0
     passes: tuple[PassGrowth, ...] = ()
     """How passes grow, for the longest contexts first; none if that could not be found out."""
@@ -105,7 +107,7 @@ class Footprint:
         copies = 4 + (4 if has_labels and self.item_bytes < 4 else 0)
         per_logit = self.vocab_size * (self.item_bytes + copies) if self.has_head else 0
         head = logits * (per_logit + self.adapter_logit_bytes) + tokens * self.hidden_size * self.item_bytes
-        head_copy = self.head_copy_bytes if 0 < logits < tokens else 0
+        head_copy = self.head_copy_bytes + batch_size * self.head_copy_bytes_each if 0 < logits < tokens else 0
         return max(batch_size * layers, batch_size * head + head_copy, int(pixel_values * self.pixel_bytes))
 
     def kept_bytes(self, tokens: int, context: int, states: bool, attentions: bool, scores: int) -> int:
@@ -131,6 +133,7 @@ def footprint(
     item_bytes: int,
     eager_attention: bool,
     head_copy_bytes: int = 0,
+    head_copy_bytes_each: int = 0,
     cache: CacheSize | None = None,
     has_head: bool = True,
     passes: tuple[PassGrowth, ...] = (),
@@ -169,6 +172,7 @@ def footprint(
         max_position=first_count(text, *POSITION_COUNTS, default=1 << 20),
         eager_attention=eager_attention,
         head_copy_bytes=head_copy_bytes,
+        head_copy_bytes_each=head_copy_bytes_each,
         num_layers=layers,
         passes=passes,
     )

@@ -11,15 +11,16 @@ from dataclasses import dataclass, replace
 
 from airstream.errors import BudgetError
 from airstream.machine import AUTO_SHARE
-from airstream.plan import HOST, ModelFacts, Request, make_plan, smallest_plan
+from airstream.plan import HOST, ModelFacts, Plan, Request, make_plan, smallest_plan
 
 __all__ = ["Landscape", "Spot", "survey"]
 
 BEYOND = 1.2
 """The largest memory that is looked at, in terms of what holds everything."""
 
-BELOW, SPAN = 0.85, 40
-"""The smallest one, in terms of the least that does; but not below this part of the largest."""
+SPAN, MARGIN = 40, 0.06
+"""The smallest one is the least that does, but not below this part of the largest; and a little less, so that the edge
+can be seen: by this share of the width of a picture."""
 
 SIZES_OF_MAP, SIZES_OF_CURVE = 32, 64
 """Of each memory: where there are two, and where there is one."""
@@ -47,6 +48,7 @@ class Landscape:
         spots: by device size, or one for the CPU, and then by host size; None where the model does not fit.
         here_bytes: what the machine that was asked for has: of device memory, if there is any, and of host memory.
         here: what that gives.
+        is_cached: that reads from the page cache, and is faster than all the others, which read from disk.
     """
 
     context: int
@@ -55,6 +57,7 @@ class Landscape:
     spots: tuple[tuple[Spot | None, ...], ...]
     here_bytes: tuple[int, ...]
     here: Spot | None
+    is_cached: bool
 
     def ram_without_disk(self) -> list[float | None]:
         """By device size, the host memory from which on nothing comes from disk any more; None if that is never."""
@@ -64,11 +67,14 @@ class Landscape:
 def survey(facts: ModelFacts, request: Request) -> Landscape:
     """Plans for `request` with memories of many sizes, whatever its own budgets are.
 
-    All of them are for one context: the one asked for, or else the longest that is planned for. What is read comes from
-    disk, around the page cache.
+    All of them are for one context: that of the plan for `request`, so that the picture and the plan say the same; if
+    the machine asked for cannot hold the model, the longest that is planned for. What is read comes from disk, around
+    the page cache.
     """
     whole = make_plan(facts, replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), hardware=None))
-    request = replace(request, max_context=whole.max_context, direct_io=True)
+    asked = _plan_or_none(facts, request)
+    request = replace(request, max_context=(asked or whole).max_context, direct_io=True)
+    whole = make_plan(facts, replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), hardware=None))
     least, most = smallest_plan(facts, request).peak_bytes, whole.peak_bytes
     device_bytes: tuple[int, ...] = ()
     host_bytes = _sizes(least[HOST], most[HOST], SIZES_OF_CURVE)
@@ -83,14 +89,15 @@ def survey(facts: ModelFacts, request: Request) -> Landscape:
         host_bytes=host_bytes,
         spots=tuple(tuple(_spots(facts, request, memory, host_bytes)) for memory in memories),
         here_bytes=tuple(here.values()),
-        here=_spot(facts, request, here),
+        here=None if asked is None else _of_plan(asked),
+        is_cached=asked is not None and not asked.direct_io and asked.read_bytes > 0,
     )
 
 
 def _sizes(least: int, most: int, count: int) -> tuple[int, ...]:
     """Sizes of memory around those whose budgets are `least` and `most`, evenly spread over their logarithms."""
     largest = BEYOND * most / AUTO_SHARE
-    span = min(largest / (BELOW * least / AUTO_SHARE), SPAN)
+    span = min((BEYOND * most / least) ** (1 + MARGIN), SPAN)
     return tuple(int(largest * span ** (number / (count - 1) - 1)) for number in range(count))
 
 
@@ -107,10 +114,18 @@ def _spots(
 
 def _spot(facts: ModelFacts, request: Request, memory: Mapping[str, int]) -> Spot | None:
     budgets = {name: int(AUTO_SHARE * nbytes) for name, nbytes in memory.items()}
+    plan = _plan_or_none(facts, replace(request, budgets=budgets))
+    return None if plan is None else _of_plan(plan)
+
+
+def _plan_or_none(facts: ModelFacts, request: Request) -> Plan | None:
     try:
-        plan = make_plan(facts, replace(request, budgets=budgets))
+        return make_plan(facts, request)
     except BudgetError:
         return None
+
+
+def _of_plan(plan: Plan) -> Spot:
     assert plan.prediction is not None  # the request says what the machine can do
     return Spot(plan.prediction.decode_seconds, plan.read_bytes)
 

@@ -31,7 +31,7 @@ from airstream.compat import (
 from airstream.errors import CheckpointError
 from airstream.pieces import dtype_of
 from airstream.tensors import TensorSpec, plain_spec
-from airstream.tracing import Expansions, trace
+from airstream.tracing import Known, trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,7 +77,7 @@ def read_specs(
             specs[name] = plain_spec(name, stored, conversion.source_dtype(None, dtype_of(stored), wanted[name]))
         else:
             converted.setdefault(name, []).append((key, pattern))
-    known: Expansions = {}
+    known = Known()
     for name, sources in converted.items():
         with _noting(faults):
             for spec in trace(conversion, name, sources, index, targets, wanted, known):

@@ -21,7 +21,8 @@ from airstream.config import LoadOptions, parse_max_memory, resolve_device
 from airstream.errors import ArgumentError
 from airstream.plan import HOST, ModelFacts, Request
 from airstream.rates.cards import Card, card_facts, find_card
-from airstream.rates.facts import HardwareFacts, Rate
+from airstream.rates.facts import HardwareFacts, Rate, measured_today
+from airstream.rates.links import measure_pinned
 from airstream.rates.store import facts_for
 from airstream.units import GIB, format_bytes, parse_bytes
 
@@ -80,11 +81,21 @@ class Machine:
         return torch.device("cuda", 0)
 
     def rates(self, folder: Path, device: torch.device) -> HardwareFacts:
-        """What it can do with a checkpoint in `folder`, as far as that is known without measuring."""
+        """What it can do with a checkpoint in `folder`, as far as that is known.
+
+        Nothing is measured, but for the link to an accelerator that nobody has measured: that takes some ten
+        milliseconds, and a guess may be wrong by half.
+        """
         if self.gpu is not None:
             return card_facts(self.gpu, disk_gbps=self.disk_gbps)
-        facts = facts_for(folder, device)
+        facts = with_measured_link(facts_for(folder, device), device)
         return facts if self.disk_gbps is None else replace(facts, disk=Rate(self.disk_gbps * 1e9, "given"))
+
+    def driver_bytes(self, device: torch.device) -> int:
+        """Host memory that the driver and the libraries of `device` take; of one that is only described, a guess."""
+        if self.gpu is not None:
+            return hardware.LIBRARY_BYTES["cuda"]
+        return 0 if device.type == "cpu" else hardware.driver_bytes(device)
 
     def memory(self, device: torch.device, given: Mapping[str, int]) -> dict[str, tuple[int, str]]:
         """Bytes of each memory, and in words what they are. Accelerators whose budget is `given` are not looked at."""
@@ -125,6 +136,7 @@ def request_for(question: Question, facts: ModelFacts) -> Request:
     """The user's numbers, and those of the machine where there are none."""
     options, machine, device = question.options, question.machine, question.device
     given = parse_max_memory(options.max_memory, device)
+    driver_bytes = machine.driver_bytes(device)  # first of all: whatever asks the device for anything brings it up
     memory = machine.memory(device, given)
     budgets = {name: int(AUTO_SHARE * nbytes) for name, (nbytes, _) in memory.items()} | given
     shares = {name: f"{AUTO_SHARE:.0%} of {words}, the rest is head-room" for name, (_, words) in memory.items()}
@@ -140,9 +152,20 @@ def request_for(question: Question, facts: ModelFacts) -> Request:
         direct_io=_direct_io(facts, total - min(budgets[HOST], total), options),
         staging_bytes=staging_bytes(device, NUM_WORKERS, CHUNK_BYTES) if question.staged else 0,
         decoding_bytes=decoding_bytes(device, NUM_WORKERS, CHUNK_BYTES) if facts.stored_bytes is not None else 0,
+        driver_bytes=driver_bytes,
         hardware=machine.rates(question.folder, device),
         prompt_tokens=question.prompt_tokens,
     )
+
+
+def with_measured_link(facts: HardwareFacts, device: torch.device) -> HardwareFacts:
+    """`facts`, with the rate of the link to `device` as it is now, if they only have an assumed one."""
+    if facts.h2d is None or facts.h2d.is_measured:
+        return facts
+    per_second = measure_pinned(device)
+    if per_second is None:
+        return facts
+    return replace(facts, h2d=Rate(per_second, f"{measured_today()}; while the model was loaded, the bus alone"))
 
 
 def _direct_io(facts: ModelFacts, left_over: int, options: LoadOptions) -> bool:

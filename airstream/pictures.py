@@ -18,16 +18,14 @@ from airstream.landscape import Landscape, survey
 from airstream.machine import AUTO_SHARE, THIS_MACHINE, Machine
 from airstream.plan import ModelFacts, Request
 from airstream.prepare import ask
+from airstream.scales import levels_between, set_seconds, set_sizes, size_text
 from airstream.table import short_name
-from airstream.units import GIB, format_bytes, format_seconds
+from airstream.units import format_bytes, format_seconds
 
 __all__ = ["plot_plan"]
 
-STEPS = (1, 1.5, 2, 3, 5, 7)
-"""Seconds that have a line, times powers of ten."""
-
-TICKS = tuple(step * 2.0**power for power in range(-8, 14) for step in (1, 1.5))
-"""Sizes of memory, in GiB, that are written to an axis."""
+APART = 0.035
+"""Of the width: lines of seconds that come nearer to each other than this are left out."""
 
 COLOURS, DARKEST, SHADES = "YlGnBu", 0.72, 48
 """From light to dark as seconds grow, also without colours, and never so dark that black is hard to read on it."""
@@ -36,6 +34,8 @@ LABEL_ROWS = (0.3, 0.12, 0.8, 0.55, 0.92)
 """Of the height, where a line may have its label: the first at which there is room."""
 
 STAR = {"marker": "*", "markersize": 14, "color": "black", "markeredgecolor": "white"}
+
+USED = f"in {{unit}}, of which {AUTO_SHARE:.0%} is used"
 
 DOES_NOT_FIT = "0.9"
 """The grey of sizes that do not do."""
@@ -74,7 +74,7 @@ def plot_plan(
     else:
         _draw_curve(axes, landscape)
     title = f"{short_name(model)}{_title(landscape, asked.facts, asked.request, machine)}"
-    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_title(title, fontsize=11, loc="left")
     if file is not None:
         figure.savefig(file)
     return figure
@@ -96,12 +96,12 @@ def _title(landscape: Landscape, facts: ModelFacts, request: Request, machine: M
 
 
 def _draw_map(figure: Any, axes: Any, landscape: Landscape) -> None:
-    x, y = ([size / GIB for size in sizes] for sizes in (landscape.device_bytes, landscape.host_bytes))
+    x, y = landscape.device_bytes, landscape.host_bytes
     by_ram = zip(*landscape.spots, strict=True)
     seconds = [[math.nan if spot is None else spot.seconds for spot in row] for row in by_ram]
     levels = _draw_seconds(figure, axes, x, y, seconds)
-    _set_scale(axes, "x", x, "VRAM")
-    _set_scale(axes, "y", y, "RAM")
+    set_sizes(axes, "x", x, f"VRAM {USED}")
+    set_sizes(axes, "y", y, f"RAM {USED}")
     _shade(axes, x, sum(not any(spots) for spots in landscape.spots))
     room = _Room(axes)
     _mark(axes, room, landscape)
@@ -110,7 +110,7 @@ def _draw_map(figure: Any, axes: Any, landscape: Landscape) -> None:
 
 
 def _draw_seconds(
-    figure: Any, axes: Any, x: Sequence[float], y: Sequence[float], seconds: Sequence[Sequence[float]]
+    figure: Any, axes: Any, x: Sequence[int], y: Sequence[int], seconds: Sequence[Sequence[float]]
 ) -> list[float]:
     """Shades, and lines at round numbers of seconds, which are returned."""
     from matplotlib import colormaps
@@ -118,16 +118,31 @@ def _draw_seconds(
 
     values = [value for row in seconds for value in row if not math.isnan(value)]
     low, high = 0.999 * min(values), 1.001 * max(values)
-    levels = list(_levels(low, high))
+    ticks = list(levels_between(low, high))
+    levels = _apart(seconds, ticks)
     shades = [low * (high / low) ** (step / SHADES) for step in range(SHADES + 1)]
     colours = ListedColormap([colormaps[COLOURS](DARKEST * step / 255) for step in range(256)])
     filled = axes.contourf(x, y, seconds, levels=shades, norm=LogNorm(low, high), cmap=colours)
     filled.set_edgecolor("face")  # else there are hair lines between the shades
     if levels:
         axes.contour(x, y, seconds, levels=levels, colors="black", linewidths=0.7)
-    bar = figure.colorbar(filled, ax=axes, label="predicted seconds per token", ticks=levels, format="%g")
+    bar = figure.colorbar(filled, ax=axes, label="predicted seconds per token", ticks=ticks, format="%g")
     bar.minorticks_off()
     return levels
+
+
+def _apart(seconds: Sequence[Sequence[float]], levels: Sequence[float]) -> list[float]:
+    """Those of rising `levels` whose lines can be told apart, at every height where one may have its label."""
+    rows = [seconds[round(height * (len(seconds) - 1))] for height in LABEL_ROWS]
+    kept: list[float] = []
+    for level in reversed(levels):  # from the left to the right
+        pairs = [(_crossing(row, kept[-1]), _crossing(row, level)) for row in rows] if kept else []
+        gaps = [
+            (here - there) / (len(seconds[0]) - 1) for there, here in pairs if there is not None and here is not None
+        ]
+        if min(gaps, default=1.0) >= APART:
+            kept.append(level)
+    return kept[::-1]
 
 
 @dataclass
@@ -139,14 +154,14 @@ class _Room:
 
     def write(self, x: float, y: float, text: str, **style: Any) -> bool:
         """`text` around a point, if there is room."""
-        half_width, half_height = (0.0056 if style.get("weight") else 0.0048) * len(text) + 0.012, 0.022
+        half_width, half_height = (0.0064 if style.get("weight") else 0.0055) * len(text) + 0.013, 0.025
         box = (x - half_width, y - half_height, x + half_width, y + half_height)
         inside = box[0] > 0 and box[1] > 0 and box[2] < 1 and box[3] < 1
         if not inside or any(_overlap(box, other) for other in self.taken):
             return False
         self.taken.append(box)
         frame = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-        style = {"ha": "center", "va": "center", "fontsize": 8, "bbox": frame} | style
+        style = {"ha": "center", "va": "center", "fontsize": 9, "bbox": frame} | style
         self.axes.text(x, y, text, transform=self.axes.transAxes, **style)
         return True
 
@@ -163,8 +178,8 @@ def _mark(axes: Any, room: _Room, landscape: Landscape) -> None:
         return
     axes.plot(x, y, transform=axes.transAxes, **STAR)
     room.taken.append((x - 0.02, y - 0.03, x + 0.02, y + 0.03))
-    text = f"{vram / GIB:.3g} + {ram / GIB:.3g} GiB: {format_seconds(landscape.here.seconds)}"
-    side = 0.035 + 0.0056 * len(text)
+    text = f"{size_text(vram)} + {size_text(ram)}: {_here(landscape)}"
+    side = 0.036 + 0.0064 * len(text)
     if not room.write(x + side, y, text, weight="bold"):
         room.write(x - side, y, text, weight="bold")
 
@@ -181,8 +196,15 @@ def _draw_edge(axes: Any, room: _Room, landscape: Landscape) -> None:
         *zip(*falling, strict=True), color="black", linewidth=1.6, linestyle=(0, (4, 2)), transform=axes.transAxes
     )
     for x, y in falling[len(falling) // 8 :]:
-        if room.write(x, y + 0.035, "above: nothing from disk", style="italic"):
-            return
+        if room.write(x, y + 0.04, "above: nothing from disk", style="italic"):
+            break
+    room.taken += [(x - 0.005, y - 0.005, x + 0.005, y + 0.005) for x, y in _between(falling)]
+
+
+def _between(places: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:
+    """Points of the line through `places`, close to each other."""
+    for (x, y), (to_x, to_y) in itertools.pairwise(places):
+        yield from ((x + (to_x - x) * part / 10, y + (to_y - y) * part / 10) for part in range(10))
 
 
 def _shade(axes: Any, sizes: Sequence[float], count: int) -> None:
@@ -190,7 +212,7 @@ def _shade(axes: Any, sizes: Sequence[float], count: int) -> None:
     axes.axvspan(sizes[0], sizes[count], color=DOES_NOT_FIT, zorder=0)
     width = count / (len(sizes) - 1)
     if width > 0.03:
-        style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 8, "transform": axes.transAxes}
+        style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 9, "transform": axes.transAxes}
         axes.text(width / 2, 0.5, "does not fit", **style)
 
 
@@ -217,52 +239,29 @@ def _crossing(row: Sequence[float], level: float) -> float | None:
 
 def _draw_curve(axes: Any, landscape: Landscape) -> None:
     (spots,) = landscape.spots
-    x = [size / GIB for size in landscape.host_bytes]
+    x = landscape.host_bytes
     fitting = [(size, spot.seconds) for size, spot in zip(x, spots, strict=True) if spot is not None]
     axes.plot(*zip(*fitting, strict=True), color="black", linewidth=1.8)
-    _set_scale(axes, "x", x, "RAM")
-    _set_seconds(axes, [seconds for _, seconds in fitting])
+    set_sizes(axes, "x", x, f"RAM {USED}")
+    set_seconds(axes, [seconds for _, seconds in fitting])
     axes.grid(visible=True, color="0.85", linewidth=0.6)
     _shade(axes, x, spots.count(None))
     (ram,) = landscape.here_bytes
     here = landscape.here
-    if here is not None and x[0] < ram / GIB < x[-1]:
-        axes.plot(ram / GIB, here.seconds, **STAR)
-        text = f"{ram / GIB:.3g} GiB: {format_seconds(here.seconds)}"
+    if here is not None and x[0] < ram < x[-1]:
+        axes.plot(ram, here.seconds, **STAR)
+        text = f"{size_text(ram)}: {_here(landscape)}"
         beside: dict[str, Any] = {"xytext": (8, 8)}  # the curve falls: there is room on its right, and below
         if _share(landscape.host_bytes, ram) > 0.7:
             beside = {"xytext": (-8, -16), "ha": "right"}
-        axes.annotate(text, (ram / GIB, here.seconds), textcoords="offset points", weight="bold", **beside)
+        axes.annotate(text, (ram, here.seconds), textcoords="offset points", weight="bold", **beside)
 
 
-# ------------------------------------------------------------------------------------------------------------- scales
-
-
-def _set_scale(axes: Any, which: str, sizes: Sequence[float], label: str) -> None:
-    """Sizes of memory on the axis `which`, by their logarithms."""
-    axis = {"x": axes.xaxis, "y": axes.yaxis}[which]
-    axes.set(**{f"{which}scale": "log", f"{which}lim": (sizes[0], sizes[-1])})
-    ticks = [tick for tick in TICKS if sizes[0] <= tick <= sizes[-1]]
-    axis.set_ticks(ticks, [f"{tick:g}" for tick in ticks])
-    axis.set_ticks([], minor=True)
-    axis.set_label_text(f"{label} in GiB, of which {AUTO_SHARE:.0%} is used")
-
-
-def _set_seconds(axes: Any, seconds: Sequence[float]) -> None:
-    axes.set_yscale("log")
-    low, high = min(seconds) / 1.2, max(seconds) * 1.2
-    levels = list(_levels(low, high))
-    axes.set_ylim(low, high)
-    axes.set_yticks(levels, [f"{level:g}" for level in levels])
-    axes.set_yticks([], minor=True)
-    axes.set_ylabel("predicted seconds per token")
+def _here(landscape: Landscape) -> str:
+    assert landscape.here is not None
+    return format_seconds(landscape.here.seconds) + (" (page cache)" if landscape.is_cached else "")
 
 
 def _share(sizes: Sequence[int], nbytes: float) -> float:
     """Where `nbytes` lies between the first and the last of `sizes`."""
     return math.log(nbytes / sizes[0]) / math.log(sizes[-1] / sizes[0])
-
-
-def _levels(low: float, high: float) -> Iterator[float]:
-    for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1):
-        yield from (level for step in STEPS if low < (level := step * 10.0**power) < high)

@@ -123,6 +123,11 @@ class Prediction:
         """The rates among `rates` that were not measured on this machine."""
         return tuple(name for name, rate in self.rates.items() if not rate.is_measured)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What has to be said about how the rates were measured."""
+        return tuple(dict.fromkeys(note for rate in self.rates.values() for note in rate.notes))
+
     def generate_seconds(self, new_tokens: int) -> float:
         """Of a first call that generates `new_tokens` tokens per sequence: T_pre * l + T_gen * (n - 1) * l."""
         return self.prefill_seconds + (new_tokens - 1) * self.decode_seconds

@@ -6,14 +6,15 @@ table, or a running model.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from airstream.backend import packing_of
@@ -25,7 +26,9 @@ from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.locate import locate
 from airstream.compat import (
     CacheSize,
+    Consequences,
     Quantizer,
+    blamed_on,
     build_on_meta,
     check_trust,
     choose_class,
@@ -35,8 +38,9 @@ from airstream.compat import (
     measure_cache,
     measure_passes,
 )
-from airstream.config import LoadOptions, check_count, parse_max_memory, refuse_unknown
-from airstream.errors import AirstreamError, ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.config import LoadOptions, check_count, named_dtype, parse_max_memory
+from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.foreign import adopt
 from airstream.growth import PassGrowth
 from airstream.layout import read_specs
 from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
@@ -45,8 +49,11 @@ from airstream.model.units import Parts, divide
 from airstream.pieces import TORCH_DTYPES
 from airstream.plan import ModelFacts, Request
 
-OPTION_NAMES = tuple(option.name for option in fields(LoadOptions))
-_PLAN_NAMES = (*OPTION_NAMES, "machine", "prompt_tokens")
+STEPS = ("finding the checkpoint", "reading headers", "building the model", "planning")
+"""Of `prepare`, as it begins them."""
+
+DEFAULTS: Mapping[str, Any] = {option.name: option.default for option in fields(LoadOptions)}
+_PLAN_DEFAULTS: Mapping[str, Any] = {**DEFAULTS, "machine": THIS_MACHINE, "prompt_tokens": None}
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,9 @@ def ask(
     prompt_tokens: int | None = None,
 ) -> Prepared:
     """The sizes of a model and what is asked of the planner, weights or not. Arguments as `AutoModel.plan`."""
-    refuse_unknown((name for name in options if name not in OPTION_NAMES), _PLAN_NAMES)
-    known = LoadOptions(**options)
+    given = {key: value for key, value in options.items() if key in DEFAULTS}
+    foreign = {key: value for key, value in options.items() if key not in DEFAULTS}
+    known = LoadOptions(**adopt(foreign, given, _PLAN_DEFAULTS))
     if prompt_tokens is not None:
         check_count("prompt_tokens", prompt_tokens, at_least=1)
         if prompt_tokens > (known.max_context or prompt_tokens):
@@ -84,18 +92,37 @@ def ask(
     return prepare(name, known, with_weights=False, machine=machine, prompt_tokens=prompt_tokens or PROMPT_TOKENS)
 
 
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Without Python's cyclic garbage collector: a hundred thousand small objects that stay would wake it again and
+    again, and it would look at all of torch and transformers, and find nothing. That is a third of the time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@_without_collecting()
 def prepare(
     name: str | os.PathLike[str],
     options: LoadOptions,
     with_weights: bool = True,
     machine: Machine = THIS_MACHINE,
     prompt_tokens: int = PROMPT_TOKENS,
+    begin: Callable[[str], None] = lambda _: None,
 ) -> Prepared:
+    """Find out everything about the model `name`. `begin` is told each of `STEPS` but the first."""
     device = machine.device(options.device)
     parse_max_memory(options.max_memory, device)  # a mistake in it is told before anything is downloaded
     folder, gguf = locate(
         name,
         options.gguf_file,
+        subfolder=options.subfolder,
+        variant=options.variant,
         revision=options.revision,
         token=options.token,
         cache_dir=options.cache_dir,
@@ -103,12 +130,18 @@ def prepare(
         with_code=options.trust_remote_code,
         with_weights=with_weights,
     )
+    begin(STEPS[1])
     index: CheckpointIndex | None
     if gguf is not None:
+        if options.variant is not None:
+            raise ArgumentError(f"variant={options.variant!r} is of safetensors: name the GGUF file with gguf_file=...")
         index = GgufIndex.open(gguf)
     else:
-        index = open_checkpoint(folder) if with_weights or has_weights(folder) else None
+        has_any = with_weights or has_weights(folder, options.variant)
+        index = open_checkpoint(folder, variant=options.variant) if has_any else None
+    begin(STEPS[2])
     model, dtype, quantizer, cache, passes = build_model(folder, options, device, index)
+    begin(STEPS[3])
     index = index or imagine(model)
     parts = divide(model, read_specs(model, index, dtype, quantizer))
     packing = packing_of(device)
@@ -149,21 +182,45 @@ class Built(NamedTuple):
 def build_model(folder: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None) -> Built:
     """The model that the config in `folder` describes, with the modules that compute with its weights on `device`."""
     config = gguf_config(index) if isinstance(index, GgufIndex) else _load_config(folder, options)
-    quantizer = find_quantizer(config, device)
-    dtype = _resolve_dtype(options.dtype, config, index)
-    dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
-    model_cls, config = choose_class(config, folder, options.trust_remote_code, options.model_class)
-    try:
-        model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
-    except AirstreamError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, MemoryError) as error:
-        raise CheckpointError(f"no model can be built from {folder / 'config.json'}: {error}") from error
-    cache, passes = measure_cache(model), measure_passes(model, device)  # while its modules compute on any device
-    if quantizer is not None:
-        _check_planned_from_headers(index, quantizer)
-        quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
+    source = index.first if isinstance(index, GgufIndex) else folder / "config.json"
+    with blamed_on(f"no model can be built from {source}"):
+        quantizer = find_quantizer(config, device)
+        dtype = _resolve_dtype(options.dtype, config, index)
+        dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
+        model_cls, config = choose_class(config, folder, options.trust_remote_code, options.model_class)
+        with _attention(options.attn_implementation, source):
+            model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+        cache, passes = measure_cache(model), measure_passes(model, device)  # while its modules compute on any device
+        if quantizer is not None:
+            _check_planned_from_headers(index, quantizer)
+            quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
     return Built(model, dtype, quantizer, cache, passes)
+
+
+@contextmanager
+def _attention(wanted: str | None, source: Path) -> Iterator[None]:
+    """Where a model is built: what fails because of the attention that the user wants is not the file's fault."""
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedError(_needs_package(wanted, source, error)) from error
+    except ValueError as error:
+        if wanted is not None and "attn_implementation" in str(error):
+            raise ArgumentError(f"attn_implementation={wanted!r}: {error}") from error
+        raise
+
+
+def _needs_package(attn_implementation: str | None, source: Path, error: ImportError) -> str:
+    if attn_implementation is None:
+        return f"the model of {source} needs a package that is not installed here: {error}"
+    return (
+        f"attn_implementation={attn_implementation!r} needs a package that is not installed here: "
+        f'{str(error).rstrip(".")}. Install it, or leave the argument out: torch brings "sdpa"'
+    )
+
+
+_READING: Consequences = (((OSError, ValueError, KeyError, ImportError), UnsupportedError),)
+"""A type of model that transformers does not know is one of these."""
 
 
 def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
@@ -174,19 +231,15 @@ def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
             f"model.load_adapter({os.fspath(folder)!r})"
         )
     check_trust(read_config_file(file), folder, options.trust_remote_code)
-    try:
+    with blamed_on(f"transformers cannot read {file}", _READING):
         return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
-    except (StrictDataclassError, TypeError, AttributeError, ArithmeticError) as error:
-        raise CheckpointError(f"{file} does not describe a model: {error}") from error
-    except (OSError, ValueError, KeyError) as error:
-        raise UnsupportedError(f"transformers cannot read {file}: {error}") from error
 
 
 def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: CheckpointIndex | None) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype != "auto":
-        return getattr(torch, dtype.removeprefix("torch."))
+        return named_dtype(dtype)
     if isinstance(index, GgufIndex):
         return gguf_dtype(index)
     if config.dtype is not None:

@@ -14,6 +14,9 @@ from typing import Any, NamedTuple, Protocol
 
 DISK, CONVERT, HOST_COPY, H2D = "disk", "convert", "host copy", "H2D"
 
+PAGE_CACHE, HOST_MEMORY = "page cache", "host memory"
+"""Where bytes come from that come from no disk: memory is faster, so that their rate is not the disk's."""
+
 LINKS = (DISK, CONVERT, HOST_COPY, H2D)
 """What the bytes of a layer pass through on their way to where it computes, in that order."""
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from airstream.hardware import PeakMemory
 from airstream.plan import HOST, Plan
+from airstream.probe import DISK
 from airstream.stats import StreamStats
-from airstream.units import format_bytes, format_seconds
+from airstream.units import format_bytes, format_rate, format_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,8 +20,9 @@ class RunReport:
 
     Attributes:
         ttft_seconds: from the start of the meter to the first new token.
-        streamed_bytes, read_seconds: what was read from disk, and while at least one read was under way.
-        stall_seconds: computation waited for weights.
+        streamed_bytes, read_seconds: what was read, and while at least one read was under way.
+        stall_seconds: computation waited for reads.
+        source: what was read from: "disk" or "page cache".
         peak_bytes: rise of the process's resident memory above what it was before the model was loaded.
     """
 
@@ -34,6 +36,7 @@ class RunReport:
     peak_bytes: int
     planned_peak_bytes: int
     budget_bytes: int
+    source: str = DISK
 
     @property
     def seconds_per_token(self) -> float:
@@ -43,8 +46,9 @@ class RunReport:
         return (self.total_seconds - self.ttft_seconds) / (self.new_tokens - 1)
 
     @property
-    def read_bytes_per_second(self) -> float:
-        return self.streamed_bytes / self.read_seconds if self.read_seconds else 0.0
+    def read_bytes_per_second(self) -> float | None:
+        """None if nothing was read."""
+        return self.streamed_bytes / self.read_seconds if self.streamed_bytes and self.read_seconds else None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"seconds_per_token": self.seconds_per_token}
@@ -55,13 +59,19 @@ class RunReport:
             (
                 f"  tokens    {self.new_tokens} new after {self.prompt_tokens}: first in "
                 f"{format_seconds(self.ttft_seconds)}, then {format_seconds(self.seconds_per_token)} each",
-                f"  streamed  {format_bytes(self.streamed_bytes)} at {self.read_bytes_per_second / 1e9:.2f} GB/s",
+                f"  streamed  {self._streamed()}",
                 f"  memory    peak {format_bytes(self.peak_bytes)}, planned {format_bytes(self.planned_peak_bytes)}, "
                 f"budget {format_bytes(self.budget_bytes)}",
                 f"  time      {format_seconds(self.stall_seconds)} waiting for weights, "
                 f"{format_seconds(busy)} computing",
             )
         )
+
+    def _streamed(self) -> str:
+        rate = self.read_bytes_per_second
+        if rate is None:
+            return "nothing"
+        return f"{format_bytes(self.streamed_bytes)} at {format_rate(rate)} from {self.source}"
 
 
 class Meter:
@@ -111,4 +121,5 @@ class Meter:
             peak_bytes=self._memory.rise(),
             planned_peak_bytes=plan.tiers[HOST].peak_bytes,
             budget_bytes=plan.tiers[HOST].budget_bytes,
+            source=stats.source,
         )

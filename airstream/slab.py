@@ -6,16 +6,13 @@ Knows byte plans and what a backend wants of addresses. Nothing here is allocate
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Piece
-from airstream.tensors import Conversion, TensorSpec
+from airstream.tensors import CACHE_LINE_BYTES, Conversion, TensorSpec
 from airstream.units import round_up
-
-CACHE_LINE_BYTES = 64
-"""What torch aligns its own host allocations to."""
 
 MAX_GAP_BYTES = 1 << 20
 """Bytes nobody needs that are read along when they lie between two tensors of a slab: cheaper than a second read."""
@@ -44,7 +41,7 @@ def distinct(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
 
 def stored_specs(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """What is read for `specs`: themselves, or the raw tensors that they are made of."""
-    return list(dict.fromkeys(stored for spec in specs for stored in spec.stored))
+    return list({stored.name: stored for spec in specs for stored in spec.stored}.values())
 
 
 def pack(specs: Iterable[TensorSpec], packing: Packing, elsewhere: Collection[str] = ()) -> Slab:
@@ -84,12 +81,15 @@ class _SlabBuilder:
             base = self._fresh(spec)
         self.offsets[spec.name] = base
         for piece in spec.pieces:
-            self._append(replace(piece, target=base + piece.target))
+            self._append(Piece(piece.file, piece.offset, piece.nbytes, base + piece.target, piece.cast))
         self.end = max(self.end, base + spec.nbytes)
 
     def reserve(self, spec: TensorSpec) -> None:
         """Room for a tensor that is not read: it is computed, or comes from elsewhere."""
-        self.offsets[spec.name] = base = round_up(self.end, max(self.packing.alignment, CACHE_LINE_BYTES))
+        base = round_up(self.end, max(self.packing.alignment, CACHE_LINE_BYTES))
+        if self.packing.follows_file:
+            base += self._phase(spec) % CACHE_LINE_BYTES
+        self.offsets[spec.name] = base
         self.end = base + spec.nbytes
 
     def _alignment(self, spec: TensorSpec) -> int:
@@ -114,17 +114,16 @@ class _SlabBuilder:
     def _phase(self, spec: TensorSpec) -> int:
         """Where within a page `spec` has to start.
 
-        Where within a cache line a tensor starts decides the order in which CPU kernels add up, and so the last bit: it
-        has to be as in a resident model. transformers maps tensors from the file, and allocates those that it casts or
-        puts together, at the start of a line. Within that, reads land in place if the page is entered as in the file.
+        Within a cache line as in a resident model, which decides the last bit of what CPU kernels compute with it.
+        Within that, reads land in place if the page is entered as in the file.
         """
+        if not spec.pieces or spec.pieces[0].cast is not None:
+            return spec.line_offset or 0
         piece = spec.pieces[0]
         in_file = (piece.offset - piece.target) % PAGE_BYTES
-        if piece.cast is not None:
-            return 0
-        if spec.moved:
-            return in_file if in_file % CACHE_LINE_BYTES == 0 else 0
-        return in_file if in_file % self._alignment(spec) == 0 else 0
+        if spec.line_offset is None:
+            return in_file if in_file % self._alignment(spec) == 0 else 0
+        return in_file if in_file % CACHE_LINE_BYTES == spec.line_offset else spec.line_offset
 
     def _fresh(self, spec: TensorSpec) -> int:
         """Where `spec` lies if it starts a read of its own."""
@@ -137,6 +136,6 @@ class _SlabBuilder:
         if last is not None and last.cast is None and piece.cast is None and last.file == piece.file:
             gap = piece.offset - (last.offset + last.nbytes)
             if 0 <= gap <= MAX_GAP_BYTES and piece.target - last.target == piece.offset - last.offset:
-                self.pieces[-1] = replace(last, nbytes=piece.offset + piece.nbytes - last.offset)
+                self.pieces[-1] = Piece(last.file, last.offset, piece.offset + piece.nbytes - last.offset, last.target)
                 return
         self.pieces.append(piece)

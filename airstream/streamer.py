@@ -12,7 +12,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -21,38 +20,14 @@ import torch
 
 from airstream.backend.base import Backend
 from airstream.checkpoint.reader import ReadCancelled, Reader
-from airstream.errors import ClosedError
+from airstream.errors import ClosedError, UnsupportedError
 from airstream.fill import Fill, Filling
+from airstream.forks import FORKED_INSIDE, Forks
 from airstream.order import AccessOrder
-from airstream.probe import Probe
+from airstream.probe import HOST_MEMORY, Probe
+from airstream.region import Region
 from airstream.ring import Ring, room_sizes
-from airstream.stats import StreamStats
-
-
-@dataclass(slots=True)
-class Region:
-    """A layer batch in the ring. One of which nothing is streamed takes no room there.
-
-    Attributes:
-        memory: its bytes on the device, a uint8 tensor.
-        offset: where in the ring it lies.
-        fresh: True after a fill; whoever makes something of the bytes in place, once, sets it to False.
-        filling: reads are under way.
-        users: calls that wait for it, or compute with it. Without any, it stays intact until its place is needed.
-        read_bytes, host_bytes: that came from disk and host memory to fill it, until they have been reported.
-        error: what kept it from being filled.
-    """
-
-    batch: int
-    offset: int
-    memory: torch.Tensor
-    fresh: bool = True
-    filling: bool = True
-    users: int = 0
-    read_bytes: int = 0
-    host_bytes: int = 0
-    work: Filling | None = None
-    error: BaseException | None = None
+from airstream.stats import MeasuredLink, StreamStats
 
 
 class Streamer:
@@ -95,6 +70,7 @@ class Streamer:
         self._reading_since = 0.0
         self._num_reading = 0
         self._closed = False
+        self._forks = Forks()
 
     def start(self) -> None:
         """Begin to read ahead."""
@@ -110,8 +86,9 @@ class Streamer:
         """
         if listener := self._probe.listener:
             listener.begin_wait()
+        self.check_open()
         with self._changed:
-            self._check_open()
+            self.check_open()
             self._order.observe(batch)
             self.stats.acquired += 1
             self.stats.missed += batch not in self._regions and not self._fills[batch].is_complete
@@ -124,6 +101,8 @@ class Streamer:
 
     def release(self, batch: int) -> None:
         """The last computation with `batch` has been submitted: its place may be reused. Does not block."""
+        if self._forks.is_child:
+            return  # it was acquired in another process
         self._backend.release()
         with self._changed:
             region = self._regions.get(batch)
@@ -135,45 +114,75 @@ class Streamer:
                 self._read_ahead()
             self._changed.notify_all()
 
-    def measure_link(self) -> tuple[int, float]:
-        """Stream every batch once without computing. Returns the bytes that passed and the wall seconds they took.
+    def measure_link(self) -> MeasuredLink:
+        """Stream every batch once without computing: from when nothing moves until nothing moves any more.
 
         This is the raw link: what streaming would run at if computation took no time. What is loaded just once, and
-        what has been read ahead, is out of the way first, so that it does not count.
+        what has been read ahead, is out of the way first, so that it does not count; what is read ahead at the end
+        does instead. Blocks for all of that, copies to the device included: those that are queued have not arrived.
         """
         for batch, fill in enumerate(self._fills):
             if not all(kept.loaded for kept in fill.kept) or not all(ready.loaded for ready in fill.ready):
                 self._pass_through(batch)
-        for batch in self._upcoming():
-            self._pass_through(batch)
+        self.start()
         streamed = [batch for batch, fill in enumerate(self._fills) if fill.slab.nbytes]
         coming = next((batch for batch in self._order.upcoming() if batch in streamed), None)
         first = streamed.index(coming) if coming is not None else 0
-        started = time.perf_counter()
+        self._wait_until_quiet()
+        read_bytes, host_bytes, started = self.stats.streamed_bytes, self.stats.host_bytes, time.perf_counter()
         for batch in (*streamed[first:], *streamed[:first]):
             self._pass_through(batch)
+        self._wait_until_quiet()
         seconds = time.perf_counter() - started
-        return sum(self._fills[batch].slab.read_bytes + self._fills[batch].ready_bytes for batch in streamed), seconds
+        moved = {
+            self.stats.source: self.stats.streamed_bytes - read_bytes,
+            HOST_MEMORY: self.stats.host_bytes - host_bytes,
+        }
+        sources = [source for source, nbytes in moved.items() if nbytes]
+        return MeasuredLink(" and ".join(sources) or None, sum(moved.values()), seconds)
+
+    def _wait_until_quiet(self) -> None:
+        """Until nothing that has been begun is under way, neither reads nor copies."""
+        with self._changed:
+            self._wait_for_fills()
+        self._backend.settle()
+        self._backend.synchronize()
+
+    def _wait_for_fills(self) -> None:
+        while any(region.filling for region in self._regions.values()):
+            self._changed.wait()
 
     def _pass_through(self, batch: int) -> None:
         self.acquire(batch)
         self.release(batch)
 
+    def after_fork(self) -> None:
+        """In a forked child: what was being read never arrives here. The ring is empty; its memory stays."""
+        self._forks = Forks()
+        self._changed = threading.Condition()
+        self._regions.clear()
+        self._ring = Ring(self._ring.nbytes)
+        self._num_reading = 0
+
     def close(self) -> None:
         """Stop reading and give the ring back. Idempotent; blocks for reads under way. Waiting calls raise."""
+        if self._forks.is_child:
+            self.after_fork()
         with self._changed:
             self._closed = True
             for region in self._regions.values():
                 if region.work is not None:
                     region.work.cancel()
             self._changed.notify_all()
-            while any(region.filling for region in self._regions.values()):
-                self._changed.wait()
+            self._wait_for_fills()
             self._regions.clear()
         self._backend.synchronize()
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise if it is closed, or if what is asked for would be read in another process."""
+        if self._forks.is_child:
+            raise UnsupportedError(FORKED_INSIDE)
         if self._closed:
             raise ClosedError("the model is closed: load it again with from_pretrained()")
 
@@ -211,7 +220,7 @@ class Streamer:
     def _read_now(self, batch: int) -> Region:
         """Start reading `batch` ahead of everything else, at the cost of what was read ahead if need be."""
         while batch not in self._regions:
-            self._check_open()
+            self.check_open()
             if not self._begin(batch, self._spare(keep=()), urgent=True) and not self._give_up_one():
                 self._changed.wait()  # other threads use the whole ring
         return self._regions[batch]
@@ -238,7 +247,8 @@ class Streamer:
         region.read_bytes, region.host_bytes = fill.to_read_bytes, fill.ready_bytes
         self._regions[batch] = region
         self._report_ring()
-        self._count_reading(+1)
+        if region.read_bytes:
+            self._count_reading(+1)
         self._backend.begin_fill()
         on_done = partial(self._filled, region, region.read_bytes)
         work = Filling(fill, region.memory, self._reader, self._backend, on_done, urgent)
@@ -274,12 +284,15 @@ class Streamer:
         with self._changed:
             if error is None:
                 self._backend.end_fill(self._fences[region.batch])
-                self.stats.streamed_bytes += read_bytes
+                if read_bytes:
+                    self.stats.streamed_bytes += read_bytes
+                    self.stats.source = self._reader.source
                 self.stats.host_bytes += self._fills[region.batch].ready_bytes
             region.error = error
             region.work = None  # it refers to this region: the cycle would keep the ring's memory after close()
             region.filling = False
-            self._count_reading(-1)
+            if read_bytes:
+                self._count_reading(-1)
             self._changed.notify_all()
 
     def _wait_until_filled(self, region: Region) -> None:
@@ -287,7 +300,7 @@ class Streamer:
         while region.filling:
             self._changed.wait()
         self.stats.stall_seconds += time.perf_counter() - started
-        self._check_open()
+        self.check_open()
 
     def _count_reading(self, change: int) -> None:
         now = time.perf_counter()

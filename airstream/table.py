@@ -126,7 +126,8 @@ def plan_table(
     machines = [replace(machine, gpu=find_card(gpu).name) for gpu in gpus]  # told before anything is fetched
     rows: list[Row] = []
     for model in models:
-        asked = ask(model, {"dtype": "float16"} | options, machines[0], prompt_tokens)
+        dtype = {} if "torch_dtype" in options else {"dtype": "float16"}
+        asked = ask(model, dtype | options, machines[0], prompt_tokens)
         facts = replace(asked.facts, name=short_name(model))
         rows += _rows(facts, asked.question, machines)
     return Table(tuple(rows), tuple(_notes(request_for(asked.question, facts))))

@@ -14,6 +14,9 @@ from airstream.checkpoint.index import StoredTensor
 from airstream.checkpoint.reader import Piece
 from airstream.pieces import piece_of
 
+CACHE_LINE_BYTES = 64
+"""What torch aligns its own host allocations to."""
+
 RAW_PREFIX = "raw:"
 """Before the names of raw tensors: a converted tensor may be called like the one it is made of."""
 
@@ -24,8 +27,8 @@ class TensorSpec:
 
     Attributes:
         pieces: their `target` counts from the first byte of this tensor. Empty if `made_by` makes it.
-        moved: a converter of transformers put it together, or it was not mapped to begin with, so that a resident model
-            has it in memory of its own.
+        line_offset: where within a cache line a resident model has it, which decides the order in which CPU kernels add
+            up, and so the last bit. None if that is where it lies in the file, because the model maps it.
         transposed: it lies in memory with rows and columns exchanged, as the resident one, of shape (columns, rows).
     """
 
@@ -34,7 +37,7 @@ class TensorSpec:
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     made_by: Conversion | None = None
-    moved: bool = False
+    line_offset: int | None = None
     transposed: bool = False
 
     @property
@@ -77,4 +80,5 @@ class Conversion:
 def plain_spec(name: str, stored: StoredTensor, dtype: torch.dtype) -> TensorSpec:
     """`stored` as it lies, cast to `dtype`."""
     piece = piece_of(stored, 0, stored.nbytes, 0, dtype)
-    return TensorSpec(name, dtype, stored.shape, (piece,), moved=not stored.is_mapped)
+    line_offset = stored.resident_offset if piece.cast is None else 0
+    return TensorSpec(name, dtype, stored.shape, (piece,), line_offset=line_offset and line_offset % CACHE_LINE_BYTES)

@@ -12,26 +12,28 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 _SUFFIXES = {"": 1, "b": 1} | {
     prefix + ending: base**power
     for power, prefix in enumerate("kmgt", start=1)
-    for ending, base in (("ib", 1024), ("b", 1000))
+    for ending, base in (("ib", 1024), ("", 1024), ("b", 1000))
 }
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-zA-Z]*)\s*")
+"""A letter alone is a binary unit, as for container engines and schedulers."""
+
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)(e\+?[0-9]{1,2})?\s*([a-zA-Z]*)\s*", re.IGNORECASE)
 
 
-def parse_bytes(size: int | str, name: str = "size") -> int:
-    """The number of bytes in `size`: an int, or a string such as `"4GiB"`, `"512 MB"`, `"1.5GiB"`.
+def parse_bytes(size: int | float | str, name: str = "size") -> int:
+    """The number of bytes in `size`: an int, a whole float, or a string such as `"4GiB"`, `"512 MB"`, `"4e9"`.
 
     Raises:
         ArgumentError: `size` is not a size; the message calls it `name`.
     """
-    if isinstance(size, int) and not isinstance(size, bool):
-        nbytes = size
+    if isinstance(size, int | float) and not isinstance(size, bool) and size % 1 == 0:  # not for infinity, NaN
+        nbytes = int(size)
     else:
         match = _SIZE.fullmatch(size) if isinstance(size, str) else None
-        if match is None or match[2].lower() not in _SUFFIXES:
+        if match is None or match[3].lower() not in _SUFFIXES:
             raise ArgumentError(
                 f'{name}={size!r} is not a size: use bytes as an int, or a string such as "4GiB" or "512MB"'
             )
-        nbytes = int(Decimal(match[1]) * _SUFFIXES[match[2].lower()])
+        nbytes = int(Decimal(match[1] + (match[2] or "")) * _SUFFIXES[match[3].lower()])
     if not 1 <= nbytes < 1 << 63:
         raise ArgumentError(f"{name}={size!r} must be at least one byte, and less than there are addresses")
     return nbytes
@@ -45,6 +47,14 @@ def format_bytes(nbytes: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or abs(size) >= 99.95 else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.2f} GiB"
+
+
+def format_rate(bytes_per_second: float) -> str:
+    """`bytes_per_second` for people, never as nothing: `"2.41 GB/s"`, `"87.30 MB/s"`, `"0.52 kB/s"`."""
+    for unit, size in (("GB/s", 1e9), ("MB/s", 1e6)):
+        if bytes_per_second >= 0.1 * size:
+            return f"{bytes_per_second / size:.2f} {unit}"
+    return f"{bytes_per_second / 1e3:.2f} kB/s"
 
 
 def format_seconds(seconds: float) -> str:

@@ -182,7 +182,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> LawSettings:
     add("--shares", type=parse_shares, default="0,25,50,75,90,100", help="per cent in memory (default: %(default)s)")
     add("--llamacpp", action="store_true", dest="has_llamacpp", help="llama.cpp too (needs root, --venvs and --work)")
     add("--llamacpp-tokens", type=int, default=8, help="its new tokens (default: %(default)s)")
-    add("--plot", type=absolute, help='a picture to draw, such as law.png (needs pip install "airstream[plot]")')
+    add("--plot", type=absolute, help="a picture to draw, such as law.png (needs pip install matplotlib)")
     args = parser.parse_args(argv)
     if args.has_llamacpp and not (args.venvs and args.work):
         parser.error("--llamacpp needs --venvs and --work")

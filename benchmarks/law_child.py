@@ -110,7 +110,7 @@ def measure(request: Request) -> Measured:
         token_seconds=[end - start for start, end in zip(clock.seconds, clock.seconds[1:], strict=False)],
         pass_bytes=round((clock.streamed[-1] - clock.streamed[0]) / num_decoded),
         planned_pass_bytes=plan.streamed_bytes,
-        link=[before, after] if before[0] else [],
+        link=[(each.nbytes, each.seconds) for each in (before, after)] if before.nbytes else [],
         stall_seconds=stalled,
         predicted_seconds=getattr(prediction, "decode_seconds", None),
         assumed_rates=list(getattr(prediction, "assumed", ())),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.plot_compare RESULTS.json... --out chart.png
 
-Several results of the cases `scale-*` give the picture of the scale. Needs matplotlib: `pip install "airstream[plot]"`.
+Several results of the cases `scale-*` give the picture of the scale. Needs matplotlib: `pip install matplotlib`.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def draw_scale(all_results: Sequence[Results], out: Path) -> None:
     """
     points = [(results["model"]["weight_bytes"] / 1e9, results) for results in all_results]
     points.sort(key=lambda point: point[0])
-    figure = _figure(8.6, 3.9)
+    figure = _figure(8.6, 4.3)
     seconds, memory = figure.subplots(1, 2)
     sizes = [size for size, _ in points]
     _draw_points(
@@ -86,7 +86,7 @@ def draw_scale(all_results: Sequence[Results], out: Path) -> None:
     limit = points[0][1]["limit_mib"]
     if limit is not None:
         memory.axhline(limit * 2**20 / 1e9, color=GREY, linestyle=(0, (5, 3)), linewidth=1.1)
-        memory.annotate("the limit", (0, limit * 2**20 / 1e9), xytext=(4, 4), color=GREY, **SMALL)
+        memory.annotate(f"the limit, {limit} MiB", (0, limit * 2**20 / 1e9), xytext=(4, 4), color=GREY, **SMALL)
     memory.set_ylabel("peak memory, GB")
     for axes in (seconds, memory):
         axes.set_xlabel("weights, GB")
@@ -94,6 +94,7 @@ def draw_scale(all_results: Sequence[Results], out: Path) -> None:
         axes.set_ylim(-0.03 * axes.get_ylim()[1], 1.12 * axes.get_ylim()[1])
         axes.spines[["top", "right"]].set_visible(False)
     figure.suptitle("Models of several sizes in the same memory", x=0.01, ha="left", weight="bold", fontsize=11)
+    figure.supxlabel("The largest: " + _small_print(points[-1][1]), fontsize=7.5, color="#444444")
     figure.savefig(out, dpi=150)
 
 
@@ -121,6 +122,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _small_print(results: Results) -> str:
+    """What was measured, and the machine."""
     return "\n".join(textwrap.wrap(conditions.caption(dict(results)).replace("\n", " "), 130))
 
 

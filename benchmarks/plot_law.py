@@ -2,7 +2,7 @@
 
     python -m benchmarks.plot_law results.json law.png [--linear]
 
-Needs matplotlib (`pip install "airstream[plot]"`). Every series has a marker and a line of its own, so that the picture
+Needs matplotlib (`pip install matplotlib`). Every series has a marker and a line of its own, so that the picture
 survives greyscale.
 """
 
@@ -39,7 +39,7 @@ def check_matplotlib() -> None:
         ImportError: matplotlib is not there.
     """
     if find_spec("matplotlib") is None:
-        raise ImportError('a picture needs matplotlib: pip install "airstream[plot]" (or pip install matplotlib)')
+        raise ImportError("a picture needs matplotlib: pip install matplotlib")
 
 
 def law_line(points: Sequence[Point], steps: int = GRID_STEPS) -> tuple[list[float], list[float]]:

@@ -69,8 +69,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         after = model.measure_link()
         plan = model.plan
     decode_seconds = (clock.seconds[-1] - clock.seconds[0]) / (count - 1)
-    link = (before[0] + after[0]) / (before[1] + after[1])
-    decode_rate = before[0] / decode_seconds
+    link = (before.nbytes + after.nbytes) / (before.seconds + after.seconds)
+    decode_rate = before.nbytes / decode_seconds
     return {
         "tokens": output[0, arguments.prompt_tokens :].tolist(),
         "seconds_per_token": (ended - loaded) / count,
@@ -80,8 +80,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "streamed_bytes": streamed,
         "decode_gb_per_second": decode_rate / 1e9,
         "link_gb_per_second": link / 1e9,
-        "link_before_gb_per_second": before[0] / before[1] / 1e9,
-        "link_after_gb_per_second": after[0] / after[1] / 1e9,
+        "link_before_gb_per_second": before.nbytes / before.seconds / 1e9,
+        "link_after_gb_per_second": after.nbytes / after.seconds / 1e9,
         "link_share": decode_rate / link,
         "stall_seconds": stalled,
         "peak_rise_bytes": peak_rise,

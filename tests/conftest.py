@@ -67,7 +67,7 @@ def resident(tiny: WriteTiny) -> Resident:
 
 @contextmanager
 def simulated_accelerator(
-    memory_limit: int | None = None, raise_races: bool = True, is_pinnable: bool = True, **times: float
+    memory_limit: int | None = None, raise_races: bool = True, is_pinnable: bool = True, **times: Any
 ) -> Iterator[SimDevice]:
     """`sim:0` as a device of airstream's, as slow as `times` say. Close its models inside."""
     with SimDevice(memory_limit, raise_races, **times) as device:
@@ -108,7 +108,7 @@ def least_memory(folder: Path, device: str = "cpu", **options: Any) -> dict[int 
 
 def smallest_budget(folder: Path, device: str = "cpu", **options: Any) -> dict[int | str, str]:
     """The max_memory that the refusal of one that is too small names."""
-    too_small = {"cpu": 1} if device == "cpu" else {"cpu": 1, 0: 1}
+    too_small = {"cpu": "1MiB"} if device == "cpu" else {"cpu": "1MiB", 0: "1MiB"}
     with pytest.raises(BudgetError) as refusal:
         AutoModel.plan(folder, device=device, **(STREAMING | options | {"max_memory": too_small}))
     (named,) = re.findall(r"max_memory=\{(.*)\}", str(refusal.value))

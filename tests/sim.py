@@ -10,7 +10,8 @@ copies are late (`SimRuntime.copy` moves nothing until somebody waits), and whic
 airstream.
 
 It can be slow, too: given `kernel_seconds` and `copy_bytes_per_second`, every operation and every copy takes that long
-on its stream, in real time. Whoever waits sleeps until it is over, and `SimStream.busy` has the truth for profilers.
+on its stream, by the clock of the host. Whoever waits sleeps until it is over; `SimStream.busy` has the truth for
+profilers.
 
 Computations run at once, in the calling thread, yet count as unfinished work of the compute stream until an event
 recorded behind them has been waited for: that is how a slot overwritten too early is caught although its reader is long
@@ -145,6 +146,31 @@ class History:
         return index
 
 
+class HostClock:
+    """The host's time, which streams work in."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def sleep_until(self, second: float) -> None:
+        time.sleep(max(0.0, second - self.now()))
+
+
+class StillClock(HostClock):
+    """Stands still but for waits: time is what the device takes, however slow the host is, and passes at once."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._lock = threading.Lock()
+
+    def now(self) -> float:
+        return self._now
+
+    def sleep_until(self, second: float) -> None:
+        with self._lock:
+            self._now = max(self._now, second)
+
+
 class _Point(NamedTuple):
     """A place in a stream's queue, what is known to be done once the stream has reached it, and when it does."""
 
@@ -158,7 +184,7 @@ class _Point(NamedTuple):
 
     def sleep(self) -> None:
         """Block until the stream has reached it. Called without the device's lock."""
-        time.sleep(max(0.0, self.at - time.perf_counter()))
+        self.stream.host.sleep_until(self.at)
 
 
 class SimStream:
@@ -168,7 +194,8 @@ class SimStream:
     event is recorded. All but `record_event` and `wait_event` are called with the device's lock held.
 
     Attributes:
-        busy: when it was at work, in seconds of `time.perf_counter`.
+        host: the clock that it works by.
+        busy: when it was at work, in seconds of that clock.
         free_at: when all work that is queued will be done.
     """
 
@@ -176,6 +203,7 @@ class SimStream:
         self.index = index
         self.name = name
         self.clock: Clock = {index: 1}
+        self.host = sim.host
         self._sim = sim
         self._is_eager = is_eager
         self.busy: list[tuple[float, float]] = []
@@ -201,7 +229,7 @@ class SimStream:
     def spend(self, seconds: float) -> None:
         """Be busy for so long, once all that is queued is done."""
         if seconds:
-            start = max(self.free_at, time.perf_counter())
+            start = max(self.free_at, self.host.now())
             self.free_at = start + seconds
             self.busy.append((start, self.free_at))
 
@@ -220,7 +248,7 @@ class SimStream:
     def mark(self) -> _Point:
         """The end of the queue. Ends the epoch, so that the point does not cover what comes behind it."""
         self._follow_host()
-        point = _Point(self, self._num_submitted, self.clock, max(self.free_at, time.perf_counter()))
+        point = _Point(self, self._num_submitted, self.clock, max(self.free_at, self.host.now()))
         self.clock = {**self.clock, self.index: self.clock[self.index] + 1}
         return point
 
@@ -251,7 +279,7 @@ class SimEvent:
 
     def query(self) -> bool:
         """Whether the stream has reached this point."""
-        return self.point is None or self.point.at <= time.perf_counter()
+        return self.point is None or self.point.at <= self.point.stream.host.now()
 
 
 class Memory:
@@ -274,6 +302,12 @@ class SimDevice:
         raise_races: raise `RaceError` where a race is found, if on the main thread. The others wait for `check`.
         kernel_seconds: that every operation takes which is not a view.
         copy_bytes_per_second: of copies from the host; None: they take no time.
+        pin_bytes_per_second: of pinning host memory, in the thread that asks for it; None: it takes no time.
+        host: the clock that it works by.
+
+    Attributes:
+        pins: by which thread and when memory was pinned that may be unpinned by now: name, start, end, bytes.
+        pinned_bytes: that are pinned.
     """
 
     def __init__(
@@ -282,10 +316,16 @@ class SimDevice:
         raise_races: bool = True,
         kernel_seconds: float = 0.0,
         copy_bytes_per_second: float | None = None,
+        pin_bytes_per_second: float | None = None,
+        host: HostClock | None = None,
     ) -> None:
         _register()
+        self.host = host or HostClock()
         self.kernel_seconds = kernel_seconds
         self.copy_bytes_per_second = copy_bytes_per_second
+        self.pin_bytes_per_second = pin_bytes_per_second
+        self.pins: list[tuple[str, float, float, int]] = []
+        self.pinned_bytes = 0
         self.device = torch.device("sim", 0)
         self.memory_limit = memory_limit
         self.allocated_bytes = 0
@@ -381,6 +421,19 @@ class SimDevice:
             if func.overloadpacket in _UNINITIALISED:
                 ctypes.memset(storage.data_ptr(), _POISON, storage.nbytes())
             return SimTensor(raw, Memory(self, storage, self.compute_stream.access(f"the allocation by {func}")))
+
+    def pin(self, nbytes: int) -> None:
+        """Pin so much host memory. Blocks the calling thread, and nobody else, for as long as it takes."""
+        start = time.perf_counter()
+        if self.pin_bytes_per_second is not None:
+            time.sleep(nbytes / self.pin_bytes_per_second)
+        with self.lock:
+            self.pins.append((threading.current_thread().name, start, time.perf_counter(), nbytes))
+            self.pinned_bytes += nbytes
+
+    def unpin(self, nbytes: int) -> None:
+        with self.lock:
+            self.pinned_bytes -= nbytes
 
     def _charge(self, nbytes: int) -> None:
         if self.memory_limit is not None and self.allocated_bytes + nbytes > self.memory_limit:
@@ -653,10 +706,12 @@ class SimRuntime:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def pin(self, buffer: HostBuffer) -> bool:
+        if self._pinnable:
+            self._sim.pin(buffer.nbytes)
         return self._pinnable
 
     def unpin(self, buffer: HostBuffer) -> None:
-        """Nothing to undo."""
+        self._sim.unpin(buffer.nbytes)
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Stream) -> None:
         """Queue a copy, which reads `source` when it runs: when somebody waits for it. Keep `source` until then.

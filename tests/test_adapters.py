@@ -88,7 +88,7 @@ def least_memory_with(folder: Path, adapter: Path, device: str = "cpu") -> dict[
     """The smallest max_memory that will do, to the byte, once the adapter is loaded."""
     with stream(folder, device, max_memory="1GiB") as model:
         model.load_adapter(adapter)
-        peaks = smallest_plan(model._engine._facts, model._engine._request).peak_bytes
+        peaks = smallest_plan(model._engine.plans.facts, model._engine.plans.request).peak_bytes
     return {int(tier) if tier.isdigit() else tier: nbytes for tier, nbytes in peaks.items()}
 
 
@@ -456,7 +456,7 @@ def test_without_files(folder: Path, first: Path) -> None:
 
 def test_without_peft(folder: Path, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with stream(folder) as model, pytest.raises(UnsupportedError, match=r"airstream\[peft\]"):
+    with stream(folder) as model, pytest.raises(UnsupportedError, match=r"pip install peft"):
         model.load_adapter(first)
 
 

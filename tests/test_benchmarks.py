@@ -690,7 +690,7 @@ def test_a_picture_of_the_law(tmp_path, is_linear):
 
 def test_a_picture_without_matplotlib_is_a_clear_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(plot_law, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"airstream\[plot\]"):
+    with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plot_law.draw(law_results(), tmp_path / "law.png")
     assert law.main(["--checkpoint=model", "--plot=law.png"]) == 1
     assert "pip install matplotlib" in capsys.readouterr().err

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import GenerationConfig
 
 from airstream import ArgumentError, Plan
-from airstream.cli import main
-from airstream.cli.chat import Conversation
-from airstream.cli.parser import build_parser, generation_options, load_options, parse_memory
+from airstream.cli import demo, main
+from airstream.cli.parser import build_parser, load_options, parse_memory
+from airstream.cli.sampling import Choice, choose
+from airstream.cli.stopping import Holding
 from tests.conftest import WriteTiny, stream
 from tests.tiny_models import tiny_tokenizer
 
@@ -130,45 +133,6 @@ def test_a_question_too_many_for_a_plain_model(tiny: WriteTiny, capsys: pytest.C
     assert "no chat template" in capsys.readouterr().err
 
 
-def test_chat_answers_each_line_until_an_empty_one(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w6\nw9\n\nw11\n"))
-    assert run("chat", folder, "--max-new-tokens", 3) == 0
-    assert len(capsys.readouterr().out.strip().splitlines()) == 2
-
-
-def test_chat_keeps_its_cache_and_answers_as_without(folder: Path) -> None:
-    with stream(folder) as model:
-        kept = Conversation(model, "w3", {"max_new_tokens": 4, "do_sample": False})
-        replies = [kept.answer("w5 w6"), kept.answer("w7 w8 w9"), kept.answer("w10")]
-        assert kept._cache is not None
-        assert kept._cache.get_seq_length() == len(kept._cached_ids)
-        fresh = Conversation(model, "w3", {"max_new_tokens": 4, "do_sample": False})
-        fresh._reusable_cache = lambda _: DynamicCache(config=model.config)  # type: ignore[method-assign]
-        assert [fresh.answer("w5 w6"), fresh.answer("w7 w8 w9"), fresh.answer("w10")] == replies
-
-
-def test_an_interrupted_answer_leaves_the_conversation_as_it_was(folder: Path) -> None:
-    class Impatient:
-        def put(self, value: torch.Tensor) -> None:
-            if value.numel() == 1:
-                raise KeyboardInterrupt
-
-        def end(self) -> None:
-            raise AssertionError
-
-    with stream(folder) as model:
-        conversation = Conversation(model, None, {"max_new_tokens": 4, "do_sample": False})
-        first = conversation.answer("w5 w6")
-        with pytest.raises(KeyboardInterrupt):
-            conversation.answer("w8 w9", Impatient())
-        interrupted = conversation.answer("w7")
-        undisturbed = Conversation(model, None, {"max_new_tokens": 4, "do_sample": False})
-        assert undisturbed.answer("w5 w6") == first
-        assert undisturbed.answer("w7") == interrupted
-
-
 def test_memory_by_name() -> None:
     assert parse_memory(["4GiB"]) == "4GiB"
     assert parse_memory(["0=4GiB", "cpu=8GiB"]) == {0: "4GiB", "cpu": "8GiB"}
@@ -200,13 +164,194 @@ def test_every_loading_argument_reaches_from_pretrained() -> None:
     assert load_options(build_parser().parse_args(["plan", "m"])) == {}
 
 
-def test_greedy_unless_sampling_is_asked_for() -> None:
-    def options(*words: str) -> dict[str, Any]:
-        arguments: argparse.Namespace = build_parser().parse_args(["generate", "m", "p", *words])
-        return generation_options(arguments)
+def options_of(*words: str, checkpoint: Any = None, samples_by_default: bool = False) -> Choice:
+    arguments: argparse.Namespace = build_parser().parse_args(["generate", "m", "p", *words])
+    return choose(arguments, checkpoint or GenerationConfig(), samples_by_default)
 
-    assert options() == {"max_new_tokens": 256, "do_sample": False}
-    assert options("--top-p", "0.9") == {"max_new_tokens": 256, "do_sample": True, "top_p": 0.9}
+
+GREEDY = {"max_new_tokens": 256, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+SUGGESTING = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, num_beams=4)
+
+
+@pytest.mark.parametrize(
+    ("words", "checkpoint", "by_default", "differs", "said"),
+    [
+        ("", None, False, {}, "greedy"),
+        ("", SUGGESTING, False, {}, "greedy"),
+        ("", SUGGESTING, True, {"do_sample": True}, "sampling, temperature 0.6, top k 20, seed 7"),
+        ("", None, True, {}, "greedy"),
+        ("--greedy", SUGGESTING, True, {}, "greedy"),
+        ("--sample", SUGGESTING, False, {"do_sample": True}, "sampling, temperature 0.6, top k 20, seed 7"),
+        ("--temperature 0", SUGGESTING, True, {}, "greedy"),
+        (
+            "--temperature 1.5 --top-p 0.9 --top-k 5 --min-p 0.1",
+            None,
+            False,
+            {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1},
+            "sampling, temperature 1.5, top p 0.9, top k 5, min p 0.1, seed 7",
+        ),
+        ("--repetition-penalty 1.1", None, False, {"repetition_penalty": 1.1}, "greedy, repetition penalty 1.1"),
+    ],
+)
+def test_how_tokens_are_chosen(
+    words: str, checkpoint: Any, by_default: bool, differs: dict[str, Any], said: str
+) -> None:
+    choice = options_of(*words.split(), "--seed", "7", checkpoint=checkpoint, samples_by_default=by_default)
+    assert choice == Choice(GREEDY | differs, said)
+
+
+@pytest.mark.parametrize("words", ["--temperature 0 --top-p 0.9", "--greedy --min-p 0.1", "--temperature 0 --sample"])
+def test_what_has_no_effect_is_refused(words: str) -> None:
+    with pytest.raises(ArgumentError, match="leave one of them out"):
+        options_of(*words.split())
+
+
+MISTAKES = [
+    ("--max-new-tokens 0", "must be a whole number at least 1"),
+    ("--max-new-tokens 1.5", "must be a whole number"),
+    ("--temperature -1", "must be a number at least 0"),
+    ("--temperature nan", "must be a number"),
+    ("--temperature inf", "must be a number"),
+    ("--top-p 2", "must be a number above 0 and at most 1"),
+    ("--top-p 0", "above 0"),
+    ("--top-k -1", "at least 0"),
+    ("--min-p 1.1", "at most 1"),
+    ("--repetition-penalty 0", "above 0"),
+    ("--seed -1", "at least 0"),
+    (f"--seed {1 << 64}", "at most"),
+    ("--greedy --sample", "not allowed with"),
+    ("--layers-per-batch many", 'must be a whole number or "auto"'),
+    ("--max-context x", "invalid int"),
+    ("--nope", "unrecognized"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_a_mistake_is_one_line(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "m", "p", *words.split()])
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_no_prompt_is_told_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty").write_text("\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    for words, said in (
+        ([""], "the prompt is empty"),
+        (["-"], "the prompt is empty"),
+        ([], "give one prompt"),
+        (["p", "-f", "x"], "give one prompt"),
+        (["-f", tmp_path / "missing"], "No such file"),
+        (["-f", tmp_path], "cannot be read"),
+        (["-f", tmp_path / "bytes"], "not UTF-8"),
+        (["-f", tmp_path / "empty"], "the prompt is empty"),
+    ):
+        assert run("generate", "./not/there", *words) == 1
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
+
+
+def test_a_prompt_without_tokens_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", folder, " ") == 1
+    assert "has no tokens" in capsys.readouterr().err
+
+
+def test_what_other_libraries_raise_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the kernel\n  is gone")
+
+    monkeypatch.setattr("airstream.cli.generate.load", fail)
+    assert run("generate", "m", "p") == 1
+    err = capsys.readouterr().err
+    assert "RuntimeError: the kernel is gone" in err
+    assert err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="is gone"):
+        run("--traceback", "generate", "m", "p")
+
+
+def test_a_prompt_in_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompt.txt").write_text("w5 w6\n", encoding="utf-8")
+    run("generate", folder, "-f", tmp_path / "prompt.txt", "--json", "--max-new-tokens", 2)
+    result = json.loads(capsys.readouterr().out)
+    assert result["prompt"] == "w5 w6"
+    assert result["prompt_token_ids"] == [5, 6]
+    run("generate", folder, "w6", "--system", "w5", "--json", "--max-new-tokens", 2)
+    assert json.loads(capsys.readouterr().out)["prompt_token_ids"] == [5, 6]
+
+
+def test_why_it_ended_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("generate", folder, "w5 w6", "--max-new-tokens", 12, "--temperature", 3, "--seed", 5)
+    assert run(*words) == 0
+    out, err = capsys.readouterr()
+    assert err == "(sampling, temperature 3, top k 50, seed 5; stopped at 12 tokens: --max-new-tokens allows more)\n"
+    run(*words, "--json")
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["finish_reason"] == "length"
+    assert len(whole["token_ids"]) == 12
+    assert whole["text"].strip() == out.strip()
+    stop = whole["text"].split()[4]
+    before = whole["text"][: whole["text"].index(f"{stop}")]
+    run(*words, "--json", "--stop", "no such text", "--stop", stop)
+    stopped = json.loads(capsys.readouterr().out)
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == before
+    assert stopped["token_ids"] == whole["token_ids"][: len(stopped["token_ids"])]
+    assert len(stopped["token_ids"]) < 12
+    run(*words, "--stop", stop)
+    out, err = capsys.readouterr()
+    assert out.strip() == before.strip()
+    assert "complete" in err
+
+
+def test_a_stop_is_never_shown_however_the_text_comes() -> None:
+    text, stops = "one two STOP three", ["STOP", "TOP!"]
+    for cuts in itertools.combinations(range(1, len(text)), 2):
+        holding = Holding(stops)
+        pieces = [text[start:end] for start, end in itertools.pairwise((0, *cuts, len(text)))]
+        shown = [holding.pass_on(piece, is_last=piece is pieces[-1]) for piece in pieces]
+        assert "".join(shown) == "one two "
+    assert Holding(stops).pass_on("one STO", is_last=False) == "one "
+    assert Holding(stops).pass_on("one STO", is_last=True) == "one STO"
+
+
+@pytest.mark.parametrize(
+    ("device", "has_room", "theirs", "status", "said"),
+    [
+        ("cpu", True, [7, 8], 0, "The same 2 tokens as transformers"),
+        ("cpu", True, [7, 9], 1, "NOT the tokens of transformers"),
+        ("cpu", False, None, 0, "not enough free memory"),
+        ("cuda:0", True, None, 0, "rounds otherwise than cuda:0"),
+        ("cpu", True, KeyboardInterrupt, 0, "interrupted"),
+    ],
+)
+def test_the_demo_says_honestly_whether_it_was_compared(
+    device: str,
+    has_room: bool,
+    theirs: Any,
+    status: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(*_: object) -> Any:
+        if theirs is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        assert theirs is not None, "transformers was asked"
+        return theirs
+
+    monkeypatch.setattr(demo, "has_room", lambda: has_room)
+    monkeypatch.setattr(demo, "answer_of_transformers", answer)
+    plan: Any = types.SimpleNamespace(device=device)
+    assert demo._check(plan, Path("m.gguf"), torch.tensor([[5, 6, 7, 8]]), prompt_tokens=2) == status
+    assert said in capsys.readouterr().err
 
 
 def test_python_dash_m_is_the_same_program() -> None:

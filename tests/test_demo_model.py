@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,11 +16,13 @@ import zipfile
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from gguf import GGMLQuantizationType as Packing
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -310,7 +313,7 @@ def test_without_gguf(
 ) -> None:
     monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda _: None)
     without_pip()
-    with pytest.raises(UnsupportedError, match=r'pip install "airstream\[demo\]"'):
+    with pytest.raises(UnsupportedError, match=r"pip install gguf"):
         demo_model.prepare(tmp_path)
     assert names(tmp_path) == set()
 
@@ -350,6 +353,46 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     assert names(tmp_path) > {"made.log"}
     assert start_maker(tmp_path / "made", 0).wait(60) == 0
     assert names(tmp_path) == {"made", "made.log"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+@pytest.mark.parametrize("other", [False, True], ids=["the same folder", "another folder"])
+def test_what_a_maker_left_that_was_killed_at_the_end_is_swept(tmp_path: Path, other: bool) -> None:
+    """Between giving the folder its name and deleting where it was made."""
+    code = (
+        "import os, signal, sys; from pathlib import Path; from airstream import cache\n"
+        "sync = cache.sync; real = Path.replace\n"
+        "def replace(self, to):\n"
+        "    real(self, to)\n"
+        "    if self.name == 'made': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "Path.replace = replace; cache.make_once(Path(sys.argv[1]), 'recipe', lambda made, scratch: None, 1)"
+    )
+    made = subprocess.run([sys.executable, "-c", code, str(tmp_path / "made")], check=False)
+    assert made.returncode == -9
+    assert list(tmp_path.glob(".made-making-*")), "else there is nothing to sweep"
+    assert cache.is_complete(tmp_path / "made", "recipe")
+    live = tmp_path / ".live-making-abc"
+    live.mkdir()
+    with FileLock(tmp_path / ".live.lock"):
+        cache.make_once(tmp_path / ("other" if other else "made"), "recipe", lambda *_: None, 1)
+        assert live.is_dir(), "somebody is at work there"
+    assert not list(tmp_path.glob(".made-making-*"))
+    assert cache.is_complete(tmp_path / "made", "recipe")
+
+
+@pytest.mark.parametrize("where", ["build", "seal", "replace"])
+def test_a_cache_whose_disk_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "seal":
+        monkeypatch.setattr(cache, "sync", full)
+    elif where == "replace":
+        monkeypatch.setattr(Path, "replace", full)
+    build = full if where == "build" else lambda *_: None
+    with pytest.raises(DiskSpaceError, match=r"is full: making .*made needs 77 B more, .* are free.*AIRSTREAM_CACHE"):
+        cache.make_once(tmp_path / "made", "recipe", build, 77)
+    assert not list(tmp_path.glob(".made-making-*"))
 
 
 @pytest.mark.parametrize(

@@ -493,9 +493,9 @@ def test_the_base_model_alone_never_asks_for_the_streamed_lm_head(
 def test_a_budget_that_is_too_small(checkpoint: Path, expected: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     real, opened = files.WeightFile.__init__, list[Path]()
 
-    def init(self: files.WeightFile, path: Path, direct: bool) -> None:
+    def init(self: files.WeightFile, path: Path, *rest: Any) -> None:
         opened.append(path)
-        real(self, path, direct)
+        real(self, path, *rest)
 
     monkeypatch.setattr(files.WeightFile, "__init__", init)
     message = refused(checkpoint, BudgetError, str(checkpoint), "1.0 MiB", "'model.layers.", max_memory="1MiB")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
+import re
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,6 +14,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BatchEncoding,
     DynamicCache,
     GenerationConfig,
     StaticCache,
@@ -22,6 +26,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from airstream import ArgumentError, UnsupportedError
 from airstream.compat import CACHE_KEYWORDS
 from tests.conftest import Resident, WriteTiny, cache_in, cache_of, stream
 from tests.tiny_models import VOCAB_SIZE
@@ -174,7 +179,7 @@ USES: dict[str, Use] = {
     "transition scores": transition_scores,
     "by hand": by_hand,
     "all layers' states": lambda model: model(IDS, output_hidden_states=True).hidden_states,
-    "loss": lambda model: model(BATCH, labels=BATCH).loss,
+    "loss": torch.no_grad()(lambda model: model(BATCH, labels=BATCH).loss),
     "last logits only": lambda model: model(BATCH, logits_to_keep=2).logits,
     "tuple": lambda model: model(IDS, return_dict=False, use_cache=False),
     "base model": lambda model: model.base_model(IDS).last_hidden_state,
@@ -209,9 +214,18 @@ def test_as_the_assistant(llama: Any, resident: Resident, assistant: Any) -> Non
     assert torch.equal(assistant.generate(IDS, assistant_model=llama, **GREEDY), expected)
 
 
+def unpack(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """What quanto's C++ does: several numbers of `bits` out of each byte."""
+    return torch.cat([packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)])
+
+
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_quantised_cache(llama: Any, resident: Resident, backend: str) -> None:
+def test_quantised_cache(llama: Any, resident: Resident, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip({"quanto": "optimum.quanto"}.get(backend, backend))
+    if backend == "quanto":  # else it compiles C++ when it is first used: minutes, and gigabytes of memory
+        library = importlib.import_module("optimum.quanto.library")
+        extension = library.extensions.get_extension("quanto_cpp")
+        monkeypatch.setattr(extension, "_lib", types.SimpleNamespace(unpack=unpack))
     cache = {"backend": backend, "nbits": 4, "residual_length": 4, "axis_key": 0, "axis_value": 0}
     compare(
         lambda model: model.generate(IDS, cache_implementation="quantized", cache_config=cache, **GREEDY),
@@ -270,13 +284,65 @@ def test_nothing_is_recorded_for_a_backward_pass(tiny: WriteTiny) -> None:
         model.model.layers[2].mlp.register_forward_pre_hook(
             lambda module, _: weights.append(weakref.ref(module.up_proj.weight))
         )
-        output = model(IDS, labels=IDS, output_hidden_states=True)
+        output = model(IDS, output_hidden_states=True)
         assert torch.is_grad_enabled()
         assert weights[0]() is not None
     assert output.logits.grad_fn is None
-    assert output.loss.grad_fn is None
     assert not output.logits.requires_grad
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        output.loss.backward()
     gc.collect()
     assert weights[0]() is None
+
+
+# --------------------------------------------------------------------------------------- what is no tensor: what to do
+
+BATCH_OF_TEXT = BatchEncoding({"input_ids": IDS, "attention_mask": torch.ones_like(IDS)})
+MESSAGES = [{"role": "user", "content": "What is it?"}]
+NO_TENSORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
+    "text": (("What is it?",), {}, r"not text: .*tokenizer\(text, padding=True, return_tensors=\"pt\"\)"),
+    "texts": ((["One", "Two"],), {}, r"not text: .*tokenizer\(text, padding=True"),
+    "text by name": ((), {"input_ids": "What?"}, r"not text: .*tokenizer\(text, padding=True"),
+    "a batch": ((BATCH_OF_TEXT,), {}, r"batch\) takes .* write model.*\(\*\*batch\)"),
+    "a dictionary": ((dict(BATCH_OF_TEXT),), {}, r"write model.*\(\*\*batch\)"),
+    "a batch by name": ((), {"input_ids": BATCH_OF_TEXT}, r"write model.*\(\*\*batch\)"),
+    "messages": ((MESSAGES,), {}, r"not messages: .*apply_chat_template\(messages, add_generation_prompt=True"),
+    "lists": ((IDS.tolist(),), {}, r"not a list: let the tokenizer .*return_tensors=\"pt\""),
+    "lists by name": ((), {"input_ids": IDS.tolist(), "attention_mask": IDS}, r"not a list: .*return_tensors=\"pt\""),
+}
+
+
+@pytest.mark.parametrize("call", ["model", "model.generate"])
+@pytest.mark.parametrize(("args", "kwargs", "said"), NO_TENSORS.values(), ids=NO_TENSORS)
+def test_what_is_no_tensor_is_told_what_to_do(
+    call: str, args: tuple[Any, ...], kwargs: dict[str, Any], said: str, llama: Any
+) -> None:
+    called = llama.generate if call == "model.generate" else llama
+    with pytest.raises(ArgumentError, match=rf"^{re.escape(call)}\(.*{said}"):
+        called(*args, **kwargs)
+
+
+def test_what_the_message_says_to_write_is_right(llama: Any) -> None:
+    assert llama.generate(**BATCH_OF_TEXT, max_new_tokens=2).shape == (1, 14)
+
+
+def test_inputs_may_be_left_out(llama: Any) -> None:
+    assert llama.generate(max_new_tokens=2).shape[0] == 1
+
+
+EMBEDDED = torch.zeros(1, 3, 64, requires_grad=True)
+GRADIENTS: dict[str, Callable[[Any], Any]] = {
+    "labels": lambda model: model(IDS, labels=IDS),
+    "labels by position": lambda model: model(IDS, None, None, None, None, IDS),
+    "embeddings": lambda model: model(inputs_embeds=EMBEDDED),
+    "embeddings, base model": lambda model: model.base_model(inputs_embeds=EMBEDDED),
+}
+
+
+@pytest.mark.parametrize("use", GRADIENTS.values(), ids=GRADIENTS)
+def test_where_a_gradient_is_asked_for_it_is_refused(llama: Any, resident: Resident, use: Use) -> None:
+    """And the values alone are given."""
+    acquired = llama.stats.acquired
+    with torch.enable_grad(), pytest.raises(UnsupportedError, match=r"no_grad\(\).*train.*transformers and PEFT"):
+        use(llama)
+    assert llama.stats.acquired == acquired
+    for mode in (torch.no_grad, torch.inference_mode):
+        compare(mode()(lambda model: use(model)[0].detach()), llama, resident("llama-sharded", FP32, FP32))

@@ -9,12 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from gguf import GGUFWriter
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from airstream import AutoModel
+from airstream.checkpoint.gguf import GgufIndex
+from airstream.checkpoint.gguf_outline import LONG, write_outline
 from airstream.checkpoint.reader import Cast
+from airstream.compat import gguf_config
 from airstream.config import LoadOptions
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.plan.outlook import traffic_of
@@ -163,7 +168,7 @@ def test_an_architecture_that_transformers_does_not_read(tmp_path: Path) -> None
 def test_without_the_package_gguf(gguf: File, monkeypatch: pytest.MonkeyPatch) -> None:
     file = gguf("llama", "Q8_0")
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    with pytest.raises(UnsupportedError, match=r"airstream\[gguf\]"):
+    with pytest.raises(UnsupportedError, match=r"pip install gguf"):
         AutoModel.plan(file)
 
 
@@ -213,3 +218,39 @@ def test_rotary_halves_are_one_read(gguf: File) -> None:
     specs = prepare(gguf("llama", "Q4_0"), LoadOptions(device="cpu")).parts.specs
     (piece,) = specs["model.layers.0.self_attn.k_proj.weight"].pieces
     assert piece.cast == Cast("Q4_0", "float32", 64 * 8 * 18, 64 * 256 * 4, rows=64, ways=2)
+
+
+@pytest.mark.parametrize("says_size", [False, True])
+def test_a_vocabulary_is_counted_and_not_looked_at_to_find_the_config(tmp_path: Path, says_size: bool) -> None:
+    """transformers takes the size from the number of words where no entry says it."""
+    file = tmp_path / "words.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(1)
+    if says_size:
+        writer.add_vocab_size(LONG + 7)
+    writer.add_token_list([f"word {number}" for number in range(LONG + 3)])
+    writer.add_tensor("token_embd.weight", np.zeros((LONG + 3, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = AutoConfig.from_pretrained(tmp_path, gguf_file=file.name)
+    assert expected.vocab_size == LONG + (7 if says_size else 3)
+    outline = tmp_path / "outline.gguf"
+    write_outline(file, outline)
+    assert outline.stat().st_size < 2 * LONG, "the words are not in it"
+    assert gguf_config(GgufIndex.open(file)).to_dict() == expected.to_dict()
+
+
+@pytest.mark.parametrize("name", sorted(TINY_GGUF))
+def test_the_config_is_the_one_that_transformers_reads_of_the_whole_file(gguf: File, name: str) -> None:
+    file = gguf(name, "Q8_0")
+    expected = AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+    found = gguf_config(GgufIndex.open(file))
+    assert type(found) is type(expected)
+    assert found.to_dict() == expected.to_dict()
+    assert found.name_or_path == expected.name_or_path

@@ -154,6 +154,14 @@ BROKEN = {
     "overlap": (header([ARCHITECTURE], [tensor(), tensor(b"b", offset=32)]), "'b' overlaps a"),
     "same name": (header([ARCHITECTURE], [tensor(), tensor(offset=64)]), "'a' is in it twice"),
     "blocks": (header([ARCHITECTURE], [tensor(dims=(33, 1), kind=8)]), "not whole Q8_0 blocks"),
+    "endless": (
+        header([entry(b"k", 9, struct.pack("<IQ", 8, 2_000_001))], [], counts=(0, 1)) + bytes(8 * 2_000_001),
+        "more than 2,000,000 values",
+    ),
+    "too many": (
+        header([ARCHITECTURE], [], counts=(70_000, 1)) + bytes(36 * 70_000),
+        "claims 70,000 tensors; no model has more than 65,536",
+    ),
     "nothing": (header([], []), "does not say what kind of model"),
 }
 

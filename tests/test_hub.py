@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import fnmatch
+import importlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 
-from airstream.checkpoint import hub
+from airstream.checkpoint import hub, hub_errors
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.locate import locate
-from airstream.errors import AirstreamError, ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import (
+    AirstreamError,
+    ArgumentError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    DiskSpaceError,
+    UnsupportedError,
+)
 
 Download = Callable[..., str]
 
@@ -100,6 +101,7 @@ class FakeHub:
         self.calls.append({"repo_id": repo_id, "allow_patterns": allow_patterns, **options})
         for name, text in self.files.items():
             if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (self.folder / name).parent.mkdir(exist_ok=True)
                 (self.folder / name).write_text(text)
         return str(self.folder)
 
@@ -141,6 +143,38 @@ def test_only_the_shards_of_the_index_are_downloaded(fake_hub: Callable[..., Fak
     fake = fake_hub(SMALL | index | dict.fromkeys(SHARDS.values(), "") | NOT_NEEDED)
     assert resolve("some/model") == fake.folder
     assert fake.given_out == {*SMALL, *index, *SHARDS.values()}
+
+
+VARIANTS: list[dict[str, str]] = [
+    {"model.fp16.safetensors": ""},
+    {
+        "model.safetensors.index.fp16.json": json.dumps({"weight_map": {"a": "model.fp16-1.safetensors"}}),
+        "model.fp16-1.safetensors": "",
+    },
+    {"pytorch_model.fp16.bin": ""},
+    {
+        "pytorch_model.bin.index.fp16.json": json.dumps({"weight_map": {"a": "pytorch_model.fp16-1.bin"}}),
+        "pytorch_model.fp16-1.bin": "",
+    },
+]
+
+
+@pytest.mark.parametrize("files", VARIANTS, ids=lambda files: next(iter(files)))
+def test_of_a_variant_only_its_own_files_are_downloaded(
+    files: dict[str, str], fake_hub: Callable[..., FakeHub]
+) -> None:
+    fake = fake_hub(SMALL | {"model.safetensors": "", "pytorch_model.bin": ""} | files)
+    resolve("some/model", variant="fp16")
+    assert fake.given_out == {*SMALL, *files}
+
+
+def test_of_a_subfolder_nothing_else_is_downloaded(fake_hub: Callable[..., FakeHub]) -> None:
+    inside = {f"part/{name}": text for name, text in (SMALL | {"model.safetensors": ""}).items()}
+    fake = fake_hub(SMALL | {"model.safetensors": ""} | inside)
+    assert resolve("some/model", subfolder="part") == fake.folder / "part"
+    assert {str(path.relative_to(fake.folder)) for path in fake.folder.rglob("*") if path.is_file()} == {*inside}
+    with pytest.raises(CheckpointNotFoundError, match="'some/model' has no folder 'other', which subfolder= names"):
+        resolve("some/model", subfolder="other")
 
 
 def test_without_an_index_the_single_file_is_downloaded(fake_hub: Callable[..., FakeHub]) -> None:
@@ -227,54 +261,131 @@ def test_nothing_outside_is_asked_for(fake_hub: Callable[..., FakeHub], name: st
 
 # ------------------------------------------------------------------------------------------------- the hub says no
 
+httpx = importlib.import_module(huggingface_hub.errors.Response.__module__.partition(".")[0])
+"""What huggingface_hub talks to servers with."""
 
-def response_of(status: int) -> Any:
-    """What huggingface_hub hands to its errors."""
-    httpx = pytest.importorskip(huggingface_hub.errors.Response.__module__.partition(".")[0])
-    return httpx.Response(status, request=httpx.Request("GET", "https://hub.invalid"))
+Answer = Callable[[Callable[[Any], Any]], None]
 
 
-def failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Answer]:
+    """`server(answer)`: the real huggingface_hub, whose requests `answer` answers, or fails to."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub_errors, "get_token", lambda: None)
+
+    def start(answer: Callable[[Any], Any]) -> None:
+        huggingface_hub.set_client_factory(lambda: httpx.Client(transport=httpx.MockTransport(answer)))
+
+    yield start
+    huggingface_hub.set_client_factory(huggingface_hub.utils._http.default_client_factory)
+
+
+def status(number: int, **headers: str) -> Callable[[Any], Any]:
+    """An answer of this status, with huggingface's headers."""
+    named = {f"X-Error-{name.title()}": value for name, value in headers.items()}
+    return lambda request: httpx.Response(number, headers=named, request=request)
+
+
+def breaks(error: Exception) -> Callable[[Any], Any]:
+    def answer(_: Any) -> Any:
+        raise error
+
+    return answer
+
+
+TOKEN = {"token": "hf_x"}
+REFUSALS: list[tuple[str, Callable[[Any], Any], dict[str, Any], str]] = [
+    (
+        "gated",
+        status(401, code="GatedRepo"),
+        {},
+        r"is gated: accept its terms at \S+/some/model .*token=.*hf auth login",
+    ),
+    ("gated, with token", status(403, code="GatedRepo"), TOKEN, "/some/model with the account of your token, and wait"),
+    (
+        "not found",
+        status(404, code="RepoNotFound"),
+        {},
+        r"no 'some/model' \(revision main\).*Check the name.*hf auth login",
+    ),
+    ("not shown", status(401), TOKEN, "Check the name; .* private, the account of your token needs access"),
+    (
+        "no revision",
+        status(404, code="RevisionNotFound"),
+        {"revision": "v9"},
+        "has no revision 'v9'.*lists its branches",
+    ),
+    (
+        "bad token",
+        status(401, message="Invalid credentials in Authorization header"),
+        TOKEN,
+        "not accept the token: make",
+    ),
+    ("weak token", status(403, message="no"), TOKEN, "token may not read 'some/model'"),
+    ("too many", status(429), {}, "too many requests from here: wait, or pass token="),
+    ("down", status(503), {}, r"the hub is down or busy \(.*503.*\)\. Try again later"),
+    ("broken", status(500), {}, r"the hub is down or busy \(.*500.*\)\. Try again later"),
+    ("dns", breaks(httpx.ConnectError("[Errno -2] Name or service not known")), {}, "cannot be found: .* DNS"),
+    (
+        "dns, macOS",
+        breaks(httpx.ConnectError("[Errno 8] nodename nor servname provided")),
+        {},
+        "cannot be found: .* DNS",
+    ),
+    ("dns, Windows", breaks(httpx.ConnectError("[Errno 11001] getaddrinfo failed")), {}, "cannot be found: .* DNS"),
+    ("refused", breaks(httpx.ConnectError("[Errno 111] Connection refused")), {}, "refused: look at HF_ENDPOINT"),
+    ("timeout", breaks(httpx.ConnectTimeout("timed out")), {}, r"does not answer in time .* Try again"),
+    ("proxy", breaks(httpx.ProxyError("407 Unauthorized")), {}, "proxy refuses: look at HTTPS_PROXY"),
+    ("certificate", breaks(httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED]")), {}, "SSL_CERT_FILE"),
+    (
+        "reset",
+        breaks(httpx.ReadError("reset by peer")),
+        {},
+        r"cannot be reached \(reset by peer\)\. Try again: it resumes",
+    ),
+    ("told not to ask", status(200), {"local_files_only": True}, "neither .*offline: local_files_only.*Connect once"),
+]
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "said"), [each[1:] for each in REFUSALS], ids=[each[0] for each in REFUSALS]
+)
+def test_the_hub_says_no_and_the_message_says_why(
+    answer: Callable[[Any], Any], options: dict[str, Any], said: str, server: Answer, tmp_path: Path
+) -> None:
+    server(answer)
+    with pytest.raises(CheckpointNotFoundError, match=said) as caught:
+        resolve("some/model", cache_dir=tmp_path, **options)
+    assert "'some/model'" in str(caught.value) or "token" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+def test_told_to_stay_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        CheckpointNotFoundError, match=r"'some/model' is neither .*HF_HUB_OFFLINE.* name a local folder"
+    ):
+        resolve("some/model", cache_dir=tmp_path)
+
+
+def test_a_full_disk_is_no_fault_of_the_hub(server: Answer, tmp_path: Path) -> None:
+    server(breaks(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(DiskSpaceError, match=r"No space left on device\. Make room, .* cache_dir"):
+        resolve("some/model", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("reset by peer"), TimeoutError("timed out"), OSError(5, "I/O error")]
+)
+def test_a_download_that_breaks_off(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     def snapshot_download(*_: Any, **__: Any) -> str:
         raise error
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-
-
-@pytest.mark.parametrize("error", [GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError])
-def test_what_the_hub_does_not_give_out(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, error("401 Client Error.\n\nmore of it", response=response_of(401)))
-    with pytest.raises(CheckpointNotFoundError) as caught:
-        resolve("some/model", revision="v2")
-    message = str(caught.value)
-    assert "'some/model' (revision v2)" in message
-    assert "401 Client Error" in message
-    assert "token=" in message
-    assert "\n" not in message
-    assert isinstance(caught.value.__cause__, error)
-
-
-@pytest.mark.parametrize("error", [LocalEntryNotFoundError, OfflineModeIsEnabled])
-def test_without_the_hub(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, error("not in the cache"))
-    with pytest.raises(CheckpointNotFoundError, match=r"'some/model' is neither .*offline.* name a local folder"):
-        resolve("some/model")
-
-
-@pytest.mark.parametrize(
-    "error", [ConnectionError("reset by peer"), TimeoutError("timed out"), OSError(28, "No space left")]
-)
-def test_a_download_that_breaks_off(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, error)
     with pytest.raises(CheckpointNotFoundError, match=r"downloading 'some/model' failed: .*Try again") as caught:
         resolve("some/model")
     assert error.args[-1] in str(caught.value)
-
-
-def test_a_server_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, HfHubHTTPError("503 Server Error", response=response_of(503)))
-    with pytest.raises(CheckpointNotFoundError, match=r"downloading 'some/model' failed: 503 Server Error\. Try again"):
-        resolve("some/model")
 
 
 def test_offline_the_answer_is_quick_and_has_a_remedy(tmp_path: Path) -> None:

@@ -132,7 +132,7 @@ def test_an_index_is_a_mapping(file: Path) -> None:
 # ------------------------------------------------------------------------------------------- files that are not right
 
 
-@pytest.mark.parametrize("num_bytes", [0, 1, 7, 8, 20])
+@pytest.mark.parametrize("num_bytes", [1, 7, 8, 20])
 def test_a_file_that_ends_in_its_header(file: Path, num_bytes: int) -> None:
     file.write_bytes(raw_header(VALID)[:num_bytes])
     refused(file, rf"not a complete safetensors file.* {num_bytes:,}\b.*Download it again")
@@ -165,27 +165,22 @@ def test_a_header_above_the_limit_is_not_read(file: Path) -> None:
         tracemalloc.stop()
 
 
-NOT_JSON = {
-    "zeros": bytes(16),
-    "half": b'{"a":{"dtype"',
-    "latin-1": b'{"\xe9":1}',
-    "twice": b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}',
-    "twice within": b'{"a":{"dtype":"U8","shape":[1],"shape":[2],"data_offsets":[0,2]}}',
-    "deep": b"[" * 200_000,
-    "digits": b'{"a":' + b"9" * 10_000 + b"}",
-    "git-lfs": b"version https://git-lfs.github.com/spec/v1",
+UNSOUND: dict[str, tuple[bytes, str]] = {
+    "zeros": (bytes(16), "not JSON"),
+    "half": (b'{"a":{"dtype"', "not JSON"),
+    "latin-1": (b'{"\xe9":1}', "not UTF-8 at byte 2"),
+    "twice": (b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"a":{}}', "'a' is there twice"),
+    "twice within": (b'{"a":{"dtype":"U8","shape":[1],"shape":[2],"data_offsets":[0,2]}}', "'shape' is there twice"),
+    "deep": (b"[" * 200_000, "more than 32 deep"),
+    "digits": (b'{"a":' + b"9" * 10_000 + b"}", "more than 100 digits"),
+    "git-lfs": (b"version https://git-lfs.github.com/spec/v1", "not JSON"),
 }
 
 
-@pytest.mark.parametrize("text", NOT_JSON.values(), ids=NOT_JSON)
-def test_a_header_that_is_not_json(file: Path, text: bytes) -> None:
+@pytest.mark.parametrize(("text", "said"), UNSOUND.values(), ids=UNSOUND)
+def test_a_header_that_is_not_sound(file: Path, text: bytes, said: str) -> None:
     file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(32))
-    refused(file, "not JSON")
-
-
-def test_the_pointer_that_git_lfs_leaves_in_place_of_a_file(file: Path) -> None:
-    file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n")
-    refused(file, "not a complete safetensors file")
+    refused(file, said)
 
 
 @pytest.mark.parametrize("header", [[], "a", 1, None, [["a", 1]]], ids=str)
@@ -296,7 +291,7 @@ def test_a_tensor_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
 def test_a_corrupt_shard_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}, x=ONE, y=OTHER)
     (tmp_path / "y.safetensors").write_bytes(b"oops")
-    with pytest.raises(CheckpointError, match=r"y\.safetensors is not a complete"):
+    with pytest.raises(CheckpointError, match=r"y\.safetensors is text"):
         CheckpointIndex.open(tmp_path)
 
 
@@ -315,7 +310,7 @@ def test_a_shard_outside_the_folder_is_not_opened(tmp_path: Path, shard: object)
 
 
 TWICE = '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'
-NOT_AN_INDEX = [TWICE, "", "{", "[]", "{}", "null", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": "x"}']
+NOT_AN_INDEX = [TWICE, "{", "[]", "{}", "null", '{"weight_map": []}', '{"weight_map": null}', '{"weight_map": "x"}']
 
 
 @pytest.mark.parametrize("text", [*NOT_AN_INDEX, "[" * 99_999], ids=lambda text: text[:20])

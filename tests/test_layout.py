@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,7 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from airstream import slab as slab_module
 from airstream.backend import AcceleratorBackend, CpuBackend, Packing
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.index import CheckpointIndex
+from airstream.checkpoint.index import CheckpointIndex, StoredTensor
 from airstream.checkpoint.reader import Cast, Piece, Reader
 from airstream.compat import KeyConversion, build_on_meta, weights
 from airstream.errors import CheckpointError
@@ -38,6 +38,7 @@ from airstream.layout import read_specs
 from airstream.pieces import TORCH_DTYPES
 from airstream.slab import MAX_GAP_BYTES, Slab, pack
 from airstream.tensors import TensorSpec
+from airstream.tracing import trace
 
 BOTH = [CpuBackend.packing, AcceleratorBackend.packing]
 BOTH_PACKINGS = pytest.mark.parametrize("packing", BOTH, ids=["in place", "aligned"])
@@ -438,3 +439,73 @@ def test_a_config_of_another_model_is_refused(checkpoint: Any, tmp_path: Path) -
 def test_sizes_are_products() -> None:
     assert TensorSpec("x", torch.bfloat16, (3, 5, 7), ()).nbytes == math.prod((3, 5, 7, 2))
     assert TensorSpec("scalar", torch.float64, (), ()).nbytes == 8
+
+
+# ------------------------------------------------------------------------------------- what converters do to places
+
+
+class OneConverter:
+    """A `KeyConversion` of a model that wants one thing made of one tensor, as `make` does it."""
+
+    keeps_views = False
+
+    def __init__(self, make: Callable[[torch.Tensor], Any]) -> None:
+        self._make = make
+
+    def unpacks(self, pattern: str | None) -> bool:
+        return False
+
+    def source_dtype(self, pattern: str | None, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+        return wanted
+
+    def scratch_bytes(self, elements: int) -> int:
+        return 0
+
+    def convert(self, _: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return dict(self._make(sources[0][2]))
+
+
+ROWS, COLUMNS, IN_FILE = 5, 12, 1024 + 40
+"""Rows of 48 bytes in float32: no number of them but four is of cache lines."""
+
+Make = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+
+CONVERTERS: Mapping[str, tuple[Make, Mapping[str, tuple[int, bool]]]] = {
+    "hands it on": (lambda whole: {"out": whole}, {"out": (IN_FILE, True)}),
+    "makes it contiguous, which it is": (lambda whole: {"out": whole.contiguous()}, {"out": (IN_FILE, True)}),
+    "drops the last rows": (lambda whole: {"out": whole[:3]}, {"out": (IN_FILE, True)}),
+    "drops the first rows": (lambda whole: {"out": whole[2:]}, {"out": (IN_FILE + 2 * 48, True)}),
+    "cuts": (
+        lambda whole: {"out": whole[:2], "rest": whole[2:]},
+        {"out": (IN_FILE, True), "rest": (IN_FILE + 96, True)},
+    ),
+    "copies": (lambda whole: {"out": whole.clone()}, {"out": (0, True)}),
+    "copies and cuts": (
+        lambda whole: dict(zip(("out", "rest"), whole.flip(0).split((2, 3)), strict=True)),
+        {"out": (0, True), "rest": (96, True)},
+    ),
+    "turns": (lambda whole: {"out": whole.t().contiguous()}, {"out": (0, False)}),
+    "changes it where it lies": (lambda whole: {"out": whole.add_(1)}, {"out": (IN_FILE, False)}),
+}
+"""What a converter does; by what comes out: where a resident model has it, and whether it is bytes of the file."""
+
+
+@pytest.mark.parametrize("stored", ["F32", "BF16"])
+@pytest.mark.parametrize("kind", CONVERTERS)
+def test_what_a_converter_hands_on_lies_where_the_file_has_it(kind: str, stored: str) -> None:
+    """Where transformers casts, it allocates: parts of that lie as far behind a cache line as they begin in it."""
+    make, expected = CONVERTERS[kind]
+    nbytes = ROWS * COLUMNS * (4 if stored == "F32" else 2)
+    index = {"in": StoredTensor("in", Path("a"), IN_FILE, nbytes, stored, (ROWS, COLUMNS))}
+    targets = {name: value.to("meta") for name, value in make(torch.zeros(ROWS, COLUMNS)).items()}
+    wanted = dict.fromkeys(targets, torch.float32)
+    specs = trace(OneConverter(make), "out", [("in", "a pattern")], index, targets, wanted, {})  # type: ignore[arg-type]
+    assert {spec.name for spec in specs} == expected.keys()
+    for spec in specs:
+        place, is_bytes = expected[spec.name]
+        cast = IN_FILE if stored == "BF16" and place >= IN_FILE else 0
+        assert spec.line_offset == (place - cast) % 64
+        assert (spec.made_by is None) is is_bytes
+        packed = pack([spec], CpuBackend.packing)
+        assert packed.offsets[spec.name] % 64 == spec.line_offset
+        assert pack([spec], AcceleratorBackend.packing).offsets[spec.name] % 256 == 0

@@ -151,12 +151,6 @@ def test_it_is_what_the_checkpoint_says(model: Any, reference: Any) -> None:
     assert model.num_parameters() == reference.num_parameters()
 
 
-def test_the_device_map_says_where_things_run(model: Any) -> None:
-    devices = model.hf_device_map
-    assert next(iter(devices.values())) == torch.device("cpu")
-    assert {devices[f"model.layers.{layer}"] for layer in range(4)} == {torch.device("meta")}
-
-
 def test_it_is_not_made_by_its_constructor() -> None:
     with pytest.raises(UnsupportedError, match="from_pretrained"):
         AutoModel()

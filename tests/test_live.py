@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import re
 import sys
 import types
 from pathlib import Path
@@ -11,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from airstream import ArgumentError, AutoModel
-from airstream.cli import screen
-from airstream.cli.screen import StatusPrinter
+from airstream import ArgumentError, AutoModel, CheckpointNotFoundError, live, status
+from airstream.cli.screen import Printer
 from airstream.live import LiveLine, in_notebook
+from airstream.status import Activity, StatusLine
 from tests.conftest import WriteTiny, stream
+from tests.terminal import Terminal
 
 IDS = torch.arange(3, 12)[None]
 
@@ -29,14 +32,55 @@ def test_the_line_follows_the_passes(folder: Path) -> None:
     shown: list[tuple[int, str]] = []
     with stream(folder) as model:
         engine = model._engine
-        with LiveLine(engine.observer, engine.stats, lambda *what: shown.append(what)).following():
+        line = LiveLine(engine.observer, engine.stats, lambda: shown.append((line.tokens, line.text())))
+        with line.following():
+            assert line.text() == "reading the prompt [....................] layer 0 of 4"
             model.generate(IDS, max_new_tokens=4, do_sample=False)
         model.generate(IDS, max_new_tokens=4, do_sample=False)
     assert [tokens for tokens, _ in shown] == [1, 2, 3, 4]
     assert shown[0][1].startswith("1 token, ")
     assert shown[3][1].startswith("4 tokens, ")
-    assert "GB/s from disk" in shown[3][1]
+    assert "B/s from page cache" in shown[3][1]
     assert "iB" in shown[3][1]
+
+
+def test_the_line_says_how_far_the_prompt_is(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(0.0, 1.0)
+    monkeypatch.setattr(live, "now", lambda: next(seconds))
+    texts = []
+    with stream(folder) as model:
+        engine = model._engine
+        line = LiveLine(engine.observer, engine.stats, max_tokens=2)
+
+        def look(*_: object) -> None:
+            texts.append(line.text())
+
+        handles = [layer.register_forward_pre_hook(look) for layer in model.model.layers]
+        with line.following():
+            model.generate(IDS, max_new_tokens=2, do_sample=False)
+            assert line.text().startswith("2 of 2 tokens, ")
+        for handle in handles:
+            handle.remove()
+    prompt = [re.sub(r"[0-9.]+ GB/s", "R GB/s", text) for text in texts[:2]]
+    assert prompt == [
+        "reading the prompt [....................] layer 1 of 4, R GB/s",
+        "reading the prompt [#####...............] layer 2 of 4, R GB/s, about 6 s more",
+    ]
+    assert texts[4].startswith("1 of 2 tokens, ")
+
+
+def test_a_slow_token_shows_its_layers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = itertools.count(0.0, 10.0)
+    monkeypatch.setattr(live, "now", lambda: next(seconds))
+    texts = []
+    with stream(folder) as model:
+        line = LiveLine(model._engine.observer, model._engine.stats)
+        with line.following():
+            model(IDS)
+            handle = model.model.layers[1].register_forward_pre_hook(lambda *_: texts.append(line.text()))
+            model(IDS)
+            handle.remove()
+    assert texts[0].endswith(", layer 2 of 4")
 
 
 def test_a_resident_model_reads_nothing(folder: Path) -> None:
@@ -44,9 +88,10 @@ def test_a_resident_model_reads_nothing(folder: Path) -> None:
     with stream(folder, max_memory="1GiB") as model:
         model.generate(IDS, max_new_tokens=3, do_sample=False)
         engine = model._engine
-        with LiveLine(engine.observer, engine.stats, lambda _, text: shown.append(text)).following():
+        line = LiveLine(engine.observer, engine.stats, lambda: shown.append(line.text()))
+        with line.following():
             model.generate(IDS, max_new_tokens=3, do_sample=False)
-    assert "from disk" not in shown[-1]
+    assert "B/s" not in shown[-1]
 
 
 @pytest.mark.parametrize("progress", [True, False, "auto"])
@@ -85,69 +130,112 @@ def test_no_notebook_without_ipython(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not in_notebook()
 
 
-class Terminal(io.StringIO):
-    """A screen of 40 columns, as far as the codes that `StatusPrinter` writes go."""
+def use_terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Makes standard output and standard error go to it."""
+    terminal = Terminal()
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    return terminal
 
-    def isatty(self) -> bool:
-        return True
 
-    def lines(self) -> list[str]:
-        rows: list[list[str]] = [[]]
-        row = column = 0
-        saved = (0, 0)
-        text = self.getvalue()
-        position = 0
-        while position < len(text):
-            for code in ("\x1b7", "\x1b8", "\x1bD", "\x1b[A", "\x1b[B", "\x1b[2K", "\x1b[2m", "\x1b[0m", "\r", "\n"):
-                if text.startswith(code, position):
-                    break
-            else:
-                code = ""
-            if not code:
-                rows[row].extend(" " * (column + 1 - len(rows[row])))
-                rows[row][column] = text[position]
-                column += 1
-            elif code == "\x1b7":
-                saved = (row, column)
-            elif code == "\x1b8":
-                row, column = saved
-            elif code in ("\x1bD", "\x1b[B", "\n"):
-                row += 1
-                rows.extend([] for _ in range(row + 1 - len(rows)))
-                column = 0 if code == "\n" else column
-            elif code == "\x1b[A":
-                row -= 1
-            elif code == "\x1b[2K":
-                rows[row] = []
-            elif code == "\r":
-                column = 0
-            position += len(code) or 1
-        return ["".join(line).rstrip() for line in rows]
+class Silent:
+    """A streamer."""
+
+    def put(self, value: torch.Tensor) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("progress", "streamer", "is_shown"),
+    [("auto", None, True), ("auto", Silent(), False), (True, Silent(), True), (False, None, False)],
+)
+def test_a_terminal_shows_what_goes_on_and_keeps_nothing(
+    progress: Any, streamer: Any, is_shown: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    terminal = use_terminal(monkeypatch)
+    with stream(folder, progress=progress) as model:
+        loading = terminal.getvalue()
+        model.generate(IDS, max_new_tokens=3, do_sample=False, streamer=streamer)
+    assert ("loading" in loading) is (progress is not False)
+    assert ("reading the prompt" in terminal.getvalue()) is is_shown
+    assert not any(terminal.lines())
+
+
+def test_a_failure_leaves_nothing_on_the_terminal(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = use_terminal(monkeypatch)
+    with pytest.raises(CheckpointNotFoundError):
+        AutoModel.from_pretrained(folder / "missing", progress=True)
+    assert "finding the checkpoint" in terminal.getvalue()
+    assert not any(terminal.lines())
+    with stream(folder, progress=True) as model:
+
+        def interrupt(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(IDS, max_new_tokens=3)
+        handle.remove()
+    assert "reading the prompt" in terminal.getvalue()
+    assert not any(terminal.lines())
 
 
 def test_text_and_status_share_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
-    monkeypatch.setattr(screen.shutil, "get_terminal_size", lambda: types.SimpleNamespace(columns=40))
-    printer = StatusPrinter(tokenizer=None)
+    terminal = use_terminal(monkeypatch)
+    monkeypatch.setattr(status.shutil, "get_terminal_size", lambda: types.SimpleNamespace(columns=40))
+    said = ["1 token"]
+    line = StatusLine(lambda: said[0])
+    printer = Printer(tokenizer=None, line=line)
     printer.on_finalized_text("The capital ")
-    printer.show("1 token")
     assert terminal.lines() == ["The capital", "1 token"]
     printer.on_finalized_text("of France\nis ")
-    printer.show("2 tokens " + "x" * 80)
+    said[0] = "2 tokens " + "x" * 80
+    line.draw()
     assert terminal.lines() == ["The capital of France", "is", f"2 tokens {'x' * 30}"]
     printer.on_finalized_text("Paris.", stream_end=True)
-    assert terminal.lines() == ["The capital of France", "is Paris.", ""]
+    line.erase()
+    assert terminal.lines() == ["The capital of France", "is Paris.", "", ""]
+
+
+def test_what_others_print_meanwhile_leaves_no_remains(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = use_terminal(monkeypatch)
+    line = StatusLine(lambda: "a line that is much longer than what is printed")
+    line.draw()
+    terminal.write("one\n")
+    line.write("three\n")
+    line.erase()
+    assert [row for row in terminal.lines() if row] == ["one", "three"]
+
+
+def test_a_line_fits_and_moves_no_cursor() -> None:
+    assert status.fit("a\x1b[2Jb\n\u6f22\u5b57", 80) == "a?[2Jb?\u6f22\u5b57"
+    assert status.fit("ab\u6f22\u5b57", 5) == "ab\u6f22"
+    assert status.bar(0.5) == "[##########..........]"
+    assert status.bar(-1) == f"[{'.' * 20}]"
+    assert status.bar(7) == f"[{'#' * 20}]"
+
+
+def test_an_activity_tells_its_steps_and_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(status.time, "monotonic", lambda: clock[0])
+    activity = Activity("loading m", ("finding it", "planning"), is_timed=False)
+    clock[0] = 105.0
+    assert activity.text() == "loading m [....................] finding it ...", "what others may draw on is left alone"
+    activity.begin("planning")
+    assert activity.text() == "loading m [##########..........] planning, 5 s"
 
 
 @pytest.mark.parametrize(("term", "expected"), [("xterm-256color", True), ("dumb", False)])
 def test_a_status_only_where_a_terminal_can_show_one(
     term: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    use_terminal(monkeypatch)
     monkeypatch.setenv("TERM", term)
-    monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert screen.can_show_status() is expected
+    assert status.can_draw() is expected
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert not screen.can_show_status()
+    assert not status.can_draw()

@@ -7,6 +7,7 @@ all of it. `python -m tests.matrix` does too, and writes the results that docs/m
 from __future__ import annotations
 
 import json
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from tests.matrix.cases import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, LISTED, REASONS, Case, matrix
-from tests.matrix.examine import examine
+from tests.matrix.examine import UnableError, examine
 from tests.matrix.page import PAGE, RESULTS, ROOT, SECTIONS, make_page
 
 PART = 0
@@ -47,6 +48,36 @@ def test_streamed_as_resident(case: Case, tmp_path: Path, one_thread: None) -> N
     verdict = examine(case, tmp_path)
     assert verdict.units > 0
     assert verdict.streamed_share > 0
+
+
+def halves() -> list[pytest.param]:
+    """Every case in both half-precision types; a twenty-fifth always runs, and what has a bias at its head."""
+    for case in matrix():
+        for dtype in (torch.bfloat16, torch.float16):
+            name = f"{case}-{str(dtype).removeprefix('torch.')}"
+            runs = zlib.crc32(name.encode()) % 25 == PART or case.model_type in BIASED_HEADS
+            marks = [pytest.mark.matrix] if runs else [pytest.mark.matrix, pytest.mark.matrix_rest]
+            if case in REASONS:
+                marks.append(pytest.mark.skip(reason=REASONS[case]))
+            yield pytest.param(case, dtype, id=name, marks=marks)
+
+
+BIASED_HEADS = ("phi", "gptj", "codegen", "ctrl")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("case", "dtype"), list(halves()))
+def test_streamed_as_resident_in_half_precision(
+    case: Case, dtype: torch.dtype, tmp_path: Path, one_thread: None
+) -> None:
+    """Batches too: kernels of half-precision numbers differ by how many sequences there are, and by what is added."""
+    try:
+        verdict = examine(case, tmp_path, dtype)
+    except UnableError as reason:
+        pytest.skip(f"transformers itself: {reason}")
+    assert verdict.units > 0
+    assert verdict.has_batch or case.model_type not in BIASED_HEADS
 
 
 @pytest.mark.parametrize("auto_class", [CAUSAL_LM, IMAGE_TEXT_TO_TEXT])

@@ -190,7 +190,7 @@ def test_a_longer_prompt_takes_what_is_planned_for_it(folder: Path, attention: s
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     measured = json.loads(result.stdout.splitlines()[-1])
     with stream(folder, attn_implementation=attention) as model:
-        need = model._engine._facts.footprint
+        need = model._engine.plans.facts.footprint
     works = [Workload(1, count + 2, count, 1, prompt=count, is_padded=padding > 0) for count in (100, tokens)]
     short, long = (work.bytes(need) for work in works)
     kept_by_kernels = 8 * MIB  # which is in the line of what the runtime takes

@@ -23,11 +23,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from airstream import AutoModel, CheckpointError, CheckpointNotFoundError
+from airstream.checkpoint import pickles
 from airstream.checkpoint import unpickle as unpickle_module
 from airstream.checkpoint.formats import PICKLE_FILE, PICKLE_INDEX, has_weights, open_checkpoint
 from airstream.checkpoint.pickles import ScatteredTensor, read_pickle
 from airstream.pieces import TORCH_DTYPES
 from tests.conftest import WriteTiny, stream
+from tests.limits import limited
 from tests.test_exactness import BF16, FP16, FP32, assert_equal
 
 Save = Callable[..., Path]
@@ -415,8 +417,93 @@ def test_pickles_that_are_none(tmp_path: Path, code: bytes) -> None:
 
 
 def test_an_endless_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unpickle_module, "MAX_STEPS", 1000)
-    refused(archive(tmp_path / "m.bin", b"\x80\x02" + b"]" * 2000 + b"."), "more than 1,000 instructions")
+    monkeypatch.setattr(unpickle_module, "MAX_WORK", 1000)
+    refused(archive(tmp_path / "m.bin", b"\x80\x02" + b"]" * 2000 + b"."), "more instructions than any")
+
+
+# Everything here counts work in the file's own units: none of these ends within a test's time if work is not counted.
+PAIR = b"X\1\0\0\0aX\1\0\0\0b\x86"  # ("a", "b")
+EVER_LARGER = b"K\1q\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(200))
+"""A tuple of two tuples, each of which is the same two tuples, and so on: 2**200 numbers for whoever looks at all."""
+
+ORDERED = b"ccollections\nOrderedDict\nq\1"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\nq\1"
+SAME = b"ctorch\nSize\nq\1"
+FROM_TYPE = b"ctorch._tensor\n_rebuild_from_type_v2\nq\3"
+LONG = b"(" + PAIR + b"q\0" + b"h\0" * 99_999
+"""A hundred thousand pairs, not yet a list or a tuple."""
+
+AGAIN = 50_000
+WORK = {
+    "called": EVER_LARGER + b")R.",
+    "a type of element": EVER_LARGER + b"q\xff" + b"ctorch._utils\n_rebuild_tensor_v3\n(K\1K\1)))K\0h\xfftR.",
+    "a key": b"}" + EVER_LARGER + b"K\1s.",
+    "the whole": EVER_LARGER + b".",
+    "a dictionary's pairs": ORDERED + EVER_LARGER + b"\x85R.",
+    "arguments": SAME + EVER_LARGER + b"R.",
+    "a storage": EVER_LARGER + b"Q.",
+    "a storage of it": b"(X\7\0\0\0storage" + EVER_LARGER + b"h\x10h\x10h\x10tQ.",
+    "a storage called it": b"(" + EVER_LARGER + b"h\x10h\x10h\x10h\x10tQ.",
+    "a tensor of it": TENSOR + b"(" + EVER_LARGER + b"h\x10h\x10h\x10tR.",
+    "one list, again and again": ORDERED + b"]" + LONG + b"e\x85q\2" + b"h\1h\2R0" * AGAIN + b"}.",
+    "one tuple, again and again": SAME + LONG + b"tq\2" + b"h\1h\2R0" * AGAIN + b"}.",
+    "one storage, again and again": LONG + b"tq\2" + b"h\2Q0" * AGAIN + b"}.",
+    "one shape, again and again": TENSOR + b"K\1K\1" + LONG + b"th\1\x87q\2" + b"h\1h\2R0" * AGAIN + b"}.",
+    "a class of its own": FROM_TYPE + ORDERED + b"]" + LONG + b"e\x85q\4h\1K\1h\4\x87q\2" + b"h\3h\2R0" * AGAIN + b"}.",
+    "a class of a class": FROM_TYPE + b"h\3K\1)\x87q\2" + b"h\3h\2R0" * AGAIN + b"}.",
+    "dictionaries": b"}" * (4 << 20) + b".",
+    "lists in marks": b"(]" * (2 << 20) + b".",
+    "texts": b"X\1\0\0\0a" * (1 << 20) + b".",
+    "wide texts": (b"X\0\0\x0f\0" + "\U0001f600".encode() + b"a" * 983_036) * 9 + b".",
+    "names": b"ctorch.nn.parameter\nParameter\n" * 300_000 + b".",
+    "storages": b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0aK\0K\1tq\0" + b"h\0Q" * 500_000 + b".",
+}
+
+
+@pytest.mark.parametrize("options", ["archive", "legacy"])
+@pytest.mark.parametrize("case", WORK)
+def test_work_is_counted(tmp_path: Path, case: str, options: str) -> None:
+    code, file = b"\x80\x02" + WORK[case], tmp_path / "m.bin"
+    if options == "archive":
+        archive(file, code)
+    else:
+        file.write_bytes(b"".join(pickle.dumps(n, 2) for n in (pickles.MAGIC_NUMBER, 1001, {})) + code)
+    with limited(), pytest.raises(CheckpointError, match=r"m\.bin") as caught:
+        read_pickle(file)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("place", [0, 1, 2, 4])
+def test_work_is_counted_in_every_part_of_an_old_file(tmp_path: Path, place: int) -> None:
+    torch.save({"w": torch.zeros(2)}, tmp_path / "m.bin", **LEGACY)
+    with (tmp_path / "m.bin").open("rb") as stream:
+        parts = [unpickled_bytes(stream) for _ in range(5)]
+    parts[place] = b"\x80\x02" + b"](" + b"K\1" * 300_000 + b"e."
+    (tmp_path / "m.bin").write_bytes(b"".join(parts))
+    refused(tmp_path / "m.bin", "more instructions than any")
+
+
+def unpickled_bytes(stream: Any) -> bytes:
+    start = stream.tell()
+    unpickle_module.unpickle(stream, Path("m.bin"))
+    end = stream.tell()
+    stream.seek(start)
+    return bytes(stream.read(end - start))
+
+
+def test_a_directory_of_nothing_but_names(tmp_path: Path) -> None:
+    entry = struct.pack("<4s6H3I5H2I", b"PK\1\2", *(0,) * 15, 0)
+    entries = entry * (30 << 20 // len(entry))
+    end = struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, len(entries), 30, 0)
+    (tmp_path / "m.bin").write_bytes(b"PK\3\4".ljust(30, b"\0") + entries + end)
+    refused(tmp_path / "m.bin", r"m\.bin")
+
+
+def test_as_many_tensors_as_a_file_may_have(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{i // 999}.mlp.experts.{i % 999}.down_proj.weight": torch.zeros(1) for i in range(15_000)}
+    torch.save(tensors, tmp_path / PICKLE_FILE)
+    with limited():
+        assert len(read_pickle(tmp_path / PICKLE_FILE)[0]) == 15_000
 
 
 def test_a_bomb_of_zeros(tmp_path: Path) -> None:
@@ -470,7 +557,7 @@ def test_a_file_that_ends_too_early(tmp_path: Path, options: dict[str, Any]) -> 
     whole = file.read_bytes()
     for size in (0, 1, 3, 30, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:size])
-        refused(file, "complete archive|truncated|torch.save|not a pickle|corrupt")
+        refused(file, "complete archive|truncated|torch.save|not a pickle|corrupt|is empty|is text|zip archive")
 
 
 def test_what_is_something_else(tmp_path: Path) -> None:
@@ -479,6 +566,9 @@ def test_what_is_something_else(tmp_path: Path) -> None:
     refused(file, "git lfs pull")
     with zipfile.ZipFile(file, "w") as out:
         out.writestr("holiday/photo.jpg", b"x")
+    refused(file, "a zip archive: unpack it")
+    with zipfile.ZipFile(file, "w") as out:
+        out.writestr("a/data/0", b"x")
     refused(file, r"no data\.pkl")
     file.write_bytes(pickle.dumps({"w": 1}, protocol=2))
     refused(file, "not a checkpoint that torch.save has written")

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from airstream import ArgumentError, DiskSpaceError, ReadError
 from airstream.cli import main
@@ -263,7 +265,7 @@ def test_effort_fits_small_machines() -> None:
 def test_other_programs_are_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure.OtherLoad, "cores", lambda _: 1.24)
     found = measure.measure(tmp_path, CPU, effort=TINY)
-    assert found.disk.source.endswith("; other programs used 1.2 cores")
+    assert found.disk.source.endswith("; while other programs used 1.2 cores")
     assert measure._source(0.1).startswith("measured 2")
     assert "other" not in measure._source(0.1)
 
@@ -383,7 +385,9 @@ def test_only_folders_are_measured(tmp_path: Path, name: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no direct reads here")
 def test_refused_direct_reads_are_part_of_the_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(disk.Reader, "direct", property(lambda _: False))
-    assert measure.measure(tmp_path, CPU, effort=TINY).disk.source.endswith("; direct reads are refused")
+    assert measure.measure(tmp_path, CPU, effort=TINY).disk.source.endswith(
+        "through the page cache, direct reads refused"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ keeping
@@ -468,6 +472,8 @@ def test_a_damaged_file_counts_as_nothing(tmp_path: Path, cache: Path, text: str
         {"facts": assumed("cpu").to_dict() | {"disk": {"per_second": -1, "source": "x"}}},
         {"facts": assumed("cpu").to_dict() | {"weights": {}}},
         {"facts": assumed("cpu").to_dict() | {"weights": 3}},
+        {"facts": assumed("cpu").to_dict() | {"num_cores": "x"}},
+        {"facts": assumed("cpu").to_dict() | {"disk": {"per_second": 5, "source": 7}}},
         {"facts": assumed("cpu").to_dict() | {"of a later version": 1}},
     ],
 )
@@ -498,7 +504,82 @@ def test_a_write_that_breaks_off_leaves_the_old_file(
     with pytest.raises(KeyboardInterrupt):
         store.save(tmp_path, CPU, facts(num_cores=2))
     assert store.stored(tmp_path, CPU) == facts(num_cores=1)
-    assert [file.name for file in cache.iterdir()] == ["hardware.json"]
+    assert {file.name for file in cache.iterdir()} == {"hardware.json", ".hardware.json.lock"}
+
+
+KILLED = (
+    "import os, signal, sys, torch; from airstream.rates import store; from airstream.rates.facts import assumed\n"
+    "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
+    "store.save(sys.argv[1], torch.device('cpu'), assumed('cpu'))"
+)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+def test_what_a_killed_process_was_writing_is_written_over(tmp_path: Path, cache: Path) -> None:
+    store.save(tmp_path, CPU, facts(num_cores=1))
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False).returncode == -9
+        assert store.stored(tmp_path, CPU) == facts(num_cores=1)
+    left = {file.name for file in cache.iterdir()}
+    assert len(left) == 3, f"else nothing was left behind, or more each time: {left}"
+    store.save(tmp_path, CPU, facts(num_cores=2))
+    assert store.stored(tmp_path, CPU) == facts(num_cores=2)
+    assert {file.name for file in cache.iterdir()} == {"hardware.json", ".hardware.json.lock"}
+
+
+def test_a_save_that_waits_for_another_one_too_long_says_so(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from filelock import FileLock
+
+    monkeypatch.setattr(store, "LOCK_SECONDS", 0.1)
+    with FileLock(cache / ".hardware.json.lock"), pytest.raises(OSError, match="lock"):
+        store.save(tmp_path, CPU, facts())
+
+
+@pytest.mark.parametrize("field", [*store.KEY, "facts", "measured"])
+@pytest.mark.parametrize("value", ["gone", None, 7, [], {}, [[]], {"a": 1}], ids=str)
+def test_no_entry_of_the_file_disturbs_a_reader(tmp_path: Path, cache: Path, field: str, value: Any) -> None:
+    store.save(tmp_path, CPU, facts())
+    data = json.loads((cache / "hardware.json").read_text())
+    bad = {key: old for key, old in data["machines"][0].items() if key != field or value != "gone"}
+    data["machines"].insert(0, bad | ({} if value == "gone" else {field: value}))
+    (cache / "hardware.json").write_text(json.dumps(data))
+    if field != "facts":
+        assert store.stored(tmp_path, CPU) == facts()
+    str(store.facts_for(tmp_path, CPU))
+    str(store.facts_for(tmp_path / "elsewhere", CPU))
+    str(store.facts_for(tmp_path, torch.device("cuda", 0)))
+
+
+PLACES = [(), ("disk",), ("weights",), ("weights", "float32"), ("flops",)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    place=st.sampled_from(PLACES),
+    name=st.sampled_from([*(field.name for field in dataclasses.fields(HardwareFacts)), "per_second", "source", "x"]),
+    value=st.sampled_from([None, 7, -1, 0, 10**99, 1e308, "x", "", [], {}, True, float("nan"), float("inf"), [[1]]]),
+)
+def test_facts_of_any_kind_are_read_or_count_as_nothing(
+    tmp_path_factory: pytest.TempPathFactory, place: tuple[str, ...], name: str, value: Any
+) -> None:
+    folder = tmp_path_factory.mktemp("rates")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AIRSTREAM_CACHE", str(folder))
+        store.save(folder, CPU, facts())
+        data = json.loads((folder / "hardware.json").read_text())
+        inside = data["machines"][0]["facts"]
+        for key in place:
+            inside = inside[key]
+        inside[name] = value
+        (folder / "hardware.json").write_text(json.dumps(data))
+        found = store.facts_for(folder, CPU)
+    assert str(found)
+    assert found.disk.is_measured in (True, False)
+    for dtype in ("float32", "bfloat16"):
+        assert found.weights_rate(dtype).per_second > 0
+        assert found.flops_rate(dtype).per_second > 0
 
 
 def test_a_machine_is_known_by_what_it_is_not_by_its_name() -> None:

@@ -8,7 +8,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from airstream.backend.landing import HostLanding, Staging
 from airstream.checkpoint import files
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Cast, Job, Piece, ReadCancelled, Reader, split
-from airstream.errors import CheckpointNotFoundError, ClosedError, ReadError
+from airstream.errors import CheckpointError, CheckpointNotFoundError, ClosedError, ReadError
 
 FILE_BYTES = 200_001  # ends neither on a page nor on a sector
 CONTENT = random.Random(0).randbytes(FILE_BYTES)
@@ -516,3 +516,124 @@ def test_windows_are_aligned_for_direct_reads(file: Path) -> None:
 
 def address(view: memoryview) -> int:
     return torch.frombuffer(view, dtype=torch.uint8).data_ptr()
+
+
+# -------------------------------------------------------------------------------------------- a bounded set of files
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[Path]:
+    """Ten files, each of which says in every byte which it is."""
+    paths = [tmp_path / f"shard-{number}.bin" for number in range(10)]
+    for number, path in enumerate(paths):
+        path.write_bytes(bytes([number + 1]) * 20_000)
+    return paths
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("limit", [1, 3, 10, 64])
+def test_at_most_so_many_files_are_open(shards: list[Path], limit: int, direct: bool) -> None:
+    with Reader(shards, direct, num_workers=1, chunk_bytes=4096, max_open_files=limit) as reader:
+        for _ in range(3):
+            for number, path in enumerate(shards):
+                assert read_bytes(reader, [Piece(path, 1, 19_999, 0)], 19_999) == bytes([number + 1]) * 19_999
+                if sys.platform == "linux":
+                    assert len(descriptors(shards[0].parent)) == min(limit, len(shards))
+    assert descriptors(shards[0].parent) == []
+
+
+def test_files_in_use_are_not_closed_for_others(shards: list[Path]) -> None:
+    """More threads than there may be files, all of them in the middle of a read."""
+    pieces = [Piece(path, 5, 18_000, number * 18_000) for number, path in enumerate(shards)] * 30
+    with Reader(shards, direct=False, num_workers=6, chunk_bytes=4096, max_open_files=2) as reader:
+        memory = new_memory(len(shards) * 18_000)
+        reader.read(pieces, landing(memory, 4096))
+    for number, part in enumerate(memory.view(len(shards), 18_000)):
+        assert bool((part == number + 1).all())
+
+
+def test_a_file_is_kept_open_while_it_is_used_often(shards: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, real = list[str](), os.open
+
+    def counting(path: Any, *rest: Any, **options: Any) -> int:
+        opened.append(str(path))
+        return real(path, *rest, **options)
+
+    with Reader(shards, direct=False, num_workers=1, max_open_files=3) as reader:
+        monkeypatch.setattr(os, "open", counting)
+        for path in shards:
+            read_bytes(reader, [Piece(shards[0], 0, 10, 0), Piece(path, 0, 10, 0)], 10)
+    assert opened == [str(path) for path in [shards[0], *shards[1:]]]
+
+
+def overwrite(path: Path) -> None:
+    path.write_bytes(b"x" * path.stat().st_size)
+
+
+def replace(path: Path) -> None:
+    other = path.with_suffix(".new")
+    other.write_bytes(b"x" * path.stat().st_size)
+    other.replace(path)
+
+
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("change", [overwrite, replace, shorten])
+def test_a_file_that_changed_while_it_was_closed_is_one_clear_error(
+    shards: list[Path], change: Callable[[Path], None], direct: bool
+) -> None:
+    with Reader(shards, direct, num_workers=1, max_open_files=2) as reader:
+        time.sleep(0.02)  # clocks of file systems are coarse
+        change(shards[0])
+        for _ in range(2):
+            with pytest.raises(
+                CheckpointError, match=r"shard-0\.bin is not the file that was opened.*Load the model again"
+            ):
+                read_bytes(reader, [Piece(shards[0], 0, 10, 0)], 10)
+        assert read_bytes(reader, [Piece(shards[5], 0, 10, 0)], 10) == bytes([6]) * 10
+
+
+def test_a_file_that_went_while_it_was_closed(shards: list[Path]) -> None:
+    with Reader(shards, direct=False, num_workers=1, max_open_files=2) as reader:
+        shards[0].unlink()
+        with pytest.raises(CheckpointNotFoundError, match=r"shard-0\.bin is missing"):
+            read_bytes(reader, [Piece(shards[0], 0, 10, 0)], 10)
+
+
+@O_DIRECT
+@PREADV
+def test_a_file_that_was_replaced_before_it_fell_back_is_an_error(
+    shards: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Reader(shards, direct=True, num_workers=1) as reader:
+        if not reader.direct:
+            pytest.skip("this file system refuses direct reads")
+        replace(shards[0])
+        assert read_bytes(reader, [Piece(shards[0], 0, 10, 0)], 10) == b"\1" * 10, "the open one is still the old one"
+        fail_once(monkeypatch, 0, errno.EINVAL)
+        with pytest.raises(CheckpointError, match=r"shard-0\.bin is not the file that was opened"):
+            read_bytes(reader, [Piece(shards[0], 0, 10, 0)], 10)
+
+
+@O_DIRECT
+@PREADV
+def test_two_threads_are_refused_direct_reads_at_once(own_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both asked while the file was direct; whoever comes second finds that it no longer is."""
+    barrier, real, num_refused = threading.Barrier(2), os.preadv, [0]
+
+    def preadv(descriptor: int, buffers: list[memoryview], offset: int) -> int:
+        if num_refused[0] < 2:
+            num_refused[0] += 1
+            barrier.wait(30)
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(descriptor, buffers, offset)
+
+    with Reader([own_file], direct=True, num_workers=2, chunk_bytes=16384) as reader:
+        if not reader.direct:
+            pytest.skip("this file system refuses direct reads")
+        monkeypatch.setattr(os, "preadv", preadv)
+        assert read_bytes(reader, whole(own_file), FILE_BYTES) == CONTENT
+        assert not reader.direct

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -236,7 +237,7 @@ def test_an_empty_folder_may_be_there_and_a_second_run_changes_nothing(tiny: Wri
 def test_a_disk_that_is_too_small(tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(repack_module.shutil, "disk_usage", lambda _: usage._replace(free=10_000))
-    with pytest.raises(DiskSpaceError, match=r"needs [0-9.]+ KiB more .*9\.8 KiB are free"):
+    with pytest.raises(DiskSpaceError, match=r"needs [0-9.]+ KiB of disk; 9\.8 KiB are free"):
         airstream.repack(tiny("llama", BF16), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
 
@@ -279,11 +280,68 @@ def test_it_goes_on_where_it_was(tiny: WriteTiny, tmp_path: Path, monkeypatch: p
 
 def test_a_full_disk_keeps_what_is_finished(tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing_at(3, lambda: OSError(28, "No space left on device"), monkeypatch)
-    with pytest.raises(DiskSpaceError, match="2 of 5 files are done"):
+    with pytest.raises(DiskSpaceError, match=r"is full: repacking needs [0-9.]+ KiB more, .* are free\. .* goes on"):
         airstream.repack(tiny("llama", BF16), tmp_path / "out", progress=False)
     begun = failing_at(99, KeyboardInterrupt, monkeypatch)
     airstream.repack(tiny("llama", BF16), tmp_path / "out", progress=False)
     assert len(begun) == 3
+
+
+WRITES: list[tuple[Any, str]] = [
+    (Path, "open"), (Path, "mkdir"), (Path, "replace"), (os, "fsync"), (shutil, "copyfile"),
+]  # fmt: skip
+"""What a disk that is full may refuse."""
+
+
+def full_at(number: int | None, patch: pytest.MonkeyPatch, code: int = errno.ENOSPC) -> list[str]:
+    """Make the `number`th call that writes fail; gives those that were made, by name."""
+    calls: list[str] = []
+
+    def refusing(real: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            reads = name == "open" and not {"w", "wb"} & {*arguments[1:], *options.values()}
+            if not reads:
+                calls.append(name)
+                if len(calls) - 1 == number:
+                    raise OSError(code, os.strerror(code))
+            return real(*arguments, **options)
+
+        return call
+
+    for owner, name in WRITES:
+        patch.setattr(owner, name, refusing(getattr(owner, name), name))
+    return calls
+
+
+def test_a_disk_that_is_full_at_any_write(tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One error with numbers, whichever call finds it; and the next run goes on."""
+    source, prepared = tiny("llama", BF16), []
+    real = repack_module.prepare
+    monkeypatch.setattr(repack_module, "prepare", lambda *a: prepared[0] if prepared else real(*a))
+    prepared.append(repack_module.prepare(source, LoadOptions(device="cpu")))
+    with pytest.MonkeyPatch.context() as patch:
+        calls = full_at(None, patch)
+        expected = state_of(airstream.repack(source, tmp_path / "whole", progress=False))
+    assert set(calls) == {name for _, name in WRITES}
+    for number in range(len(calls)):
+        out = tmp_path / f"out{number}"
+        with pytest.MonkeyPatch.context() as patch:
+            full_at(number, patch)
+            with pytest.raises(DiskSpaceError, match=r"needs [0-9.]+ \w+ more, [0-9.]+ \w+ are free"):
+                airstream.repack(source, out, progress=False)
+        if number % 10 == 0 or number > len(calls) - 5:
+            made = state_of(airstream.repack(source, out, progress=False))
+            assert {name: data for name, (_, data) in made.items()} == {n: data for n, (_, data) in expected.items()}
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EFBIG, errno.EIO])
+def test_a_folder_that_cannot_be_written(tiny: WriteTiny, tmp_path: Path, code: int) -> None:
+    source = tiny("llama", BF16)
+    for number in (0, 1, 7, 20):
+        with pytest.MonkeyPatch.context() as patch:
+            full_at(number, patch, code)
+            with pytest.raises(ArgumentError, match=rf"out cannot be written .*{os.strerror(code)}"):
+                airstream.repack(source, tmp_path / "out", progress=False)
 
 
 def test_what_another_source_left_is_not_taken_over(

@@ -21,9 +21,11 @@ from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Job, Landing, Piece, ReadCancelled, Reader
 from airstream.errors import ClosedError, ReadError
 from airstream.fill import Fill
+from airstream.probe import DISK
+from airstream.region import Region
 from airstream.ring import ring_bytes
 from airstream.slab import Slab
-from airstream.streamer import Region, Streamer
+from airstream.streamer import Streamer
 
 CHUNK_BYTES = 8192
 NUM_PAGES = 64
@@ -85,6 +87,7 @@ class FakeReader:
         self.asked: list[int] = []  # by batch
         self._batch_of = {slab.pieces[0].offset: batch for batch, slab in enumerate(slabs)}
         self._eager = eager
+        self.source = DISK
 
     def submit(
         self,

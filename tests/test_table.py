@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 from airstream import ArgumentError, AutoModel, BudgetError, Machine, UnsupportedError, plan_table, plot_plan
 from airstream.cli import main
 from airstream.landscape import Landscape, Spot, survey
+from airstream.pictures import _apart
 from airstream.plan.whatif import FOUR_BIT
 from airstream.prepare import ask
 from airstream.table import CARDS, Row, Table
@@ -293,6 +295,48 @@ def test_a_picture_is_written_and_no_text_is_over_another(
     assert any("8 GiB: " in text.get_text() for text in axes.texts), "the mark says what the machine gives"
 
 
+@pytest.mark.parametrize("ram", ["6GiB", "12GiB"])
+def test_a_picture_says_what_the_plan_says(configs: dict[str, Path], ram: str) -> None:
+    """Nobody names a context: the plan's own is the picture's, not the one that unlimited memory would have."""
+    machine = Machine(ram=ram, disk_gbps=3.5)
+    plan = AutoModel.plan(configs["llama-8b"], machine=machine, device="cpu")
+    asked = ask(configs["llama-8b"], {"device": "cpu"}, machine)
+    found = survey(asked.facts, asked.request)
+    assert plan.prediction is not None
+    assert found.context == plan.max_context
+    assert found.here == Spot(plan.prediction.decode_seconds, plan.read_bytes)
+    title = plot_plan(configs["llama-8b"], machine=machine, device="cpu").axes[0].get_title(loc="left")
+    assert f"{plan.max_context:,} tokens" in title
+
+
+def test_a_mark_off_the_curve_says_why(configs: dict[str, Path]) -> None:
+    """A budget that leaves the checkpoint in the page cache of this machine: the plan reads from there."""
+    machine = Machine(ram="64GiB", disk_gbps=3.5)
+    plan = AutoModel.plan(configs["llama-8b"], machine=machine, device="cpu", max_memory="6GiB", max_context=128)
+    figure = plot_plan(configs["llama-8b"], machine=machine, device="cpu", max_memory="6GiB", max_context=128)
+    assert not plan.direct_io
+    assert any(text.get_text().endswith("(page cache)") for text in figure.axes[0].texts)
+
+
+@pytest.mark.parametrize("name", ["llama-8b", "small"])
+@pytest.mark.parametrize("device", ["map", "curve"])
+def test_axes_have_ticks_and_little_grey(configs: dict[str, Path], name: str, device: str) -> None:
+    machine = CARD if device == "map" else replace(CARD, gpu=None)
+    options = {} if device == "map" else {"device": "cpu"}
+    axes = plot_plan(configs[name], machine=machine, max_context=128, **options).axes[0]
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        assert len([tick for tick in axis.get_ticklocs() if low <= tick <= high]) >= 3
+    grey = axes.patches[0].get_path().get_extents(axes.patches[0].get_patch_transform())
+    low, high = map(math.log, axes.get_xlim())
+    assert (math.log(max(grey.x1, grey.x0)) - low) / (high - low) < 0.12
+
+
+def test_lines_that_are_too_near_to_each_other_are_left_out(configs: dict[str, Path]) -> None:
+    row = [10 * 0.98**column for column in range(100)]  # 2 % a column, of which there must be 3.5 between lines
+    assert _apart([row] * 10, [2, 2.05, 3, 4.9, 5]) == [2.05, 3, 5]
+
+
 def test_a_model_that_is_as_fast_anywhere_is_drawn_too(configs: dict[str, Path]) -> None:
     """Four small layers: what memory there is hardly matters, and a host needs more for itself than for weights."""
     machine = Machine(gpu="T4", ram="16GiB", disk_gbps=1000)
@@ -308,5 +352,5 @@ def test_plot_on_the_command_line(configs: dict[str, Path], tmp_path: Path, caps
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UnsupportedError, match=r'pip install "airstream\[plot\]"'):
+    with pytest.raises(UnsupportedError, match=r"pip install matplotlib"):
         plot_plan("./not/there")

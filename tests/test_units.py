@@ -26,6 +26,14 @@ SIZES = {
     "1TB": 10**12,
     "17": 17,
     "17B": 17,
+    "4G": 4 * GIB,
+    "4g": 4 * GIB,
+    "512M": 512 * MIB,
+    "64 k": 64 * KIB,
+    "1T": 1024 * GIB,
+    "4e9": 4_000_000_000,
+    "1.5E+9": 1_500_000_000,
+    "2e1GiB": 20 * GIB,
 }
 
 
@@ -39,6 +47,11 @@ def test_parse_bytes(text: str, nbytes: int) -> None:
 def test_an_int_is_its_own_size(nbytes: int) -> None:
     assert parse_bytes(nbytes) == nbytes
     assert parse_bytes(str(nbytes)) == nbytes
+
+
+@given(st.integers(1, 1 << 53))
+def test_a_whole_float_is_a_size(nbytes: int) -> None:
+    assert parse_bytes(float(nbytes)) == nbytes
 
 
 @given(st.integers(1, 10**6), st.sampled_from([("KiB", KIB), ("GiB", GIB), ("TB", 10**12)]))
@@ -64,7 +77,10 @@ NOT_A_SIZE = [
     "4GiBs",
     "four",
     "-4GiB",
-    "1e9",
+    "1e-9",
+    "1e",
+    "e9",
+    "1e999",
     "4GiB 2",
     "1_000",
     "0x10",
@@ -77,7 +93,9 @@ TOO_SMALL = [0, -1, "0", "0GiB", "0.5", "0.0001KiB"]
 
 
 @pytest.mark.parametrize(
-    "size", [*NOT_A_SIZE, *TOO_SMALL, None, True, False, 1.5, b"4GiB", [4]], ids=lambda size: repr(size)[:16]
+    "size",
+    [*NOT_A_SIZE, *TOO_SMALL, None, True, False, 1.5, float("inf"), float("nan"), b"4GiB", [4]],
+    ids=lambda size: repr(size)[:16],
 )
 def test_what_is_not_a_size_is_refused_by_name(size: object) -> None:
     with pytest.raises(ArgumentError, match=r"^max_memory\['cpu'\]=") as caught:

@@ -18,6 +18,7 @@ from airstream.backend.base import Backend, Packing, Runtime
 from airstream.backend.clock import DeviceClock
 from airstream.backend.host_memory import HostBuffer
 from airstream.backend.landing import HostLanding, Staging, cast_into
+from airstream.backend.pinning import Pinner, Pinning
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Cast, Piece
 from airstream.probe import CONVERT, H2D, HOST_COPY, Moment, Probe
@@ -47,6 +48,7 @@ class AcceleratorBackend(Backend):
         self._computed = runtime.new_event()
         self._chunk_bytes = chunk_bytes
         self._staging = Staging(chunk_bytes, probe)
+        self._pinner = Pinner()
         self._lanes = [_Lane(runtime, self._bus, chunk_bytes) for _ in range(num_workers)]
         pinned = [lane.pinned for lane in self._lanes]
         if not all(pinned):
@@ -63,7 +65,14 @@ class AcceleratorBackend(Backend):
         return DeviceLanding(memory, self._lanes)
 
     def keep_ready(self, nbytes: int) -> HostWeights:
-        return HostWeights(nbytes, self._runtime, self._bus, self._lanes, self._chunk_bytes, self._staging)
+        pinning = Pinning(self._runtime, buffer := HostBuffer(nbytes, touch=False))  # pinning touches it, too
+        return HostWeights(buffer, pinning, self._pinner, self._bus, self._lanes, self._chunk_bytes, self._staging)
+
+    def settle(self) -> None:
+        self._pinner.wait()
+
+    def is_worker(self, thread: threading.Thread) -> bool:
+        return self._pinner.is_worker(thread)
 
     def new_fence(self) -> Any:
         return self._runtime.new_event()
@@ -105,6 +114,7 @@ class AcceleratorBackend(Backend):
         self._runtime.synchronize()
 
     def close(self) -> None:
+        self._pinner.close()
         for lane in self._lanes:
             lane.close()
         self._lanes = []
@@ -161,30 +171,38 @@ class DeviceLanding:
 class HostWeights:
     """Weights in host memory on their way to the device, pinned if the system allows it.
 
-    Pinned, they are copied from where they lie. Otherwise reader threads take them through their staging buffers, so
-    that the thread that computes never waits for a copy.
+    Pinned, they are copied from where they lie. Until then, reader threads take them through their staging buffers, so
+    that the thread that computes never waits for a copy, and nobody for the pinning, which begins with the reads.
     """
 
     def __init__(
-        self, nbytes: int, runtime: Runtime, bus: _Bus, lanes: list[_Lane], chunk_bytes: int, staging: Staging
+        self,
+        buffer: HostBuffer,
+        pinning: Pinning,
+        pinner: Pinner,
+        bus: _Bus,
+        lanes: list[_Lane],
+        chunk_bytes: int,
+        staging: Staging,
     ) -> None:
-        self.nbytes = nbytes
-        self._runtime = runtime
+        self.nbytes = buffer.nbytes
+        self._buffer = buffer
+        self._pinning = pinning
+        self._pinner = pinner
         self._bus = bus
         self._lanes = lanes
         self._chunk_bytes = chunk_bytes
         self._staging = staging
-        self._buffer = HostBuffer(nbytes, touch=False)
-        self._pinned = False
+        self._is_submitted = False
 
     def landing(self) -> HostLanding:
+        if not self._is_submitted:  # a read that failed is tried again
+            self._is_submitted = True
+            self._pinner.submit(self._pinning)
         return HostLanding(self._buffer.tensor, self._staging)
 
-    def filled(self) -> None:
-        self._pinned = self._runtime.pin(self._buffer)  # only now: pinning would have touched every page, in one go
-
     def send(self, pairs: Sequence[tuple[torch.Tensor, int]]) -> list[Callable[[int], None]]:
-        if self._pinned:
+        if self._pinning.is_pinned:
             for target, start in pairs:
                 self._bus.copy(target, self._buffer.tensor[start : start + target.numel()])
             return []
@@ -198,9 +216,7 @@ class HostWeights:
         self._lanes[worker].relay(self._buffer.tensor[start : start + target.numel()], target)
 
     def close(self) -> None:
-        if self._pinned:
-            self._runtime.unpin(self._buffer)
-        self._pinned = False
+        self._pinning.undo()
 
 
 class _Lane:

@@ -8,6 +8,7 @@ under the very code that drives CUDA.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,6 +83,13 @@ class Backend(ABC):
         """Host memory for weights that cross to the device on every pass. Only where device and host are two."""
         raise NotImplementedError("host and device memory are one here: there is nothing to copy")
 
+    def settle(self) -> None:  # noqa: B027 - where nothing is copied, nothing makes copies faster
+        """Block until copies from host memory are as fast as they are going to be. Never called in the token loop."""
+
+    def is_worker(self, thread: threading.Thread) -> bool:  # noqa: ARG002
+        """Whether `thread` is one that `close` waits for."""
+        return False
+
     @abstractmethod
     def moment(self) -> Moment:
         """For profiles: the point that the computation submitted so far, by the calling thread, leads to."""
@@ -125,10 +133,7 @@ class ReadyMemory(Protocol):
     nbytes: int
 
     def landing(self) -> Landing:
-        """Where reads that fill it land."""
-
-    def filled(self) -> None:
-        """All of it has been read: make copies from it as fast as the system allows. Blocks; not for the token loop."""
+        """Where reads that fill it land; they are about to begin. Does not block."""
 
     def send(self, pairs: Sequence[tuple[torch.Tensor, int]]) -> Sequence[Callable[[int], None]]:
         """Queue a copy to each uint8 device tensor from the byte that stands with it. Does not block.

@@ -22,11 +22,13 @@ class TorchRuntime:
     def pin(self, buffer: HostBuffer) -> bool:
         if self.device.type != "cuda":
             return False  # registering foreign memory is a CUDA (and ROCm) notion
-        code = _cudart().cudaHostRegister(buffer.tensor.data_ptr(), buffer.nbytes, 0)
+        with torch.cuda.device(self.device):  # a thread's own is the first card, where this would begin a context
+            code = _cudart().cudaHostRegister(buffer.tensor.data_ptr(), buffer.nbytes, 0)
         return int(code) == 0
 
     def unpin(self, buffer: HostBuffer) -> None:
-        _cudart().cudaHostUnregister(buffer.tensor.data_ptr())
+        with torch.cuda.device(self.device):
+            _cudart().cudaHostUnregister(buffer.tensor.data_ptr())
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
         with stream:

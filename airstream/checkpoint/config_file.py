@@ -1,30 +1,42 @@
-"""config.json before anybody believes it: an object of JSON, of a size for people, with counts that a model can have.
+"""config.json before anybody believes it: an object of JSON, of a size for people, with numbers that a model can have.
 
-transformers builds as many layers as a config asks for, one by one. A count of a billion is refused here, where that
-costs nothing; what no model can be built from is for whoever builds it to say.
+transformers builds as many layers as a config asks for, one by one, and as many names of labels. A count of a billion
+is refused here, where that costs nothing; what no model can be built from is for whoever builds it to say.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from airstream.checkpoint.foreign_json import CONFIG, read_json
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 
-MAX_CONFIG_BYTES = 64 << 20
-MAX_PARTS = 10_000
-"""Layers, experts or heads. The largest models have a few hundred of each."""
-
-PARTS = re.compile(r"(layer|block|expert|head|stage)s?$|(^|_)depths?$")
-"""How the names of counts end for each of which something is built."""
+_STAGES = "layer|block|stage|group|stack|level|repeat|flow|network|conv|loop|passe"
+AT_MOST: tuple[tuple[re.Pattern[str], int], ...] = (
+    (re.compile(rf"({_STAGES})s?(_num)?$|(^|_)depths?$"), 1_000),
+    (re.compile(r"(expert|head|codebook|quantizer)s?$|(^|_)(labels|classes)$"), 100_000),
+    (re.compile(r"_token_ids?$|_token_index$"), 100_000_000),
+    (re.compile(r"^(num|n)_(?!.*(param|token|position|ctx|embd|sample|step|word))"), 1_000_000),
+)
+"""How the names of numbers begin or end, and what they are never above: stages that data goes through, each of which is
+built, the largest models having a few hundred; experts and heads, which one type has 16,384 of, and names of labels;
+places in a vocabulary; all other counts but of what it was trained on."""
 
 AT_LEAST = dict.fromkeys(("hidden_size", "d_model", "n_embd", "vocab_size"), 1) | dict.fromkeys(
     ("intermediate_size", "d_ff", "head_dim", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 0
 )
 """What sizes are never below."""
+
+TYPES: Mapping[str, tuple[type, ...]] = dict.fromkeys(("sliding_window", "attention_chunk_size"), (int, list)) | (
+    dict.fromkeys(("output_hidden_states", "output_attentions", "use_cache", "return_dict"), (bool, int))
+)
+"""What a value is where transformers looks at it in the middle of a pass only; null may be anywhere."""
+
+CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
+"""Fields that may name code of others on the hub, which transformers would fetch and run."""
 
 
 def read_config_file(file: Path) -> dict[str, Any]:
@@ -36,21 +48,51 @@ def read_config_file(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         raise CheckpointNotFoundError(f"{file.parent} has no config.json: it is not the folder of a transformers model")
-    size = file.stat().st_size
-    if size > MAX_CONFIG_BYTES:
-        raise CheckpointError(f"{file} has {size:,} bytes: it is not a config. Download it again")
-    try:
-        config = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
-        config = None
+    config = read_object(file)
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            check_types(file, part, TYPES)
+    for name, choice in _choices(config):
+        if "/" in choice:
+            raise CheckpointError(
+                f"{file}: {name} is {choice[:100]!r}, code of others on the hub: nothing of it is run. If you trust "
+                f"it, remove {name} from the file and pass attn_implementation={choice[:100]!r}"
+            )
+    return config
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The object of JSON in `file`, of which no number is absurd. Errors as `read_config_file`."""
+    config = read_json(file, CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object. Download it again")
-    for name, value in _numbers(config):
-        if PARTS.search(name) and value > MAX_PARTS:
-            raise CheckpointError(f"{file}: {name} is {value:,}; no model has more than {MAX_PARTS:,}")
+    check_numbers(file, config)
+    return config
+
+
+def check_numbers(file: Path, values: Mapping[str, Any]) -> None:
+    """Refuse `values` that `file` says if one of them is a number that no model has.
+
+    Raises:
+        CheckpointError: the message names the field.
+    """
+    for name, value in _numbers(values):
+        for pattern, most in AT_MOST:
+            if value > most and pattern.search(name):
+                raise CheckpointError(f"{file}: {name} is {value:,}; no model has more than {most:,}")
         if value < AT_LEAST.get(name, value):
             raise CheckpointError(f"{file}: {name} is {value:,}; it cannot be less than {AT_LEAST[name]}")
-    return config
+
+
+def check_types(file: Path, values: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
+    """Refuse the first of `values` that is not of the types that its name has in `types`."""
+    for name in values.keys() & types.keys():
+        value, expected = values[name], types[name]
+        if value is not None and (not isinstance(value, expected) or (value is True and bool not in expected)):
+            raise CheckpointError(
+                f"{file}: {name} is {str(value)[:100]!r}, a {type(value).__name__}; "
+                f"{' or '.join(kind.__name__ for kind in expected)} was expected"
+            )
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
@@ -63,3 +105,17 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
             yield from _numbers(inner, name)
     elif type(value) is int:
         yield name, value
+
+
+def _choices(value: Any) -> Iterator[tuple[str, str]]:
+    """Every choice of an implementation with the name it has; one for each part of a model may be in an object."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if key in CHOICES:
+                named = inner.values() if isinstance(inner, dict) else (inner,)
+                yield from ((key, choice) for choice in named if isinstance(choice, str))
+            else:
+                yield from _choices(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _choices(inner)

@@ -1,6 +1,7 @@
 """What the names and storages in a pickle of weights stand for: descriptions of tensors, made of checked numbers.
 
-Nothing here looks a name up, and nothing has the size that a file claims.
+Nothing here looks a name up, nothing has the size that a file claims, and nothing that a file made is printed, hashed
+or compared: a tuple of two tuples, each of which is the same two tuples, and so on, is small and takes for ever.
 """
 
 from __future__ import annotations
@@ -56,10 +57,9 @@ class PickledTensor:
     stride: tuple[int, ...]
 
 
-def described_storage(saved: Any) -> PickledStorage:
-    """What `torch.save` notes of a storage: ("storage", its class, key, device, elements), and in old files a view."""
-    kind, cls, key, _, elements, *view = saved
-    if kind != "storage" or not isinstance(cls, Name) or type(key) is not str:
+def described_storage(kind: Any, cls: Any, key: Any, _: Any, elements: Any, *view: Any) -> PickledStorage:
+    """What `torch.save` notes of a storage: "storage", its class, key, device, elements, and in old files a view."""
+    if type(kind) is not str or kind != "storage" or not isinstance(cls, Name) or type(key) is not str:
         raise ValueError("a storage was expected")
     dtype = STORAGE_DTYPES.get(cls.full.rpartition(".")[2])
     if dtype is None:
@@ -67,6 +67,8 @@ def described_storage(saved: Any) -> PickledStorage:
     item_bytes = ITEM_BYTES[dtype]
     first, count = 0, elements
     if view and view[0] is not None:
+        if type(view[0]) is not tuple or len(view[0]) != 3:
+            raise ValueError("a view of a storage was expected")
         _, first, count = view[0]
     _check_whole((elements, first, count))
     if first + count > elements:
@@ -74,12 +76,24 @@ def described_storage(saved: Any) -> PickledStorage:
     return PickledStorage(key, dtype, elements, first * item_bytes, count * item_bytes)
 
 
-def make(function: Any, arguments: Any) -> Any:
+def make(function: Any, arguments: tuple[Any, ...]) -> Any:
     """What stands for calling `function`."""
     make = MAKERS.get(function.full) if isinstance(function, Name) else None
-    if make is None or type(arguments) is not tuple:
-        raise ValueError(f"{function} is called")
+    if make is None:
+        raise ValueError(f"{_shown(function)} is called")
     return make(*arguments)
+
+
+def _made_by(function: Any, _: Any = None, arguments: Any = None, *__: Any) -> Any:
+    """What `function` makes of a subclass of Tensor."""
+    if type(arguments) is not tuple or not isinstance(function, Name) or function.full not in TENSOR_MAKERS:
+        raise ValueError("a tensor of a class of its own that is not made as one")
+    return TENSOR_MAKERS[function.full](*arguments)
+
+
+def _shown(value: Any) -> str:
+    """A value in words of its own length: it may be a name, and whatever else it is is not looked at."""
+    return value.full if isinstance(value, Name) else f"a value of type {type(value).__name__}"
 
 
 def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> PickledTensor:
@@ -90,7 +104,7 @@ def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *others: A
     _, _, dtype, *_ = others  # whether it needs gradients, hooks
     name = TORCH_TYPES.get(dtype.full.removeprefix("torch.")) if isinstance(dtype, Name) else None
     if name is None:
-        raise ValueError(f"{dtype} is not a type of element")
+        raise ValueError(f"{_shown(dtype)} is not a type of element")
     return _described_tensor(storage, name, offset, shape, stride)
 
 
@@ -118,28 +132,35 @@ def _nothing(*_: Any) -> None:
 
 
 def _dictionary(pairs: Any = (), *_: Any) -> dict[Any, Any]:
+    if type(pairs) not in (list, tuple) or not all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs):
+        raise ValueError("pairs of keys and values were expected")
     return {key: value for key, value in pairs if type(key) in (str, int)}
 
 
-MAKERS: Mapping[str, Callable[..., Any]] = {
-    "collections.OrderedDict": _dictionary,
+TENSOR_MAKERS: Mapping[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
     "torch._utils._rebuild_tensor_v3": _typed_tensor,
+}
+
+MAKERS: Mapping[str, Callable[..., Any]] = {
+    **TENSOR_MAKERS,
+    "collections.OrderedDict": _dictionary,
     "torch._utils._rebuild_parameter": _same,
     "torch._utils._rebuild_parameter_with_state": _same,
-    "torch._tensor._rebuild_from_type_v2": lambda function, _, arguments, *__: make(function, arguments),
+    "torch._tensor._rebuild_from_type_v2": _made_by,
     "torch.Size": _same,
     "torch.device": _nothing,
     "_codecs.encode": _nothing,
 }
 
-KNOWN_NAMES = frozenset(
-    [
+KNOWN_NAMES: Mapping[str, Name] = {
+    name: Name(name)
+    for name in (
         *MAKERS,
         "torch.Tensor",
         "torch.nn.parameter.Parameter",
         *(f"torch.{name}" for name in TORCH_TYPES),
         *(f"{module}.{name}" for module in ("torch", "torch.cuda", "torch.storage") for name in STORAGE_DTYPES),
-    ]
-)
+    )
+}

@@ -2,10 +2,12 @@
 
 Direct reads (O_DIRECT) are for a model that does not fit in memory: they cost a tenth of the CPU time of buffered ones
 and leave the page cache to others. Where a file system refuses them, or there is no such thing, reads are buffered.
+A file may be closed between two reads and opened again; if it is then another one, that is an error.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -13,29 +15,40 @@ import sys
 import threading
 from pathlib import Path
 
-from airstream.errors import CheckpointNotFoundError, ReadError
+from airstream.checkpoint.descriptors import Descriptors
+from airstream.errors import AirstreamError, CheckpointError, CheckpointNotFoundError, ReadError
 
 PAGE_BYTES = 4096
 """What direct reads want offsets, lengths and addresses to be multiples of."""
+
+SECTOR_BYTES = 512
+"""Of the smallest disks' blocks: a direct read that stops anywhere else has met the end of the file."""
 
 HAS_PREADV = hasattr(os, "preadv")  # everywhere but on Windows
 _BINARY = getattr(os, "O_BINARY", 0)
 
 
 class WeightFile:
-    """An open file of weights. Reads are positioned, so that threads share it.
+    """A file of weights. Reads are positioned, so that threads share it.
+
+    Args:
+        descriptors: keeps it open, and may close it between two reads to open others; without, it stays open.
 
     Attributes:
-        direct: True if reads go around the page cache and must be page-aligned in offset, length and address.
+        direct: True if reads go around the page cache and must be page-aligned in offset, length and address. It turns
+            False for good when the file system refuses that, which may be while a read is under way: whoever plans a
+            read asks once.
     """
 
-    def __init__(self, path: Path, direct: bool) -> None:
+    def __init__(self, path: Path, direct: bool, descriptors: Descriptors | None = None) -> None:
         self.path = path
+        self.direct = direct and hasattr(os, "O_DIRECT")
         self._lock = threading.Lock()
-        self._descriptor, self.direct = self._open(direct)
-        self._drop_cache = False
-        if direct and not self.direct:
-            self._avoid_cache()
+        self._descriptors = descriptors or Descriptors()
+        self._identity: tuple[int, int, int] | None = None
+        self._avoids_cache = direct
+        with self._descriptors.of(self):
+            pass  # so that a missing one is known now
 
     def read_into(self, view: memoryview, offset: int, needed: int) -> None:
         """Read the bytes at `offset` into `view`, at least the first `needed` of them. Blocks, without the GIL.
@@ -44,68 +57,108 @@ class WeightFile:
 
         Raises:
             ReadError: the disk failed, or the file has ended before `needed` bytes.
+            CheckpointError: another file has been put in its place.
         """
         done = 0
         while done < needed:
+            was_direct = self.direct  # by the time that it is refused, another thread may have fallen back
             try:
                 count = self._read_some(view[done:], offset + done)  # EINTR is retried inside (PEP 475)
+            except AirstreamError:
+                raise
             except OSError as error:
-                if error.errno == errno.EINVAL and self.direct:  # some file systems refuse only now
+                if error.errno == errno.EINVAL and was_direct:  # some file systems refuse only now
                     self._fall_back()
                     continue
                 raise ReadError(f"{self._range(offset, needed)} failed: {error.strerror or error}") from error
             done += count
-            if count == 0 or (self.direct and count % 512 and done < needed):  # only the end of a file is off a sector
+            if done < needed and self.direct:
+                done -= count % SECTOR_BYTES  # a direct read cannot go on from within one
+                count -= count % SECTOR_BYTES
+            if count == 0:
                 raise ReadError(f"{self._range(offset, needed)} failed: the file ends after {done:,} of them")
-        if self._drop_cache:
-            os.posix_fadvise(self._descriptor, offset, needed, os.POSIX_FADV_DONTNEED)
+        if self._avoids_cache and not self.direct:
+            self._drop_from_cache(offset, needed)
+
+    def after_fork(self) -> None:
+        """In a forked child: a thread that does not exist here may have held the lock."""
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Close the file. Idempotent; no read may be under way."""
-        with self._lock:
-            descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        self._descriptors.close(self)
 
-    def _open(self, direct: bool) -> tuple[int, bool]:
-        flags = os.O_RDONLY | _BINARY
+    def open_descriptor(self) -> int:
+        """Open the file: for the first time, or again. For `Descriptors`.
+
+        Raises:
+            CheckpointNotFoundError: it is not there.
+            CheckpointError: it is there, but not the file that it was when it was first opened.
+            ReadError: it cannot be opened.
+        """
+        return self._opened(self.direct)
+
+    def _opened(self, direct: bool) -> int:
         try:
-            if direct and hasattr(os, "O_DIRECT"):
-                try:
-                    return os.open(self.path, flags | os.O_DIRECT), True
-                except OSError as error:
-                    if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what refuses: overlays, some network disks
-                        raise
-            return os.open(self.path, flags), False
+            descriptor = self._open(direct)
         except FileNotFoundError:
             raise CheckpointNotFoundError(f"shard {self.path} is missing. Download the checkpoint again") from None
         except OSError as error:
             raise ReadError(f"cannot open {self.path}: {error.strerror}") from error
+        try:
+            self._check_identity(os.fstat(descriptor))
+            if self._avoids_cache and sys.platform == "darwin":
+                import fcntl
+
+                fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _open(self, direct: bool) -> int:
+        flags = os.O_RDONLY | _BINARY
+        if direct:
+            try:
+                return os.open(self.path, flags | os.O_DIRECT)
+            except OSError as error:
+                if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what refuses: overlays, some network disks
+                    raise
+            self.direct = False
+        return os.open(self.path, flags)
+
+    def _check_identity(self, status: os.stat_result) -> None:
+        """The first file that was opened is the right one; from then on, no other is."""
+        identity = (status.st_ino, status.st_size, status.st_mtime_ns)
+        self._identity = self._identity or identity
+        if identity != self._identity:
+            raise CheckpointError(
+                f"{self.path} is not the file that was opened when the model was loaded: it has been replaced or "
+                "changed meanwhile. Load the model again"
+            )
 
     def _fall_back(self) -> None:
         """Go on through the page cache. The descriptor stays the same, for the reads that other threads are in."""
-        with self._lock:
+        with self._descriptors.of(self) as descriptor, self._lock:
             if self.direct:
-                buffered, _ = self._open(direct=False)
-                os.dup2(buffered, self._descriptor, inheritable=False)
+                buffered = self._opened(direct=False)
+                os.dup2(buffered, descriptor, inheritable=False)
                 os.close(buffered)
-                self.direct = False
-                self._avoid_cache()
+                self.direct = False  # only now: until here, other threads' reads have to be aligned
 
-    def _avoid_cache(self) -> None:
+    def _drop_from_cache(self, offset: int, nbytes: int) -> None:
         """The next best thing where direct reads are refused: leave little behind in the page cache."""
-        if sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(self._descriptor, fcntl.F_NOCACHE, 1)
-        self._drop_cache = hasattr(os, "posix_fadvise")
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError), self._descriptors.of(self) as descriptor:  # it is no more than advice
+                os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def _read_some(self, view: memoryview, offset: int) -> int:
-        if HAS_PREADV:
-            return os.preadv(self._descriptor, [view], offset)
-        with self._lock:  # Windows: one file position for all threads
-            os.lseek(self._descriptor, offset, os.SEEK_SET)
-            data = os.read(self._descriptor, len(view))
+        with self._descriptors.of(self) as descriptor:
+            if HAS_PREADV:
+                return os.preadv(descriptor, [view], offset)
+            with self._lock:  # Windows: one file position for all threads
+                os.lseek(descriptor, offset, os.SEEK_SET)
+                data = os.read(descriptor, len(view))
         view[: len(data)] = data
         return len(data)
 

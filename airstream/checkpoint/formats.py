@@ -10,7 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from airstream.checkpoint.gather import gather
-from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE, CheckpointIndex, StoredTensor, read_weight_map
+from airstream.checkpoint.index import (
+    SHARD_INDEX,
+    SINGLE_FILE,
+    CheckpointIndex,
+    StoredTensor,
+    file_name,
+    read_weight_map,
+)
 from airstream.checkpoint.index import has_weights as has_safetensors
 from airstream.checkpoint.pickles import ScatteredTensor, read_pickle
 from airstream.errors import CheckpointError
@@ -23,19 +30,20 @@ NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|r
 """What begins the names of pickles that trainers leave beside a checkpoint."""
 
 
-def open_checkpoint(folder: Path, progress: bool = True) -> CheckpointIndex:
+def open_checkpoint(folder: Path, progress: bool = True, variant: str | None = None) -> CheckpointIndex:
     """The index of the checkpoint in `folder`, safetensors before pickles.
 
     Args:
         progress: show a bar if tensors have to be rearranged in the cache folder first.
+        variant: what stands before the ending of its files' names, such as "fp16"; nothing if None.
 
     Raises:
         CheckpointNotFoundError: no checkpoint, or a shard that the index names is missing.
         CheckpointError: a file is truncated or corrupt, or refers to code; nothing was loaded or executed.
     """
-    expected, files = _pickles(folder)
+    expected, files = _pickles(folder, variant)
     if not files:
-        return CheckpointIndex.open(folder)
+        return CheckpointIndex.open(folder, variant)
     stored: dict[str, StoredTensor] = {}
     scattered: dict[str, ScatteredTensor] = {}
     for tensor in _tensors(files):
@@ -61,14 +69,14 @@ def open_checkpoint(folder: Path, progress: bool = True) -> CheckpointIndex:
     return CheckpointIndex(stored)
 
 
-def has_weights(folder: Path) -> bool:
+def has_weights(folder: Path, variant: str | None = None) -> bool:
     """Whether `folder` has the files of a checkpoint, complete by name. Opens no file of weights.
 
     Raises:
         CheckpointError: the shard index is not one.
     """
-    _, files = _pickles(folder)
-    return all(file.is_file() for file in files) if files else has_safetensors(folder)
+    _, files = _pickles(folder, variant)
+    return all(file.is_file() for file in files) if files else has_safetensors(folder, variant)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -88,16 +96,17 @@ def _tensors(files: list[Path]) -> Iterator[StoredTensor | ScatteredTensor]:
             yield from tensors
 
 
-def _pickles(folder: Path) -> tuple[Mapping[str, str] | None, list[Path]]:
+def _pickles(folder: Path, variant: str | None = None) -> tuple[Mapping[str, str] | None, list[Path]]:
     """The index of a pickled checkpoint, if it has one, and its files; no files if it is not pickled."""
-    if any((folder / name).is_file() for name in (SINGLE_FILE, SHARD_INDEX)):
+    single, index = folder / file_name(PICKLE_FILE, variant), folder / file_name(PICKLE_INDEX, variant)
+    if any((folder / file_name(name, variant)).is_file() for name in (SINGLE_FILE, SHARD_INDEX)):
         return None, []
-    if (folder / PICKLE_FILE).is_file():
-        return None, [folder / PICKLE_FILE]
-    if (folder / PICKLE_INDEX).is_file():
-        expected = read_weight_map(folder / PICKLE_INDEX)
+    if single.is_file():
+        return None, [single]
+    if index.is_file():
+        expected = read_weight_map(index)
         return expected, [folder / shard for shard in sorted(set(expected.values()))]
-    if any(folder.glob("*.safetensors")):
+    if any(folder.glob(file_name("*.safetensors", variant))) or variant is not None:
         return None, []
     others = sorted(file for file in folder.glob("*") if file.suffix in PICKLE_SUFFIXES)
     return None, [file for file in others if not NOT_WEIGHTS.match(file.name)]

@@ -10,26 +10,34 @@ from __future__ import annotations
 
 import math
 import mmap
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from airstream.checkpoint.foreign import open_regular
+from airstream.checkpoint.gguf_split import split_files
+from airstream.checkpoint.impostors import HEAD_BYTES, complaint
 from airstream.checkpoint.index import ITEM_BYTES, CheckpointIndex, StoredTensor
 from airstream.codecs import BLOCK_TYPES
-from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import CheckpointError, UnsupportedError
 from airstream.units import format_bytes, round_up
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 MAX_NAME_BYTES = 65535
 MAX_DIMENSIONS = 4
 MAX_DEPTH = 4
 """Of arrays in arrays."""
+
+MAX_TENSORS = 65_536
+"""In one file. Experts are merged, so that the largest models have a few thousand."""
+
+MAX_WORK = 2_000_000
+"""Values of metadata that have to be gone past one by one, and bytes of names over 16. The largest vocabularies have
+262,144 entries and twice as many merges."""
 
 MAX_ALIGNMENT = 1 << 20
 
@@ -52,12 +60,23 @@ KEPT = ("general.architecture", "general.alignment", "split.no", "split.count", 
 
 
 @dataclass(frozen=True, slots=True)
+class GgufEntry:
+    """One entry of the metadata: the bytes of the file that hold it, and of an array how many values it has."""
+
+    key: str
+    begin: int
+    end: int
+    num_values: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class GgufHeader:
     """One file: what it says about itself, and its tensors in file order."""
 
     file: Path
     metadata: Mapping[str, Any]
     tensors: tuple[StoredTensor, ...]
+    entries: tuple[GgufEntry, ...]
 
 
 class GgufIndex(CheckpointIndex):
@@ -74,7 +93,7 @@ class GgufIndex(CheckpointIndex):
         self.architecture = architecture
 
     @classmethod
-    def open(cls, file: Path) -> GgufIndex:
+    def open(cls, file: Path) -> GgufIndex:  # type: ignore[override]  # a file, which has no variants
         """Read and check the headers of the checkpoint that `file` belongs to: the file, or all files it is split in.
 
         Raises:
@@ -101,44 +120,16 @@ class GgufIndex(CheckpointIndex):
         return cls(tensors, files[0], architecture)
 
 
-def split_files(file: Path) -> list[Path]:
-    """All files of the checkpoint that `file` belongs to, the first one first; `file` alone if it is not split.
-
-    Raises:
-        CheckpointNotFoundError: one of them is missing.
-        CheckpointError: the numbers in the name make no sense.
-    """
-    files = [file.with_name(name) for name in split_names(file.name)]
-    if missing := [part.name for part in files if not part.is_file()]:
-        raise CheckpointNotFoundError(
-            f"{file.parent} lacks {len(missing)} of the {len(files)} files of this GGUF checkpoint: "
-            f"{', '.join(missing[:3])}. Download it again"
-        )
-    return files
-
-
-def split_names(name: str) -> list[str]:
-    """The names of all files of the checkpoint whose file `name` is one of."""
-    match = SPLIT_NAME.fullmatch(name)
-    if match is None:
-        return [name]
-    count = int(match["count"])
-    if not 1 <= int(match["number"]) <= count:
-        raise CheckpointError(f"{name!r} is not one of {count} files: the name of a GGUF file says which of how many")
-    return [f"{match['stem']}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
-
-
 def read_gguf_header(file: Path) -> GgufHeader:
     """The header of one file, with every claim of it checked against the file."""
-    try:
-        if not file.stat().st_size:
-            raise CheckpointError(f"{file} is empty. Download it again")  # mmap would say so less kindly
-        with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Parser(file, data).header()
-    except FileNotFoundError:
-        raise CheckpointNotFoundError(f"{file} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    with open_regular(file) as opened:
+        try:
+            if said := complaint(file, opened.read(HEAD_BYTES), "gguf"):
+                raise CheckpointError(said)
+            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _Parser(file, data).header()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
 
 
 class _Parser:
@@ -149,6 +140,7 @@ class _Parser:
         self._data = data
         self._size = len(data)
         self._position = 0
+        self._work_left = MAX_WORK
 
     def header(self) -> GgufHeader:
         if self._take(4) != MAGIC:
@@ -158,28 +150,33 @@ class _Parser:
             kind = "is for big-endian machines" if version & 0xFFFF == 0 else f"is of version {version}"
             raise self._fault(f"it {kind}; versions {VERSIONS[0]} and {VERSIONS[1]}, little-endian, can be read")
         num_tensors, num_entries = self._number("<Q"), self._number("<Q")
-        metadata = self._metadata(num_entries)
+        metadata, entries = self._metadata(num_entries)
         self._check_count(num_tensors, 8 + 4 + 8 + 4 + 8, "tensors")
+        if num_tensors > MAX_TENSORS:
+            raise self._fault(f"it claims {num_tensors:,} tensors; no model has more than {MAX_TENSORS:,} in one file")
         table = [self._entry() for _ in range(num_tensors)]
-        return GgufHeader(self._file, metadata, self._placed(table, metadata))
+        return GgufHeader(self._file, metadata, self._placed(table, metadata), entries)
 
-    def _metadata(self, num_entries: int) -> dict[str, Any]:
+    def _metadata(self, num_entries: int) -> tuple[dict[str, Any], tuple[GgufEntry, ...]]:
+        """The values that are kept, and where all entries lie."""
         self._check_count(num_entries, 8 + 4 + 1, "metadata entries")
-        seen: set[str] = set()
+        entries: dict[str, GgufEntry] = {}
         kept: dict[str, Any] = {}
+        self._spend(num_entries)
         for _ in range(num_entries):
+            begin, num_values = self._position, 1
             key = self._name()
-            if key in seen:
+            if key in entries:
                 raise self._fault(f"its metadata has {key!r} twice")
-            seen.add(key)
             kind = self._number("<I")
             if key in KEPT:
                 if kind != STRING and kind not in SCALARS:
                     raise self._fault(f"its {key} is of type {kind}: a number or a string was expected")
                 kept[key] = self._name() if kind == STRING else self._number(SCALARS[kind])
             else:
-                self._skip(kind, depth=0)
-        return kept
+                num_values = self._skip(kind, depth=0)
+            entries[key] = GgufEntry(key, begin, self._position, num_values)
+        return kept, tuple(entries.values())
 
     def _entry(self) -> _Entry:
         name = self._name()
@@ -205,7 +202,7 @@ class _Parser:
             if offset % alignment:
                 raise self._fault(f"tensor {name!r} begins at byte {offset:,} of the data, off {alignment}")
             nbytes = self._nbytes(name, shape, dtype)
-            tensors.append(StoredTensor(name, self._file, start + offset, nbytes, dtype, shape, is_mapped=False))
+            tensors.append(StoredTensor(name, self._file, start + offset, nbytes, dtype, shape, resident_offset=0))
         tensors.sort(key=lambda tensor: (tensor.offset, tensor.end))
         self._check_places(tensors, start)
         return tuple(tensors)
@@ -234,32 +231,36 @@ class _Parser:
                 f"{self._size:,}. Download it again"
             )
 
-    def _skip(self, kind: int, depth: int) -> None:
-        """Go past a value."""
+    def _skip(self, kind: int, depth: int) -> int:
+        """Go past a value, and tell how many values it consists of."""
         if kind == STRING:
             self._take_over(self._number("<Q"))
         elif kind == ARRAY:
-            self._skip_array(depth)
+            return self._skip_array(depth)
         elif kind in SCALARS:
             self._take_over(struct.calcsize(SCALARS[kind]))
         else:
             raise self._fault(f"its metadata has a value of type {kind}, which there is none of")
+        return 1
 
-    def _skip_array(self, depth: int) -> None:
+    def _skip_array(self, depth: int) -> int:
         if depth == MAX_DEPTH:
             raise self._fault(f"its metadata has arrays more than {MAX_DEPTH} deep")
         kind, count = self._number("<I"), self._number("<Q")
         if kind in SCALARS:
             self._take_over(count * struct.calcsize(SCALARS[kind]))
-            return
+            return count
         self._check_count(count, 8, "values")
+        self._spend(count)
         for _ in range(count):
             self._skip(kind, depth + 1)
+        return count
 
     def _name(self) -> str:
         length = self._number("<Q")
         if length > MAX_NAME_BYTES:
             raise self._fault(f"a name at byte {self._position:,} claims {length:,} bytes")
+        self._spend(length // 16)
         try:
             return self._take(length).decode()
         except UnicodeDecodeError:
@@ -285,7 +286,13 @@ class _Parser:
         if count * least_bytes > self._size - self._position:
             raise self._fault(f"it claims {count:,} {what}, more than its {self._size:,} bytes can hold")
 
+    def _spend(self, work: int) -> None:
+        self._work_left -= work
+        if self._work_left < 0:
+            raise self._fault(f"its header goes on for more than {MAX_WORK:,} values")
+
     def _fault(self, what: str) -> CheckpointError:
+        what = what if len(what) < 500 else f"{what[:500]} ..."  # names are as long as their file likes
         return CheckpointError(f"{self._file} is not a sound GGUF file: {what}. Download it again")
 
 

@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import HFValidationError, HTTPError
 
 from airstream.checkpoint.formats import PICKLE_FILE, PICKLE_INDEX
-from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE, read_weight_map
-from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.checkpoint.hub_errors import explain
+from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE, file_name, read_weight_map
+from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
@@ -38,56 +31,47 @@ def resolve(
     with_code: bool = False,
     with_weights: bool = True,
     weight_files: Sequence[str] | None = None,
+    subfolder: str = "",
+    variant: str | None = None,
 ) -> Path:
     """The folder of checkpoint `model`: a local folder, used in place, or a hub id, downloaded into the hub's cache.
 
     Args:
         weight_files: the files of weights to download, if not those of the checkpoint that config.json belongs to.
+        subfolder: of the folder or repository, where the checkpoint lies: it is what is given back.
+        variant: of the weights, which their files' names have before the ending.
 
     Raises:
         CheckpointNotFoundError: there is no such folder or repository, or it cannot be reached; the message says which.
     """
     local = _local_folder(model)
     if local is not None:
-        return local
+        return _inside(local, subfolder, model)
     name = os.fspath(model)
 
     def download(patterns: list[str]) -> Path:
         code = ["*.py"] if with_code else []
-        return Path(
+        folder = Path(
             snapshot_download(
                 name,
                 revision=revision,
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
-                allow_patterns=patterns + code,
+                allow_patterns=[str(PurePosixPath(subfolder, pattern)) for pattern in patterns + code],
             )
         )
+        return _inside(folder, subfolder, name)
 
     try:
         if weight_files is not None:
             return download([*SMALL_FILES, *weight_files])
         folder = download(SMALL_FILES)
-        return _download_weights(folder, download) if with_weights else folder
-    except (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError) as error:
-        raise CheckpointNotFoundError(
-            f"the hub does not give out {name!r} (revision {revision or 'main'}): {_first_line(error)}. "
-            "Check the name; for a private or gated model accept its licence there and pass token=..."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-        raise CheckpointNotFoundError(
-            f"{name!r} is neither a local folder nor complete in the hub's cache, and the hub cannot be used "
-            "(offline, or local_files_only=True). Connect once to download it, or name a local folder"
-        ) from error
-    except HFValidationError as error:
-        raise CheckpointNotFoundError(
-            f"{name!r} is neither a local folder nor a hub id: {_first_line(error)}"
-        ) from error
-    except (HfHubHTTPError, OSError) as error:
-        raise CheckpointNotFoundError(
-            f"downloading {name!r} failed: {_first_line(error)}. Try again: it resumes"
-        ) from error
+        return _download_weights(folder, variant, download) if with_weights else folder
+    except AirstreamError:
+        raise
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise explain(error, name, revision, token) from error
 
 
 def _local_folder(model: str | os.PathLike[str]) -> Path | None:
@@ -107,29 +91,33 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
     return None
 
 
-def _weight_files(folder: Path) -> Iterator[list[str]]:
+def _inside(folder: Path, subfolder: str, model: str | os.PathLike[str]) -> Path:
+    if not (folder / subfolder).is_dir():
+        raise CheckpointNotFoundError(f"{os.fspath(model)!r} has no folder {subfolder!r}, which subfolder= names")
+    return folder / subfolder
+
+
+def _weight_files(folder: Path, variant: str | None) -> Iterator[list[str]]:
     """What to ask for, one after the other until something of it is there: nothing says which weights there are.
 
     The shards that an index names, or the one file there is without an index.
     """
-    if (folder / SHARD_INDEX).is_file():
-        yield sorted(set(read_weight_map(folder / SHARD_INDEX).values()))
+    shard_index, pickle_index = (folder / file_name(name, variant) for name in (SHARD_INDEX, PICKLE_INDEX))
+    if shard_index.is_file():
+        yield sorted(set(read_weight_map(shard_index).values()))
         return
-    yield [SINGLE_FILE]
-    if (folder / PICKLE_INDEX).is_file():
-        yield sorted(set(read_weight_map(folder / PICKLE_INDEX).values()))
-    else:
-        yield [PICKLE_FILE]
+    yield [file_name(SINGLE_FILE, variant)]
+    if pickle_index.is_file():
+        yield sorted(set(read_weight_map(pickle_index).values()))
+        return
+    yield [file_name(PICKLE_FILE, variant)]
+    if variant is None:
         yield ["*.pth"]
 
 
-def _download_weights(folder: Path, download: Callable[[list[str]], Path]) -> Path:
-    for names in _weight_files(folder):
+def _download_weights(folder: Path, variant: str | None, download: Callable[[list[str]], Path]) -> Path:
+    for names in _weight_files(folder, variant):
         download(SMALL_FILES + names)
         if any(any(folder.glob(name)) for name in names):
             break
     return folder
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

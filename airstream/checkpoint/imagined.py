@@ -53,12 +53,14 @@ def imagine(
             rest stay as they are; where it computes in float32, those that it keeps in float32 are not known.
         folder: where the checkpoint would be; it need not exist.
     """
-    described = {key: _described(tensor, model.dtype, dtype) for key, tensor in stored_tensors(model).items()}
+    own = model.dtype  # transformers looks for it among the weights, each time
+    described = {key: _described(tensor, own, dtype) for key, tensor in stored_tensors(model).items()}
     ordered = sorted(described.items(), key=lambda item: (WRITING_ORDER.index(item[1].dtype), item[0]))
     offset = _data_start(ordered)
+    file = folder / SINGLE_FILE
     tensors = {}
     for key, (name, shape, nbytes) in ordered:
-        tensors[key] = StoredTensor(key, folder / SINGLE_FILE, offset, nbytes, name, shape)
+        tensors[key] = StoredTensor(key, file, offset, nbytes, name, shape)
         offset += nbytes
     return CheckpointIndex(tensors)
 

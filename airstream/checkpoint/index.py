@@ -6,21 +6,29 @@ of a JSON header, the header, then the data) and the sharded layout of the hub. 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import struct
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from airstream.checkpoint.foreign import open_regular
+from airstream.checkpoint.foreign_json import HEADER, INDEX, parse_json, read_json
+from airstream.checkpoint.impostors import HEAD_BYTES, complaint
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 from airstream.units import format_bytes
 
-MAX_HEADER_BYTES = 100_000_000
-"""The limit of the safetensors library itself: a larger header is refused as hostile."""
+MAX_HEADER_BYTES = HEADER.max_bytes
+"""Of text. The safetensors library reads up to 100 MB, which no checkpoint has: 45,000 tensors take 6."""
+
+MAX_NAME_CHARACTERS = 4096
+MAX_DIMENSIONS = 64
+"""torch's own limit."""
+
+MAX_FILE_NAME_BYTES = 255
+"""What file systems allow."""
 
 ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -39,7 +47,7 @@ class StoredTensor:
     """One tensor of a checkpoint: `nbytes` bytes at `offset` of `file`, row-major, little-endian.
 
     Attributes:
-        is_mapped: a resident model has it where it lies in the file, mapped, rather than in memory of its own.
+        resident_offset: where in memory of its own a resident model has it, in bytes. None if it maps the file.
     """
 
     name: str
@@ -48,7 +56,7 @@ class StoredTensor:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
-    is_mapped: bool = True
+    resident_offset: int | None = None
 
     @property
     def end(self) -> int:
@@ -64,16 +72,19 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
         self.nbytes: int = sum(tensor.nbytes for tensor in tensors.values())
 
     @classmethod
-    def open(cls, folder: Path) -> CheckpointIndex:
+    def open(cls, folder: Path, variant: str | None = None) -> CheckpointIndex:
         """Read and check every header of the safetensors checkpoint in `folder`; `formats` knows the other formats.
+
+        Args:
+            variant: what stands before the ending of its files' names.
 
         Raises:
             CheckpointNotFoundError: no checkpoint, or a shard that the index names is missing.
             CheckpointError: a file is truncated or its header is not what safetensors writes; nothing was loaded.
         """
-        expected = _weight_map(folder)
+        expected = _weight_map(folder, variant)
         tensors: dict[str, StoredTensor] = {}
-        for file in _checkpoint_files(folder, expected):
+        for file in _checkpoint_files(folder, expected, variant):
             for tensor in read_header(file):
                 if tensor.name in tensors and (expected is None or expected.get(tensor.name) != file.name):
                     if expected is None:
@@ -101,14 +112,21 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
         return len(self._tensors)
 
 
-def has_weights(folder: Path) -> bool:
+def file_name(name: str, variant: str | None) -> str:
+    """What transformers calls the file `name` of a variant of a checkpoint: `model.fp16.safetensors`."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def has_weights(folder: Path, variant: str | None = None) -> bool:
     """Whether `folder` has the files of a checkpoint, complete by name. Opens no file of weights.
 
     Raises:
         CheckpointError: the shard index is not one.
     """
-    expected = _weight_map(folder)
-    files = _checkpoint_files(folder, expected) if expected is not None else list(folder.glob("*.safetensors"))
+    expected = _weight_map(folder, variant)
+    anything = list(folder.glob(file_name("*.safetensors", variant)))
+    files = _checkpoint_files(folder, expected, variant) if expected is not None else anything
     return bool(files) and all(file.is_file() for file in files)
 
 
@@ -134,36 +152,56 @@ def read_header(file: Path) -> list[StoredTensor]:
 
 def _load_header(file: Path) -> tuple[dict[str, Any], int, int]:
     """The parsed header, where the data starts, and the size of the file."""
-    try:
-        with file.open("rb") as stream:
+    with open_regular(file) as stream:
+        try:
             file_bytes = os.fstat(stream.fileno()).st_size
-            prefix = stream.read(8)
-            (header_bytes,) = struct.unpack("<Q", prefix) if len(prefix) == 8 else (0,)
-            if not 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
-                raise CheckpointError(
-                    f"{file} is not a complete safetensors file: its header claims {header_bytes:,} bytes, "
-                    f"the file has {file_bytes:,}. Download it again"
-                )
+            head = stream.read(HEAD_BYTES)
+            _check_head(file, head, file_bytes)
+            header_bytes = int.from_bytes(head[:8], "little")
+            stream.seek(8)
             raw = stream.read(header_bytes)
-    except FileNotFoundError:
-        raise CheckpointNotFoundError(f"shard {file} is missing. Download the checkpoint again") from None
-    except OSError as error:
-        raise CheckpointError(f"shard {file} cannot be read: {error.strerror}") from error
+        except OSError as error:
+            raise CheckpointError(f"shard {file} cannot be read: {error.strerror}") from error
     try:
-        header = json.loads(raw, object_pairs_hook=without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: the header is not JSON ({error}). Download it again") from None
+        header = parse_json(raw, HEADER, unique=True)
+    except ValueError as error:
+        said = complaint(file, head, "safetensors")
+        raise CheckpointError(said or f"{file}: the header is not sound: {error}. Download it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is not a table of tensors")
     return header, 8 + header_bytes, file_bytes
 
 
+def _check_head(file: Path, head: bytes, file_bytes: int) -> None:
+    """Refuse a file that does not begin as safetensors do."""
+    (header_bytes,) = struct.unpack("<Q", head[:8]) if len(head) >= 8 else (0,)
+    if 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
+        return
+    if said := complaint(file, head, "safetensors"):
+        raise CheckpointError(said)
+    if MAX_HEADER_BYTES < header_bytes <= file_bytes - 8:
+        raise CheckpointError(
+            f"{file}: its header claims {header_bytes:,} bytes, more than the {MAX_HEADER_BYTES:,} that any checkpoint "
+            "needs. If it is sound, save it in several files"
+        )
+    raise CheckpointError(
+        f"{file} is not a complete safetensors file: its header claims {header_bytes:,} bytes, "
+        f"the file has {file_bytes:,}. Download it again"
+    )
+
+
 def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise CheckpointError(f"{file}: the name of tensor {name[:80]!r}... has {len(name):,} characters")
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"it has {len(shape):,} dimensions")
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"its type is {str(dtype)[:40]!r}")
         item_bytes = ITEM_BYTES[dtype]
-        if not all(type(value) is int and value >= 0 for value in (*shape, begin, end)):
-            raise ValueError("sizes and offsets must be non-negative integers")
+        if not all(type(value) is int and 0 <= value < 1 << 63 for value in (*shape, begin, end)):
+            raise ValueError("sizes and offsets must be non-negative integers of 64 bits")
         if math.prod(shape) * item_bytes != end - begin:
             raise ValueError(f"{dtype} {shape} does not take {end - begin} bytes")
     except (KeyError, TypeError, ValueError) as error:
@@ -171,10 +209,10 @@ def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> Stored
     return StoredTensor(name, file, data_start + begin, end - begin, dtype, tuple(shape))
 
 
-def _weight_map(folder: Path) -> dict[str, str] | None:
+def _weight_map(folder: Path, variant: str | None) -> dict[str, str] | None:
     """Tensor name -> shard, as the index file says; None for a checkpoint without one."""
-    index = folder / SHARD_INDEX
-    if (folder / SINGLE_FILE).is_file() or not index.is_file():
+    index = folder / file_name(SHARD_INDEX, variant)
+    if (folder / file_name(SINGLE_FILE, variant)).is_file() or not index.is_file():
         return None
     return read_weight_map(index)
 
@@ -185,35 +223,33 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         CheckpointError: it is not an index, or names something outside its folder.
     """
-    try:
-        weight_map = json.loads(index.read_bytes(), object_pairs_hook=without_duplicates)["weight_map"]
-        shards = set(weight_map.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{index} is not a shard index ({error!r}). Download it again") from None
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", "..") or set("\\\0") & set(shard):
-            raise CheckpointError(f"{index} names the shard {shard!r}: shards must lie beside the index")
-    return dict(weight_map)
+    contents = read_json(index, INDEX, unique=True)
+    weight_map = contents.get("weight_map") if isinstance(contents, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{index} is not a shard index: it has no weight_map. Download it again")
+    for name, shard in weight_map.items():
+        if not _is_file_name(shard):
+            raise CheckpointError(
+                f"{index} places {name[:200]!r} in the shard {str(shard)[:200]!r}: shards must lie beside the index"
+            )
+    return weight_map
 
 
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, refused if a key is there twice: readers disagree on which of them counts."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        counts = Counter(key for key, _ in pairs)
-        twice = counts.most_common(1)[0][0]
-        raise ValueError(f"the key {twice!r} is there twice")
-    return values
+def _is_file_name(shard: Any) -> bool:
+    """Whether `shard` names a file of the folder, on any system."""
+    if not isinstance(shard, str) or shard in ("", ".", "..") or not set("/\\\0").isdisjoint(shard):
+        return False
+    return len(shard) <= MAX_FILE_NAME_BYTES and len(shard.encode()) <= MAX_FILE_NAME_BYTES
 
 
-def _checkpoint_files(folder: Path, weight_map: Mapping[str, str] | None) -> list[Path]:
+def _checkpoint_files(folder: Path, weight_map: Mapping[str, str] | None, variant: str | None) -> list[Path]:
     if weight_map is not None:
         return [folder / shard for shard in sorted(set(weight_map.values()))]
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    files = sorted(folder.glob("*.safetensors"))
+    names = [file_name(name, variant) for name in (SINGLE_FILE, SHARD_INDEX, "pytorch_model.bin")]
+    if (folder / names[0]).is_file():
+        return [folder / names[0]]
+    files = sorted(folder.glob(file_name("*.safetensors", variant)))
     if files:
         return files
-    raise CheckpointNotFoundError(
-        f"{folder} has no checkpoint: expected {SINGLE_FILE}, {SHARD_INDEX} or pytorch_model.bin"
-    )
+    what = "checkpoint" if variant is None else f"checkpoint of variant={variant!r}"
+    raise CheckpointNotFoundError(f"{folder} has no {what}: expected {names[0]}, {names[1]} or {names[2]}")

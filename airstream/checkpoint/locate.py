@@ -9,7 +9,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from airstream.checkpoint.gguf import SPLIT_NAME, split_names
+from airstream.checkpoint.gguf_split import SPLIT_NAME, split_names
 from airstream.checkpoint.hub import resolve
 from airstream.errors import ArgumentError, CheckpointNotFoundError
 
@@ -41,6 +41,8 @@ def locate(model: str | os.PathLike[str], gguf_file: str | None = None, **option
                 raise CheckpointNotFoundError(
                     f"there is no file {os.fspath(model)!r}. One in a hub repository is named with gguf_file=..."
                 )
+            if options.get("subfolder"):
+                raise ArgumentError(f"subfolder= is of a folder or repository, and {os.fspath(model)!r} is a file")
             return Location(path.parent, path)
         folder = resolve(model, **options)
         return Location(folder, _only_gguf(folder))

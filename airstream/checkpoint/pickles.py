@@ -19,16 +19,17 @@ from typing import Any, BinaryIO
 
 from airstream.checkpoint.archive import Record, read_records
 from airstream.checkpoint.described import PickledStorage, PickledTensor
+from airstream.checkpoint.foreign import open_regular
+from airstream.checkpoint.impostors import HEAD_BYTES, complaint
 from airstream.checkpoint.index import ITEM_BYTES, StoredTensor
-from airstream.checkpoint.unpickle import MAX_PICKLE_BYTES, unpickle
-from airstream.errors import CheckpointError, CheckpointNotFoundError
+from airstream.checkpoint.unpickle import MAX_PICKLE_BYTES, SMALL_WORK, unpickle
+from airstream.errors import CheckpointError
 
 ZIP_SIGNATURE = b"PK\x03\x04"
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 """What files of before torch 1.6 begin with, pickled."""
 
 PROTOCOL_VERSION = 1001
-GIT_LFS = b"version https://git-lfs"
 
 WRAPPINGS = ("state_dict", "model", "model_state_dict", "module")
 """What training programs call the weights when they save other things beside them."""
@@ -60,20 +61,15 @@ def read_pickle(file: Path) -> tuple[list[StoredTensor], list[ScatteredTensor]]:
         CheckpointNotFoundError: there is no such file.
         CheckpointError: it is not a checkpoint, not complete, or refers to code. Nothing was executed.
     """
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(len(GIT_LFS))
+    with open_regular(file) as stream:
+        try:
+            head = stream.read(HEAD_BYTES)
+            if said := complaint(file, head, "pickle"):
+                raise CheckpointError(said)
             stream.seek(0)
-            if start.startswith(ZIP_SIGNATURE):
-                contents = _read_archive(stream, file)
-            elif start == GIT_LFS:
-                raise CheckpointError(f"{file} is only a pointer that git-lfs left. Fetch the file: git lfs pull")
-            else:
-                contents = _read_legacy(stream, file)
-    except FileNotFoundError:
-        raise CheckpointNotFoundError(f"shard {file} is missing. Download the checkpoint again") from None
-    except OSError as error:
-        raise CheckpointError(f"shard {file} cannot be read: {error.strerror}") from error
+            contents = (_read_archive if head.startswith(ZIP_SIGNATURE) else _read_legacy)(stream, file)
+        except OSError as error:
+            raise CheckpointError(f"shard {file} cannot be read: {error.strerror}") from error
     stored: list[StoredTensor] = []
     scattered: list[ScatteredTensor] = []
     for name, tensor in _weights(contents.pickled, file):
@@ -120,12 +116,14 @@ def _read_legacy(stream: BinaryIO, file: Path) -> _Contents:
     if stream.read(1) != pickle.PROTO:
         raise CheckpointError(f"{file} is not a checkpoint that torch.save has written. Download it again")
     stream.seek(0)
-    if unpickle(stream, file) != MAGIC_NUMBER or unpickle(stream, file) != PROTOCOL_VERSION:
-        raise CheckpointError(f"{file} is a pickle, but not a checkpoint that torch.save has written")
-    system = unpickle(stream, file)
+    for expected in (MAGIC_NUMBER, PROTOCOL_VERSION):
+        number = unpickle(stream, file, max_work=SMALL_WORK)
+        if type(number) is not int or number != expected:
+            raise CheckpointError(f"{file} is a pickle, but not a checkpoint that torch.save has written")
+    system = unpickle(stream, file, max_work=SMALL_WORK)
     mentioned: dict[str, PickledStorage] = {}
     pickled = unpickle(stream, file, mentioned)
-    keys = unpickle(stream, file)
+    keys = unpickle(stream, file, max_work=4 * len(mentioned) + SMALL_WORK)
     if not isinstance(keys, list) or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
         raise CheckpointError(f"{file}: the list of its storages is not one. Download it again")
     is_big_endian = isinstance(system, dict) and system.get("little_endian") is False
@@ -177,12 +175,14 @@ def _place(name: str, tensor: PickledTensor, contents: _Contents, file: Path) ->
             f"{file}: tensor {name!r} {list(tensor.shape)} does not fit into its storage of {storage.nbytes:,} bytes: "
             "the file is corrupt"
         )
-    offset = record.offset + storage.start + tensor.offset * item_bytes
+    start = storage.start + tensor.offset * item_bytes
+    offset = record.offset + start
     turned = contents.is_big_endian and item_bytes > 1
     if count and (turned or not _is_contiguous(tensor)):
         nbytes = span * item_bytes
         return ScatteredTensor(name, file, offset, nbytes, tensor.dtype, tensor.shape, tensor.stride, turned)
-    return StoredTensor(name, file, offset, count * item_bytes, tensor.dtype, tensor.shape, contents.is_mapped)
+    resident_offset = None if contents.is_mapped else start
+    return StoredTensor(name, file, offset, count * item_bytes, tensor.dtype, tensor.shape, resident_offset)
 
 
 def _is_contiguous(tensor: PickledTensor) -> bool:

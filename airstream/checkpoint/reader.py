@@ -14,10 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from airstream.checkpoint.descriptors import MAX_OPEN_FILES, Descriptors
 from airstream.checkpoint.files import EdgePages, WeightFile
 from airstream.codecs import BLOCK_TYPES
 from airstream.errors import ClosedError
-from airstream.probe import DISK, Probe
+from airstream.forks import Forks
+from airstream.probe import DISK, PAGE_CACHE, Probe
 
 CHUNK_BYTES = 8 << 20
 """The largest single read. 4-16 MiB on a few threads keep an NVMe drive busy; larger ones only drain unevenly."""
@@ -71,7 +73,8 @@ class ReadCancelled(Exception):  # noqa: N818 - it is not an error: somebody ask
 class Landing(Protocol):
     """Where bytes land. Both methods are called by worker `worker`, one piece at a time, and may block.
 
-    `direct` says that the file is read around the page cache, which ties the window's address to the file offset.
+    `direct` says that the piece is read around the page cache, which ties the window's address to the file offset. It
+    is decided once for each piece, and both are told the same, whatever becomes of the file meanwhile.
     """
 
     def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
@@ -129,9 +132,10 @@ class Reader:
     """Worker threads that read pieces of files.
 
     Args:
-        files: the files that may be read; all are opened at once, so that a missing one is known now.
+        files: the files that may be read; each is opened now, so that a missing one is known.
         direct: go around the page cache where the file system allows it.
         probe: told about every read.
+        max_open_files: at a time; the others are opened again when they are read.
     """
 
     def __init__(
@@ -141,6 +145,7 @@ class Reader:
         num_workers: int = NUM_WORKERS,
         chunk_bytes: int = CHUNK_BYTES,
         probe: Probe | None = None,
+        max_open_files: int = MAX_OPEN_FILES,
     ) -> None:
         self.chunk_bytes = chunk_bytes
         self._probe = probe or Probe()
@@ -149,17 +154,33 @@ class Reader:
         self._queue: deque[tuple[Job, _Step]] = deque()
         self._wake = threading.Condition()
         self._closed = False
+        self._forks = Forks()
         self._workers: list[threading.Thread] = []
+        descriptors = Descriptors(max_open_files)
         try:
             for path in files:
-                self._files[path] = WeightFile(path, direct)
+                self._files[path] = WeightFile(path, direct, descriptors)
         except BaseException:
             self.close()
             raise
+        self._start(num_workers)
+
+    def _start(self, num_workers: int) -> None:
         for number in range(num_workers):
             thread = threading.Thread(target=self._work, args=(number,), name=f"airstream-reader-{number}", daemon=True)
             self._workers.append(thread)
             thread.start()
+
+    def _forget_parent(self) -> None:
+        """In a forked child: threads, locks and whatever waits are the parent's. Files stay: reads are positioned."""
+        self._wake, self._workers, self._queue = threading.Condition(), [], deque()
+        for file in self._files.values():
+            file.after_fork()
+
+    def _restart(self) -> None:
+        num_workers = self.num_workers
+        self._forget_parent()
+        self._start(0 if self._closed else num_workers)
 
     @property
     def num_workers(self) -> int:
@@ -174,6 +195,11 @@ class Reader:
         """Whether every file is read around the page cache."""
         return all(file.direct for file in self._files.values())
 
+    @property
+    def source(self) -> str:
+        """What gives the bytes: the disk, or, if any file is read through it, the page cache."""
+        return DISK if self.direct else PAGE_CACHE
+
     def submit(self, pieces: Sequence[Piece], landing: Landing, on_done: OnDone, urgent: bool = False) -> Job:
         """Start reading `pieces`, in order, ahead of all that waits if `urgent`. Does not block."""
         chunks = (chunk for piece in pieces for chunk in split(piece, self.chunk_bytes))
@@ -184,10 +210,11 @@ class Reader:
         return self._enqueue([partial(_do, errand) for errand in errands], on_done, urgent)
 
     def _enqueue(self, steps: Sequence[_Step], on_done: OnDone, urgent: bool) -> Job:
+        self._forks.settle(self._restart)
         job = Job(len(steps), on_done)
         with self._wake:
             if self._closed:
-                raise ClosedError("the reader is closed")
+                raise ClosedError("the model is closed: load it again with from_pretrained()")
             entries = [(job, step) for step in steps]
             if urgent:
                 self._queue.extendleft(reversed(entries))
@@ -214,6 +241,7 @@ class Reader:
 
     def close(self) -> None:
         """Skip what waits, end the threads, close the files. Idempotent; blocks for the reads under way."""
+        self._forks.settle(self._forget_parent)
         with self._wake:
             self._closed = True
             for job, _ in self._queue:
@@ -244,13 +272,14 @@ class Reader:
 
     def _read(self, landing: Landing, piece: Piece, worker: int, edges: EdgePages) -> None:
         file = self._files[piece.file]
-        window = landing.window(worker, piece, file.direct)
+        direct = file.direct  # asked once: the answer may change under way, and decides where the bytes are
+        window = landing.window(worker, piece, direct)
         with self._probe.span(DISK, piece.nbytes):
-            if file.direct:
+            if direct:
                 edges.read_direct(file, window, piece.offset)
             else:
                 file.read_into(window, piece.offset, piece.nbytes)
-        landing.landed(worker, piece, file.direct)
+        landing.landed(worker, piece, direct)
         with self._wake:
             self.bytes_read += piece.nbytes
 

@@ -16,47 +16,63 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from airstream.checkpoint.described import KNOWN_NAMES, Name, PickledStorage, described_storage, make
+from airstream.checkpoint.described import KNOWN_NAMES, PickledStorage, described_storage, make
 from airstream.errors import CheckpointError
 
-MAX_PICKLE_BYTES = 32 << 20
-MAX_STEPS = 4_000_000
-"""A tensor takes about 35 instructions in 150 bytes: room for 100,000 in one file. Objects take up to 64 bytes each."""
+MAX_PICKLE_BYTES = 8 << 20
+MAX_WORK = 1_000_000
+"""Of instructions, and of what some of them do besides: one for each value that a call looks at, one for every
+`TEXT_BYTES` of a text. A tensor takes about 55 in 150 bytes: room for 18,000 in one file. Objects take up to 88 bytes
+each."""
+
+SMALL_WORK = 1000
+"""Of a pickle that holds a number or two."""
 
 MAX_TEXT_BYTES = 1 << 20
+TEXT_BYTES = 16
+CALL_WORK = 4
+"""What checking a description takes, beside its sizes."""
+
+MAX_ARGUMENTS = 16
+"""Of a call. `torch.save` writes nine at most."""
 
 
-def unpickle(stream: BinaryIO, source: Path, storages: dict[str, PickledStorage] | None = None) -> Any:
+def unpickle(
+    stream: BinaryIO, source: Path, storages: dict[str, PickledStorage] | None = None, max_work: int | None = None
+) -> Any:
     """The object pickled at the position of `stream`, which is left behind it: tensors and storages as descriptions.
 
     Args:
         storages: takes every storage that is mentioned, by its key.
+        max_work: that it may take, `MAX_WORK` if not given.
 
     Raises:
         CheckpointError: it is not a pickle of weights. Nothing was executed, and nothing large allocated.
     """
-    return _Machine(stream, source, {} if storages is None else storages).run()
+    return _Machine(stream, source, {} if storages is None else storages, max_work or MAX_WORK).run()
 
 
 class _Machine:
-    def __init__(self, stream: BinaryIO, source: Path, storages: dict[str, PickledStorage]) -> None:
+    def __init__(self, stream: BinaryIO, source: Path, storages: dict[str, PickledStorage], max_work: int) -> None:
         self._stream = stream
         self._source = source
         self._storages = storages
         self._bytes_left = MAX_PICKLE_BYTES
+        self._work_left = max_work
         self._stack: list[Any] = []
         self._marks: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
 
     def run(self) -> Any:
         try:
-            for _ in range(MAX_STEPS):
+            while True:
                 code = self._take(1)
                 if code == pickle.STOP:
                     return self._stack.pop()
                 instruction = _INSTRUCTIONS.get(code)
                 if instruction is None:
                     raise ValueError(f"instruction {code!r} is not one that torch.save writes")
+                self._spend(1)
                 instruction(self)
         except CheckpointError:
             raise
@@ -64,7 +80,11 @@ class _Machine:
             raise CheckpointError(
                 f"{self._source} is not a pickle of weights ({error}); nothing of it was executed. Download it again"
             ) from None
-        raise CheckpointError(f"{self._source}: its pickle has more than {MAX_STEPS:,} instructions: refused")
+
+    def _spend(self, work: int) -> None:
+        self._work_left -= work
+        if self._work_left < 0:
+            raise ValueError("it takes more instructions than any list of tensors")
 
     # ------------------------------------------------------------------------------------------------------- reading
 
@@ -84,6 +104,7 @@ class _Machine:
         count = self._number(form)
         if count > MAX_TEXT_BYTES:
             raise ValueError(f"a text of {count:,} bytes")
+        self._spend(count // TEXT_BYTES)
         return self._take(count).decode("utf-8")
 
     def _line(self) -> str:
@@ -140,19 +161,26 @@ class _Machine:
         full = f"{self._line()}.{self._line()}"
         if full not in KNOWN_NAMES:
             raise CheckpointError(
-                f"{self._source} refers to {full}, which has no place among weights. Nothing was executed. "
+                f"{self._source} refers to {full!a:.200}, which has no place among weights. Nothing was executed. "
                 "Load this file in no other way unless you trust whoever made it"
             )
-        self.push(Name(full))
+        self.push(KNOWN_NAMES[full])
 
     def storage(self) -> None:
-        storage = described_storage(self._stack.pop())
+        storage = described_storage(*self._arguments(self._stack.pop()))
         self._storages[storage.key] = storage
         self.push(storage)
 
     def call(self) -> None:
-        arguments, function = self._stack.pop(), self._stack.pop()
+        arguments, function = self._arguments(self._stack.pop()), self._stack.pop()
         self.push(make(function, arguments))
+
+    def _arguments(self, arguments: Any) -> tuple[Any, ...]:
+        """What a call is given, which may have been made once and be looked at again and again."""
+        if type(arguments) is not tuple or len(arguments) > MAX_ARGUMENTS:
+            raise ValueError("a call without a list of arguments, or with one longer than any")
+        self._spend(CALL_WORK + sum(len(value) for value in arguments if type(value) in (list, tuple, dict)))
+        return arguments
 
     def build(self) -> None:
         self._stack.pop()  # attributes: what torch adds to state dicts and tensors, of no use here

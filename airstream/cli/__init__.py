@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from airstream.cli.parser import build_parser
@@ -10,12 +12,24 @@ from airstream.errors import AirstreamError
 
 __all__ = ["main"]
 
+QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+"""What keeps the libraries below from telling users of a command what only who programs them can change."""
+
+
+MAX_ERROR = 500
+"""Characters of what another library says of its error."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 for an error that is ours to explain, 130 after Ctrl-C."""
+    """Run one command. Returns the exit status: 0, 1 for an error, which is told in one line, 130 after Ctrl-C."""
     arguments = build_parser().parse_args(argv)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)  # before they are imported: that is when they look
     try:
-        return arguments.run(arguments) or 0
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.simplefilter("ignore")
+            return arguments.run(arguments) or 0
     except AirstreamError as error:
         print(f"airstream: {error}", file=sys.stderr)
         return 1
@@ -24,4 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # the reader of our output went away: `airstream generate ... | head`
         sys.stderr.close()
+        return 1
+    except Exception as error:  # whatever the libraries below raise is a line, too
+        if arguments.traceback:
+            raise
+        said = " ".join(str(error).split()) or "no message"
+        what = f"airstream: {type(error).__name__}: {said[:MAX_ERROR]}"
+        print(f"{what} (`airstream --traceback ...` shows where)", file=sys.stderr)
         return 1

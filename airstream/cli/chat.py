@@ -1,77 +1,102 @@
-"""`airstream chat MODEL`: several turns, with the KV cache kept between them."""
+"""`airstream chat MODEL`: questions and answers until there are no more, and what else can be typed."""
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import DynamicCache
-
-from airstream.cli.parser import generation_options
-from airstream.cli.session import encode_chat, load, note, printing
-from airstream.compat import cache_keyword
-
-
-class Conversation:
-    """Turns of a chat, and the KV cache of what the model has seen of it."""
-
-    def __init__(self, model: Any, system: str | None, options: dict[str, Any]) -> None:
-        self._model = model
-        self._options = options
-        self._messages = [{"role": "system", "content": system}] if system else []
-        self._cache: DynamicCache | None = None
-        self._cached_ids = torch.empty(0, dtype=torch.long)
-
-    def answer(self, text: str, streamer: Any = None) -> str:
-        """The model's answer to `text`, which becomes part of the conversation; if it fails, nothing does."""
-        asked = [*self._messages, {"role": "user", "content": text}]
-        inputs = encode_chat(self._model, asked)
-        prompt_ids = inputs["input_ids"]
-        cache = self._reusable_cache(prompt_ids[0].cpu())
-        self._cache = None  # an interrupted pass leaves it longer in some layers than in others
-        keyword = cache_keyword(self._model)
-        ids = self._model.generate(**inputs, **self._options, **{keyword: cache}, streamer=streamer)
-        self._cache, self._cached_ids = cache, ids[0, :-1].cpu()  # the last token has been chosen, not yet been seen
-        reply: str = self._model.tokenizer.decode(ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)
-        self._messages = [*asked, {"role": "assistant", "content": reply}]
-        return reply
-
-    def _reusable_cache(self, ids: torch.Tensor) -> DynamicCache:
-        """The cache cut back to what `ids` begins with; templates may render earlier turns differently later on."""
-        cache = self._cache
-        limit = min(len(ids) - 1, len(self._cached_ids))  # at least one token has to be left for the model to see
-        same = int((ids[:limit] == self._cached_ids[:limit]).cumprod(0).sum())
-        if cache is None or cache.get_seq_length() != len(self._cached_ids):
-            return DynamicCache(config=self._model.config)
-        if same < len(self._cached_ids):
-            try:
-                cache.crop(same)
-            except (ValueError, RuntimeError, AttributeError):  # sliding windows and state spaces cannot go back
-                return DynamicCache(config=self._model.config)
-        return cache
+from airstream.cli.conversation import Conversation
+from airstream.cli.reading import typed
+from airstream.cli.sampling import choose
+from airstream.cli.session import check_chat, load, note, printing
+from airstream.errors import AirstreamError, ArgumentError, ClosedError
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Read questions from standard input until it ends; print answers as they come."""
     with load(arguments) as model:
-        conversation = Conversation(model, arguments.system, generation_options(arguments))
-        note(f"{arguments.model} is ready. Ctrl-C stops an answer, an empty line or Ctrl-D ends the chat.")
-        while question := _read_line():
-            with printing(model) as streamer:
-                _answer(conversation, question, streamer)
+        check_chat(model)
+        stops = arguments.stop or []
+        choice = choose(arguments, model.generation_config, samples_by_default=True)
+        conversation = Conversation(model, arguments.system, choice.options, stops, reuses=not arguments.no_reuse)
+        note(f"{Path(arguments.model).absolute().name} is ready ({choice.words}). /help says what else can be typed.")
+        show = partial(printing, model, stops, arguments.max_new_tokens)
+        for text in typed():
+            try:
+                if text.startswith("/") and not text.startswith("//"):
+                    if not obey(conversation, text):
+                        break
+                else:
+                    _answer(conversation, text.removeprefix("/"), show)
+                    if not conversation.is_complete:
+                        note(f"(stopped at {arguments.max_new_tokens} tokens: --max-new-tokens allows more)")
+            except ClosedError:
+                raise
+            except AirstreamError as error:  # of this turn: the conversation can go on
+                note(f"airstream: {error}")
 
 
-def _answer(conversation: Conversation, question: str, streamer: Any) -> None:
+def _answer(conversation: Conversation, question: str, show: Callable[[], AbstractContextManager[Any]]) -> None:
+    before = len(conversation.messages)
     try:
-        conversation.answer(question, streamer)
+        with show() as streamer:
+            conversation.answer(question, streamer)
     except KeyboardInterrupt:
-        note("\n(stopped; the conversation goes on without this answer)")
+        kept = "what there is of the answer is kept" if len(conversation.messages) > before else "nothing was answered"
+        conversation.is_complete = True
+        note(f"\n(stopped; {kept})")
 
 
-def _read_line() -> str:
-    """The next line of standard input, with a prompt on a terminal; empty at its end."""
-    if sys.stdin.isatty():
-        print("> ", end="", flush=True)
-    return sys.stdin.readline().strip()
+def obey(conversation: Conversation, text: str) -> bool:
+    """Do what a line that begins with "/" says. False to end the chat."""
+    name, _, argument = text.partition(" ")
+    if name not in COMMANDS:
+        raise ArgumentError(f"there is no {name}: /help lists what there is, // begins a text with /")
+    return COMMANDS[name][1](conversation, argument.strip())
+
+
+def _help(*_: Any) -> bool:
+    for name, (words, _function) in COMMANDS.items():
+        note(f"  {name:<8}{words}")
+    note('  """ or \\        three quotes around a text, or a backslash at a line\'s end, make it several lines')
+    note("  Ctrl-C          stops an answer; what there is of it stays in the conversation")
+    note("Earlier turns stay in memory as keys and values; with --no-reuse they are read again for every answer.")
+    return True
+
+
+def _system(conversation: Conversation, text: str) -> bool:
+    if text:
+        conversation.system = text
+    note(f"(system: {conversation.system or 'none'})")
+    return True
+
+
+def _reset(conversation: Conversation, _: str) -> bool:
+    conversation.reset()
+    note("(a new conversation)")
+    return True
+
+
+def _save(conversation: Conversation, name: str) -> bool:
+    if not name:
+        raise ArgumentError("/save needs a file: /save talk.json")
+    conversation.save(Path(name).expanduser())
+    note(f"({len(conversation.messages)} messages in {name})")
+    return True
+
+
+def _exit(*_: Any) -> bool:
+    return False
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Conversation, str], bool]]] = {
+    "/help": ("        this list", _help),
+    "/system": ("TEXT  the system message from now on; alone, say what it is", _system),
+    "/reset": ("        begin a new conversation with the same system message", _reset),
+    "/save": ("FILE    write the messages to a file, as JSON", _save),
+    "/exit": ("        end the chat, as Ctrl-D does", _exit),
+}

@@ -1,19 +1,28 @@
-"""`airstream demo`: a small real model answers in less memory than it has weights."""
+"""`airstream demo`: a small real model answers in less memory than it has weights, and transformers gives the same."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
 
 from airstream.cli.session import encode_chat, load, note, printing
+from airstream.demo.check import answer_of_transformers, has_room
 from airstream.demo.model import prepare_gguf
-from airstream.report import Meter
+from airstream.plan import Plan
+from airstream.report import Meter, RunReport
+from airstream.status import status
 from airstream.units import format_bytes
 
 MAX_NEW_TOKENS = 64
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Fetch the model if need be, print the question, the answer as it comes, and what it cost."""
+def run(arguments: argparse.Namespace) -> int:
+    """Fetch the model if need be, answer, say what that took, and whether transformers answers the same."""
     file = prepare_gguf()
     loading = argparse.Namespace(
         model=file, dtype="bfloat16", max_memory=[arguments.max_memory], device=arguments.device
@@ -22,13 +31,51 @@ def run(arguments: argparse.Namespace) -> None:
     # Around the page cache: the figures are those of the disk, as with a model that does not fit in memory.
     with load(loading, max_context=256, page_cache=False) as model:
         plan = model.plan
-        note(
-            f"SmolLM2-135M-Instruct: {format_bytes(plan.checkpoint_bytes)} of weights in {plan.dtype}, streamed packed "
-            f"from {format_bytes(file.stat().st_size)} of GGUF within {arguments.max_memory} on {plan.device}"
-        )
         print(f"> {arguments.question}")
         inputs = encode_chat(model, [{"role": "user", "content": arguments.question}])
-        with printing(model) as meter.forward_to:
+        with printing(model, max_tokens=MAX_NEW_TOKENS) as meter.forward_to:
             meter.start(model.stats)
-            model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, streamer=meter)
-        note(str(meter.report(plan, model.stats)))
+            output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, streamer=meter)
+        report = meter.report(plan, model.stats)
+    note(f"\n{_cost(plan, report, file)}\n{report}\n")
+    status_code = 0 if arguments.no_check else _check(plan, file, output.cpu(), report.prompt_tokens)
+    note(f"Next, talk to it:\n  airstream {shlex.join(next_command(file))}")
+    return status_code
+
+
+def next_command(file: Path) -> list[str]:
+    """To talk to the model: with room for the keys and values of a conversation."""
+    return ["chat", os.fspath(file), "--dtype", "bfloat16", "--max-memory", "300MiB"]
+
+
+def _cost(plan: Plan, report: RunReport, file: Path) -> str:
+    packed = format_bytes(file.stat().st_size)
+    return (
+        f"{format_bytes(plan.checkpoint_bytes)} of weights in {format_bytes(report.peak_bytes)} of memory: "
+        f"SmolLM2-135M in {plan.dtype} on {plan.device}, streamed from {packed} of GGUF for every token"
+    )
+
+
+def _check(plan: Plan, file: Path, output: torch.Tensor, prompt_tokens: int) -> int:
+    """Compare the answer with transformers', and tell. Returns the exit status: 1 if there is a difference."""
+    if plan.device != "cpu":
+        note(f"Not compared with transformers: that would be on the CPU, which rounds otherwise than {plan.device}.")
+        return 0
+    if not has_room():
+        note("Not compared with transformers: there is not enough free memory for it to hold all weights.")
+        return 0
+    prompt_ids, ids = output[:, :prompt_tokens], output[0, prompt_tokens:].tolist()
+    try:
+        with status("checking: transformers answers with all weights in memory (Ctrl-C: leave that out)"):
+            theirs = answer_of_transformers(file, prompt_ids, MAX_NEW_TOKENS)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        note("Not compared with transformers: interrupted.")
+        return 0
+    same = theirs == ids
+    note(
+        f"The same {len(ids)} tokens as transformers with all weights in memory (checked just now)."
+        if same
+        else f"NOT the tokens of transformers with all weights in memory, which are {theirs}: please report this."
+    )
+    return 0 if same else 1

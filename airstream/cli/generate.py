@@ -6,12 +6,18 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from airstream.cli.parser import generation_options
+from airstream.cli.sampling import choose
 from airstream.cli.session import encode, encode_chat, load, note, printing
+from airstream.cli.stopping import StopAt, cut, has_ended
+from airstream.errors import ArgumentError
 from airstream.figures import check_file, check_folder, new_figure
 from airstream.profiling import Profile
 from airstream.report import Meter
+
+STOPPED, CUT_OFF = "stop", "length"
+"""Why a generation ended: the model, or a text of --stop, ended it; or there were as many tokens as were allowed."""
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,25 +26,63 @@ def run(arguments: argparse.Namespace) -> None:
         check_folder(Path(arguments.trace))
     if arguments.plot:
         check_file(new_figure(), Path(arguments.plot))
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = _prompt(arguments)
     meter = Meter()
     is_profiling = bool(arguments.profile or arguments.trace or arguments.plot)
     with load(arguments, profiling_mode=is_profiling) as model:
-        inputs = encode_chat(model, [{"role": "user", "content": prompt}]) if arguments.chat else encode(model, prompt)
-        with printing(model, arguments.json) as meter.forward_to:
+        stops = arguments.stop or []
+        choice = choose(arguments, model.generation_config, samples_by_default=False)
+        inputs = _encode(arguments, model, prompt)
+        criteria = [StopAt(model.tokenizer, stops)] if stops else []
+        with printing(model, stops, arguments.max_new_tokens, arguments.json) as meter.forward_to:
             meter.start(model.stats)
-            output = model.generate(**inputs, **generation_options(arguments), streamer=meter)
+            output = model.generate(**inputs, **choice.options, streamer=meter, stopping_criteria=criteria)
         report = meter.report(model.plan, model.stats)
-        new_tokens = output[0, inputs["input_ids"].shape[1] :]
+        ids = output[0].tolist()[report.prompt_tokens :]
+        reason = STOPPED if has_ended(model, ids, criteria) else CUT_OFF
         if arguments.json:
-            text = model.tokenizer.decode(new_tokens, skip_special_tokens=True)
+            text = cut(model.tokenizer.decode(ids, skip_special_tokens=True), stops)
             profile = {"profile": model.last_profile.to_dict()} if is_profiling else {}
-            costs = {"model": arguments.model, "prompt": prompt, "text": text, **report.to_dict(), **profile}
-            print(json.dumps(costs))
+            found = {"model": arguments.model, "prompt": prompt, "text": text, "finish_reason": reason}
+            found |= {"prompt_token_ids": inputs["input_ids"][0].tolist(), "token_ids": ids, "choice": choice.words}
+            print(json.dumps({**found, **report.to_dict(), **profile}))
+        else:
+            end = f"stopped at {len(ids)} tokens: --max-new-tokens allows more" if reason == CUT_OFF else "complete"
+            note(f"({choice.words}; {end})")
         if arguments.stats:
             note(str(report))
         if is_profiling:
             _show(arguments, model.last_profile)
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    """The text to continue, wherever it comes from."""
+    if (arguments.prompt is None) == (arguments.file is None):
+        raise ArgumentError("give one prompt: a text, -f FILE, or - for standard input")
+    if arguments.file is not None:
+        try:
+            prompt = Path(arguments.file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise ArgumentError(f"-f {arguments.file} cannot be read: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ArgumentError(f"-f {arguments.file} is not UTF-8 text: {error}") from error
+        prompt = prompt.removesuffix("\n")  # what editors end files with is no part of the text
+    elif arguments.prompt == "-":
+        if sys.stdin.isatty():
+            note("(the prompt, please; Ctrl-D on a line of its own ends it)")
+        prompt = sys.stdin.read()
+    else:
+        prompt = arguments.prompt
+    if not prompt:
+        raise ArgumentError("the prompt is empty: give some text to continue")
+    return prompt
+
+
+def _encode(arguments: argparse.Namespace, model: Any, prompt: str) -> dict[str, Any]:
+    if not arguments.chat and arguments.system is None:
+        return encode(model, prompt)
+    system = [{"role": "system", "content": arguments.system}] if arguments.system else []
+    return encode_chat(model, [*system, {"role": "user", "content": prompt}])
 
 
 def _show(arguments: argparse.Namespace, profile: Profile) -> None:

@@ -5,53 +5,41 @@ from __future__ import annotations
 import argparse
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from airstream import __version__
+from airstream.cli.numbers import number
 from airstream.errors import ArgumentError
+from airstream.status import status
 
 Command = Callable[[argparse.Namespace], int | None]
 """Returns the exit status, if it is not 0."""
 
 
+MAX_SEED = (1 << 63) - 1
+
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` says more)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; what it returns has `run`, the command to call with it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="airstream", description="Run language models bigger than memory by streaming their layers from disk."
     )
     parser.add_argument("--version", action="version", version=f"airstream {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="after an unexpected error, show where it was raised")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="a small real model answers a question in less memory than it has weights")
-    demo.add_argument("question", nargs="?", default="What is the capital of France?")
-    demo.add_argument(
-        "--max-memory", default="200MiB", help="budget of the device that computes (default: %(default)s)"
-    )
-    demo.add_argument("--device", help="device that computes (default: the accelerator if there is one, else cpu)")
-    demo.set_defaults(run=_command("demo"))
-
-    generate = commands.add_parser("generate", help="continue a prompt; the text appears as it is generated")
-    generate.add_argument("model", help="folder or hub id of a checkpoint, or a .gguf file")
-    generate.add_argument("prompt", help='the text to continue; "-" reads it from standard input')
-    generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    generate.add_argument("--stats", action="store_true", help="report time, bytes and memory at the end, on stderr")
-    generate.add_argument("--profile", action="store_true", help="say at the end where the time went, on stderr")
-    generate.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev: run.json")
-    generate.add_argument("--plot", metavar="FILE", help="draw where the time went: run.png")
-    _add_generation(generate)
-    _add_loading(generate)
-    generate.set_defaults(run=_command("generate"))
-
-    chat = commands.add_parser("chat", help="talk to a model; an empty line or Ctrl-D ends it")
-    chat.add_argument("model", help="folder or hub id of a checkpoint with a chat template")
-    chat.add_argument("--system", help="a system message to begin with")
-    _add_generation(chat)
-    _add_loading(chat)
-    chat.set_defaults(run=_command("chat"))
+    _add_demo(commands)
+    _add_generate(commands)
+    _add_chat(commands)
 
     plan = commands.add_parser("plan", help="what would be resident, what streamed, the predicted peak and seconds")
     plan.add_argument("models", nargs="+", metavar="MODEL", help="folder or hub id; its config is enough")
@@ -73,6 +61,52 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_files(commands)
     return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser("demo", help="a small real model answers a question in less memory than it has weights")
+    demo.add_argument("question", nargs="?", default="What is the capital of Italy, and what is it known for?")
+    demo.add_argument(
+        "--max-memory", default="200MiB", help="budget of the device that computes (default: %(default)s)"
+    )
+    demo.add_argument("--device", help="device that computes (default: the accelerator if there is one, else cpu)")
+    demo.add_argument(
+        "--no-check",
+        action="store_true",
+        help="do not compare the answer with that of transformers",
+    )
+    demo.set_defaults(run=_command("demo"))
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="continue a prompt; the text appears as it is generated")
+    generate.add_argument("model", help="folder or hub id of a checkpoint, or a .gguf file")
+    generate.add_argument("prompt", nargs="?", help='the text to continue; "-" reads it from standard input')
+    generate.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file, but for its last line end")
+    generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
+    generate.add_argument("--system", metavar="TEXT", help="with the chat template: a system message before the prompt")
+    generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    generate.add_argument("--stats", action="store_true", help="report time, bytes and memory at the end, on stderr")
+    generate.add_argument("--profile", action="store_true", help="say at the end where the time went, on stderr")
+    generate.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev: run.json")
+    generate.add_argument("--plot", metavar="FILE", help="draw where the time went: run.png")
+    _add_generation(generate, "the most likely token is taken, unless an option below asks for sampling")
+    _add_loading(generate)
+    generate.set_defaults(run=_command("generate"))
+
+
+def _add_chat(commands: Any) -> None:
+    chat = commands.add_parser("chat", help="talk to a model; /help lists what else can be typed")
+    chat.add_argument("model", help="folder or hub id of a checkpoint with a chat template")
+    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    chat.add_argument(
+        "--no-reuse",
+        action="store_true",
+        help="read the whole conversation again for every answer, as `generate` does",
+    )
+    _add_generation(chat, "sampling as the checkpoint's generation_config.json says, unless an option below differs")
+    _add_loading(chat)
+    chat.set_defaults(run=_command("chat"))
 
 
 def _add_files(commands: Any) -> None:
@@ -99,7 +133,7 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `from_pretrained` among those of the command line; those not given are left to its defaults."""
     names = (
         "dtype", "device", "max_context", "max_batch_size", "layers_per_batch", "prefetch_batches", "page_cache",
-        "attn_implementation", "gguf_file", *HUB_OPTIONS,
+        "attn_implementation", "gguf_file", "subfolder", "variant", *HUB_OPTIONS,
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     if arguments.max_memory:
@@ -147,6 +181,8 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attn-implementation", help="as in transformers")
     group.add_argument("--gguf-file", metavar="FILE", help="the GGUF file to use, of a folder or hub repository")
+    group.add_argument("--subfolder", metavar="FOLDER", help="of the folder or repository, where the checkpoint lies")
+    group.add_argument("--variant", help="of the weights: fp16 names model.fp16.safetensors")
     _add_hub(group)
 
 
@@ -158,33 +194,54 @@ def _add_hub(group: Any) -> None:
     group.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint")
 
 
-def _add_generation(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("generation")
-    group.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: %(default)s)")
+def _add_generation(parser: argparse.ArgumentParser, default: str) -> None:
+    group = parser.add_argument_group("generation", f"By default: {default}.")
     group.add_argument(
-        "--temperature", type=float, metavar="T", help="sample; without it, what is most likely is taken"
+        "--max-new-tokens", type=number(int, at_least=1), default=256, metavar="N", help="(default: %(default)s)"
     )
-    group.add_argument("--top-p", type=float, metavar="P", help="sample from the most likely tokens that make up P")
-    group.add_argument("--seed", type=int, help="of sampling")
+    choice = group.add_mutually_exclusive_group()
+    choice.add_argument("--greedy", action="store_true", help="take the most likely token")
+    choice.add_argument("--sample", action="store_true", help="sample as the checkpoint says")
+    group.add_argument(
+        "--temperature", type=number(float, at_least=0), metavar="T", help="sample; 0 takes the most likely token"
+    )
+    group.add_argument(
+        "--top-p", type=number(float, above=0, at_most=1), metavar="P", help="sample the most likely that make up P"
+    )
+    group.add_argument("--top-k", type=number(int, at_least=0), metavar="K", help="sample the K most likely; 0: all")
+    group.add_argument(
+        "--min-p",
+        type=number(float, at_least=0, at_most=1),
+        metavar="P",
+        help="those at least P times the likeliest",
+    )
+    group.add_argument(
+        "--repetition-penalty", type=number(float, above=0), metavar="R", help="above 1: what was there is less likely"
+    )
+    group.add_argument(
+        "--stop", action="append", type=_text, metavar="TEXT", help="end before this text; or one of several"
+    )
+    group.add_argument("--seed", type=number(int, at_least=0, at_most=MAX_SEED), metavar="N", help="of sampling")
 
 
-def generation_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `generate` among those of the command line."""
-    options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens}
-    sampling = {
-        name: getattr(arguments, name) for name in ("temperature", "top_p") if getattr(arguments, name) is not None
-    }
-    # The checkpoint's own sampling defaults would make an answer differ from run to run; sampling is asked for here.
-    return options | ({"do_sample": True, **sampling} if sampling else {"do_sample": False})
+def _text(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the text is empty")
+    return text
 
 
 def _int_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number or "auto"') from None
 
 
 def _command(name: str) -> Command:
     def run(arguments: argparse.Namespace) -> int | None:
-        status: int | None = importlib.import_module(f"airstream.cli.{name}").run(arguments)
-        return status
+        with status("starting: importing torch and transformers"):
+            module = importlib.import_module(f"airstream.cli.{name}")
+        exit_status: int | None = module.run(arguments)
+        return exit_status
 
     return run

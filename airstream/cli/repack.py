@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import argparse
 
-from transformers import logging as transformers_logging
-
 from airstream import repack
 from airstream.cli.parser import hub_options
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Repack, and print where the result is."""
-    transformers_logging.set_verbosity_error()
     options = hub_options(arguments)
     print(repack(arguments.model, arguments.out, layers=arguments.layers, shard_size=arguments.shard_size, **options))

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from transformers import logging as transformers_logging
-
 from airstream import verify
 from airstream.cli.parser import hub_options
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print every fault, and what was checked. Returns the exit status: 1 if there is a fault."""
-    transformers_logging.set_verbosity_error()
     report = verify(arguments.model, deep=arguments.deep, read=not arguments.quick, **hub_options(arguments))
     print(report.to_json() if arguments.json else report)
     return 0 if report.is_sound else 1

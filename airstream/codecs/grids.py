@@ -34,7 +34,7 @@ def by_gguf(name: str) -> Callable[[torch.Tensor], Unpacked]:
 
     def unpack(blocks: torch.Tensor) -> Unpacked:
         if importlib.util.find_spec("gguf") is None:
-            raise UnsupportedError(f'weights of type {name} need the package gguf: pip install "airstream[gguf]"')
+            raise UnsupportedError(f"weights of type {name} need the package gguf: pip install gguf")
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 

@@ -7,9 +7,11 @@ same calls work from 5.17 on; the test matrix runs the oldest and the newest sup
 
 from airstream.compat.activations import measure_passes
 from airstream.compat.assembled import Assembled
+from airstream.compat.blame import Consequences, blamed_on
 from airstream.compat.building import build_on_meta, finish_loading, load_generation_config
 from airstream.compat.classes import choose_class
 from airstream.compat.gguf import conversion_for, gguf_config, gguf_dtype, gguf_tokenizer
+from airstream.compat.kept_state import kept_state
 from airstream.compat.quantizers import Quantizer, find_quantizer
 from airstream.compat.remote import check_trust
 from airstream.compat.traits import (
@@ -19,6 +21,7 @@ from airstream.compat.traits import (
     cache_keyword,
     cached_tokens,
     config_value,
+    cut_back,
     measure_cache,
     position_limit,
     uses_eager_attention,
@@ -36,9 +39,11 @@ __all__ = [
     "CACHE_KEYWORDS",
     "Assembled",
     "CacheSize",
+    "Consequences",
     "DtypePlan",
     "KeyConversion",
     "Quantizer",
+    "blamed_on",
     "build_on_meta",
     "cache_capacity",
     "cache_keyword",
@@ -47,11 +52,13 @@ __all__ = [
     "choose_class",
     "config_value",
     "conversion_for",
+    "cut_back",
     "find_quantizer",
     "finish_loading",
     "gguf_config",
     "gguf_dtype",
     "gguf_tokenizer",
+    "kept_state",
     "load_generation_config",
     "may_be_missing",
     "measure_cache",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import math
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from airstream.allocations import History
 from airstream.compat.attention import FusedAttention
+from airstream.compat.layer_kinds import kind_of
 from airstream.compat.traits import CACHE_KEYWORDS, config_value, tensors_in
 from airstream.growth import CONTINUED_SIZES, FRESH_SIZES, Growth, PassGrowth, Size, growth_of
 
@@ -24,11 +27,33 @@ WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
 """What configs call the number of tokens from which on attention does not reach back to all of them."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What is asked of a model; equal for models that do the same, so that none is asked twice."""
+
+    cls: type
+    config: str
+    dtype: torch.dtype
+    attention: str
+    device: torch.device
+    model: Callable[[], PreTrainedModel | None] = field(compare=False)
+
+
 def measure_passes(model: PreTrainedModel, device: torch.device) -> tuple[PassGrowth, ...]:
     """How passes of `model` grow that will run on `device`; a growth for every range of contexts, longest first.
 
     Empty if its code looks at values, or if what it does depends on the number of tokens otherwise than by windows.
     """
+    config = model.config
+    attention = str(config._attn_implementation)
+    question = _Question(type(model), config.to_json_string(False), model.dtype, attention, device, weakref.ref(model))
+    return _answer(question)
+
+
+@functools.lru_cache(maxsize=64)
+def _answer(question: _Question) -> tuple[PassGrowth, ...]:
+    model, device = question.model(), question.device
+    assert model is not None  # whoever asks has it
     if model.config.is_encoder_decoder:
         return ()  # two sequences, each of its own length
     window = _window_of(model.config)
@@ -107,30 +132,13 @@ def _beginnings(part: nn.Module) -> dict[nn.ModuleList, int]:
     for name, module in part.named_modules():
         if isinstance(module, nn.ModuleList) and not (inside and name.startswith(inside)):
             inside = f"{name}."
-            kinds = [_kind(layer) for layer in module]
+            kinds = [kind_of(layer) for layer in module]
             types = getattr(part.config, "layer_types", None) or ()
             if len(types) == len(kinds):
                 kinds = list(zip(kinds, types, strict=True))
             firsts = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
             found[module] = max(firsts, default=-1) + 1
     return found
-
-
-def _kind(layer: nn.Module) -> Any:
-    """What says how much a layer allocates: its modules, their sizes and switches."""
-    return tuple(
-        (
-            type(module),
-            tuple(tuple(weight.shape) for weight in module.parameters(recurse=False)),
-            tuple((name, value) for name, value in vars(module).items() if _is_switch(name, value)),
-        )
-        for module in layer.modules()
-    )
-
-
-def _is_switch(name: str, value: Any) -> bool:
-    is_plain = isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value))
-    return is_plain and not name.startswith("_") and "idx" not in name and "index" not in name
 
 
 @contextmanager

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
+from airstream.checkpoint.generation_file import read_generation_file
+from airstream.compat.blame import blamed_on
 from airstream.compat.quiet import quiet_transformers
 from airstream.compat.remote import with_generation
 
@@ -25,9 +29,14 @@ def load_generation_config(model: PreTrainedModel, folder: str) -> None:
     """Give `model` the checkpoint's generation config, or what its model config says of generation, as transformers."""
     if not model.can_generate():
         return
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    except OSError:
+    own = Path(folder, "generation_config.json")
+    if own.is_file():
+        read_generation_file(own)
+        with blamed_on(f"transformers cannot read {own}"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return
+    config = own.with_name("config.json")
+    with blamed_on(f"{config} says something of generation that cannot be"):
         model.generation_config = GenerationConfig.from_pretrained(
             folder, config_file_name="config.json", _from_model_config=True
         )

@@ -8,16 +8,22 @@ for all others "tensor processors", numpy code that undoes what llama.cpp did to
 from __future__ import annotations
 
 import importlib.util
+import os
+import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
+from airstream.checkpoint.config_file import check_numbers
 from airstream.checkpoint.gguf import GgufIndex
+from airstream.checkpoint.gguf_outline import write_outline
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.compat.quantizers import Quantizer
 from airstream.compat.weights import KeyConversion
@@ -29,6 +35,12 @@ OUTPUT = "output.weight"
 TIED_ANYWAY = ("falcon", "bloom")
 """Architectures that transformers ties, whatever the file has."""
 
+GENERAL_TOKENIZER = "TokenizersBackend"
+"""What transformers calls the class of tokenizers of models whose type has none of its own."""
+
+DECIDED_BY_FILES = (None, "MistralCommonBackend")
+"""Names of classes in the place of which transformers may take another one, by what files there are."""
+
 
 def gguf_config(index: GgufIndex) -> PreTrainedConfig:
     """The config of the model in `index`, as `AutoConfig.from_pretrained(folder, gguf_file=...)`.
@@ -39,28 +51,55 @@ def gguf_config(index: GgufIndex) -> PreTrainedConfig:
     """
     _need_gguf()
     try:
-        config = AutoConfig.from_pretrained(index.first.parent, gguf_file=index.first.name)
+        config = _read_config(index)
+    except CheckpointError:
+        raise
     except (ValueError, NotImplementedError) as error:
         raise UnsupportedError(f"transformers cannot read {index.first}: {_line(error)}") from error
     except Exception as error:  # its reader trusts the metadata, and fails in as many ways as that can be wrong
         raise CheckpointError(f"{index.first} does not describe a model: {_line(error)}") from error
     if len(index.files) > 1 and index.architecture not in TIED_ANYWAY:
         config.tie_word_embeddings = OUTPUT not in index  # transformers has looked into the first file only
+    check_numbers(index.first, config.to_dict())
     layers = config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(layers, int) or not 0 < layers <= len(index):
         raise CheckpointError(f"{index.first} claims {layers} layers, and has {len(index)} tensors: it is not sound")
     return config
 
 
-def gguf_tokenizer(index: GgufIndex) -> Any:
-    """The tokenizer in `index`, chat template included."""
+def _read_config(index: GgufIndex) -> PreTrainedConfig:
+    """What transformers reads of an outline: it looks at a whole file word by word, several times."""
+    with tempfile.TemporaryDirectory(prefix="airstream-") as folder:
+        outline = Path(folder) / index.first.name
+        write_outline(index.first, outline)
+        config = AutoConfig.from_pretrained(outline.parent, gguf_file=outline.name)
+    config.name_or_path = os.fspath(index.first.parent)
+    return config
+
+
+def gguf_tokenizer(index: GgufIndex, config: PreTrainedConfig) -> Any:
+    """The tokenizer in `index`, chat template included, for a model of `config`."""
     _need_gguf()
     try:
-        return AutoTokenizer.from_pretrained(index.first.parent, gguf_file=index.first.name)
+        return _load_tokenizer(index, config)
     except Exception as error:  # as above
         raise CheckpointNotFoundError(
             f"{index.first} has no tokenizer that transformers can read: {_line(error)}"
         ) from error
+
+
+def _load_tokenizer(index: GgufIndex, config: PreTrainedConfig) -> Any:
+    """What `AutoTokenizer` makes of the file, which reads the config once more, word by word, to find the class.
+
+    It is the class of the model's type, or of all whose type has none, unless a file beside the checkpoint names one.
+    """
+    source = {"pretrained_model_name_or_path": index.first.parent, "gguf_file": index.first.name}
+    name = TOKENIZER_MAPPING_NAMES.get(config.model_type, GENERAL_TOKENIZER)
+    if name in DECIDED_BY_FILES or (index.first.parent / "tokenizer_config.json").exists():
+        return AutoTokenizer.from_pretrained(**source)
+    if name == GENERAL_TOKENIZER:
+        return PreTrainedTokenizerFast.from_pretrained(**source)
+    return AutoTokenizer.from_pretrained(tokenizer_type=config.model_type, **source)
 
 
 def gguf_dtype(index: GgufIndex) -> torch.dtype:
@@ -209,7 +248,7 @@ def _table_of_mappings() -> Mapping[str, Any]:
 
 def _need_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise UnsupportedError('GGUF files need the package gguf: pip install "airstream[gguf]"')
+        raise UnsupportedError("GGUF files need the package gguf: pip install gguf")
 
 
 def _line(error: BaseException) -> str:

@@ -7,6 +7,7 @@ and refuses, with the remedy, what cannot be streamed. Refuses to know where byt
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, get_hf_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig, get_hf_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
@@ -22,7 +23,7 @@ from airstream.compat.quiet import quiet_transformers
 from airstream.errors import UnsupportedError
 
 PACKAGES: Mapping[str, str] = {
-    "bitsandbytes": "airstream[quant]",
+    "bitsandbytes": "bitsandbytes",
     "compressed-tensors": "compressed-tensors",
     "torchao": "torchao",
     "hqq": "hqq",
@@ -166,8 +167,10 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
         raise UnsupportedError(f"a checkpoint quantised with {method} cannot be streamed: {REFUSED[method]}. {INSTEAD}")
     if not any(name.startswith(method) for name in AUTO_QUANTIZER_MAPPING):
         raise UnsupportedError(
-            f"the checkpoint is quantised with {method!r}, which this transformers does not know. Upgrade transformers"
+            f"the checkpoint is quantised with {method[:100]!r} (quant_method in config.json), which this transformers "
+            "does not know. Upgrade transformers"
         )
+    _check_settings(settings)
     if method in DEQUANTIZED or (method in DEQUANTIZED_ON_CPU and device.type == "cpu"):
         owner.quantization_config = {**settings, "dequantize": True}
     _refuse_quantised_activations(settings, method)
@@ -185,6 +188,12 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
         ) from error
     _refuse_what_changes_weights(inner, method)
     return Quantizer(inner, method)
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Fail in transformers' own words where `settings` make no sense: that is not for want of a package or a device."""
+    with contextlib.suppress(ImportError), quiet_transformers():
+        AutoQuantizationConfig.from_dict(dict(settings))
 
 
 def _settings(config: PreTrainedConfig) -> tuple[Any, dict[str, Any] | None]:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from airstream.compat.layer_kinds import one_of_each_kind
+
 CACHE_KEYWORDS = ("cache", "past_key_values")
 """What forward passes call the KV cache, newest name first."""
 
@@ -19,6 +21,11 @@ POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_em
 
 FEW, MANY = 2, 4
 """Tokens of the passes that measure a cache: what they differ by grows with every token, the rest does not."""
+
+
+def attention_of(config: Any) -> str | None:
+    """The implementation of attention that a built model of `config` uses."""
+    return config._attn_implementation
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,24 @@ def _rows_for_positions(name: str, module: nn.Module) -> int:
     return module.num_embeddings - (getattr(module, "offset", 0) or padding)
 
 
+def cut_back(cache: Any, tokens: int) -> bool:
+    """Make every layer of `cache` forget all but the first `tokens`; False if one cannot, and the cache is of no use.
+
+    Layers may differ in how far they are: a pass that was interrupted has been through some of them.
+    """
+    try:
+        for layer in cache.layers:
+            if not getattr(layer, "is_initialized", True):
+                continue  # it shares the keys and values of another one
+            if (excess := layer.get_seq_length() - tokens) > 0:
+                layer.crop(-excess)
+            if layer.keys.shape[-2] != tokens or layer.values.shape[-2] != tokens:
+                return False
+    except (AttributeError, RuntimeError, ValueError, TypeError):  # windows that have slid on, and states, cannot
+        return False
+    return True
+
+
 def config_value(config: Any, name: str) -> Any:
     """The attribute `name` of `config`, None if it has none; of layers that differ in it, the largest."""
     try:
@@ -119,10 +144,19 @@ def _cached_bytes(model: PreTrainedModel, part: nn.Module, tokens: int) -> int:
         cache = DynamicCache(config=config)
         arguments["use_cache"] = True
         arguments[keyword] = EncoderDecoderCache(cache, DynamicCache()) if config.is_encoder_decoder else cache
-    output = part(**arguments)
-    caches = [arguments.get(keyword or ""), *(output.get(name) for name in CACHE_KEYWORDS)]
-    tensors = {id(tensor): tensor for cache in caches for tensor in tensors_in(cache)}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    cache = arguments.get(keyword or "")
+    states = cache.layers if isinstance(cache, DynamicCache) else ()
+    with one_of_each_kind(part, states) as stands_for:
+        output = part(**arguments)
+    if stands_for and not any(_nbytes(vars(state)) for state in states[len(stands_for) :]):
+        return sum(number * _nbytes(vars(state)) for number, state in zip(stands_for, states, strict=False))
+    # Asked by their names alone: an output warns the user when it is asked for the name that it had before.
+    return _nbytes([cache, *(value for name, value in output.items() if name in CACHE_KEYWORDS)])
+
+
+def _nbytes(cache: Any) -> int:
+    """Of all tensors of a cache, or of one layer's part of it."""
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors_in(cache)}.values())
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:

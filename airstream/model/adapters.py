@@ -29,7 +29,7 @@ class WithAdapters:
 
     _engine: Engine
     modules: Callable[[], Iterator[nn.Module]]
-    named_parameters: Callable[[], Iterator[tuple[str, nn.Parameter]]]
+    named_parameters: Callable[..., Iterator[tuple[str, nn.Parameter]]]
     _configs: Mapping[str, Any] | None = None
     _counted: tuple[str, ...] | None = ()
 
@@ -69,7 +69,7 @@ class WithAdapters:
         name = adapter_name or "default"
         if name in self._names:
             raise ValueError(f"there is an adapter {name!r} already: delete_adapter({name!r}), or give another name")
-        with self._engine.guard():
+        with self._engine.between_generations():
             source = _Source(peft_model_id, {**download, **(adapter_kwargs or {})})
             config = source.config() if peft_config is None else peft_config
             stored = source.weights() if adapter_state_dict is None else adapter_state_dict
@@ -109,7 +109,7 @@ class WithAdapters:
         """Forget adapters. Their memory holds weights again from the next call on."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._check_known(names)
-        with self._engine.guard():
+        with self._engine.between_generations():
             for name in names:
                 self._remove(name)
 
@@ -164,7 +164,8 @@ class WithAdapters:
         """Take those that PEFT has saved along with the adapter out of `state`, if they are the checkpoint's own."""
         for key in [key for key in state if key.endswith((".base_layer.weight", ".base_layer.bias"))]:
             name = key.replace(".base_layer.", ".")
-            if not self._engine.has_weight(name, state.pop(key)):
+            brought = state.pop(key)
+            if name not in self._engine.stored or not self._engine.stored[name].has(brought):
                 raise UnsupportedError(
                     f"the adapter brings its own {name!r}, which is not the checkpoint's: trained along, or of another "
                     "vocabulary. A streamed model cannot replace a weight: save the checkpoint with it, and stream that"
@@ -254,4 +255,4 @@ def _check_peft() -> None:
     try:
         import peft  # noqa: F401 - is it there?
     except ImportError as error:
-        raise UnsupportedError('adapters need PEFT: pip install "airstream[peft]"') from error
+        raise UnsupportedError("adapters need PEFT: pip install peft") from error

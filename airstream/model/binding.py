@@ -3,22 +3,26 @@
 A module's entry for a parameter is replaced, not its data: replacing costs a microsecond. Taken out means that the
 placeholder is back, so that accidental use raises instead of computing garbage. Modules are found by the names that
 they had when the model was built: adapters wrap them later, and wrappers have other names.
+
+A weight that somebody has replaced, deleted or written to is noticed before it is overwritten, and when it is taken
+out: a change would last under one budget and be lost under another, so that it is refused under all of them.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 import torch
 from torch import nn
 
 from airstream.compat import Assembled
-from airstream.model.absent import Absent
+from airstream.model.absent import Absent, refuse_change
 from airstream.model.conversion import Converter, view_of
+from airstream.model.stored import Stored
+from airstream.model.weight import Weight, weight_of
 from airstream.tensors import TensorSpec
 
 
@@ -27,10 +31,12 @@ class Views:
     """Tensors, ready to be bound.
 
     Attributes:
+        weights: those among them that nothing may write to.
         assembled: those among them that a forward pass changes, and what undoes that.
     """
 
     tensors: Sequence[torch.Tensor]
+    weights: Sequence[Weight] = ()
     assembled: Sequence[Assembled] = ()
 
 
@@ -52,67 +58,106 @@ class OriginalModules:
     def __iter__(self) -> Iterator[nn.Module]:
         return iter(self._modules.values())
 
+    def owners(self, specs: Iterable[TensorSpec]) -> Iterator[nn.Module]:
+        """The modules that tensors of `specs` belong to, as far as they are still there."""
+        names = {spec.name.rpartition(".")[0] for spec in specs}
+        return (module for name in names if (module := self._modules.get(name)) is not None)
 
-def take_out(
-    modules: Modules,
-    specs: Iterable[TensorSpec],
-    device: torch.device,
-    is_stored: Callable[[TensorSpec, torch.Tensor], bool],
-) -> None:
-    """Leave a placeholder, as on `device`, in the place of every tensor of `specs`.
 
-    Args:
-        is_stored: whether these are the values that the checkpoint has.
-    """
+def take_out(modules: Modules, specs: Iterable[TensorSpec], stored: Mapping[str, Stored], device: torch.device) -> None:
+    """Leave a placeholder, as on `device`, in the place of every tensor of `specs`."""
     for spec in specs:
         registry, leaf, _ = _place(modules, spec.name)
-        registry[leaf] = Absent(spec.name, registry[leaf], device, partial(is_stored, spec))
+        registry[leaf] = Absent(stored[spec.name], registry[leaf].shape, registry[leaf].dtype, device)
 
 
 class Binding:
-    """The places in `modules` where the tensors of `specs` belong."""
+    """The places in `modules` where the tensors of `specs` belong, whose values are `stored`."""
 
-    def __init__(self, modules: Modules, specs: Sequence[TensorSpec]) -> None:
+    def __init__(self, modules: Modules, specs: Sequence[TensorSpec], stored: Mapping[str, Stored]) -> None:
         self._specs = tuple(specs)
+        self._stored = [stored[spec.name] for spec in specs]
         self._places = [_place(modules, spec.name) for spec in specs]
-        self._placeholders = [registry[leaf] for registry, leaf, _ in self._places]
-        self._bound: Views | None = None
+        self._placeholders = Views([registry[leaf] for registry, leaf, _ in self._places])
+        self._current = self._placeholders
+        self._was_changed: str | None = None
 
+    @torch.inference_mode(False)  # torch counts no changes of what is made in it
     def views(self, memory: torch.Tensor, offsets: Mapping[str, int], convert: Converter) -> Views:
         """The tensors as views of `memory`, a uint8 slab in which they start at `offsets`. Ready for `bind`."""
         tensors: list[torch.Tensor] = []
         assembled = []
-        for spec, (_, _, is_parameter) in zip(self._specs, self._places, strict=True):
+        for spec, stored, (_, _, is_parameter) in zip(self._specs, self._stored, self._places, strict=True):
             if spec.made_by is not None and spec.made_by.is_object:
                 assembled.append(convert.build(spec.made_by, memory, offsets))
                 tensors.append(assembled[-1].tensor)
             else:
-                view = view_of(memory, offsets[spec.name], spec)
-                tensors.append(nn.Parameter(view, requires_grad=False) if is_parameter else view)
-        return Views(tensors, assembled)
+                tensors.append(weight_of(view_of(memory, offsets[spec.name], spec), stored, is_parameter))
+        return Views(tensors, [tensor for tensor in tensors if isinstance(tensor, Weight)], assembled)
 
     def bind(self, views: Views) -> None:
-        """Put the tensors of `views` in place."""
-        self._bound = views
+        """Put the tensors of `views` in place.
+
+        Raises:
+            UnsupportedError: somebody else has put something there.
+        """
+        self.check()
+        self._current = views
         for (registry, leaf, _), tensor in zip(self._places, views.tensors, strict=True):
             registry[leaf] = tensor
 
     def unbind(self) -> None:
-        """Put the placeholders back, and what was bound into the state in which it was."""
-        bound, self._bound = self._bound, None
-        if bound is None:
+        """Put the placeholders back, and what was bound into the state in which it was. What else is there stays."""
+        bound, self._current = self._current, self._placeholders
+        if bound is self._placeholders:
             return
-        for (registry, leaf, _), placeholder in zip(self._places, self._placeholders, strict=True):
-            registry[leaf] = placeholder
+        places = zip(self._places, bound.tensors, self._placeholders.tensors, strict=True)
+        for (registry, leaf, _), tensor, placeholder in places:
+            if registry.get(leaf) is tensor:
+                registry[leaf] = placeholder
         for assembled in bound.assembled:
             assembled.restore()
 
-    def foreign(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What somebody else has put in place of the tensors of the specs, by name."""
-        current = self._placeholders if self._bound is None else self._bound.tensors
-        for spec, (registry, leaf, _), expected in zip(self._specs, self._places, current, strict=True):
-            if registry[leaf] is not expected:
-                yield spec.name, registry[leaf]
+    def check(self) -> None:
+        """Costs a microsecond for a layer, unless something has been changed: then the values are compared.
+
+        Raises:
+            UnsupportedError: somebody has changed a weight, now or ever while it was in the ring.
+        """
+        current = self._current
+        for (registry, leaf, _), tensor in zip(self._places, current.tensors, strict=True):
+            if registry.get(leaf) is not tensor:
+                return self._judge()
+        for weight in current.weights:
+            if weight._version != weight.accepted:
+                return self._judge()
+        if self._was_changed is not None:
+            refuse_change(self._was_changed)
+        return None
+
+    def _judge(self) -> None:
+        """Accept changes that have left the checkpoint's values, which adapters bring along; refuse others."""
+        places = zip(self._specs, self._stored, self._places, self._current.tensors, strict=True)
+        for spec, stored, (registry, leaf, _), ours in places:
+            found = registry.get(leaf)
+            is_touched = isinstance(ours, Weight) and ours.is_touched
+            if found is ours and not is_touched:
+                continue
+            if is_touched and not stored.has(ours):
+                self._was_changed = spec.name  # its memory may pass to another layer, and the traces with it
+                refuse_change(spec.name)
+            if found is None or not holds(found, stored):
+                refuse_change(spec.name)
+            registry[leaf] = ours
+            if isinstance(ours, Weight):
+                ours.accepted = ours._version
+
+
+def holds(found: torch.Tensor, stored: Stored) -> bool:
+    """Whether `found` has the values that are `stored`."""
+    if isinstance(found, Absent):
+        return found.stored is stored
+    return stored.has(found)
 
 
 def _place(modules: Modules, name: str) -> tuple[dict[str, torch.Tensor], str, bool]:

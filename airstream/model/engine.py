@@ -5,12 +5,11 @@ It owns what has to be closed: reader, backend, resident weights, and the execut
 
 from __future__ import annotations
 
-import logging
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -20,42 +19,28 @@ from airstream.backend import Backend
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Reader
 from airstream.compat import Quantizer, conversion_for
-from airstream.errors import BudgetError, ClosedError, UnsupportedError
 from airstream.heap import giving_back
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
+from airstream.model.direct import refuse_when_closed
 from airstream.model.executor import Executor
+from airstream.model.forked import begin_anew
+from airstream.model.gate import Gate
+from airstream.model.generations import Generations
 from airstream.model.head import take_sequences_apart
 from airstream.model.observer import Observer
-from airstream.model.residents import bind_residents, is_stored
+from airstream.model.plans import Plans
+from airstream.model.residents import bind_residents
 from airstream.model.store import Store
+from airstream.model.stored import all_stored
 from airstream.model.units import Parts
-from airstream.plan import (
-    AdapterFacts,
-    ModelFacts,
-    Plan,
-    Request,
-    Workload,
-    change_of,
-    check_positions,
-    make_plan,
-    smallest_plan,
-    too_much,
-)
+from airstream.plan import AdapterFacts, ModelFacts, Plan, Request, Workload
 from airstream.probe import Probe
-from airstream.stats import StreamStats
-from airstream.units import MIB, format_bytes
-
-logger = logging.getLogger(__name__)
-
-MIN_GAIN = 0.02
-"""Of all weights: what has to become resident besides for a change of plan to be worth its while."""
+from airstream.stats import MeasuredLink, StreamStats
+from airstream.units import MIB
 
 GIVEN_BACK_BYTES = 8 * MIB
 """Of activations: from here on, giving memory back is worth its while. Those of a few tokens are smaller."""
-
-GROWTH = 1.25
-"""When a sequence outgrows its plan, the next one is made for so much more context, so that it lasts a while."""
 
 
 class Engine:
@@ -90,40 +75,50 @@ class Engine:
         is_final: bool,
         quantizer: Quantizer | None = None,
     ) -> None:
-        self.plan = plan
+        self.plans = Plans(plan, facts, request, is_final, self._change)
         self.folder = folder
         self.device = backend.device
         self.stats = StreamStats()
         self.modules = OriginalModules(model)
         self.head = model.get_submodule(parts.head[0]) if parts.head else None
         self._specs = parts.specs
-        self._facts = facts
-        self._adapters = AdapterFacts()
-        self._request = request
-        self._normal = plan
-        self._is_final = is_final
         self._executor: Executor | None = None
         self._reader = reader
-        self._lock = threading.RLock()
-        self._closing = ExitStack()
-        self._closed = False
+        self._backend = backend
+        self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
+        self._generations = Generations(self.gate, self.plans, self.modules)
+        self.between_generations = self._generations.between
+        self._closing = self.gate.closing
         self._closing.callback(backend.close)
         self._closing.callback(reader.close)
         try:
-            self.observer = Observer(probe, backend, request, reader.direct, host_bytes, lambda: self.plan)
+            self.observer = Observer(probe, backend, request, lambda: reader.direct, host_bytes, lambda: self.plan)
             keys = conversion_for(model, index, quantizer)
             convert = converter_of(keys, partial(convert_slab, keys, probe, backend.moment))
-            for binding in bind_residents(model, parts.resident, reader, backend, convert):
-                self._closing.callback(binding.unbind)
+            self.stored = all_stored(self._specs.values(), reader, convert, self.device)
+            self._residents = bind_residents(model, parts.resident, self.stored, reader, backend, convert)
+            self._closing.callback(self._unbind_residents)
             if self.head is not None and self.device.type == "cpu":
                 self._closing.callback(take_sequences_apart(self.head))
-            for specs in (*parts.units.values(), parts.head[1] if parts.head else ()):
-                take_out(self.modules, specs, self.device, partial(is_stored, reader))
+            leaving = [*chain.from_iterable(parts.units.values()), *(parts.head[1] if parts.head else ())]
+            take_out(self.modules, leaving, self.stored, self.device)
             store = Store(self._specs, backend)
             self._closing.callback(store.close)
             self._closing.callback(self._stop)
+            self._closing.callback(lambda: refuse_when_closed(self.modules.owners(leaving), self.gate))
             self._execute = partial(
-                Executor, self.modules, parts, facts, store, reader, backend, convert, self.stats, probe
+                Executor,
+                self.modules,
+                parts,
+                facts,
+                self.stored,
+                store,
+                reader,
+                backend,
+                convert,
+                self.stats,
+                probe,
+                self.gate,
             )
             if is_profiling:
                 self.observer.start()
@@ -134,24 +129,17 @@ class Engine:
             self.close()
             raise
 
-    @contextmanager
-    def guard(self) -> Iterator[None]:
-        """Around every call of the model: one thread at a time, no autograd, nothing left bound after a failure."""
-        with self._lock, torch.no_grad():
-            self._check_open()
-            if self._executor is None:  # an earlier change of plan was interrupted
-                self._change(self.plan)
-            try:
-                yield
-            except BaseException:
-                if self._executor is not None:
-                    self._executor.residency.let_go()
-                raise
+    @property
+    def plan(self) -> Plan:
+        """The plan that is followed now."""
+        return self.plans.current
 
-    def expect(self, work: Workload, is_asked: bool = False) -> None:
-        """A generation is about to begin that asks for `work` at its end.
+    def guard(self) -> AbstractContextManager[None]:
+        """Around every use of the model: one thread at a time, no autograd, nothing left bound after a failure."""
+        return self.gate.inside()
 
-        What it does not need of the memory that was set aside for KV cache and activations holds weights meanwhile.
+    def generation(self, work: Workload | None, is_asked: bool) -> AbstractContextManager[None]:
+        """Around a generation that asks for `work` at its end. Others take turns with it, between passes.
 
         Args:
             is_asked: the caller says how long it may get. Else it may well end before, and the prompt alone has to fit.
@@ -159,44 +147,40 @@ class Engine:
         Raises:
             BudgetError, ArgumentError: it cannot be done, with what can be.
         """
-        self._check_possible(work if is_asked else replace(work, context=work.prompt))
-        fits = work.bytes(self._facts.footprint) <= self.plan.work_bytes
-        if self._is_final or (fits and not self.plan.streamed_bytes):
-            return
-        plan = self._with_room_for(work)
-        if plan is None:
-            return  # it may end early; a pass that does not fit is refused when it comes to it
-        gain = plan.resident_bytes + plan.hosted_bytes - self.plan.resident_bytes - self.plan.hosted_bytes
-        if not fits or gain > MIN_GAIN * plan.checkpoint_bytes:
-            self._normal = plan
-            self._change(plan)
-
-    def admit(self, work: Workload) -> None:
-        """Make room for a forward pass, or refuse it, before it has begun.
-
-        If its KV cache and activations need more than is set aside for them, resident weights are given up; when it
-        needs no more than usual, they come back.
-
-        Raises:
-            BudgetError: nothing more can be given up; with the numbers and what to change.
-        """
-        self._check_open()
-        check_positions(self._facts, work)
-        need = work.bytes(self._facts.footprint)
-        if need > self.plan.work_bytes:
-            self._outgrow(work, need)
-        elif self.plan is not self._normal and need <= self._normal.work_bytes:
-            self._change(self._normal)
+        return self._generations.one(work, partial(self.plans.expect, is_asked=is_asked))
 
     @contextmanager
-    def one_pass(self, work: Workload | None) -> Iterator[None]:
-        """Around a forward pass that was admitted. Of a prompt's, what is freed leaves the process at once."""
-        activations = work.activation_bytes(self._facts.footprint) if work is not None else 0
-        with (
-            giving_back(self.device.type == "cpu" and activations >= GIVEN_BACK_BYTES),
-            self.observer.one_pass(lambda: work),
-        ):
+    def one_pass(self, work: Workload | None, has_cache: bool, prepare: Callable[[], None]) -> Iterator[None]:
+        """Around a forward pass that asks for `work`, if that is known. BudgetError if it does not fit.
+
+        Of a prompt's pass, what is freed leaves the process at once.
+        """
+        with self._generations.one_pass(work, has_cache) as beside:
+            prepare()
+            if beside is not None:
+                self.plans.admit(beside)
+            gives_back = self.device.type == "cpu" and self.plans.activation_bytes(work) >= GIVEN_BACK_BYTES
+            with giving_back(gives_back), self.observer.one_pass(lambda: work):
+                yield
+
+    @contextmanager
+    def part_pass(self, work: Callable[[], Workload | None], has_cache: bool) -> Iterator[None]:
+        """Around a forward pass of a part: one that is called alone, or part of a pass of the whole model."""
+        is_part = self.gate.turns.is_mine and self.observer.is_inside
+        with self.one_pass(None if is_part else work(), has_cache, lambda: None):
             yield
+
+    def _get_ready(self) -> None:
+        if self._executor is None:  # an earlier change of plan was interrupted
+            self._change(self.plan)
+        self._check_between()
+
+    def _let_go(self) -> None:
+        if self._executor is not None:
+            self._executor.residency.let_go()
+
+    def _after_fork(self) -> None:
+        begin_anew(self.device, self.gate.turns, self._generations, self.observer, self._executor)
 
     def make_room(self, adapters: AdapterFacts) -> None:
         """Adapters that cost this much are beside the model from now on, in place of those that were.
@@ -204,63 +188,39 @@ class Engine:
         Raises:
             BudgetError: they do not fit, even if no weight stays in memory.
         """
-        if adapters == self._adapters:
-            return
-        facts = self._facts.with_adapters(adapters)
-        plan = make_plan(facts, self._request)
-        self._check_untouched()
-        self._facts, self._adapters, self._normal = facts, adapters, plan
-        self._change(plan)
-
-    def has_weight(self, name: str, values: torch.Tensor) -> bool:
-        """Whether `values` are what the checkpoint has under `name`. Blocks while they are compared."""
-        return name in self._specs and is_stored(self._reader, self._specs[name], values)
+        if adapters != self.plans.adapters:
+            self._check_untouched()
+            self.plans.make_room(adapters)
 
     def _check_untouched(self) -> None:
-        """Raise if somebody has put a weight into the model that is not the checkpoint's."""
-        for name, values in self._executor.foreign() if self._executor is not None else ():
-            if not self.has_weight(name, values):
-                raise UnsupportedError(
-                    f"{name!r} has been replaced: a streamed model takes its weights from the checkpoint alone. Save "
-                    "the checkpoint with it, and stream that"
-                )
+        """Raise if somebody has changed a weight, anywhere."""
+        self._check_between()
+        if self._executor is not None:
+            self._executor.check()
 
-    def _check_possible(self, work: Workload) -> None:
-        """Refuse `work` if no plan has room for it."""
-        check_positions(self._facts, work)
-        if work.bytes(self._facts.footprint) > self.plan.work_bytes and self._with_room_for(work) is None:
-            left = smallest_plan(self._facts, replace(self._request, max_context=1)).work_bytes
-            raise BudgetError(too_much(work, self._facts.footprint, left))
+    def _unbind_residents(self) -> None:
+        for binding in self._residents:
+            binding.unbind()
 
-    def _outgrow(self, work: Workload, need: int) -> None:
-        """Change to a plan with room for `work`, and some more if there is some."""
-        plan = self._with_room_for(replace(work, context=int(GROWTH * work.context))) or self._with_room_for(work)
-        if plan is None:
-            self._check_possible(work)
-            return
-        if change := change_of(self.plan, plan):
-            logger.warning(
-                "%s x %s tokens need %s for KV cache and activations: %s",
-                work.batch_size,
-                f"{work.context:,}",
-                format_bytes(need),
-                change,
-            )
-        self._change(plan)
+    def _check_between(self) -> None:
+        """Raise if somebody has changed a weight outside the layers, which check for themselves when they run."""
+        for binding in self._residents:
+            binding.check()
+        if self._executor is not None:
+            self._executor.check_tables()
 
-    def _with_room_for(self, work: Workload) -> Plan | None:
-        request = replace(self._request, max_context=work.context, max_batch_size=work.batch_size, workload=work)
-        try:
-            return make_plan(self._facts, request)
-        except BudgetError:
-            return None
-
+    @torch.inference_mode(False)  # torch counts no changes of what is made in it
     def _change(self, plan: Plan) -> None:
-        """Go on by `plan`, between two passes. What stays in memory under both plans stays where it is."""
+        """Go on by `plan`, between two passes. What stays in memory under both plans stays where it is.
+
+        Raises:
+            UnsupportedError: somebody has changed a weight, which would be lost with its memory.
+        """
+        self._check_untouched()
         self._stop()
-        self.plan = plan
+        self.plans.current = plan
         self._executor = self._execute(plan)
-        self._check_open()  # another thread may have closed the engine, and not have seen this executor
+        self.gate.check_open()  # another thread may have closed the engine, and not have seen this executor
         self._executor.start()
 
     def _stop(self) -> None:
@@ -268,12 +228,8 @@ class Engine:
         if executor is not None:
             executor.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ClosedError("the model is closed: load it again with from_pretrained()")
-
-    def measure_link(self) -> tuple[int, float]:
-        """Bytes and wall seconds of one pass over all streamed layers without computing. Blocks for that long."""
+    def measure_link(self) -> MeasuredLink:
+        """One pass over all streamed layers without computing. Blocks until the last byte has arrived."""
         with self.guard():
             assert self._executor is not None  # an open engine has one
             try:
@@ -283,15 +239,18 @@ class Engine:
 
     def abandon(self) -> None:
         """`close`, for the garbage collector, which may call from one of the threads that `close` waits for."""
-        if self._reader.is_worker(threading.current_thread()):
+        self.gate.shut(is_abandoned=True)
+        thread = threading.current_thread()
+        if self._reader.is_worker(thread) or self._backend.is_worker(thread):
             threading.Thread(target=self.close, name="airstream-closer").start()
         else:
             self.close()
+            self.gate.wait_for_rest(self._generations.threads)
 
     def close(self) -> None:
-        """Give everything back. Idempotent. May be called from another thread while the model runs: its call raises."""
-        self._closed = True
+        """Give everything back, what a pass under way needs when it is over. Idempotent. Calls under way raise."""
+        self.gate.shut()
         if executor := self._executor:
-            executor.streamer.close()  # wakes a thread that waits for weights, which then leaves the lock
-        with self._lock:
-            self._closing.close()
+            executor.streamer.close()  # wakes a thread that waits for weights, which then gives back the turn
+        self._generations.wake()
+        self.gate.finish_closing()

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate, chain
-
-import torch
 
 from airstream.backend import Backend
 from airstream.checkpoint.reader import Reader
 from airstream.fill import Fill, Kept
 from airstream.model.binding import Modules
 from airstream.model.conversion import Converter
+from airstream.model.direct import Direct
+from airstream.model.gate import Gate
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_tables
 from airstream.model.store import Store
+from airstream.model.stored import Stored
 from airstream.model.units import Parts
 from airstream.plan import ModelFacts, Plan
 from airstream.probe import Probe
@@ -33,12 +34,14 @@ class Executor:
         modules: Modules,
         parts: Parts,
         facts: ModelFacts,
+        stored: Mapping[str, Stored],
         store: Store,
         reader: Reader,
         backend: Backend,
         convert: Converter,
         stats: StreamStats,
         probe: Probe,
+        gate: Gate,
         plan: Plan,
     ) -> None:
         fills = store.fills(plan, facts)
@@ -49,10 +52,10 @@ class Executor:
             )
             closing.callback(self.streamer.close)
             units = [batch.units for batch in plan.batches]
-            self.residency = Residency(modules, units, fills, self.streamer, convert, probe)
+            self.residency = Residency(modules, units, fills, stored, self.streamer, convert, Direct(gate), probe)
             closing.callback(self.residency.close)
             kept = partial(_kept, store, parts)
-            self._tables = bind_tables(modules, parts.rows, kept, reader, backend, convert, probe)
+            self._tables = bind_tables(modules, parts.rows, stored, kept, reader, backend, convert, probe)
             for binding in self._tables:
                 closing.callback(binding.unbind)
             self._has_one_stack = len(parts.stacks) == 1
@@ -63,11 +66,20 @@ class Executor:
         if self._has_one_stack:
             self.streamer.start()
 
-    def foreign(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What somebody else has put in place of weights, by name."""
-        yield from self.residency.foreign()
+    def after_fork(self) -> None:
+        """In a forked child: begin to read anew. What stays in memory is here, shared with the parent."""
+        self.streamer.after_fork()
+        self.start()
+
+    def check(self) -> None:
+        """Raise UnsupportedError if somebody has changed a weight in any layer or table."""
+        self.residency.check()
+        self.check_tables()
+
+    def check_tables(self) -> None:
+        """Likewise, tables alone."""
         for binding in self._tables:
-            yield from binding.foreign()
+            binding.check()
 
     def close(self) -> None:
         """Unbind everything, stop reading, give the ring back. Idempotent. What stays in the store stays."""

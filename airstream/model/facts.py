@@ -16,6 +16,7 @@ from airstream.compat import CacheSize, position_limit, uses_eager_attention
 from airstream.footprint import first_count, footprint
 from airstream.growth import PassGrowth
 from airstream.model.groups import batch_facts, growth_bytes
+from airstream.model.head import Way, copies_weights, way_of
 from airstream.model.packed import measure_packed
 from airstream.model.units import Parts
 from airstream.plan import Arithmetic, BatchFacts, Group, ModelFacts
@@ -59,7 +60,9 @@ def gather_facts(
     head = batch_facts(parts.head[:1], head_specs, packing) if parts.head else None
     head_pieces = {spec.pieces for spec in head_specs}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
-    copies_head = device.type == "cpu" and model.dtype == torch.float16
+    copied_bytes = head.slab_bytes[0] if head and device.type == "cpu" else 0
+    way = way_of(model.dtype) if copied_bytes else Way.TOGETHER
+    copied_for_each = way is Way.TOGETHER and copied_bytes > 0 and copies_weights(model.dtype)
     everything = [spec for tensors in parts.units.values() for spec in tensors]
     everything += [*parts.resident, *head_specs, *parts.rows.values()]
     packed = measure_packed(spec for tensors in (*parts.units.values(), head_specs) for spec in tensors)
@@ -78,7 +81,8 @@ def gather_facts(
             model.config,
             model.dtype.itemsize,
             eager_attention=uses_eager_attention(model),
-            head_copy_bytes=head.slab_bytes[0] if head and copies_head else 0,
+            head_copy_bytes=copied_bytes if way is Way.IN_SLICES else 0,
+            head_copy_bytes_each=copied_bytes if copied_for_each else 0,
             cache=cache,
             has_head=head is not None or model.can_generate(),
             passes=passes,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 
 from airstream.backend import Backend
@@ -15,16 +16,16 @@ from airstream.rates.facts import Rate
 
 
 class Observer:
-    """One for every running model. Passes and calls are reported by the thread that runs it.
+    """One for every running model. Passes and calls are reported by the threads that run it, whoever has the turn.
 
     Args:
-        is_direct: the reader goes around the page cache: only then is the disk's rate what its reads can be held to.
+        is_direct: whether the reader goes around the page cache now: only then is the disk's rate what its reads can be
+            held to.
         host_bytes: resident memory of the process before the model was loaded.
         plan: gives the plan that is being followed.
 
     Attributes:
-        rates: what each link can do, as measured or assumed.
-        watchers: called after every pass.
+        watchers: called after every pass, by the thread that ran it.
     """
 
     def __init__(
@@ -32,13 +33,13 @@ class Observer:
         probe: Probe,
         backend: Backend,
         request: Request,
-        is_direct: bool,
+        is_direct: Callable[[], bool],
         host_bytes: int,
         plan: Callable[[], Plan],
     ) -> None:
         self.watchers: list[Callable[[], None]] = []
         self.last_profile: Profile | None = None
-        self.rates = _rates(request, is_direct)
+        self._request = request
         self._is_direct = is_direct
         self._probe = probe
         self._backend = backend
@@ -47,6 +48,18 @@ class Observer:
         self._plan = plan
         self._recorder: Recorder | None = None
         self._inside = False
+        self._mine = threading.local()  # `call`: the innermost call that this thread is in
+
+    def after_fork(self) -> None:
+        """In a forked child: passes and calls of the parent's threads do not end here."""
+        self._inside = False
+        self._mine = threading.local()
+        self._resume(None)
+
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """What each link can do, as measured or assumed."""
+        return _rates(self._request, self._is_direct())
 
     @property
     def is_inside(self) -> bool:
@@ -56,7 +69,7 @@ class Observer:
     def start(self) -> Profile:
         """Begin a profile. It grows until another one begins."""
         plan = self._plan()
-        profile = Profile(plan.model, plan.device, plan.dtype, now(), self.rates, self._is_direct)
+        profile = Profile(plan.model, plan.device, plan.dtype, now(), self.rates, self._is_direct())
         self._backend.forget_peak()
         self._resume(Recorder(profile, self._backend, partial(self._measure, PeakMemory(self._host_bytes))))
         self.last_profile = profile
@@ -77,17 +90,25 @@ class Observer:
         self._recorder = self._probe.listener = recorder
 
     @contextmanager
-    def one_call(self, prompt_tokens: int = 0) -> Iterator[None]:
-        """Around `generate` on a prompt of so many tokens, 0 if that is not known."""
-        recorder = self._recorder
+    def one_call(self, prompt_tokens: int, turn: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Around `generate` on a prompt of so many tokens, 0 if that is not known. Others may be under way.
+
+        Args:
+            turn: nothing else computes while it lasts.
+        """
+        recorder, outer = self._recorder, getattr(self._mine, "call", None)
         if recorder is None:
             yield
             return
-        recorder.begin_call(prompt_tokens)
+        with turn():
+            call = recorder.begin_call(prompt_tokens)
+        self._mine.call = recorder, call
         try:
             yield
         finally:
-            recorder.end_call()
+            self._mine.call = outer
+            with turn():
+                recorder.end_call(call)
 
     @contextmanager
     def one_pass(self, work: Callable[[], Workload | None]) -> Iterator[None]:
@@ -100,8 +121,9 @@ class Observer:
             yield
             return
         recorder, is_complete, self._inside = self._recorder, False, True
+        listening, call = getattr(self._mine, "call", None) or (None, None)
         if recorder is not None:
-            recorder.begin_pass(work())
+            recorder.begin_pass(work(), call if recorder is listening else None)
         try:
             yield
             is_complete = True
@@ -109,12 +131,17 @@ class Observer:
             self._inside = False
             if recorder is not None:
                 recorder.end_pass(is_complete)
-        for watcher in self.watchers:
+        for watcher in tuple(self.watchers):
             watcher()
 
     def used_bytes(self) -> int:
         """Host memory that the process uses above what it did before the model was loaded."""
         return process_bytes() - self._host_bytes
+
+    def num_layers(self) -> int:
+        """The layers of all stacks. They are children of lists, and have numbers for names; the lm_head has not."""
+        units = (unit for batch in self._plan().batches for unit in batch.units)
+        return sum(unit.rpartition(".")[2].isdigit() for unit in units)
 
     def forget_spans(self) -> None:
         """What has been moved was not for a pass."""

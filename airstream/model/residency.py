@@ -3,20 +3,24 @@
 transformers owns the forward pass; this owns what its modules contain. Before a unit runs, the batch it belongs to is
 acquired from the streamer and its streamed tensors are bound; after it has run, or failed, they are unbound; after the
 last unit of the batch, the batch is released. Tensors that stay in memory are bound once, when they have been loaded.
+Whether somebody has changed a weight is asked each time its layer runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from airstream.errors import UnsupportedError
 from airstream.fill import Fill, Kept
 from airstream.model.binding import Binding, Modules, Views
 from airstream.model.conversion import Converter
+from airstream.model.direct import Direct
+from airstream.model.stored import Stored
 from airstream.probe import Probe
 from airstream.streamer import Streamer
 from airstream.tensors import TensorSpec
@@ -32,29 +36,35 @@ class _Batch:
     Attributes:
         streamed: the places of each unit's streamed tensors.
         kept: those of the tensors that stay, bound once `is_settled`.
+        parts: the hooks of what may be called alone: modules inside of units.
     """
 
     fill: Fill
     streamed: list[Binding]
     kept: list[tuple[Kept, Binding]]
+    parts: list[RemovableHandle] = field(default_factory=list)
     is_settled: bool = False
+
+    def forget_parts(self) -> None:
+        """Once nothing of the batch is streamed, its parts need no hooks."""
+        if not self.fill.slab.nbytes:
+            for handle in self.parts:
+                handle.remove()
+            self.parts.clear()
 
 
 class _Hook:
-    """Calls `function`; a copy of the module, which has weights of its own, does not."""
+    """Calls `function`; in a copy of the module, pickled or not, which has weights of its own, nothing."""
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
         self._function = function
 
     def __call__(self, *args: object) -> None:
-        self._function(*args)
+        if self._function is not None:
+            self._function(*args)
 
-    def __deepcopy__(self, _: object) -> Callable[..., None]:
-        return _do_nothing
-
-
-def _do_nothing(*_: object) -> None:
-    pass
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 class Residency:
@@ -63,7 +73,9 @@ class Residency:
     Args:
         batches: the names of the units in each batch.
         fills: what has to come for each batch, and how it lies in memory.
+        stored: the values that weights are to have, by name.
         convert: makes what has to be made of the bytes that some slabs bring.
+        direct: calls of units and their parts from outside.
         probe: told when units compute.
     """
 
@@ -72,33 +84,38 @@ class Residency:
         model: Modules,
         batches: Sequence[Sequence[str]],
         fills: Sequence[Fill],
+        stored: Mapping[str, Stored],
         streamer: Streamer,
         convert: Converter,
+        direct: Direct,
         probe: Probe | None = None,
     ) -> None:
         self._streamer = streamer
         self._convert = convert
+        self._direct = direct
         self._probe = probe or Probe()
         self._batches: list[_Batch] = []
         self._views: dict[tuple[int, int], list[Views]] = {}
         self._handles: list[RemovableHandle] = []
         self._held: int | None = None
+        self._running: str | None = None
         self._bound: list[Views] = []
         for number, (units, fill) in enumerate(zip(batches, fills, strict=False)):  # tables have no units
-            kept = [(kept, Binding(model, _inside(units, kept.slab.specs))) for kept in fill.kept]
-            streamed = [Binding(model, _inside((unit,), fill.slab.specs)) for unit in units]
+            kept = [(kept, Binding(model, _inside(units, kept.slab.specs), stored)) for kept in fill.kept]
+            streamed = [Binding(model, _inside((unit,), fill.slab.specs), stored) for unit in units]
             self._batches.append(_Batch(fill, streamed, kept))
             for position, unit in enumerate(units):
                 self._hook(model.get_submodule(unit), unit, number, position)
 
-    def foreign(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What somebody else has put in place of weights, by name."""
+    def check(self) -> None:
+        """Raise UnsupportedError if somebody has changed a weight, of any layer."""
         for batch in self._batches:
             for binding in (*batch.streamed, *(binding for _, binding in batch.kept)):
-                yield from binding.foreign()
+                binding.check()
 
     def let_go(self) -> None:
         """Unbind whatever is streamed and bound, and release the batch that is held. Idempotent."""
+        self._running = None
         if self._held is None:
             return
         batch, self._held = self._held, None
@@ -109,7 +126,7 @@ class Residency:
     def close(self) -> None:
         """Remove the hooks, unbind everything and forget all views of the ring. Idempotent."""
         self.let_go()
-        for handle in self._handles:
+        for handle in (*self._handles, *(handle for batch in self._batches for handle in batch.parts)):
             handle.remove()
         self._handles.clear()
         self._views.clear()
@@ -121,26 +138,88 @@ class Residency:
 
     def _hook(self, module: nn.Module, name: str, number: int, position: int) -> None:
         batch = self._batches[number]
-        binding = batch.streamed[position]
         last = position == len(batch.streamed) - 1
+        kept = [kept for _, kept in batch.kept]
+        binding = batch.streamed[position]
+        before, after = kept if position == 0 else [], [binding, *(kept if last else [])]
+        handled: BaseException | None = None
 
-        def onload(*_: object) -> None:
-            if batch.fill.slab.nbytes or not batch.is_settled:
-                self._hold(number)
-                if batch.fill.slab.nbytes:
-                    binding.bind(self._bound[position])
+        stats = self._streamer.stats
+
+        def onload(called: nn.Module, args: tuple[object, ...]) -> None:
+            nonlocal handled
+            stats.layers += 1
+            if not self._direct.is_inside:
+                self._start_direct(called, args)
+            handled = sys.exc_info()[1]
+            for each in before:
+                each.check()
+            self._bring_in(name, number, position)
+            if batch.parts and batch.is_settled:
+                batch.forget_parts()
             if listener := self._probe.listener:
                 listener.begin_unit(name)
 
-        def offload(*_: object) -> None:
-            if listener := self._probe.listener:
-                listener.end_unit()
-            binding.unbind()
-            if last:
-                self.let_go()
+        def offload(called: nn.Module, *_: object) -> None:
+            try:
+                if self._running == name:
+                    self._running = None
+                    if listener := self._probe.listener:
+                        listener.end_unit()
+                    _check(after, handled)
+            finally:
+                binding.unbind()
+                if last or self._direct.module is called:
+                    self.let_go()
+                if self._direct.module is called:
+                    self._direct.end()
+
+        def onload_for_part(called: nn.Module, args: tuple[object, ...]) -> None:
+            if self._running == name and self._direct.is_inside:
+                return
+            is_direct = not self._direct.is_inside
+            if is_direct:
+                self._start_direct(called, args)
+            handled = sys.exc_info()[1]
+
+            def offload_for_part(*_: object) -> None:
+                handle.remove()
+                try:
+                    _check([binding, *kept], handled)
+                finally:
+                    if self._running == name:
+                        self.let_go()
+                    if is_direct:
+                        self._direct.end()
+
+            handle = called.register_forward_hook(_Hook(offload_for_part), always_call=True)
+            for each in kept:
+                each.check()
+            self._bring_in(name, number, position)
 
         self._handles.append(module.register_forward_pre_hook(_Hook(onload), prepend=True))
         self._handles.append(module.register_forward_hook(_Hook(offload), always_call=True))
+        for part in _parts(module, name, batch.fill):
+            batch.parts.append(part.register_forward_pre_hook(_Hook(onload_for_part), prepend=True))
+
+    def _start_direct(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        self._direct.start(module, args)
+        self.let_go()  # what an interrupt may have left
+
+    def _bring_in(self, name: str, number: int, position: int) -> None:
+        """Have the weights of unit `name` in place."""
+        if self._running is not None:
+            raise UnsupportedError(
+                f"{name} was called while {self._running} computes, by one of its hooks: a streamed model has the "
+                "weights of one of them in place. Note what the hook sees, and call the model when the pass is over"
+            )
+        batch = self._batches[number]
+        self._streamer.check_open()
+        if batch.fill.slab.nbytes or not batch.is_settled:
+            self._hold(number)
+            if batch.fill.slab.nbytes:
+                batch.streamed[position].bind(self._bound[position])
+        self._running = name
 
     def _hold(self, number: int) -> None:
         if self._held == number:
@@ -170,11 +249,26 @@ class Residency:
         batch.is_settled = True
 
 
+def _check(bindings: Sequence[Binding], handled: BaseException | None) -> None:
+    """Raise if somebody has changed a weight; where the module itself failed since `handled`, that is reported."""
+    if sys.exc_info()[1] is handled:
+        for binding in bindings:
+            binding.check()
+
+
 def settle(kept: Kept, convert: Converter) -> None:
     """Run the conversions that tensors which have just been loaded for good ask for. Once."""
     if not kept.converted:
         convert.fill(kept.slab, kept.memory)
         kept.converted = True
+
+
+def _parts(unit: nn.Module, name: str, fill: Fill) -> list[nn.Module]:
+    """The modules inside of `unit` that have tensors which are not there yet, or not always, in them."""
+    slabs = (fill.slab, *(kept.slab for kept in fill.kept))
+    tensors = [spec.name for slab in slabs for spec in slab.specs]
+    paths = ((path, part) for path, part in unit.named_modules() if path)
+    return [part for path, part in paths if any(tensor.startswith(f"{name}.{path}.") for tensor in tensors)]
 
 
 def _inside(units: Collection[str], specs: Sequence[TensorSpec]) -> list[TensorSpec]:

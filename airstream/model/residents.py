@@ -10,20 +10,25 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from airstream.backend import Backend
-from airstream.backend.landing import HostLanding, Staging
-from airstream.checkpoint.reader import Piece, Reader
+from airstream.checkpoint.reader import Reader
 from airstream.fill import Kept
 from airstream.model.binding import Binding, Modules, Views
 from airstream.model.conversion import Converter, view_of
 from airstream.model.residency import settle
-from airstream.model.rows import FetchRows, FetchTable, RowTable, is_same
+from airstream.model.rows import FetchTable, RowTable
+from airstream.model.stored import Stored, row_fetcher
 from airstream.probe import Probe
 from airstream.slab import Slab, distinct, pack
 from airstream.tensors import TensorSpec
 
 
 def bind_residents(
-    model: Modules, residents: Sequence[TensorSpec], reader: Reader, backend: Backend, convert: Converter
+    model: Modules,
+    residents: Sequence[TensorSpec],
+    stored: Mapping[str, Stored],
+    reader: Reader,
+    backend: Backend,
+    convert: Converter,
 ) -> list[Binding]:
     """Read `residents` into one slab and bind them. Blocks for the reads. Weights that are tied share their memory."""
     slab = pack(distinct(residents), backend.packing)
@@ -37,7 +42,7 @@ def bind_residents(
     at = {_identity(spec): slab.offsets[spec.name] for spec in slab.specs if spec.name in slab.offsets}
     bindings = []
     for spec in residents:
-        binding = Binding(model, [spec])
+        binding = Binding(model, [spec], stored)
         binding.bind(binding.views(memory, _offsets(spec, slab, at), convert))
         bindings.append(binding)
     return bindings
@@ -46,6 +51,7 @@ def bind_residents(
 def bind_tables(
     model: Modules,
     tables: Mapping[str, TensorSpec],
+    stored: Mapping[str, Stored],
     kept: Callable[[TensorSpec], Kept | None],
     reader: Reader,
     backend: Backend,
@@ -59,10 +65,11 @@ def bind_tables(
     """
     bindings = []
     for spec in tables.values():
-        binding = Binding(model, [spec])
-        rows = _row_fetcher(spec, reader, backend.device, probe)
+        binding = Binding(model, [spec], stored)
+        rows = row_fetcher(spec, reader, backend.device, probe)
         whole = _whole_table(spec, kept(spec), binding, backend, convert, probe)
-        binding.bind(Views([RowTable(rows, whole, spec.shape, spec.dtype, backend.device)]))
+        table = RowTable(stored[spec.name], spec.shape, spec.dtype, backend.device, rows, whole)
+        binding.bind(Views([table]))
         bindings.append(binding)
     return bindings
 
@@ -96,34 +103,5 @@ def _whole_table(
         offset = kept.slab.offsets[name]
         binding.bind(binding.views(kept.memory, {spec.name: offset}, convert))
         return view_of(kept.memory, offset, spec)
-
-    return fetch
-
-
-def is_stored(reader: Reader, spec: TensorSpec, values: torch.Tensor) -> bool:
-    """Whether `values` are those of `spec` in the checkpoint. Blocks for the reads."""
-    if values.shape != spec.shape or len(spec.pieces) != 1:
-        return False
-    return is_same(_row_fetcher(spec, reader, torch.device("cpu"), Probe()), values.to(spec.dtype))
-
-
-def _row_fetcher(spec: TensorSpec, reader: Reader, device: torch.device, probe: Probe) -> FetchRows:
-    """Reads rows of `spec`, whose bytes are one piece of a file, to `device`."""
-    (table,) = spec.pieces
-    stored_row, row = table.nbytes // spec.shape[0], spec.nbytes // spec.shape[0]
-    staging = Staging(stored_row)
-
-    def fetch(numbers: Sequence[int]) -> torch.Tensor:
-        if listener := probe.listener:
-            listener.begin_wait()
-        memory = torch.empty(len(numbers) * row, dtype=torch.uint8)
-        pieces = [
-            Piece(table.file, table.offset + number * stored_row, stored_row, position * row, table.cast)
-            for position, number in enumerate(numbers)
-        ]
-        reader.read(pieces, HostLanding(memory, staging))
-        if listener:
-            listener.waited_for_rows(len(numbers) * stored_row)
-        return memory.view(spec.dtype).view(len(numbers), *spec.shape[1:]).to(device)
 
     return fetch

@@ -6,26 +6,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from airstream.compat.traits import attention_of
 from airstream.errors import UnsupportedError
 from airstream.model import workload
+from airstream.model.absent import refuse_change
 from airstream.model.adapters import WithAdapters
+from airstream.model.binding import holds
 from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
+from airstream.model.gradients import refuse_gradients
+from airstream.model.inputs import check_inputs
+from airstream.model.moving import MOVE, changes_nothing
+from airstream.model.refusals import LOAD, TRAIN, Refusing, refuse
 from airstream.plan import Workload  # likewise
 
 if TYPE_CHECKING:
     from airstream.plan import Plan
     from airstream.profiling import Profile
-    from airstream.stats import StreamStats
+    from airstream.stats import MeasuredLink, StreamStats
 
 
-class GuardedModule:
+class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
     """A model whose calls are serialised, run without autograd, and leave nothing bound when they fail.
 
     What would change or keep weights is refused: they are not there between calls.
@@ -34,42 +42,71 @@ class GuardedModule:
     _engine: Engine
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._engine.guard():
-            is_outermost = not self._engine.observer.is_inside
-            work = workload.of_pass(args, kwargs, getattr(self, "config", None)) if is_outermost else None
-            if work is not None:
-                self._engine.admit(work)
-            with self._engine.one_pass(work):
-                return super().__call__(*args, **kwargs)  # type: ignore[misc]  # the module class comes after this one
+        refuse_gradients(self, args, kwargs)
+        config = getattr(self, "config", None)
+        with self._engine.part_pass(lambda: workload.of_pass(args, kwargs, config), workload.has_cache(kwargs)):
+            return super().__call__(*args, **kwargs)
 
-    def _apply(self, *_: Any, **__: Any) -> NoReturn:
-        """What moving and casting come down to, under whichever name."""
-        _refuse("moving or casting", "load it with from_pretrained(..., device=..., dtype=...) instead")
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GuardedModule:  # noqa: ARG002
+        """What moving and casting come down to, under whichever name, of a module that this one is in as well."""
+        if not changes_nothing(fn, self.parameters()):
+            refuse("moving or casting", MOVE)
+        return self
 
     def train(self, mode: bool = True) -> GuardedModule:
         if mode:
-            _refuse("train()", "its weights are not kept; fine-tune the checkpoint with transformers or PEFT")
-        return super().train(False)  # type: ignore[misc]
+            refuse("train()", TRAIN)
+        return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> GuardedModule:
         if requires_grad:
-            _refuse("requires_grad_()", "its weights are not kept; fine-tune the checkpoint with transformers or PEFT")
+            refuse("requires_grad_()", TRAIN)
         return self
-
-    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("save_pretrained()", f"the checkpoint lies unchanged in {self._engine.folder}: copy that folder")
-
-    def push_to_hub(self, *_: Any, **__: Any) -> NoReturn:
-        _refuse("push_to_hub()", f"the checkpoint lies unchanged in {self._engine.folder}: upload that folder")
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
         """Without a size this returns the embeddings, as in transformers; a streamed table cannot change its size."""
         if new_num_tokens is not None:
-            _refuse("resize_token_embeddings()", "resize and save the checkpoint with transformers, then stream that")
-        return self.get_input_embeddings()  # type: ignore[attr-defined]
+            refuse("resize_token_embeddings()", "resize and save the checkpoint with transformers, then stream that")
+        return self.get_input_embeddings()
 
-    def set_input_embeddings(self, value: Any) -> NoReturn:  # noqa: ARG002 - transformers' signature
-        _refuse("set_input_embeddings()", "change and save the checkpoint with transformers, then stream that")
+    def set_attn_implementation(self, attn_implementation: Any, *_: Any, **__: Any) -> None:
+        """Allowed if it changes nothing: another one takes other memory, and rounds otherwise."""
+        if attn_implementation != attention_of(self.config):
+            refuse("set_attn_implementation()", LOAD.format("attn_implementation"))
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As in transformers, tied weights once: here what stands for them is another object under each name."""
+        seen = set()
+        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
+            stored = getattr(parameter, "stored", None)
+            if stored is None or not remove_duplicate or stored not in seen:
+                seen.add(stored)
+                yield name, parameter
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load what stands beside the weights, of adapters; the checkpoint's own weights are accepted as they are.
+
+        Raises:
+            UnsupportedError: a value is not the checkpoint's.
+        """
+        tensors = self.state_dict(keep_vars=True)
+        stored = {name: tensor.stored for name, tensor in tensors.items() if hasattr(tensor, "stored")}
+        known = stored.keys() & state_dict.keys()
+        for name in known:
+            if not holds(state_dict[name], stored[name]):
+                refuse_change(name)
+        rest = {name: value for name, value in state_dict.items() if name not in known}
+        result = super().load_state_dict(rest, strict=False, assign=assign)
+        result = type(result)([name for name in result.missing_keys if name not in known], result.unexpected_keys)
+        if strict and (result.missing_keys or result.unexpected_keys):
+            raise UnsupportedError(
+                f"the state dict lacks {len(result.missing_keys)} tensors of the model, and has "
+                f"{len(result.unexpected_keys)} that it has no place for, such as "
+                f"{[*result.missing_keys, *result.unexpected_keys][0]!r}: strict=False allows that"
+            )
+        return result
 
 
 class StreamedModel(WithAdapters, GuardedModule):
@@ -78,7 +115,7 @@ class StreamedModel(WithAdapters, GuardedModule):
     _tokenizer: Any = None
     _processor: Any = None
     _load_beside: Callable[[str], Any]
-    _show_progress: Callable[[Workload | None], AbstractContextManager[None]]
+    _show_progress: Callable[[Workload | None, bool], AbstractContextManager[Any]]
 
     @property
     def plan(self) -> Plan:
@@ -109,11 +146,12 @@ class StreamedModel(WithAdapters, GuardedModule):
         """The device that computes: where inputs belong."""
         return self._engine.device
 
-    def measure_link(self) -> tuple[int, float]:
+    def measure_link(self) -> MeasuredLink:
         """Stream all layers once without computing: how fast this machine's disk and bus are. Blocks for one pass.
 
         Returns:
-            The bytes that passed and the wall seconds they took.
+            Bytes, wall seconds until the last of them had arrived, and where they came from; the rate is None if
+            nothing is streamed.
         """
         return self._engine.measure_link()
 
@@ -140,33 +178,39 @@ class StreamedModel(WithAdapters, GuardedModule):
         self.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self._engine.guard():
-            self._heed_adapters()
+        check_inputs("model", args, kwargs)
+        refuse_gradients(self, args, kwargs)
+        work = workload.of_pass(args, kwargs, self.config)
+        with self._engine.one_pass(work, workload.has_cache(kwargs), self._heed_adapters):
             return super().__call__(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        if not self.can_generate():  # type: ignore[attr-defined]
+        if not self.can_generate():
             raise UnsupportedError(
                 f"{type(self).__name__} does not generate: call it, model(**inputs), for what it computes, or load the "
                 "checkpoint with model_class= a class that does"
             )
-        with self._engine.guard():
+        check_inputs("model.generate", args, kwargs)
+        engine = self._engine
+        with engine.guard():
             self._heed_adapters()
-            config: Any = self.config  # type: ignore[attr-defined]
-            defaults: Any = self.generation_config  # type: ignore[attr-defined]
-            expected = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
-            if expected is not None:
-                self._engine.expect(expected, is_asked=workload.asks_for_length(args, kwargs))
-            prompt_tokens = expected.prompt if expected is not None else 0
-            with self._engine.observer.one_call(prompt_tokens), self._show_progress(expected):
-                return super().generate(*args, **kwargs)  # type: ignore[misc]
+        config: Any = self.config
+        defaults: Any = self.generation_config
+        work = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
+        prompt_tokens = work.prompt if work is not None else 0
+        with (
+            engine.generation(work, is_asked=workload.asks_for_length(args, kwargs)),
+            engine.observer.one_call(prompt_tokens, engine.gate.turns.hold),
+            self._show_progress(work, kwargs.get("streamer") is not None),
+        ):
+            return super().generate(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> StreamedModel:
         """Only what changes nothing is possible: a streamed model cannot be moved or cast."""
         device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
         moves = device is not None and (device.type, device.index or 0) != (self.device.type, self.device.index or 0)
-        if moves or dtype not in (None, self.dtype):  # type: ignore[attr-defined]
-            self._apply()
+        if moves or dtype not in (None, self.dtype):
+            refuse("moving or casting", MOVE)
         return self
 
     def cuda(self, device: int | None = None) -> StreamedModel:
@@ -189,7 +233,7 @@ def make_streamed(
     model: PreTrainedModel,
     engine: Engine,
     load_beside: Callable[[str], Any],
-    show_progress: Callable[[Workload | None], AbstractContextManager[None]],
+    show_progress: Callable[[Workload | None, bool], AbstractContextManager[Any]],
 ) -> None:
     """Turn `model` into a streamed one: change its class, and guard the parts of it that can be called alone."""
     for part in _parts_called_alone(model):
@@ -213,7 +257,3 @@ def _change_class(module: torch.nn.Module, mixin: type, engine: Engine) -> None:
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
     module.__class__ = type(cls.__name__, (mixin, cls), names)
     object.__setattr__(module, "_engine", engine)
-
-
-def _refuse(call: str, remedy: str) -> NoReturn:
-    raise UnsupportedError(f"a streamed model does not support {call}: {remedy}")

@@ -25,7 +25,7 @@ def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any], config: Any = None) 
     if inputs is None or inputs.dim() < 2:
         return None
     batch_size, tokens = inputs.shape[0], inputs.shape[1]
-    past: Any = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+    past = _cache(kwargs)
     keep = kwargs.get("logits_to_keep", 0)
     logits = keep.numel() if isinstance(keep, torch.Tensor) else keep or tokens
     context = tokens + (0 if past is None else cached_tokens(past))
@@ -103,7 +103,7 @@ def _given_config(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 
 def _past_tokens(kwargs: Mapping[str, Any]) -> int:
     """How many tokens are in the cache that a generation goes on with."""
-    past = next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
+    past = _cache(kwargs)
     return 0 if past is None else cached_tokens(past)
 
 
@@ -121,6 +121,15 @@ def _is_padded(kwargs: Mapping[str, Any]) -> bool:
     if not isinstance(mask, torch.Tensor):
         return mask is not None
     return mask.dim() != 2 or mask.is_meta or not bool(mask.all())
+
+
+def has_cache(kwargs: Mapping[str, Any]) -> bool:
+    """Whether a forward pass with these arguments is given a KV cache."""
+    return _cache(kwargs) is not None
+
+
+def _cache(kwargs: Mapping[str, Any]) -> Any:
+    return next((kwargs[name] for name in CACHE_KEYWORDS if kwargs.get(name) is not None), None)
 
 
 def _inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:

@@ -11,7 +11,6 @@ from torch import nn
 
 from airstream.errors import UnsupportedError
 from airstream.model.absent import Absent
-from airstream.model.rows import RowTable
 from airstream.plan import AdapterFacts
 
 ITEM_BYTES = 4
@@ -76,7 +75,7 @@ def _refuse_to_merge(*_: Any, **__: Any) -> NoReturn:
 
 def _own_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
     for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-        if not isinstance(tensor, Absent | RowTable):
+        if not isinstance(tensor, Absent):
             yield tensor
 
 

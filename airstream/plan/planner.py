@@ -238,6 +238,8 @@ def _tiers(
         "tokenizer": need.tokenizer_bytes if facts.has_tokenizer else 0,
         "runtime": HOST_RUNTIME_BYTES,
     }
+    if request.driver_bytes:
+        host["device driver"] = request.driver_bytes
     decoding = {"decoding": request.decoding_bytes} if request.decoding_bytes else {}
     items = {HOST: work | decoding | host}
     if request.tier != HOST:

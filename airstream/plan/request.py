@@ -23,6 +23,7 @@ class Workload:
         has_labels: a loss is computed.
         keeps_states, keeps_attentions: those of all layers are returned.
         keeps_scores: how many times over every new token's are.
+        beside_bytes: of the KV caches of other generations that are under way.
     """
 
     batch_size: int
@@ -36,6 +37,7 @@ class Workload:
     keeps_states: bool = False
     keeps_attentions: bool = False
     keeps_scores: int = 0
+    beside_bytes: int = 0
 
     @classmethod
     def generation(
@@ -50,8 +52,8 @@ class Workload:
         return cls(batch_size, context, prompt, 1, pixel_values, prompt, is_padded=batch_size > 1)
 
     def kv_bytes(self, need: Footprint) -> int:
-        """The KV cache after the pass, or at the end of the generation."""
-        return need.kv_bytes(self.batch_size, self.context)
+        """The KV caches after the pass, or at the end of the generation."""
+        return need.kv_bytes(self.batch_size, self.context) + self.beside_bytes
 
     def activation_bytes(self, need: Footprint) -> int:
         """The activations at their largest."""
@@ -75,6 +77,7 @@ class Request:
     Attributes:
         budgets: bytes per tier: "cpu", and the index of the accelerator if one is used.
         budget_notes: per tier, where the budget comes from.
+        driver_bytes: of host memory that an accelerator's driver and libraries take.
         decoding_bytes: that decoding packed weights takes where the model computes.
         workload: to make room for, whatever `max_context` and `max_batch_size` say; for one that has outgrown them.
         hardware: what the machine can do, if seconds are to be predicted, for prompts of `prompt_tokens`.
@@ -89,6 +92,7 @@ class Request:
     direct_io: bool = True
     staging_bytes: int = 0
     decoding_bytes: int = 0
+    driver_bytes: int = 0
     workload: Workload | None = None
     hardware: HardwareFacts | None = None
     prompt_tokens: int = 512

@@ -44,6 +44,8 @@ def _time_lines(plan: Plan) -> Iterator[str]:
         f"               first token of {expected.prompt_tokens:,} after {format_seconds(expected.prefill_seconds)}, "
         f"in later calls {format_seconds(expected.warm_prefill_seconds)}"
     )
+    for note in expected.notes:
+        yield f"               measured {note} (airstream hardware --refresh)"
     if plan.would_help:
         yield f"  would help   {', '.join(f'{what}: {factor:.1f}x' for what, factor in plan.would_help.items())}"
 

@@ -15,10 +15,10 @@ from airstream.profiling.intervals import merge
 from airstream.units import format_seconds
 
 if TYPE_CHECKING:
-    from airstream.profiling.profile import Profile
+    from airstream.profiling.profile import PassProfile, Profile
 
 NUM_PASSES = 3
-"""Passes in the swimlanes, the latest."""
+"""Passes in the swimlanes, the latest: of decoding, if there were any; beside a prompt's they could not be seen."""
 
 STYLES: dict[str, dict[str, Any]] = {
     COMPUTE: {"facecolor": "#1b3a5c"},
@@ -55,7 +55,7 @@ def draw(profile: Profile, file: str | os.PathLike[str] | None = None) -> Any:
 
 
 def _draw_lanes(axes: Any, profile: Profile) -> None:
-    passes = profile.passes[-NUM_PASSES:]
+    passes = _latest(profile.passes)
     begin = passes[0].start if passes else 0.0
     end = passes[-1].start + passes[-1].costs.wall_seconds if passes else 1.0
     spans = [
@@ -72,7 +72,15 @@ def _draw_lanes(axes: Any, profile: Profile) -> None:
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, max(end - begin, 1e-9))
-    axes.set_xlabel(f"seconds of the latest {len(passes)} passes, which begin at the dotted lines")
+    which = f"{len(passes)} passes, which begin at the dotted lines" if len(passes) > 1 else "pass"
+    axes.set_xlabel(f"seconds of the latest {which}")
+
+
+def _latest(passes: Sequence[PassProfile]) -> Sequence[PassProfile]:
+    """The last few passes of the phase that was last, decoding if it was any."""
+    last = passes[-NUM_PASSES:]
+    after_prefill = next((number for number, each in enumerate(reversed(last)) if each.phase != "decode"), len(last))
+    return last[len(last) - after_prefill :] or last[-1:]
 
 
 def _draw_spans(axes: Any, row: int, kind: str, spans: Iterable[Span], begin: float) -> None:

@@ -40,6 +40,16 @@ class _Unit:
 
 
 @dataclass(slots=True)
+class Call:
+    """A call of `generate`; `start` as a point until its first pass is over, then in seconds."""
+
+    start: Moment
+    prompt_tokens: int
+    passes: int = 0
+    prefill_end: float | None = None
+
+
+@dataclass(slots=True)
 class _Pass:
     """A pass that is under way: points in time as they were noted, and what lies between them, by their numbers.
 
@@ -49,21 +59,12 @@ class _Pass:
     work: Workload | None
     phase: str
     points: list[Moment]
+    call: Call | None
     end: int = -1
     waits: list[_Wait] = field(default_factory=list)
     units: list[_Unit] = field(default_factory=list)
     costs: Costs = field(default_factory=Costs)
     is_complete: bool = False
-
-
-@dataclass(slots=True)
-class _Call:
-    """A call of `generate`; `start` as a point until its first pass is over, then in seconds."""
-
-    start: Moment
-    prompt_tokens: int
-    passes: int = 0
-    prefill_end: float | None = None
 
 
 class Recorder:
@@ -78,9 +79,9 @@ class Recorder:
         self._backend = backend
         self._measure = measure
         self._pending: deque[Span] = deque(maxlen=MAX_SPANS)
-        self._call: _Call | None = None
         self._pass: _Pass | None = None
         self._number = 0
+        self._finished_at = 0.0
         self._measured_at = 0.0
         backend.start_clock()
 
@@ -130,27 +131,26 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------ reported by the model
 
-    def begin_call(self, prompt_tokens: int = 0) -> None:
-        """`generate` begins, on a prompt of so many tokens, 0 if that is not known."""
-        self._call = _Call(self._backend.moment(), prompt_tokens)
+    def begin_call(self, prompt_tokens: int = 0) -> Call:
+        """`generate` begins, on a prompt of so many tokens, 0 if that is not known. There may be others under way."""
+        return Call(self._backend.moment(), prompt_tokens)
 
-    def end_call(self) -> None:
+    def end_call(self, call: Call) -> None:
         """It has ended, with a result or without."""
-        if self._pass is not None:
+        if self._pass is not None and self._pass.call is call:
             self._finish(self._backend.moment())
-        self._count_first_token()
-        self._call = None
+        self._count_first_token(call)
         self.measure_memory()
 
-    def begin_pass(self, work: Workload | None) -> None:
-        """A forward pass begins."""
+    def begin_pass(self, work: Workload | None, call: Call | None = None) -> None:
+        """A forward pass begins, one of `call` if it is given."""
         start = self._backend.moment()
         if self._pass is not None:
             start = self._finish(start)
-        if self._call is not None and not self._call.passes:
-            start = self._call.start
+        if call is not None and not call.passes:
+            start = call.start
         # Each point is noted once: a device's event is used again once it has been read.
-        self._pass = _Pass(work, self._phase(work), [start, self._backend.moment()])
+        self._pass = _Pass(work, _phase(work, call), [start, self._backend.moment()], call)
 
     def end_pass(self, is_complete: bool) -> None:
         """It has ended. What follows until the next one begins, or the call ends, still counts for it."""
@@ -163,10 +163,10 @@ class Recorder:
             wait.until = current.end if wait.until < 0 else wait.until  # an error has ended it
         for unit in current.units[-1:]:
             unit.end = current.end if unit.end < 0 else unit.end
-        if self._call is None:
+        if current.call is None:
             self._finish(current.points[current.end])
         else:
-            self._call.passes += 1
+            current.call.passes += 1
 
     def measure_memory(self) -> None:
         """Note what is used by now."""
@@ -177,14 +177,6 @@ class Recorder:
         """What was moved since the last pass was not for a pass."""
         self._pending.clear()
 
-    def _phase(self, work: Workload | None) -> str:
-        call = self._call
-        if call is None:
-            return "prefill" if work is not None and work.tokens > 1 else "decode"
-        # A prompt may take several passes; until it is over, the context is no longer than it.
-        in_prompt = work is not None and work.context <= call.prompt_tokens
-        return "prefill" if in_prompt or not call.passes else "decode"
-
     # ------------------------------------------------------------------------------------ once a pass is over
 
     def _finish(self, end: Moment) -> float:
@@ -194,6 +186,10 @@ class Recorder:
         points = current.points if end is current.points[-1] else [*current.points, end]
         self._backend.wait_computed()
         at = [0.0 if second is None else second for second in self._backend.seconds(points)]
+        if current.call is not None and not isinstance(current.call.start, float):
+            current.call.start = at[0]
+        at[0] = max(at[0], self._finished_at)  # until then, another call's pass was under way
+        self._finished_at = at[-1]
         self._backend.start_clock()
         spans = self._take_spans(at[-1])
         self._count(current, at, spans)
@@ -255,24 +251,29 @@ class Recorder:
         self._count_tokens(current, at)
 
     def _count_tokens(self, current: _Pass, at: Sequence[float]) -> None:
-        call = self._call
+        call = current.call
         if call is None:
             return
-        if not isinstance(call.start, float):
-            call.start = at[0]
         if current.phase == "prefill":
             call.prefill_end = at[-1] if current.is_complete else None
             return
-        self._count_first_token()
+        self._count_first_token(call)
         self.profile.new_tokens += current.is_complete
 
-    def _count_first_token(self) -> None:
+    def _count_first_token(self, call: Call) -> None:
         """The prompt is over: its last pass has given the first token."""
-        call = self._call
-        if call is not None and call.prefill_end is not None:
+        if call.prefill_end is not None:
             self.profile.ttft_seconds.append(call.prefill_end - call.start)
             self.profile.new_tokens += 1
             call.prefill_end = None
+
+
+def _phase(work: Workload | None, call: Call | None) -> str:
+    if call is None:
+        return "prefill" if work is not None and work.tokens > 1 else "decode"
+    # A prompt may take several passes; until it is over, the context is no longer than it.
+    in_prompt = work is not None and work.context <= call.prompt_tokens
+    return "prefill" if in_prompt or not call.passes else "decode"
 
 
 def _stalls(current: _Pass, at: Sequence[float]) -> Iterator[tuple[_Wait, float, float]]:

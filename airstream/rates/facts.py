@@ -6,6 +6,7 @@ which model they are for, and torch.
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 from airstream.errors import ArgumentError
 
-__all__ = ["DTYPES", "HardwareFacts", "Rate", "assumed"]
+__all__ = ["DTYPES", "HardwareFacts", "Rate", "assumed", "measured_today"]
 
 DTYPES = ("bfloat16", "float16", "float32")
 """The dtypes, named as in `torch.<name>`, whose arithmetic is measured."""
@@ -51,6 +52,8 @@ class Rate:
     source: str
 
     def __post_init__(self) -> None:
+        if not isinstance(self.source, str):
+            raise ArgumentError(f"where a rate comes from is said in words, not by a {type(self.source).__name__}")
         if not 0 < self.per_second < math.inf:
             raise ArgumentError(f"a rate of {self.per_second!r} per second ({self.source}) is not a positive number")
 
@@ -58,6 +61,11 @@ class Rate:
     def is_measured(self) -> bool:
         """Whether the number was measured on this machine."""
         return self.source.startswith("measured")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What has to be said about a measured rate besides its date: "while other programs used 1.3 cores"."""
+        return tuple(self.source.split("; ")[1:]) if self.is_measured else ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +103,8 @@ class HardwareFacts:
     layer_seconds: float
 
     def __post_init__(self) -> None:
+        if not isinstance(self.machine, str) or type(self.num_cores) is not int or self.num_cores < 1:
+            raise ArgumentError("a machine has a name and one core at least")
         if not self.weights or not self.flops:
             raise ArgumentError("weights and flops need the rate of one dtype at least")
         if not (0 <= self.layer_seconds < math.inf and 0 <= self.disk_cpu_seconds_per_byte < math.inf):
@@ -143,6 +153,11 @@ class HardwareFacts:
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
+
+
+def measured_today() -> str:
+    """The source of a rate that has just been measured."""
+    return f"measured {datetime.date.today().isoformat()}"
 
 
 def assumed(device_type: str, machine: str = "a machine nobody has measured", num_cores: int = 0) -> HardwareFacts:

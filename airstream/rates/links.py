@@ -14,10 +14,18 @@ from airstream.backend import RUNTIMES
 from airstream.backend.base import Runtime
 from airstream.backend.host_memory import HostBuffer
 from airstream.backend.torch_runtime import TorchRuntime
+from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import CHUNK_BYTES
-from airstream.rates.effort import Effort, seconds_per_call
+from airstream.rates.effort import Effort, seconds_per_call, timed
+from airstream.units import MIB
 
-__all__ = ["LinkSpeed", "measure_host_copy", "measure_link"]
+__all__ = ["LinkSpeed", "measure_host_copy", "measure_link", "measure_pinned"]
+
+QUICK_BYTES = 256 * MIB
+"""Copied in a quick measurement, again and again from the same place."""
+
+QUICK_SECONDS = 0.001
+"""A first copy that takes longer is long enough to be timed alone."""
 
 Copy = Callable[[torch.Tensor, torch.Tensor], None]
 """Queues a copy of as many bytes of host memory (first) as of device memory (second), one way or the other."""
@@ -61,6 +69,32 @@ def measure_link(device: torch.device, pin: bool, effort: Effort) -> LinkSpeed:
         runtime.synchronize()  # no copy may be under way when the memory goes
         if pinned:
             runtime.unpin(buffer)
+
+
+def measure_pinned(device: torch.device) -> float | None:
+    """Bytes per second from pinned host memory to `device`, measured quickly; None where that cannot be had.
+
+    Blocks for some ten milliseconds, as long as `QUICK_BYTES` take or a first read's worth. Peak bytes: 8 MiB of host
+    memory, and as much on the device.
+    """
+    runtime = RUNTIMES.get(device.type, TorchRuntime)(device)
+    buffer = HostBuffer(CHUNK_BYTES)
+    if not runtime.pin(buffer):
+        return None
+    try:
+        memory, stream = runtime.empty(CHUNK_BYTES), runtime.new_stream()
+        timed(lambda: runtime.copy(memory[:PAGE_BYTES], buffer.tensor[:PAGE_BYTES], stream), runtime.synchronize)
+        copies = 1  # the one before has brought everything up
+        seconds = timed(lambda: runtime.copy(memory, buffer.tensor, stream), runtime.synchronize)
+        if seconds < QUICK_SECONDS:
+            copies = QUICK_BYTES // CHUNK_BYTES
+            seconds = timed(lambda: runtime.copy(memory, buffer.tensor, stream), runtime.synchronize, copies)
+        return copies * CHUNK_BYTES / seconds
+    except torch.OutOfMemoryError:
+        return None  # a device without so much to spare has other worries
+    finally:
+        runtime.synchronize()
+        runtime.unpin(buffer)
 
 
 def _speeds(runtime: Runtime, host: torch.Tensor, effort: Effort) -> LinkSpeed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from airstream.hardware import available_host_bytes
 from airstream.rates.arithmetic import measure_flops, measure_layer, measure_weights
 from airstream.rates.disk import measure_disk
 from airstream.rates.effort import Effort
-from airstream.rates.facts import HardwareFacts, Rate
+from airstream.rates.facts import HardwareFacts, Rate, measured_today
 from airstream.rates.links import measure_host_copy, measure_link
 from airstream.rates.machine import OtherLoad, machine_name, usable_cores
 from airstream.units import MIB
@@ -29,6 +28,9 @@ ACCELERATOR_TOKENS = 2048
 
 LEAST_DEVICE_BYTES = 128 * MIB
 """With less, a device's caches would hold the weights."""
+
+REFUSED = "through the page cache, direct reads refused"
+"""Said of a disk's rate that may be that of memory."""
 
 NOISE_CORES = 0.3
 """Cores that others use without anybody noticing."""
@@ -75,7 +77,10 @@ def measure(
     return HardwareFacts(
         machine=machine_name(device),
         num_cores=usable_cores(),
-        disk=Rate(disk.bytes_per_second, source if disk.direct else f"{source}; direct reads are refused"),
+        disk=Rate(
+            disk.bytes_per_second,
+            source if disk.direct else f"{source}; {REFUSED}",
+        ),
         disk_cpu_seconds_per_byte=disk.cpu_seconds_per_byte,
         host_copy=Rate(host_copy, source),
         weights=_rates(weights, source),
@@ -91,8 +96,8 @@ def _effort_for(device: torch.device) -> Effort:
 
 def _source(other_cores: float) -> str:
     """The date; and the load if it was high enough to make the rates of an idle machine look low."""
-    busy = f"; other programs used {other_cores:.1f} cores" if other_cores >= NOISE_CORES else ""
-    return f"measured {datetime.date.today().isoformat()}{busy}"
+    busy = f"; while other programs used {other_cores:.1f} cores" if other_cores >= NOISE_CORES else ""
+    return f"{measured_today()}{busy}"
 
 
 def _rates(by_dtype: Mapping[str, float], source: str) -> dict[str, Rate]:

@@ -10,22 +10,28 @@ import contextlib
 import datetime
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from airstream.cache import cache_folder
-from airstream.rates.facts import HardwareFacts, assumed
+from airstream.checkpoint.foreign_json import MANIFEST, read_json
+from airstream.errors import CheckpointError
+from airstream.rates.facts import LINKS, HardwareFacts, assumed
 from airstream.rates.machine import machine_name, usable_cores
 
 __all__ = ["facts_for", "save", "store_file", "stored"]
 
 FORMAT = 1
 """Of the file. Another one is not read."""
+
+KEY = ("machine", "device", "file_system")
+LOCK_SECONDS = 10
+"""That a save waits for another one. Either takes milliseconds."""
 
 
 def store_file() -> Path:
@@ -49,17 +55,18 @@ def save(folder: str | os.PathLike[str], device: torch.device, facts: HardwareFa
     """Keep `facts` for `stored`, in place of what was kept for the same key. Returns the file, on disk when it does.
 
     The file is replaced as a whole: whoever reads it meanwhile, or after a crash, finds the old one or the new one.
-    Of two processes that save at once, one may undo the other: its rates are then measured again.
+    Processes that save at once take turns. What one that was killed has begun, the next one writes over.
 
     Raises:
         OSError: `folder` is not there, or the cache folder cannot be written.
     """
     key = _key(folder, device)
     entry = {**key, "measured": datetime.date.today().isoformat(), "facts": facts.to_dict()}
-    entries = [entry, *(other for other in _load() if _key_of(other) != key)]
     file = store_file()
     file.parent.mkdir(parents=True, exist_ok=True)
-    _replace(file, json.dumps({"format": FORMAT, "machines": entries}, indent=1) + "\n")
+    with FileLock(file.with_name(f".{file.name}.lock"), timeout=LOCK_SECONDS):
+        entries = [entry, *(other for other in _load() if _key_of(other) != key)]
+        _replace(file, json.dumps({"format": FORMAT, "machines": entries}, indent=1) + "\n")
     return file
 
 
@@ -76,7 +83,7 @@ def facts_for(folder: str | os.PathLike[str], device: torch.device) -> HardwareF
     guess = assumed(device.type, name, usable_cores())
     for entry in _load():
         facts = _parsed(entry)
-        if facts is not None and (entry["machine"], entry["device"]) == (name, str(device)):
+        if facts is not None and (entry.get("machine"), entry.get("device")) == (name, str(device)):
             return replace(facts, disk=guess.disk, disk_cpu_seconds_per_byte=guess.disk_cpu_seconds_per_byte)
     return guess
 
@@ -89,21 +96,22 @@ def _key(folder: str | os.PathLike[str], device: torch.device) -> dict[str, str]
 
 
 def _key_of(entry: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: entry.get(name) for name in ("machine", "device", "file_system")}
+    return {name: entry.get(name) for name in KEY}
 
 
 def _parsed(entry: Mapping[str, Any]) -> HardwareFacts | None:
     try:
-        return HardwareFacts.from_dict(entry["facts"])
-    except (KeyError, TypeError, ValueError, AttributeError):
+        facts = HardwareFacts.from_dict(entry["facts"])
+        return facts if entry["device"] == "cpu" or all(getattr(facts, link) for link in LINKS) else None
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError):
         return None
 
 
 def _load() -> list[dict[str, Any]]:
     """The entries of the file; none if there is no such file, or it is something else."""
     try:
-        data = json.loads(store_file().read_bytes())
-    except (OSError, ValueError, RecursionError):
+        data = read_json(store_file(), MANIFEST)
+    except CheckpointError:
         return []
     if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("machines"), list):
         return []
@@ -111,15 +119,15 @@ def _load() -> list[dict[str, Any]]:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Put `text` into `file` as one step, on the disk when this returns."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    """Put `text` into `file` as one step, on the disk when this returns. The lock is held."""
+    part = file.with_name(f".{file.name}.part")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        with part.open("w", encoding="utf-8") as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
-        Path(name).replace(file)
+        part.replace(file)
     except BaseException:
         with contextlib.suppress(OSError):
-            Path(name).unlink()
+            part.unlink()
         raise

@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from airstream.errors import CheckpointError
+from airstream.checkpoint.foreign_json import MANIFEST as MANIFEST_KIND
+from airstream.checkpoint.foreign_json import read_json
+from airstream.errors import CheckpointError, CheckpointNotFoundError
 
 MANIFEST = "airstream-repack.json"
 JOURNAL = "airstream-unfinished.json"
@@ -74,15 +76,17 @@ def write_json(file: Path, contents: Mapping[str, Any]) -> None:
 
 def _read(file: Path) -> dict[str, Any] | None:
     try:
-        contents = json.loads(file.read_bytes())
+        contents = read_json(file, MANIFEST_KIND)
         files = contents["files"]
         if contents["format"] != FORMAT or not all(
             type(entry["bytes"]) is int and type(entry["sha256"]) is str and Path(name).name == name
             for name, entry in files.items()
         ):
             raise ValueError("it is of another version, or damaged")
-    except FileNotFoundError:
+    except CheckpointNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is not the manifest of a repacked checkpoint ({error!r})") from None
     return contents

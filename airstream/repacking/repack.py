@@ -6,7 +6,6 @@ was killed goes on. The original is only read.
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -20,7 +19,8 @@ from airstream.cache import sync
 from airstream.checkpoint.index import ITEM_BYTES, SHARD_INDEX, CheckpointIndex
 from airstream.compat import KeyConversion, natural_order, tied_names
 from airstream.config import LoadOptions
-from airstream.errors import ArgumentError, DiskSpaceError, UnsupportedError
+from airstream.disk_space import check_free_space, named_when_full
+from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
 from airstream.model.units import find_units
 from airstream.prepare import Prepared, prepare
 from airstream.repacking.manifest import (
@@ -35,12 +35,16 @@ from airstream.repacking.manifest import (
 )
 from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
 from airstream.repacking.write import header_of, sha256_of, write_shard
-from airstream.units import format_bytes, parse_bytes
+from airstream.status import status
+from airstream.units import parse_bytes
 
 NOT_COPIED = re.compile(
     r"\..*|.*\.(safetensors|bin|pth|pt|gguf|h5|msgpack|onnx|ot|tflite|index\.json)|" + re.escape(MANIFEST)
 )
 """Files of weights, which are rewritten, and copies of them in other formats; hidden files."""
+
+
+GOES_ON = "Free some and run the same again: it keeps what is finished and goes on from there"
 
 
 def repack(
@@ -74,7 +78,8 @@ def repack(
     """
     target = Path(out).expanduser().absolute()
     shard_bytes = parse_bytes(shard_size, "shard_size")
-    prepared = prepare(model, LoadOptions(device="cpu", **options))
+    with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
+        prepared = prepare(model, LoadOptions(device="cpu", **options))
     _check_target(target, prepared.folder)
     shards, chosen = _planned(prepared, layers, shard_bytes)
     recipe = {
@@ -85,18 +90,31 @@ def repack(
     }
     known = digest_of(recipe)
     facts = {"recipe": known} | {name: recipe[name] for name in recipe if name != "shards"}
+    _write(target, prepared.folder, shards, facts, progress)
+    return target
+
+
+def _write(target: Path, source: Path, shards: Sequence[Shard], facts: Mapping[str, Any], progress: bool) -> None:
+    """Fill the folder beside `target` that takes its name when it is complete."""
     lock = target.with_name(f".{target.name}-repacking.lock")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.with_name(f".{target.name}-repacking")
+    job = _Repack(work, source, shards, facts, progress)
     try:
-        with FileLock(lock, timeout=0):
-            if not _is_done(target, known):
-                work = target.with_name(f".{target.name}-repacking")
-                _Repack(work, shards, facts, progress).fill(prepared.folder)
-                _give_name(work, target)
-            lock.unlink(missing_ok=True)
+        with named_when_full(work, job.missing_bytes, "repacking", GOES_ON):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock, timeout=0):
+                if not _is_done(target, facts["recipe"]):
+                    job.fill()
+                    _give_name(work, target)
+                lock.unlink(missing_ok=True)
     except Timeout:
         raise ArgumentError(f"another process is repacking into {target}") from None
-    return target
+    except AirstreamError:
+        raise
+    except OSError as error:
+        raise ArgumentError(
+            f"{target} cannot be written ({error.filename or work}: {error.strerror or error}): name another folder"
+        ) from error
 
 
 def _is_done(target: Path, recipe: str) -> bool:
@@ -152,27 +170,38 @@ def _members(index: CheckpointIndex, conversion: KeyConversion, names: set[str])
 class _Repack:
     """One repack under way in the folder `work`."""
 
-    def __init__(self, work: Path, shards: Sequence[Shard], facts: Mapping[str, Any], progress: bool) -> None:
+    def __init__(
+        self, work: Path, source: Path, shards: Sequence[Shard], facts: Mapping[str, Any], progress: bool
+    ) -> None:
         self._work = work
+        self._source = source
         self._shards = shards
         self._facts = dict(facts)
         self._progress = progress
         self._done: dict[str, dict[str, Any]] = {}
-        work.mkdir(exist_ok=True)
 
-    def fill(self, source: Path) -> None:
+    def missing_bytes(self) -> int:
+        """What is still to be written."""
+        missing = [shard for shard in self._shards if shard.file not in self._done]
+        small = [file for file in copied_files(self._source) if file.name not in self._done]
+        return sum(len(header_of(shard)) + shard.nbytes for shard in missing) + sum(
+            file.stat().st_size for file in small
+        )
+
+    def fill(self) -> None:
         """Write what is not there yet, the manifest last."""
         from tqdm import tqdm
 
+        self._work.mkdir(exist_ok=True)
         total = sum(shard.nbytes for shard in self._shards)
         off = None if self._progress else True
         with tqdm(total=total, unit="B", unit_scale=True, desc="repacking", disable=off) as bar:
             self._take_over(bar.update)
-            self._check_free_space(source)
+            check_free_space(self._work, self.missing_bytes(), f"repacking into {self._work.parent}", GOES_ON)
             for shard in self._shards:
                 if shard.file not in self._done:
-                    self._write(shard, bar.update)
-        for file in copied_files(source):
+                    self._note(shard.file, write_shard(self._work / shard.file, shard, bar.update))
+        for file in copied_files(self._source):
             shutil.copyfile(file, self._work / file.name)
             sync(self._work / file.name)
             self._note(file.name, sha256_of(self._work / file.name))
@@ -195,28 +224,6 @@ class _Repack:
             if file.name not in self._done:
                 file.unlink()
         self._save()
-
-    def _check_free_space(self, source: Path) -> None:
-        missing = [shard for shard in self._shards if shard.file not in self._done]
-        needed = sum(len(header_of(shard)) + shard.nbytes for shard in missing)
-        needed += sum(file.stat().st_size for file in copied_files(source))
-        free = shutil.disk_usage(self._work).free
-        if free < needed:
-            raise DiskSpaceError(
-                f"repacking needs {format_bytes(needed)} more in {self._work.parent}; {format_bytes(free)} are free. "
-                "Free some, or name a folder on another disk"
-            )
-
-    def _write(self, shard: Shard, on_bytes: Any) -> None:
-        try:
-            self._note(shard.file, write_shard(self._work / shard.file, shard, on_bytes))
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise DiskSpaceError(
-                f"the disk of {self._work.parent} is full; {len(self._done)} of {len(self._shards)} files are done. "
-                "Free some and run the same again: it goes on from there"
-            ) from error
 
     def _note(self, name: str, checksum: str) -> None:
         self._done[name] = {"bytes": (self._work / name).stat().st_size, "sha256": checksum}

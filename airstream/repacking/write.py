@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from airstream.checkpoint.descriptors import Descriptors
 from airstream.checkpoint.files import WeightFile
 from airstream.checkpoint.write import header_bytes
 from airstream.repacking.plan import Shard
@@ -61,11 +62,12 @@ def _chunks(shard: Shard) -> Iterator[memoryview]:
     """The bytes of the tensors, in two buffers in turn: a chunk is valid until the next but one is asked for."""
     buffers = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(2)]
     files: dict[Path, WeightFile] = {}
+    descriptors = Descriptors()
     turn = 0
     try:
         for file, offset, nbytes in _runs(shard):
             if file not in files:
-                files[file] = WeightFile(file, direct=False)
+                files[file] = WeightFile(file, direct=False, descriptors=descriptors)
             for start in range(0, nbytes, CHUNK_BYTES):
                 turn = 1 - turn
                 chunk = buffers[turn][: min(CHUNK_BYTES, nbytes - start)]

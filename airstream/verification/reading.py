@@ -13,7 +13,7 @@ import torch
 
 from airstream.checkpoint.files import PAGE_BYTES, WeightFile
 from airstream.checkpoint.index import ITEM_BYTES, StoredTensor
-from airstream.errors import CheckpointNotFoundError, ReadError
+from airstream.errors import CheckpointError, ReadError
 from airstream.pieces import TORCH_DTYPES
 from airstream.units import round_up
 from airstream.verification.checksums import Checksum
@@ -41,7 +41,7 @@ def check_file(file: Path, checksum: Checksum | None, tensors: Sequence[StoredTe
             on_bytes(len(chunk))
     except FileNotFoundError:
         return [f"{file} is missing"]
-    except (ReadError, CheckpointNotFoundError) as error:
+    except (ReadError, CheckpointError) as error:
         return [str(error)]
     faults = [fault for scan in scans if (fault := scan.fault())]
     if checksum is not None and digest is not None and digest.hexdigest() != checksum.hexadecimal:

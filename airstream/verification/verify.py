@@ -18,6 +18,7 @@ from airstream.errors import AirstreamError, CheckpointError, UnsupportedError
 from airstream.layout import read_specs
 from airstream.prepare import build_model
 from airstream.repacking.manifest import read_manifest
+from airstream.status import status
 from airstream.verification.checksums import Checksum, known_checksums
 from airstream.verification.contents import Contents, read_contents
 from airstream.verification.reading import check_file
@@ -51,7 +52,8 @@ def verify(
     folder = resolve(
         model, known.revision, known.token, known.cache_dir, known.local_files_only, with_code=known.trust_remote_code
     )
-    contents = read_contents(folder)
+    with status(f"reading the headers of {folder.name}", progress):
+        contents = read_contents(folder)
     faults, notes = list(contents.faults), list[str]()
     manifest: Mapping[str, Any] | None = None
     try:

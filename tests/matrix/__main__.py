@@ -17,8 +17,10 @@ import torch
 import transformers
 
 from tests.matrix.cases import REASONS, Case, matrix
-from tests.matrix.examine import examine
+from tests.matrix.examine import UnableError, examine
 from tests.matrix.page import PAGE, RESULTS, SECTIONS, make_page
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 SECONDS = 60
 """One case may take."""
@@ -29,12 +31,14 @@ def main() -> int:
     parser.add_argument("types", nargs="*", metavar="TYPE", help="model types to try (default: all)")
     parser.add_argument("--page", action="store_true", help="make docs/models.md of the results there are, no more")
     parser.add_argument("--dry", action="store_true", help="write nothing")
+    parser.add_argument("--dtype", default="float32", choices=DTYPES, help="of weights; only float32 is written down")
     arguments = parser.parse_args()
     if not arguments.page:
-        rows = [run(case) for case in matrix() if not arguments.types or case.model_type in arguments.types]
+        dtype = getattr(torch, arguments.dtype)
+        rows = [run(case, dtype) for case in matrix() if not arguments.types or case.model_type in arguments.types]
         bad = [row for row in rows if row["verdict"] == "fails"]
         print(f"{len(rows)} cases, {sum(row['verdict'] == 'equal' for row in rows)} equal, {len(bad)} fail")
-        if arguments.dry:
+        if arguments.dry or arguments.dtype != "float32":
             return bool(bad)
         versions = {"transformers": transformers.__version__, "torch": torch.__version__.partition("+")[0]}
         if bad:
@@ -47,7 +51,7 @@ def main() -> int:
     return 0
 
 
-def run(case: Case) -> dict[str, Any]:
+def run(case: Case, dtype: torch.dtype) -> dict[str, Any]:
     """What came out for `case`, as a row of the results."""
     row = {"auto_class": case.auto_class, "model_type": case.model_type}
     if case in REASONS:
@@ -56,7 +60,9 @@ def run(case: Case) -> dict[str, Any]:
     signal.alarm(SECONDS)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            row |= {"verdict": "equal", **dataclasses.asdict(examine(case, Path(folder)))}
+            row |= {"verdict": "equal", **dataclasses.asdict(examine(case, Path(folder), dtype))}
+    except UnableError as error:
+        row |= {"verdict": "not tried", "reason": str(error)}
     except Exception as error:  # the others are to be tried all the same
         row |= {"verdict": "fails", "reason": f"{type(error).__name__}: {error}"[:300]}
     finally:

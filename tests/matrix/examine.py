@@ -12,10 +12,11 @@ import transformers
 
 from airstream import AutoModel
 from airstream.model.absent import Absent
+from airstream.model.rows import RowTable
 from tests.conftest import least_memory
 from tests.matrix.cases import Case
 from tests.matrix.configs import PART_OF, tiny_config
-from tests.matrix.inputs import inputs_of
+from tests.matrix.inputs import batch_of, inputs_of
 from tests.tiny_models import tell_weights_apart
 
 FP32 = torch.float32
@@ -29,15 +30,15 @@ PICTURES = ("pixel_values", "flattened_patches")
 STREAMING: dict[str, Any] = {"layers_per_batch": 1, "prefetch_batches": 1, "max_context": 64, "max_batch_size": 2}
 
 
-def write(auto_class: str, model_type: str, folder: Path) -> None:
-    """A tiny random checkpoint of `model_type`, as `save_pretrained` writes it, to `folder`."""
+def write(auto_class: str, model_type: str, folder: Path, dtype: torch.dtype = FP32) -> None:
+    """A tiny random checkpoint of `model_type` in `dtype`, as `save_pretrained` writes it, to `folder`."""
     config = tiny_config(model_type)
     torch.manual_seed(0)
     auto = getattr(transformers, auto_class)
     if model_type in PART_OF and auto_class == "AutoModelForCausalLM":
-        model = auto._model_mapping[type(config)]._from_config(getattr(config, PART_OF[model_type]), dtype=FP32)
+        model = auto._model_mapping[type(config)]._from_config(getattr(config, PART_OF[model_type]), dtype=dtype)
     else:
-        model = auto.from_config(config, dtype=FP32)
+        model = auto.from_config(config, dtype=dtype)
     tell_weights_apart(model)
     for name, buffer in model.named_buffers():
         if name.endswith("balancing_biases"):  # zaya's: transformers loads its last value, and then sets it to this
@@ -55,6 +56,7 @@ class Verdict:
         streamed_share: of the weights, per pass.
         generates: greedy tokens were compared too.
         has_image: was among what it was given.
+        has_batch: two sequences, the second one padded on the left, were compared and generated from too.
     """
 
     model_class: str
@@ -62,29 +64,43 @@ class Verdict:
     streamed_share: float
     generates: bool
     has_image: bool
+    has_batch: bool
 
 
-def examine(case: Case, folder: Path) -> Verdict:
-    """Write, stream and compare; raises an AssertionError that says what differs."""
+class UnableError(Exception):
+    """transformers itself cannot compute what was to be compared."""
+
+
+def examine(case: Case, folder: Path, dtype: torch.dtype = FP32) -> Verdict:
+    """Write, stream and compare; raises an AssertionError that says what differs.
+
+    Raises:
+        UnableError: the resident model does not compute in `dtype` on a CPU.
+    """
     auto_class, model_type = case.auto_class, case.model_type
-    write(auto_class, model_type, folder)
+    write(auto_class, model_type, folder, dtype)
     with AutoModel.from_pretrained(
         folder, device="cpu", max_memory=least_memory(folder, **STREAMING), **STREAMING
     ) as model:
-        reference = getattr(transformers, type(model).__name__).from_pretrained(folder, dtype=FP32)
+        reference = getattr(transformers, type(model).__name__).from_pretrained(folder, dtype=dtype)
         reference.eval().requires_grad_(False)
-        most = watch(model)
-        calls = inputs_of(auto_class, model_type, reference)
-        for inputs in calls:
+        generates = model.can_generate() and model_type not in ONLY_CALLED
+        calls = [in_dtype(inputs, dtype) for inputs in inputs_of(auto_class, model_type, reference)]
+        batch = in_dtype(batch_of(auto_class, model_type, reference) or {}, dtype)
+        has_batch = bool(batch) and is_able(reference, batch, generates)
+        if dtype != FP32 and not all(is_able(reference, inputs, generates) for inputs in calls):
+            raise UnableError(f"{type(model).__name__} does not compute in {dtype}")
+        most, misplaced = watch(model), watch_places(model, reference)
+        for inputs in [*calls, batch] if has_batch else calls:
             expected = seeded(reference, inputs)
             assert tells_something(expected)
             assert sees(reference, inputs, expected), "what is said does not depend on the picture"
             assert_same(seeded(model, inputs), expected)
             assert most() == 1, f"{most()} streamed layers were in memory at once"
-        generates = model.can_generate() and model_type not in ONLY_CALLED
         if generates:
-            prompt = {name: value for name, value in calls[0].items() if name != "decoder_input_ids"}
-            assert_same(greedy(model, prompt), greedy(reference, prompt))
+            for inputs in [calls[0], batch] if has_batch else calls[:1]:
+                assert_same(greedy(model, inputs), greedy(reference, inputs))
+        assert misplaced == {}, "weights lie elsewhere within a cache line than those of the resident model"
         plan = model.plan
         return Verdict(
             model_class=type(model).__name__,
@@ -92,7 +108,28 @@ def examine(case: Case, folder: Path) -> Verdict:
             streamed_share=round(plan.streamed_bytes / plan.checkpoint_bytes, 3),
             generates=generates,
             has_image=any(name in call for call in calls for name in PICTURES),
+            has_batch=has_batch,
         )
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """What a model of `dtype` is given: `value`, the floating-point numbers in it rounded."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: in_dtype(each, dtype) for key, each in value.items()}
+    return tuple(in_dtype(each, dtype) for each in value) if isinstance(value, tuple) else value
+
+
+def is_able(reference: Any, inputs: Mapping[str, Any], generates: bool) -> bool:
+    """Whether transformers itself takes `inputs`: not every type takes padding, or is computed in every dtype."""
+    try:
+        expected = seeded(reference, inputs)
+        if generates:
+            greedy(reference, inputs)
+    except (RuntimeError, ValueError, TypeError, IndexError, NotImplementedError, AttributeError, AssertionError):
+        return False
+    return tells_something(expected)
 
 
 def seeded(model: Any, inputs: Mapping[str, Any]) -> Any:
@@ -102,8 +139,14 @@ def seeded(model: Any, inputs: Mapping[str, Any]) -> Any:
 
 
 def greedy(model: Any, inputs: Mapping[str, Any]) -> Any:
+    """Tokens, and the logits that they were taken from: of the prompt's last position alone, first of all."""
     torch.manual_seed(0)
-    return model.generate(**inputs, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+    inputs = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    length = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    outputs = model.generate(**inputs, **length, do_sample=False, return_dict_in_generate=True, output_logits=True)
+    if isinstance(outputs, torch.Tensor):  # of types that generate in their own way
+        return outputs
+    return {name: outputs[name] for name in ("sequences", "logits") if name in outputs}
 
 
 def assert_same(actual: Any, expected: Any) -> None:
@@ -114,7 +157,8 @@ def assert_same(actual: Any, expected: Any) -> None:
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype
-        assert torch.equal(found[name], tensor), f"{name} differs by {(found[name] - tensor).abs().max()}"
+        is_same = torch.allclose(found[name], tensor, rtol=0, atol=0, equal_nan=True)
+        assert is_same, f"{name} differs by {(found[name] - tensor).abs().max()}"
 
 
 def tells_something(output: Any) -> bool:
@@ -165,6 +209,44 @@ def watch(model: Any) -> Any:
     for module in modules:
         module.register_forward_pre_hook(look)
     return lambda: most
+
+
+def watch_places(model: Any, reference: Any) -> dict[str, Any]:
+    """Gets, whenever a module runs, the weights that start elsewhere within a cache line than those of `reference`.
+
+    That decides in which order kernels of some processors add up; here it is seen on all. Strides are compared, too.
+    """
+    head = reference.get_output_embeddings() if hasattr(reference, "get_output_embeddings") else None
+    padded = getattr(head, "bias", None)  # transformers makes a copy of it; what is added last can lie anywhere
+    misplaced: dict[str, Any] = {}
+    resident = dict(reference.named_modules())
+
+    def look(module: torch.nn.Module, path: str) -> None:
+        expected = dict(own_tensors(resident[path]))
+        for name, tensor in own_tensors(module):
+            other = expected[name]
+            if padded is not None and other.data_ptr() == padded.data_ptr():
+                continue
+            place, wanted = place_of(tensor), place_of(other)
+            if tensor.numel() > 1 and place != wanted:
+                misplaced[f"{path}.{name}"] = (place, wanted)
+
+    for path, module in model.named_modules():
+        module.register_forward_pre_hook(lambda module, _, path=path: look(module, path))
+    return misplaced
+
+
+def place_of(tensor: torch.Tensor) -> tuple[int, list[int]]:
+    """Where within a cache line it starts, and its strides, but for those of dimensions of size one."""
+    steps = zip(tensor.stride(), tensor.shape, strict=True)
+    return tensor.data_ptr() % 64, [stride for stride, size in steps if size > 1]
+
+
+def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights of `module` itself, but for tables that are left on disk."""
+    for name, tensor in module.named_parameters(recurse=False):
+        if not isinstance(tensor, RowTable):
+            yield name, tensor
 
 
 def missing_from(module: Any) -> set[str]:

@@ -368,3 +368,13 @@ def inputs_of(auto_class: str, model_type: str, model: Any) -> list[Inputs]:
     if auto_class == "AutoModelForSeq2SeqLM" or (auto_class == "AutoModel" and model.config.is_encoder_decoder):
         return [source_and_target(model)]
     return [text(model)] if model_type in ONE_SEQUENCE else [text(model), padded(model)]
+
+
+def batch_of(auto_class: str, model_type: str, model: Any) -> Inputs | None:
+    """Two sequences, the second one padded on the left, of types that write of words alone; None for others."""
+    if auto_class == "AutoModelForCausalLM" and model_type not in {*SPECIAL_INPUTS, *ONE_SEQUENCE}:
+        return padded(model)
+    if auto_class == "AutoModelForSeq2SeqLM":
+        return padded(model) | {"decoder_input_ids": random_ids(2, 5, seed=3)}
+    is_text = auto_class == "AutoModelForImageTextToText" and model_type not in NEVER_ALONE
+    return padded(model) if is_text and not model.config.is_encoder_decoder else None

@@ -1,0 +1,72 @@
+"""The small files beside weights (tokenizer, processor, chat template) before transformers reads them.
+
+Knows their names and how large they get. Refuses to know what is in them: a pass over their bytes says whether reading
+them would cost more than it ever does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from airstream.checkpoint.foreign import open_regular, read_regular
+from airstream.checkpoint.foreign_json import CONFIG, Kind, check_json
+from airstream.checkpoint.impostors import HEAD_BYTES, LFS_POINTER, complaint
+from airstream.errors import CheckpointError
+
+VOCABULARY = Kind("a tokenizer", 640 << 20)
+"""The largest has 33 MB, 262,000 entries and twice as many merges. transformers' own reader takes as much."""
+
+SETTINGS = Kind(CONFIG.name, 96 << 20)
+"""Some list thousands of tokens."""
+
+KINDS: Mapping[re.Pattern[str], Kind] = {
+    re.compile(r"(tokenizer|vocab|tekken|.*_vocab)\.json"): VOCABULARY,
+    re.compile(r".*(token|processor|template|config).*\.json"): SETTINGS,
+}
+"""Files of JSON that transformers reads, by their names; the first that fits counts."""
+
+OTHERS = (".model", ".txt", ".jinja", ".tiktoken", ".spm", ".bpe")
+"""How the names of its other files end."""
+
+MAX_BYTES = 64 << 20
+"""Of these."""
+
+
+def check_small_files(folder: Path) -> None:
+    """Refuse whatever in `folder` no tokenizer or processor can be made of, before that is tried.
+
+    Raises:
+        CheckpointError: the message names the file.
+    """
+    for file in sorted(folder.iterdir()):
+        kind = next((kind for pattern, kind in KINDS.items() if pattern.fullmatch(file.name)), None)
+        if not file.is_file():
+            continue  # transformers does not read it either
+        if kind is not None:
+            _check_json(file, kind)
+        elif file.suffix in OTHERS:
+            _check_other(file)
+
+
+def _check_json(file: Path, kind: Kind) -> None:
+    raw = read_regular(file, kind.max_bytes, kind.name)
+    if raw.lstrip()[:1] not in (b"{", b"[") and (said := complaint(file, raw[:HEAD_BYTES], "")):
+        raise CheckpointError(said)
+    try:
+        check_json(raw, kind)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not {kind.name}: {error}. Download it again") from None
+
+
+def _check_other(file: Path) -> None:
+    size = file.stat().st_size
+    if size > MAX_BYTES:
+        raise CheckpointError(
+            f"{file} has {size:,} bytes: it is nothing of a tokenizer, which has {MAX_BYTES:,} at most"
+        )
+    with open_regular(file) as stream:
+        head = stream.read(HEAD_BYTES)
+    if head.startswith(LFS_POINTER):  # all else may be what it should be: text
+        raise CheckpointError(str(complaint(file, head, "")))

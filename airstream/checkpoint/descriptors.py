@@ -1,0 +1,69 @@
+"""A bounded number of open files: systems allow 256 in all, and checkpoints come in hundreds of shards.
+
+Knows descriptors, who uses them, and which was used longest ago. Refuses to know how a file is opened and read.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+MAX_OPEN_FILES = 64
+"""Of one reader. A checkpoint of more shards opens each again once a pass, which costs microseconds."""
+
+
+class Opens(Protocol):
+    """A file that can be opened, and opened again after that has been closed."""
+
+    def open_descriptor(self) -> int:
+        """A new descriptor of it; whoever asks closes it."""
+
+
+@dataclass(slots=True)
+class _Open:
+    descriptor: int
+    num_users: int = 0
+
+
+class Descriptors:
+    """Keeps at most `limit` files open, and one more for each thread while all of them are in use.
+
+    What nobody uses, and was used longest ago, is closed for another file. All methods may be called from any thread.
+    """
+
+    def __init__(self, limit: int = MAX_OPEN_FILES) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._files: dict[Opens, _Open] = {}  # used longest ago first
+
+    @contextmanager
+    def of(self, file: Opens) -> Iterator[int]:
+        """The descriptor of `file`, open for as long as this lasts. Raises what opening it raises."""
+        with self._lock:
+            entry = self._files.pop(file, None)
+            if entry is None:
+                self._make_room()
+                entry = _Open(file.open_descriptor())
+            self._files[file] = entry
+            entry.num_users += 1
+        try:
+            yield entry.descriptor
+        finally:
+            with self._lock:
+                entry.num_users -= 1
+
+    def close(self, file: Opens) -> None:
+        """Close `file`, if it is open. Nobody may be using it."""
+        with self._lock:
+            entry = self._files.pop(file, None)
+        if entry is not None:
+            os.close(entry.descriptor)
+
+    def _make_room(self) -> None:
+        idle = [file for file, entry in self._files.items() if not entry.num_users]
+        for file in idle[: max(0, len(self._files) + 1 - self._limit)]:
+            os.close(self._files.pop(file).descriptor)

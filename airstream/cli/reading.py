@@ -1,0 +1,61 @@
+"""What a user types: with the keys of a line editor where Python has one, over several lines where it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+
+QUOTES, CONTINUED = '"""', "\\"
+PROMPT, MORE = "> ", ". "
+
+
+def typed() -> Iterator[str]:
+    """Texts from standard input until it ends. On a terminal, Ctrl-C forgets what has been typed of one.
+
+    Three double quotes begin and end a text of several lines, and so does a backslash that ends a line.
+    """
+    is_terminal = sys.stdin.isatty()
+    if is_terminal:
+        with suppress(ImportError):
+            importlib.import_module("readline")  # from then on `input` edits lines and remembers them
+    read = _ask if is_terminal else _next_line
+    while True:
+        try:
+            text = _one_text(read)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            if not is_terminal:
+                raise
+            print("\n(Ctrl-D or /exit ends the chat)", file=sys.stderr)
+            continue
+        if text.strip():
+            yield text.strip()
+
+
+def _one_text(read: Callable[[str], str]) -> str:
+    """What the next lines say together. Where they end too early, what there is of them counts."""
+    line = read(PROMPT)
+    is_quoted = line.lstrip().startswith(QUOTES)
+    lines = [line.lstrip().removeprefix(QUOTES) if is_quoted else line]
+    with suppress(EOFError):
+        while is_quoted and not lines[-1].rstrip().endswith(QUOTES):
+            lines.append(read(MORE))
+        while not is_quoted and lines[-1].endswith(CONTINUED):
+            lines[-1] = lines[-1].removesuffix(CONTINUED)
+            lines.append(read(MORE))
+    text = "\n".join(lines)
+    return text.rstrip().removesuffix(QUOTES) if is_quoted else text
+
+
+def _ask(prompt: str) -> str:
+    return input(prompt)
+
+
+def _next_line(_: str) -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n").removesuffix("\r")

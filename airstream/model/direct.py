@@ -1,0 +1,53 @@
+"""Calls of layers, and of parts of layers, that come from outside any call of the model.
+
+Only hooks see such a call: the one before it takes the turn, the one behind it, which also runs after an error, gives
+it back. After an interrupt, which hooks do not see, the turn is free once the thread has left the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from airstream.errors import UnsupportedError
+from airstream.model.gate import Gate
+
+
+class Direct:
+    """The call that is under way, if there is one. Only the thread that has the turn may look at it."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.module: nn.Module | None = None
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the calling thread is in a call already: of the model, or of a layer."""
+        return self._gate.turns.is_mine
+
+    def start(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        """`module` is called with `args`. Blocks until it may begin."""
+        if torch.is_grad_enabled() and any(isinstance(value, torch.Tensor) and value.requires_grad for value in args):
+            raise UnsupportedError(
+                "a streamed layer computes no gradients, for its weights do not stay: call it under torch.no_grad(), "
+                "or with inputs that do not ask for a gradient"
+            )
+        self._gate.enter()
+        self.module = module
+
+    def end(self) -> None:
+        """It is over."""
+        self.module = None
+        self._gate.leave()
+
+
+def refuse_when_closed(modules: Iterable[nn.Module], gate: Gate) -> None:
+    """Let `modules`, which are about to lose their weights for good, say that the model is closed."""
+
+    def check(*_: object) -> None:
+        gate.check_open()
+
+    for module in modules:
+        module.register_forward_pre_hook(check, prepend=True)

@@ -1,0 +1,44 @@
+"""What a model begins anew in a forked child, and where it cannot."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from airstream.errors import UnsupportedError
+from airstream.forks import FORKED_INSIDE
+from airstream.model.executor import Executor
+from airstream.model.generations import Generations
+from airstream.model.observer import Observer
+from airstream.turns import Turns
+
+logger = logging.getLogger(__name__)
+
+
+def begin_anew(
+    device: torch.device, turns: Turns, generations: Generations, observer: Observer, executor: Executor | None
+) -> None:
+    """Forget the parent's threads, and what they were at; read anew. What stays in memory is shared with the parent.
+
+    Raises:
+        UnsupportedError: the parent was computing, or does so on an accelerator.
+    """
+    if device.type != "cpu":
+        raise UnsupportedError(
+            f"a model on {device} does not work in a forked process, as nothing on a device does: load it in the "
+            "child, or start that with multiprocessing's 'spawn'"
+        )
+    if turns.is_taken:
+        raise UnsupportedError(FORKED_INSIDE)
+    turns.after_fork()
+    generations.after_fork()
+    observer.after_fork()
+    if torch.get_num_threads() > 1:
+        logger.warning(
+            "a forked process: the threads that torch computes with are not here, and it would wait for them for ever. "
+            "It computes on one thread; torch.set_num_threads() makes it more, if the parent has computed nothing"
+        )
+        torch.set_num_threads(1)
+    if executor is not None:
+        executor.after_fork()

@@ -1,0 +1,129 @@
+"""The way into a model: one thread at a time, while it is open, in the process that it works in.
+
+Knows when to let in, and what has to be done on the way out. Refuses to know what is done inside.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from airstream.errors import ClosedError
+from airstream.forks import Forks
+from airstream.turns import Turns, is_running
+
+REST_SECONDS = 5.0
+"""How long the end of a process waits for threads that generate."""
+
+
+class Gate:
+    """Whoever uses the model is inside while they do.
+
+    Args:
+        ready: called whenever somebody comes in.
+        let_go: called when the outermost use has failed.
+        after_fork: called in a forked child before anybody comes in; raises if the model does not work there.
+
+    Attributes:
+        closing: what is given back when the gate has closed and nobody is inside.
+    """
+
+    def __init__(self, ready: Callable[[], None], let_go: Callable[[], None], after_fork: Callable[[], None]) -> None:
+        self.turns = Turns()
+        self.closing = ExitStack()
+        self._ready = ready
+        self._let_go = let_go
+        self._after_fork = after_fork
+        self._forks = Forks()
+        self._closed = False
+        self._is_abandoned = False
+        self._resting: set[int] = set()
+        self._rested = threading.Condition()
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Around every use of the model. Blocks until it is this thread's turn. No autograd."""
+        self._forks.settle(self._after_fork)
+        try:
+            with self.turns.hold(), self._leaving(), torch.no_grad():
+                self.check_open()
+                self._ready()
+                yield
+        except ClosedError:
+            self._rest_if_abandoned()
+            raise
+
+    def enter(self) -> None:
+        """Come in where no `with` can be, in the hook of a module. `leave` goes out again, also after an error."""
+        self._forks.settle(self._after_fork)
+        self.turns.enter(_is_in_a_module)
+        if self._closed:
+            self.leave()
+        self.check_open()
+
+    def leave(self) -> None:
+        """Go out where `enter` came in."""
+        if self._closed and self.turns.depth == 1:
+            self.closing.close()
+        self.turns.leave()
+        if self._closed:
+            self._rest_if_abandoned()
+
+    def check_open(self) -> None:
+        """Raise ClosedError if it is closed."""
+        if self._closed:
+            self._rest_if_abandoned()
+            raise ClosedError("the model is closed: load it again with from_pretrained()")
+
+    def shut(self, is_abandoned: bool = False) -> None:
+        """Let nobody in from now on. `finish_closing` does the rest.
+
+        Args:
+            is_abandoned: no thread will look at what its call raises.
+        """
+        self._closed = True
+        self._is_abandoned |= is_abandoned
+        if self._forks.is_child:
+            self.turns.after_fork()
+
+    def finish_closing(self) -> None:
+        """Wait until nobody is inside, and give everything back; if the caller is inside, when it comes out."""
+        with self.turns.hold(), self._leaving():
+            pass
+
+    def wait_for_rest(self, threads: Collection[int]) -> None:
+        """Wait until `threads`, which generate, have come to rest: torch aborts a process that ends while they compute.
+
+        Not for long: one may be in somebody else's code, and stay there.
+        """
+        with self._rested:
+            self._rested.wait_for(lambda: self._resting.issuperset(threads), timeout=REST_SECONDS)
+
+    def _rest_if_abandoned(self) -> None:
+        """The interpreter ends, and its daemon threads with it: there is nobody to be told that the model is closed."""
+        if self._is_abandoned and threading.current_thread().daemon and not self.turns.is_mine:
+            with self._rested:
+                self._resting.add(threading.get_ident())
+                self._rested.notify_all()
+            threading.Event().wait()
+
+    @contextmanager
+    def _leaving(self) -> Iterator[None]:
+        is_outermost = self.turns.depth == 1
+        try:
+            yield
+        except BaseException:
+            if is_outermost:
+                self._let_go()
+            raise
+        finally:
+            if is_outermost and self._closed:
+                self.closing.close()
+
+
+def _is_in_a_module(thread: int) -> bool:
+    """Whether `thread` is inside a call of any module."""
+    return is_running(torch.nn.Module._call_impl.__code__, thread)

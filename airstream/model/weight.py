@@ -1,0 +1,83 @@
+"""A weight in memory: a view of memory that is the engine's, which therefore must notice when somebody writes to it.
+
+torch counts the changes in place of every tensor (`_version`), those through its views and detached twins as well. Each
+weight has a count of its own, though all of a slab share their memory: reads that fill the slab do not count. `.data`,
+by which torch steps around the count, is a twin here, and cannot be set. Costs nothing while the model computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from airstream.model.absent import refuse_change, refuse_remaking, refuse_storage
+from airstream.model.stored import Stored
+
+
+class Weight(torch.Tensor):
+    """A view of memory that holds the values of `stored`.
+
+    Attributes:
+        accepted: the changes in place that have left the checkpoint's values.
+    """
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as nn.Parameter has it
+    stored: Stored
+    accepted: int
+    _is_param = False  # what `isinstance(..., nn.Parameter)` looks for
+
+    @staticmethod
+    def __new__(cls, *_: Any, **__: Any) -> Weight:
+        refuse_remaking()
+
+    @property
+    def is_touched(self) -> bool:
+        """Whether it has been written to since its values were last known to be the checkpoint's."""
+        return self._version != self.accepted
+
+    def detach(self) -> Weight:
+        return _make(torch.Tensor._make_subclass(Weight, super().detach()), self.stored, False)
+
+    @property
+    def data(self) -> Weight:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        """The same values alone: some layers cast their weights when they first compute."""
+        if value.shape != self.shape or not torch.equal(value, self.to(value.dtype)):
+            refuse_change(self.stored.name)
+        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]  # torch has it as an attribute
+        self.accepted = self._version
+
+    def untyped_storage(self) -> NoReturn:
+        refuse_storage(self.stored.name)
+
+    def storage(self) -> NoReturn:
+        refuse_storage(self.stored.name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self._plain(self.clone())
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled, it is an ordinary tensor, without its neighbours in memory."""
+        return self._plain(self.clone()).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def _plain(self, values: torch.Tensor) -> torch.Tensor:
+        return nn.Parameter(values, requires_grad=False) if self._is_param else values
+
+
+def weight_of(view: torch.Tensor, stored: Stored, is_parameter: bool) -> torch.Tensor:
+    """`view` as a weight that counts its own changes. A device whose tensors have a class of their own keeps that."""
+    if type(view) is not torch.Tensor:
+        return nn.Parameter(view, requires_grad=False) if is_parameter else view
+    return _make(torch.Tensor._make_subclass(Weight, view.data), stored, is_parameter)
+
+
+def _make(weight: Any, stored: Stored, is_parameter: bool) -> Weight:
+    weight.stored, weight._is_param, weight.accepted = stored, is_parameter, weight._version
+    return weight

@@ -1,0 +1,141 @@
+"""What other tools do with a model: copy it, save it, move it, put it into modules and pipelines of theirs."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file, save_model
+from torch import nn
+from transformers import pipeline
+
+from airstream import UnsupportedError
+from tests.conftest import Resident, WriteTiny, stream
+from tests.tiny_models import VOCAB_SIZE
+
+FP32 = torch.float32
+IDS = torch.randint(3, VOCAB_SIZE, (1, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module", params=["streamed", "not loaded yet", "resident"])
+def model(request: pytest.FixtureRequest, tiny: WriteTiny) -> Iterator[Any]:
+    options = {} if request.param == "streamed" else {"max_memory": "1GiB"}
+    with stream(tiny("llama-tied", FP32), **options) as model:
+        if request.param == "resident":
+            model(IDS)
+        yield model
+
+
+@pytest.fixture
+def reference(resident: Resident) -> Any:
+    return resident("llama-tied", FP32, FP32)
+
+
+def save_object(thing: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+WHOLE: Mapping[str, tuple[Callable[[Any, Path], Any], str]] = {
+    "deepcopy": (lambda model, file: copy.deepcopy(model), r"load a second one with from_pretrained\(\)"),
+    "deepcopy of the base model": (lambda model, file: copy.deepcopy(model.base_model), "load a second one"),
+    "deepcopy of what it is in": (lambda model, file: copy.deepcopy(nn.Sequential(model)), "load a second one"),
+    "copy": (lambda model, file: copy.copy(model), "load a second one"),
+    "pickle": (lambda model, file: pickle.dumps(model), "load a second one"),
+    "torch.save": (lambda model, file: torch.save(model, file), "load a second one"),
+    "save_model": (lambda model, file: save_model(model, str(file)), r"weight\.clone\(\) for name"),
+    "save_file": (lambda model, file: save_file(model.state_dict(), file), r"weight\.clone\(\) for name"),
+    "another of its class": (lambda model, file: type(model)(model.config), r"AutoModel\.from_pretrained"),
+    "share_memory of what it is in": (lambda model, file: nn.Sequential(model).share_memory(), "device="),
+    "half of what it is in": (lambda model, file: nn.Sequential(model).half(), "dtype="),
+    "to_empty of what it is in": (lambda model, file: nn.Sequential(model).to_empty(device="cpu"), "device="),
+    "zeros by what it is in": (lambda model, file: nn.Sequential(model)._apply(lambda each: each.zero_()), "device="),
+    "train of what it is in": (lambda model, file: nn.Sequential(model).train(), "fine-tune"),
+}
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_refused_with_the_remedy(model: Any, reference: Any, tmp_path: Path, what: str) -> None:
+    use, remedy = WHOLE[what]
+    with pytest.raises(UnsupportedError, match=remedy):
+        use(model, tmp_path / "file")
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+def test_state_dicts_have_the_values(model: Any, reference: Any, tmp_path: Path) -> None:
+    expected = reference.state_dict()
+    copies = {name: weight.clone() for name, weight in model.state_dict().items()}
+    save_file(copies, tmp_path / "file.safetensors")
+    for got in (
+        copies,
+        copy.deepcopy(model.state_dict()),
+        pickle.loads(pickle.dumps(model.state_dict())),
+        save_object(model.state_dict()),
+        load_file(tmp_path / "file.safetensors"),
+    ):
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_parts_can_be_copied(model: Any, reference: Any) -> None:
+    """With weights of their own, and without hooks."""
+    hidden = torch.randn(2, 3, 64)
+    for copied in (copy.deepcopy(model.lm_head), pickle.loads(pickle.dumps(model.lm_head))):
+        assert torch.equal(copied(hidden), reference.lm_head(hidden))
+        nn.init.zeros_(copied.weight)
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+def test_rows_of_the_lm_head(model: Any, reference: Any) -> None:
+    """Trainers look at a few of them."""
+    for module, same in ((model.lm_head, reference.lm_head), (model.model.embed_tokens, reference.model.embed_tokens)):
+        assert torch.equal(module.weight[:2], same.weight[:2])
+        assert torch.equal(module.weight[-1], same.weight[-1])
+        assert torch.equal(module.weight[5, :3], same.weight[5, :3])
+        with pytest.raises(IndexError):
+            module.weight[VOCAB_SIZE]
+
+
+@pytest.mark.parametrize("device", ["cpu", -1, torch.device("cpu"), None], ids=str)
+def test_pipeline(model: Any, reference: Any, device: Any) -> None:
+    def write(model: Any, tokenizer: Any) -> Any:
+        writer = pipeline("text-generation", model=model, tokenizer=tokenizer, device=device)
+        return writer("w5 w77 w20", do_sample=False, max_new_tokens=4)
+
+    assert write(model, model.tokenizer) == write(reference, model.tokenizer)
+
+
+class Pooling(nn.Module):
+    """As libraries of embeddings have it: one of several modules in a row."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids).last_hidden_state.mean(1)
+
+
+def test_a_module_of_several(model: Any, reference: Any) -> None:
+    own = nn.Linear(64, 8)
+    ours = nn.Sequential(Pooling(model.base_model), own).to("cpu").to(torch.device("cpu"), FP32).float().cpu().eval()
+    with torch.no_grad():
+        assert torch.equal(ours(IDS), own(Pooling(reference.base_model)(IDS)))
+    assert nn.Sequential(model).to("cpu").eval().requires_grad_(False)[0] is model
+
+
+@pytest.mark.parametrize("tool", ["cpu_offload", "disk_offload"])
+def test_tools_that_move_weights(model: Any, reference: Any, tmp_path: Path, tool: str) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    arguments = [tmp_path] if tool == "disk_offload" else []
+    with pytest.raises(UnsupportedError, match=rf"such as accelerate's cpu_offload: .*{re.escape('max_memory=')}"):
+        getattr(accelerate, tool)(model, *arguments)
