@@ -92,8 +92,7 @@ class AutoModel:
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
             attn_implementation, ...: the others are as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
-            progress: a live line while loading, in the prompt, and with each token; "auto" shows it in notebooks and on
-                terminals, but not while a streamer prints there; True also where standard error is redirected.
+            progress: a live line about loading, prompt and tokens; "auto" shows it in notebooks and on terminals.
             foreign: other libraries' arguments: honoured, let pass if they change nothing, or refused with a remedy.
 
         Blocks until the first layers are being read; the download, if there is one, included.

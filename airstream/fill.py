@@ -13,7 +13,8 @@ from functools import partial
 import torch
 
 from airstream.backend.base import Backend, ReadyMemory
-from airstream.checkpoint.reader import Job, Landing, OnDone, Piece, Reader
+from airstream.checkpoint.jobs import Job, OnDone
+from airstream.checkpoint.reader import Landing, Piece, Reader
 from airstream.slab import Slab
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from airstream.probe import DISK
+from airstream.probe import DISK, HOST_MEMORY, now
 from airstream.units import format_bytes, format_rate, format_seconds
 
 
@@ -61,3 +61,23 @@ class MeasuredLink:
         if rate is None:
             return "nothing is streamed: all weights stay where they compute"
         return f"{format_rate(rate)} from {self.link} ({format_bytes(self.nbytes)} in {format_seconds(self.seconds)})"
+
+
+class LinkMeter:
+    """Measures what moves from when it is made on. Whoever asks has waited until nothing moves, before and after."""
+
+    def __init__(self, stats: StreamStats) -> None:
+        self._stats = stats
+        self._before = stats.streamed_bytes, stats.host_bytes
+        self._started = now()
+
+    def measured(self) -> MeasuredLink:
+        """What has moved since then."""
+        seconds = now() - self._started
+        read_bytes, host_bytes = self._before
+        moved = {
+            self._stats.source: self._stats.streamed_bytes - read_bytes,
+            HOST_MEMORY: self._stats.host_bytes - host_bytes,
+        }
+        sources = [source for source, nbytes in moved.items() if nbytes]
+        return MeasuredLink(" and ".join(sources) or None, sum(moved.values()), seconds)

@@ -19,27 +19,27 @@ from typing import Any
 import torch
 
 from airstream.backend.base import Backend
-from airstream.checkpoint.reader import ReadCancelled, Reader
+from airstream.checkpoint.jobs import ReadCancelled
+from airstream.checkpoint.reader import Reader
 from airstream.errors import ClosedError, UnsupportedError
 from airstream.fill import Fill, Filling
 from airstream.forks import FORKED_INSIDE, Forks
 from airstream.order import AccessOrder
-from airstream.probe import HOST_MEMORY, Probe
+from airstream.probe import Probe
 from airstream.region import Region
 from airstream.ring import Ring, room_sizes
-from airstream.stats import MeasuredLink, StreamStats
+from airstream.stats import LinkMeter, MeasuredLink, StreamStats
 
 
 class Streamer:
     """Brings layer batches, as `fills` say, through a ring of `ring_bytes` on the device, up to `prefetch` ahead.
 
     With `prefetch=0` nothing is read before it is asked for: the synchronous path. What a batch keeps in memory comes
-    along when the batch is first read; a batch that has nothing left to stream is then no longer read ahead.
+    along when the batch is first read; a batch that has nothing left to stream is then no longer read ahead. `order` is
+    that in which to begin, until another one is observed: as they are listed, if it is not given.
 
-    `order` is that in which to begin, until another one is observed: as they are listed, if it is not given.
-
-    Peak device bytes: `ring_bytes`. Owns no thread of its own: reads run on the reader's threads, and whoever frees
-    room in the ring starts the next one. All methods may be called from any thread.
+    Peak device bytes: `ring_bytes`. Reads run on the reader's threads; whoever frees room in the ring starts the next
+    one. All methods may be called from any thread.
     """
 
     def __init__(
@@ -117,40 +117,31 @@ class Streamer:
     def measure_link(self) -> MeasuredLink:
         """Stream every batch once without computing: from when nothing moves until nothing moves any more.
 
-        This is the raw link: what streaming would run at if computation took no time. What is loaded just once, and
-        what has been read ahead, is out of the way first, so that it does not count; what is read ahead at the end
-        does instead. Blocks for all of that, copies to the device included: those that are queued have not arrived.
+        What is loaded just once, and what has been read ahead, is out of the way first, so that it does not count; what
+        is read ahead at the end does instead. Blocks for all of that, copies to the device included.
         """
         for batch, fill in enumerate(self._fills):
             if not all(kept.loaded for kept in fill.kept) or not all(ready.loaded for ready in fill.ready):
                 self._pass_through(batch)
         self.start()
         streamed = [batch for batch, fill in enumerate(self._fills) if fill.slab.nbytes]
-        coming = next((batch for batch in self._order.upcoming() if batch in streamed), None)
-        first = streamed.index(coming) if coming is not None else 0
+        first = next((streamed.index(batch) for batch in self._order.upcoming() if batch in streamed), 0)
         self._wait_until_quiet()
-        read_bytes, host_bytes, started = self.stats.streamed_bytes, self.stats.host_bytes, time.perf_counter()
+        meter = LinkMeter(self.stats)
         for batch in (*streamed[first:], *streamed[:first]):
             self._pass_through(batch)
         self._wait_until_quiet()
-        seconds = time.perf_counter() - started
-        moved = {
-            self.stats.source: self.stats.streamed_bytes - read_bytes,
-            HOST_MEMORY: self.stats.host_bytes - host_bytes,
-        }
-        sources = [source for source, nbytes in moved.items() if nbytes]
-        return MeasuredLink(" and ".join(sources) or None, sum(moved.values()), seconds)
+        return meter.measured()
 
     def _wait_until_quiet(self) -> None:
         """Until nothing that has been begun is under way, neither reads nor copies."""
         with self._changed:
-            self._wait_for_fills()
+            self._wait_for_fills()  # it knows of reads; the backend knows of pinning and copies
         self._backend.settle()
         self._backend.synchronize()
 
     def _wait_for_fills(self) -> None:
-        while any(region.filling for region in self._regions.values()):
-            self._changed.wait()
+        self._changed.wait_for(lambda: not any(region.filling for region in self._regions.values()))
 
     def _pass_through(self, batch: int) -> None:
         self.acquire(batch)

@@ -198,7 +198,7 @@ def test_a_corrupt_header(checkpoint: Path, place: int) -> None:
 def test_a_shard_that_git_lfs_did_not_fetch(checkpoint: Path) -> None:
     shard = shards(checkpoint)[0]
     shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 988097824\n")
-    refused(checkpoint, CheckpointError, str(shard), "not a complete safetensors file")
+    refused(checkpoint, CheckpointError, str(shard), "git-lfs", "git lfs install")
 
 
 def test_an_index_that_points_elsewhere(checkpoint: Path) -> None:
@@ -211,7 +211,7 @@ def test_pickled_weights_that_are_none(checkpoint: Path) -> None:
     for file in [*shards(checkpoint), checkpoint / "model.safetensors.index.json"]:
         file.unlink()
     (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
-    refused(checkpoint, CheckpointError, str(checkpoint / "pytorch_model.bin"), "torch.save")
+    refused(checkpoint, CheckpointError, str(checkpoint / "pytorch_model.bin"), "is text", "Download it again")
 
 
 def test_no_weights_at_all(checkpoint: Path) -> None:

@@ -12,7 +12,8 @@ import torch
 
 from airstream.backend import CpuBackend
 from airstream.checkpoint.files import PAGE_BYTES, WeightFile
-from airstream.checkpoint.reader import Piece, ReadCancelled, Reader
+from airstream.checkpoint.jobs import ReadCancelled
+from airstream.checkpoint.reader import Piece, Reader
 from airstream.errors import ReadError
 from airstream.fill import Fill, Filling, Kept
 from airstream.slab import Slab

@@ -136,7 +136,7 @@ def test_a_script_for_accelerate_runs_unchanged(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tiny("llama", torch.float32)
-    with AutoModel.from_pretrained(folder) as ours:
+    with AutoModel.from_pretrained(folder, device="cpu") as ours:
         expected = ours(IDS).logits
     with AutoModel.from_pretrained(
         folder, torch_dtype=torch.float32, device_map="cpu", low_cpu_mem_usage=True, offload_folder="never",
@@ -174,7 +174,10 @@ def halved(folder: Path, to: Path, name: str) -> None:
 def test_a_variant_is_other_weights_of_the_same_model(tiny: WriteTiny, tmp_path: Path) -> None:
     folder = copied(tiny("llama", torch.float32), tmp_path)
     halved(folder, folder, "model.fp16.safetensors")
-    with AutoModel.from_pretrained(folder) as one, AutoModel.from_pretrained(folder, variant="fp16") as other:
+    with (
+        AutoModel.from_pretrained(folder, device="cpu") as one,
+        AutoModel.from_pretrained(folder, device="cpu", variant="fp16") as other,
+    ):
         assert torch.equal(one.model.norm.weight / 2, other.model.norm.weight)
         assert not torch.equal(one(IDS).logits, other(IDS).logits)
     with pytest.raises(CheckpointNotFoundError, match=r"variant='bf16': expected model\.bf16\.safetensors"):
@@ -184,7 +187,10 @@ def test_a_variant_is_other_weights_of_the_same_model(tiny: WriteTiny, tmp_path:
 def test_a_subfolder_has_a_model_of_its_own(tiny: WriteTiny, tmp_path: Path) -> None:
     folder = copied(tiny("llama", torch.float32), tmp_path)
     halved(folder, folder / "half", "model.safetensors")
-    with AutoModel.from_pretrained(folder) as one, AutoModel.from_pretrained(folder, subfolder="half") as other:
+    with (
+        AutoModel.from_pretrained(folder, device="cpu") as one,
+        AutoModel.from_pretrained(folder, device="cpu", subfolder="half") as other,
+    ):
         assert torch.equal(one.model.norm.weight / 2, other.model.norm.weight)
     with pytest.raises(CheckpointNotFoundError, match="has no folder 'quarter', which subfolder= names"):
         AutoModel.from_pretrained(folder, subfolder="quarter")

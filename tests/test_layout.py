@@ -38,7 +38,7 @@ from airstream.layout import read_specs
 from airstream.pieces import TORCH_DTYPES
 from airstream.slab import MAX_GAP_BYTES, Slab, pack
 from airstream.tensors import TensorSpec
-from airstream.tracing import trace
+from airstream.tracing import Known, trace
 
 BOTH = [CpuBackend.packing, AcceleratorBackend.packing]
 BOTH_PACKINGS = pytest.mark.parametrize("packing", BOTH, ids=["in place", "aligned"])
@@ -499,7 +499,7 @@ def test_what_a_converter_hands_on_lies_where_the_file_has_it(kind: str, stored:
     index = {"in": StoredTensor("in", Path("a"), IN_FILE, nbytes, stored, (ROWS, COLUMNS))}
     targets = {name: value.to("meta") for name, value in make(torch.zeros(ROWS, COLUMNS)).items()}
     wanted = dict.fromkeys(targets, torch.float32)
-    specs = trace(OneConverter(make), "out", [("in", "a pattern")], index, targets, wanted, {})  # type: ignore[arg-type]
+    specs = trace(OneConverter(make), "out", [("in", "a pattern")], index, targets, wanted, Known())  # type: ignore[arg-type]
     assert {spec.name for spec in specs} == expected.keys()
     for spec in specs:
         place, is_bytes = expected[spec.name]

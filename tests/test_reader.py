@@ -21,7 +21,8 @@ from airstream.backend.host_memory import HostBuffer
 from airstream.backend.landing import HostLanding, Staging
 from airstream.checkpoint import files
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.reader import Cast, Job, Piece, ReadCancelled, Reader, split
+from airstream.checkpoint.jobs import Job, ReadCancelled
+from airstream.checkpoint.reader import Cast, Piece, Reader, split
 from airstream.errors import CheckpointError, CheckpointNotFoundError, ClosedError, ReadError
 
 FILE_BYTES = 200_001  # ends neither on a page nor on a sector

@@ -354,7 +354,7 @@ def test_copies_that_are_not_bytes_to_the_device_are_refused(sim: SimDevice) -> 
 
 def test_it_is_a_runtime(sim: SimDevice) -> None:
     runtime: Runtime = SimRuntime(sim, pinnable=False)
-    buffer: Any = object()
+    buffer = torch.zeros(8, dtype=torch.uint8)
     assert runtime.device == sim.device
     assert not runtime.pin(buffer)
     assert SimRuntime(sim).pin(buffer)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from airstream.backend import CpuBackend
 from airstream.checkpoint import files
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.reader import Job, Landing, Piece, ReadCancelled, Reader
+from airstream.checkpoint.jobs import Job, ReadCancelled
+from airstream.checkpoint.reader import Landing, Piece, Reader
 from airstream.errors import ClosedError, ReadError
 from airstream.fill import Fill
 from airstream.probe import DISK

@@ -26,11 +26,8 @@ from airstream.units import format_bytes, round_up
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
-
-MAX_NAME_BYTES = 65535
-MAX_DIMENSIONS = 4
-MAX_DEPTH = 4
-"""Of arrays in arrays."""
+MAX_NAME_BYTES, MAX_DIMENSIONS = 65535, 4
+MAX_ARRAY_DEPTH = 4
 
 MAX_TENSORS = 65_536
 """In one file. Experts are merged, so that the largest models have a few thousand."""
@@ -40,9 +37,8 @@ MAX_WORK = 2_000_000
 262,144 entries and twice as many merges."""
 
 MAX_ALIGNMENT = 1 << 20
-
-SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 STRING, ARRAY = 8, 9
+SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 
 TYPES: Mapping[int, str] = {
     0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16",
@@ -53,9 +49,7 @@ TYPES: Mapping[int, str] = {
 }  # fmt: skip
 """Names of the types, by their number: airstream's own for plain numbers, those of `BLOCK_TYPES` for blocks."""
 
-_Entry = tuple[str, tuple[int, ...], str, int]
-"""Name, shape as in torch, type and offset of a tensor."""
-
+_Entry = tuple[str, tuple[int, ...], str, int]  # name, shape as in torch, type and offset of a tensor
 KEPT = ("general.architecture", "general.alignment", "split.no", "split.count", "split.tensors.count")
 
 
@@ -244,8 +238,8 @@ class _Parser:
         return 1
 
     def _skip_array(self, depth: int) -> int:
-        if depth == MAX_DEPTH:
-            raise self._fault(f"its metadata has arrays more than {MAX_DEPTH} deep")
+        if depth == MAX_ARRAY_DEPTH:
+            raise self._fault(f"its metadata has arrays more than {MAX_ARRAY_DEPTH} deep")
         kind, count = self._number("<I"), self._number("<Q")
         if kind in SCALARS:
             self._take_over(count * struct.calcsize(SCALARS[kind]))

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from airstream.checkpoint.descriptors import MAX_OPEN_FILES, Descriptors
 from airstream.checkpoint.files import EdgePages, WeightFile
+from airstream.checkpoint.jobs import Errand, Job, OnDone, ReadCancelled
 from airstream.codecs import BLOCK_TYPES
 from airstream.errors import ClosedError
 from airstream.forks import Forks
@@ -66,10 +67,6 @@ class Piece:
         return self.nbytes // self.cast.source_item_bytes * self.cast.target_item_bytes
 
 
-class ReadCancelled(Exception):  # noqa: N818 - it is not an error: somebody asked for it
-    """A job was cancelled before all of it had been read."""
-
-
 class Landing(Protocol):
     """Where bytes land. Both methods are called by worker `worker`, one piece at a time, and may block.
 
@@ -82,46 +79,6 @@ class Landing(Protocol):
 
     def landed(self, worker: int, piece: Piece, direct: bool) -> None:
         """The window of `piece` has been filled."""
-
-
-OnDone = Callable[[BaseException | None], None]
-"""What is called, once, by a reader thread, when a job has ended: with None, or with its first error."""
-
-Errand = Callable[[int], None]
-"""Something a reader thread does besides reading; it is given its number."""
-
-
-class Job:
-    """Reads, or errands, that belong together."""
-
-    def __init__(self, num_steps: int, on_done: OnDone) -> None:
-        self._on_done = on_done
-        self._lock = threading.Lock()
-        self._open = num_steps
-        self._error: BaseException | None = None
-        self.cancelled = False
-
-    def cancel(self) -> None:
-        """Skip what has not been read yet. `on_done` is still called, with ReadCancelled if anything was skipped."""
-        self.cancelled = True
-
-    @property
-    def skips(self) -> bool:
-        """Whether what is left of this job need not be read."""
-        return self.cancelled or self._error is not None
-
-    def finished_one(self, error: BaseException | None) -> None:
-        with self._lock:
-            self._error = self._error or error
-            self._open -= 1
-            last = self._open == 0
-        if last:
-            on_done, self._on_done = self._on_done, _nothing  # an error's traceback refers to this job: no cycles
-            on_done(self._error)
-
-
-def _nothing(_: BaseException | None) -> None:
-    pass
 
 
 _Step = Callable[[int, "EdgePages"], None]

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from airstream.errors import UnsupportedError
 from airstream.model.stored import FetchRows, Stored
@@ -90,7 +91,7 @@ class Absent(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        absent = next(value for value in (*args, *kwargs.values()) if isinstance(value, Absent))
+        absent = next(value for value in tree_leaves((args, kwargs)) if isinstance(value, Absent))
         if func in (ATEN.detach.default, ATEN.alias.default):  # asked for by whatever lists parameters
             return absent
         if func is TO_COPY and kwargs.get("device") == torch.device("meta"):

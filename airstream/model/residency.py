@@ -106,6 +106,7 @@ class Residency:
             self._batches.append(_Batch(fill, streamed, kept))
             for position, unit in enumerate(units):
                 self._hook(model.get_submodule(unit), unit, number, position)
+                self._hook_parts(model.get_submodule(unit), unit, number, position)
 
     def check(self) -> None:
         """Raise UnsupportedError if somebody has changed a weight, of any layer."""
@@ -161,20 +162,30 @@ class Residency:
                 listener.begin_unit(name)
 
         def offload(called: nn.Module, *_: object) -> None:
+            has_run = self._running == name  # else it was refused, while another unit was in place
             try:
-                if self._running == name:
+                if has_run:
                     self._running = None
                     if listener := self._probe.listener:
                         listener.end_unit()
                     _check(after, handled)
             finally:
-                binding.unbind()
-                if last or self._direct.module is called:
+                if has_run:
+                    binding.unbind()
+                if (has_run and last) or self._direct.module is called:
                     self.let_go()
                 if self._direct.module is called:
                     self._direct.end()
 
-        def onload_for_part(called: nn.Module, args: tuple[object, ...]) -> None:
+        self._handles.append(module.register_forward_pre_hook(_Hook(onload), prepend=True))
+        self._handles.append(module.register_forward_hook(_Hook(offload), always_call=True))
+
+    def _hook_parts(self, module: nn.Module, name: str, number: int, position: int) -> None:
+        """Let the parts of unit `name` bring it in when they are called by themselves."""
+        batch = self._batches[number]
+        bindings = [batch.streamed[position], *(kept for _, kept in batch.kept)]
+
+        def onload(called: nn.Module, args: tuple[object, ...]) -> None:
             if self._running == name and self._direct.is_inside:
                 return
             is_direct = not self._direct.is_inside
@@ -182,25 +193,23 @@ class Residency:
                 self._start_direct(called, args)
             handled = sys.exc_info()[1]
 
-            def offload_for_part(*_: object) -> None:
+            def offload(*_: object) -> None:
                 handle.remove()
                 try:
-                    _check([binding, *kept], handled)
+                    _check(bindings, handled)
                 finally:
                     if self._running == name:
                         self.let_go()
                     if is_direct:
                         self._direct.end()
 
-            handle = called.register_forward_hook(_Hook(offload_for_part), always_call=True)
-            for each in kept:
-                each.check()
+            handle = called.register_forward_hook(_Hook(offload), always_call=True)
+            for kept in bindings[1:]:
+                kept.check()
             self._bring_in(name, number, position)
 
-        self._handles.append(module.register_forward_pre_hook(_Hook(onload), prepend=True))
-        self._handles.append(module.register_forward_hook(_Hook(offload), always_call=True))
         for part in _parts(module, name, batch.fill):
-            batch.parts.append(part.register_forward_pre_hook(_Hook(onload_for_part), prepend=True))
+            batch.parts.append(part.register_forward_pre_hook(_Hook(onload), prepend=True))
 
     def _start_direct(self, module: nn.Module, args: tuple[object, ...]) -> None:
         self._direct.start(module, args)

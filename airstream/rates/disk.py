@@ -20,7 +20,8 @@ from pathlib import Path
 from airstream.backend.host_memory import HostBuffer
 from airstream.backend.landing import HostLanding, Staging
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.reader import CHUNK_BYTES, Piece, ReadCancelled, Reader
+from airstream.checkpoint.jobs import ReadCancelled
+from airstream.checkpoint.reader import CHUNK_BYTES, Piece, Reader
 from airstream.errors import ArgumentError, DiskSpaceError
 from airstream.rates.effort import Effort
 from airstream.units import format_bytes
