@@ -103,8 +103,7 @@ class AutoModel:
             BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do.
         """
         known = {name: value for name, value in locals().items() if name in DEFAULTS}
-        host_bytes = process_bytes()
-        return _load(pretrained_model_name_or_path, LoadOptions(**adopt(foreign, known, DEFAULTS)), host_bytes)
+        return _load(pretrained_model_name_or_path, LoadOptions(**adopt(foreign, known, DEFAULTS)), process_bytes())
 
     @classmethod
     def plan(

@@ -38,8 +38,7 @@ class Streamer:
     along when the batch is first read; a batch that has nothing left to stream is then no longer read ahead. `order` is
     that in which to begin, until another one is observed: as they are listed, if it is not given.
 
-    Peak device bytes: `ring_bytes`. Reads run on the reader's threads; whoever frees room in the ring starts the next
-    one. All methods may be called from any thread.
+    Peak device bytes: `ring_bytes`. Reads run on the reader's threads. All methods may be called from any thread.
     """
 
     def __init__(

@@ -79,13 +79,13 @@ class Engine:
         self.folder = folder
         self.device = backend.device
         self.stats = StreamStats()
-        self.modules = OriginalModules(model)
+        modules = self.modules = OriginalModules(model)
         self.head = model.get_submodule(parts.head[0]) if parts.head else None
         self._specs = parts.specs
         self._executor: Executor | None = None
         self._reader = reader
         self._backend = backend
-        self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
+        gate = self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
         self._generations = Generations(self.gate, self.plans, self.modules)
         self.between_generations = self._generations.between
         self._closing = self.gate.closing
@@ -95,7 +95,7 @@ class Engine:
             self.observer = Observer(probe, backend, request, lambda: reader.direct, host_bytes, lambda: self.plan)
             keys = conversion_for(model, index, quantizer)
             convert = converter_of(keys, partial(convert_slab, keys, probe, backend.moment))
-            self.stored = all_stored(self._specs.values(), reader, convert, self.device)
+            stored = self.stored = all_stored(self._specs.values(), reader, convert, self.device)
             self._residents = bind_residents(model, parts.resident, self.stored, reader, backend, convert)
             self._closing.callback(self._unbind_residents)
             if self.head is not None and self.device.type == "cpu":
@@ -107,18 +107,7 @@ class Engine:
             self._closing.callback(self._stop)
             self._closing.callback(lambda: refuse_when_closed(self.modules.owners(leaving), self.gate))
             self._execute = partial(
-                Executor,
-                self.modules,
-                parts,
-                facts,
-                self.stored,
-                store,
-                reader,
-                backend,
-                convert,
-                self.stats,
-                probe,
-                self.gate,
+                Executor, modules, parts, facts, stored, store, reader, backend, convert, self.stats, probe, gate
             )
             if is_profiling:
                 self.observer.start()
