@@ -232,7 +232,7 @@ def test_what_equal_layers_take_is_found_out_once(quantized: Quantized, monkeypa
     monkeypatch.setattr(KeyConversion, "convert", counting)
     prepared = prepare(quantized("gptq 4-bit"), LoadOptions(device="cpu", max_context=64))
     made = [spec for spec in prepared.parts.specs.values() if spec.made_by is not None]
-    assert len({(spec.shape, spec.stored[0].shape) for spec in made}) == len(runs) < len(made)
+    assert len({re.sub(r"\d+", "", spec.name) for spec in made}) == len(runs) < len(made)
 
 
 @pytest.mark.parametrize("layout", [GPTQ, AWQ])
@@ -305,13 +305,13 @@ def with_settings(folder: Path, settings: dict[str, Any]) -> Path:
         ({"quant_method": "auto-round", "packing_format": "auto_round:fp8"}, "packed as 'auto_round:fp8'"),
         ({"quant_method": "hqq"}, "hqq cannot be streamed: transformers cannot load it .* Stream a checkpoint"),
         ({"quant_method": "quanto"}, "quanto cannot be streamed"),
-        ({"quant_method": "nonsense"}, "'nonsense', which this transformers does not know"),
+        ({"quant_method": "nonsense"}, "'nonsense' .*which this transformers does not know"),
         ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
         ({"quant_method": "eetq"}, "eetq"),
         (
             {
                 "quant_method": "compressed-tensors",
-                "config_groups": {"group_0": {"input_activations": {"num_bits": 8}}},
+                "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": {"num_bits": 8}}},
             },
             "quantised activations .* cannot be streamed",
         ),
