@@ -14,6 +14,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from airstream import BudgetError
+from airstream.checkpoint.reader import CHUNK_BYTES
 from airstream.model.absent import Absent
 from airstream.model.rows import RowTable
 from airstream.plan.planner import DEVICE_RUNTIME_BYTES
