@@ -8,7 +8,7 @@ with it, or changing it, raises, instead of computing garbage.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -38,6 +38,9 @@ class Absent(torch.Tensor):
     """A weight without its values, which are `stored`."""
 
     stored: Stored
+    accepted = 0
+    """Changes, as weights in memory count them: none is possible."""
+
     _is_param = True  # what `isinstance(..., nn.Parameter)` looks for
 
     @staticmethod
@@ -90,7 +93,7 @@ class Absent(torch.Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = kwargs or {}
-        absent = next(value for value in (*args, *kwargs.values()) if isinstance(value, Absent))
+        absent = next(_absent_among((*args, *kwargs.values())))
         if func in (ATEN.detach.default, ATEN.alias.default):  # asked for by whatever lists parameters
             return absent
         if func is TO_COPY and kwargs.get("device") == torch.device("meta"):
@@ -107,6 +110,15 @@ class Absent(torch.Tensor):
             f"computes, and cannot change them ({func}). weight.clone() reads it from the checkpoint. An adapter that "
             "looks at weights when it is loaded needs model.load_adapter(...) or PEFT's low_cpu_mem_usage=True"
         )
+
+
+def _absent_among(values: Iterable[Any]) -> Iterator[Absent]:
+    """Those in lists as well, as what puts tensors together is given."""
+    for value in values:
+        if isinstance(value, Absent):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _absent_among(value)
 
 
 class Excerpt(torch.Tensor):
