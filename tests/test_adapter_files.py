@@ -136,7 +136,6 @@ STUMBLES: list[tuple[str, Any]] = [
     ("task_type", "x"),
     ("modules_to_save", ["q_proj", "lm_head"]),
     ("init_lora_weights", "x"),
-    ("init_lora_weights", "eva"),
     ("peft_type", "PREFIX_TUNING"),
     ("peft_type", "ADALORA"),
     ("peft_type", "VERA"),
