@@ -1,7 +1,7 @@
 """Importing what is below us without a word that is neither ours nor the user's fault.
 
-Optional packages that transformers imports on its own, torchao above all, log which of their kernels they could not
-load and which deprecated calls they make: true, and nothing that who runs a model by us can change or asked for.
+Optional packages that transformers and PEFT import on their own, torchao above all, log which of their kernels they
+could not load and which deprecated calls they make: true, and nothing that who runs a model by us asked for.
 Errors are heard, and so is everything where the user has chosen a level; nothing is left changed.
 """
 
@@ -11,8 +11,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TALKATIVE = ("torchao", "torch.utils._pytree")
-"""Loggers, with those below them, that speak while transformers is imported."""
+TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""Loggers, with those below them, that speak while transformers and PEFT are imported."""
 
 
 @contextmanager

@@ -33,6 +33,9 @@ from airstream.units import format_bytes
 DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 """What users may say of a hub id."""
 
+PATTERNS = tuple((name, dict[str, float] | None) for name in ("rank_pattern", "alpha_pattern"))
+"""Fields of which PEFT says less than it means."""
+
 
 class Source:
     """The adapter called `name`. Nothing is read or downloaded before it is asked for."""
@@ -86,7 +89,7 @@ def _check_types(file: Path, config: Mapping[str, Any]) -> None:
     if kind not in KINDS:
         known = ", ".join(sorted(str(getattr(each, "value", each)) for each in KINDS))
         raise CheckpointError(f"{file}: peft_type is {kind[:100]!r}, which this PEFT does not know: it has {known}")
-    for name, hint in _hints(KINDS[kind]):
+    for name, hint in (*_hints(KINDS[kind]), *PATTERNS):
         if name in config and not _fits(config[name], hint):
             expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise CheckpointError(f"{file}: {name} is {str(config[name])[:100]!r}; {expected[:200]} was expected")

@@ -18,6 +18,7 @@ from torch import nn
 
 from airstream.compat import blamed_on
 from airstream.errors import CheckpointError, UnsupportedError
+from airstream.importing import quiet_imports
 from airstream.model.adapter_source import Source
 from airstream.model.engine import Engine  # transformers evaluates the annotations
 from airstream.model.wrappers import cast_copies, costs, freeze, refuse_merging, strangers
@@ -228,6 +229,7 @@ class WithAdapters:
 
 def _check_peft() -> None:
     try:
-        import peft  # noqa: F401 - is it there?
+        with quiet_imports():
+            import peft  # noqa: F401 - is it there?
     except ImportError as error:
         raise UnsupportedError("adapters need PEFT: pip install peft") from error
