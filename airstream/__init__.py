@@ -24,6 +24,7 @@ from airstream.errors import (
     ReadError,
     UnsupportedError,
 )
+from airstream.importing import quiet_imports
 
 if TYPE_CHECKING:
     from airstream.auto import AutoModel
@@ -58,9 +59,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
+    if name not in __all__:
+        return _look_up(name)
+    with quiet_imports():
         _import_tqdm()
-    return _look_up(name)
+        return _look_up(name)
 
 
 def _import_tqdm() -> None:

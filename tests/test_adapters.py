@@ -344,6 +344,20 @@ def test_merging_is_refused(
         assert_equal(model.unload(), resident("llama", FP32, FP32))
 
 
+@pytest.mark.parametrize("is_lazy", [False, True])
+def test_merging_what_peft_has_just_put_in_is_refused(folder: Path, first: Path, second: Path, is_lazy: bool) -> None:
+    """Nobody has told us of these wrappers yet: the weight itself notices, and no call computes with it."""
+    with stream(folder, max_memory="64MiB") as streamed:
+        streamed(**IDS)
+        model = peft.PeftModel.from_pretrained(streamed, first)
+        model.load_adapter(second, "b", low_cpu_mem_usage=is_lazy)
+        model.set_adapter("b")
+        merge = model.base_model.model.model.layers[0].mlp.up_proj.merge
+        for change in (merge, lambda: model(**IDS), lambda: model.unload()(**IDS)):
+            with pytest.raises(UnsupportedError, match=r"layers\.0\.mlp\.up_proj\.weight' has been replaced"):
+                change()
+
+
 def test_training_is_refused(folder: Path, first: Path) -> None:
     with stream(folder, max_memory="64MiB") as model:
         for options in ({"is_trainable": True}, {"hotswap": True}):
@@ -479,6 +493,8 @@ def test_absent_weights_say_what_they_will_be(folder: Path, sim: SimDevice) -> N
         lambda weight: weight.sum(),
         lambda weight: weight.copy_(torch.zeros(weight.shape)),
         lambda weight: nn.functional.linear(torch.zeros(1, 64), weight),
+        lambda weight: torch.cat([torch.zeros(1, 64), weight]),
+        lambda weight: torch.stack([weight, weight]),
     ],
 )
 def test_absent_weights_cannot_be_used(folder: Path, use: Callable[[torch.Tensor], Any]) -> None:

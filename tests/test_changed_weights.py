@@ -46,6 +46,11 @@ def assign_data(module: nn.Module, values: torch.Tensor) -> None:
     module.weight.data = values
 
 
+def add_to_data(module: nn.Module, values: torch.Tensor) -> None:
+    """As PEFT merges an adapter: written first, then assigned what is there already."""
+    module.weight.data += 1
+
+
 def index(module: nn.Module, values: torch.Tensor) -> None:
     module.weight[0] = values[0]
 
@@ -53,6 +58,10 @@ def index(module: nn.Module, values: torch.Tensor) -> None:
 def delete(module: nn.Module, values: torch.Tensor) -> None:
     del module.weight
     module.register_buffer("weight", values)
+
+
+def swap(module: nn.Module, values: torch.Tensor) -> None:
+    torch.utils.swap_tensors(module.weight, nn.Parameter(values, requires_grad=False))
 
 
 def through_a_slice(module: nn.Module, values: torch.Tensor) -> None:
@@ -66,7 +75,10 @@ def through_state_dict(module: nn.Module, values: torch.Tensor) -> None:
 ROADS: Mapping[str, Callable[[Any, torch.Tensor], Any]] = {
     "assignment": assign,
     "deletion": delete,
+    "swap_tensors": swap,
+    "swap_tensors with a tensor": lambda module, values: torch.utils.swap_tensors(module.weight, values),
     ".data =": assign_data,
+    ".data +=": add_to_data,
     ".data.mul_": lambda module, values: module.weight.data.mul_(0.5),
     ".data[0] =": lambda module, values: module.weight.data.__setitem__(0, values[0]),
     ".data.data.zero_": lambda module, values: module.weight.data.data.zero_(),
@@ -129,7 +141,7 @@ def test_a_changed_weight_is_refused_by_name(model: Any, road: str) -> None:
         assert_refused(model, NAME, lambda: ROADS[road](module, torch.zeros(module.weight.shape)))
 
 
-@pytest.mark.parametrize("road", ["assignment", ".data =", ".data.mul_", "mul_", "copy_"])
+@pytest.mark.parametrize("road", ["assignment", "swap_tensors", ".data =", ".data +=", ".data.mul_", "mul_", "copy_"])
 @pytest.mark.parametrize("path", ["lm_head", "model.norm", "model.embed_tokens"])
 def test_so_is_one_outside_the_layers(model: Any, path: str, road: str) -> None:
     module = model.get_submodule(path)
@@ -138,7 +150,7 @@ def test_so_is_one_outside_the_layers(model: Any, path: str, road: str) -> None:
 
 
 @pytest.mark.parametrize("budget", [None, "1GiB"])
-@pytest.mark.parametrize("road", ["assignment", ".data.mul_", "mul_"])
+@pytest.mark.parametrize("road", ["assignment", "swap_tensors", ".data +=", ".data.mul_", "mul_"])
 def test_so_is_one_that_a_hook_changes_while_its_layer_computes(folder: Path, road: str, budget: str | None) -> None:
     with stream(folder, **({} if budget is None else {"max_memory": budget})) as model:
         module = model.get_submodule(PATH)
@@ -151,6 +163,17 @@ def test_so_is_one_that_a_hook_changes_while_its_layer_computes(folder: Path, ro
         for _ in range(3):
             with pytest.raises(UnsupportedError, match=f"'{NAME}' has been replaced or changed"):
                 model(IDS)
+
+
+def test_so_are_two_of_a_models_weights_that_change_places(model: Any) -> None:
+    """Each is a weight as ever, and nothing was written to it."""
+    mlp = model.get_submodule(PATH.rpartition(".")[0])
+    torch.utils.swap_tensors(mlp.up_proj.weight, mlp.gate_proj.weight)
+    for _ in range(2):
+        with pytest.raises(
+            UnsupportedError, match=r"'model\.layers\.1\.mlp\.(up|gate)_proj\.weight' has been replaced"
+        ):
+            model(IDS)
 
 
 def test_the_change_is_noticed_before_its_memory_is_given_up(folder: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from airstream import __version__
 from airstream.cli.numbers import number
 from airstream.errors import ArgumentError
+from airstream.importing import quiet_imports
 from airstream.status import status
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -239,7 +240,7 @@ def _int_or_auto(text: str) -> int | str:
 
 def _command(name: str) -> Command:
     def run(arguments: argparse.Namespace) -> int | None:
-        with status("starting: importing torch and transformers"):
+        with status("starting: importing torch and transformers"), quiet_imports():
             module = importlib.import_module(f"airstream.cli.{name}")
         exit_status: int | None = module.run(arguments)
         return exit_status

@@ -39,6 +39,9 @@ class Absent(torch.Tensor):
     """A weight without its values, which are `stored`."""
 
     stored: Stored
+    accepted = 0
+    """Changes, as weights in memory count them: none is possible."""
+
     _is_param = True  # what `isinstance(..., nn.Parameter)` looks for
 
     @staticmethod

@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.compat import blamed_on
+from airstream.errors import CheckpointError, UnsupportedError
+from airstream.importing import quiet_imports
+from airstream.model.adapter_source import Source
 from airstream.model.engine import Engine  # transformers evaluates the annotations
 from airstream.model.wrappers import cast_copies, costs, freeze, refuse_merging, strangers
 
@@ -70,7 +73,7 @@ class WithAdapters:
         if name in self._names:
             raise ValueError(f"there is an adapter {name!r} already: delete_adapter({name!r}), or give another name")
         with self._engine.between_generations():
-            source = _Source(peft_model_id, {**download, **(adapter_kwargs or {})})
+            source = Source(peft_model_id, {**download, **(adapter_kwargs or {})})
             config = source.config() if peft_config is None else peft_config
             stored = source.weights() if adapter_state_dict is None else adapter_state_dict
             state = {key.removeprefix("base_model.model."): tensor for key, tensor in stored.items()}
@@ -80,7 +83,7 @@ class WithAdapters:
                     "the adapter has trained single tokens (trainable_token_indices), for which it needs the whole "
                     "embedding table in memory: merge it into the checkpoint with PEFT, save that, and stream it"
                 )
-            self._put_in(name, config, state)
+            self._put_in(name, config, state, source.blame())
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
         """Use this adapter, or all of these at once, instead of those that were used."""
@@ -171,12 +174,12 @@ class WithAdapters:
                     "vocabulary. A streamed model cannot replace a weight: save the checkpoint with it, and stream that"
                 )
 
-    def _put_in(self, name: str, config: Any, state: Mapping[str, torch.Tensor]) -> None:
+    def _put_in(self, name: str, config: Any, state: Mapping[str, torch.Tensor], blame: str) -> None:
         """Wrap the modules, without memory; make room; load. If anything fails, the model is as it was."""
         from peft import inject_adapter_in_model, set_peft_model_state_dict
 
         config.inference_mode = True
-        with self._or_as_it_was(name), warnings.catch_warnings():
+        with self._or_as_it_was(name, blame), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several are meant to be
             inject_adapter_in_model(config, self, name, low_cpu_mem_usage=True)
             self._heed_adapters()
@@ -194,12 +197,12 @@ class WithAdapters:
             self.set_adapter(name)
 
     @contextmanager
-    def _or_as_it_was(self, name: str) -> Iterator[None]:
-        """Takes adapter `name` out again, wrappers and all, if it cannot be put in."""
+    def _or_as_it_was(self, name: str, blame: str) -> Iterator[None]:
+        """Takes adapter `name` out again, wrappers and all, if it cannot be put in: then `blame` is said of it."""
         before = [(module, dict(module.named_children())) for module in self.modules()]
         try:
             yield
-        except BaseException as error:
+        except BaseException:
             if name in self._names:
                 self._remove(name)
             for module, children in before:
@@ -209,9 +212,8 @@ class WithAdapters:
                     elif child is not children[key]:
                         setattr(module, key, children[key])
             self._counted = None
-            if isinstance(error, ValueError | RuntimeError | KeyError) and type(error).__module__ != "airstream.errors":
-                raise CheckpointError(f"the adapter {name!r} does not fit this model: {error}") from error
-            raise
+            with blamed_on(f"the adapter {name!r} does not fit this model ({blame})"):
+                raise
 
     def _remove(self, name: str) -> None:
         from peft.functional import delete_adapter
@@ -225,34 +227,9 @@ class WithAdapters:
             self._hf_peft_config_loaded = False
 
 
-class _Source:
-    """Where an adapter is loaded from: a folder or a hub id."""
-
-    def __init__(self, name: str | os.PathLike[str] | None, download: Mapping[str, Any]) -> None:
-        self._name = None if name is None else os.fspath(name)
-        self._download = download
-
-    def config(self) -> Any:
-        from peft import PeftConfig
-
-        return self._found(lambda name: PeftConfig.from_pretrained(name, **self._download))
-
-    def weights(self) -> Mapping[str, torch.Tensor]:
-        from peft import load_peft_weights
-
-        return self._found(lambda name: load_peft_weights(name, device="cpu", **self._download))
-
-    def _found(self, load: Any) -> Any:
-        if self._name is None:
-            raise ValueError("load_adapter() needs a folder or hub id, or both peft_config= and adapter_state_dict=")
-        try:
-            return load(self._name)
-        except (ValueError, OSError) as error:
-            raise CheckpointNotFoundError(f"there is no PEFT adapter in {self._name!r}: {error}") from error
-
-
 def _check_peft() -> None:
     try:
-        import peft  # noqa: F401 - is it there?
+        with quiet_imports():
+            import peft  # noqa: F401 - is it there?
     except ImportError as error:
         raise UnsupportedError("adapters need PEFT: pip install peft") from error

@@ -31,12 +31,12 @@ class Views:
     """Tensors, ready to be bound.
 
     Attributes:
-        weights: those among them that nothing may write to.
+        weights: those among them that nothing may write to, and of what each has the values.
         assembled: those among them that a forward pass changes, and what undoes that.
     """
 
     tensors: Sequence[torch.Tensor]
-    weights: Sequence[Weight] = ()
+    weights: Sequence[tuple[Weight | Absent, Stored]] = ()
     assembled: Sequence[Assembled] = ()
 
 
@@ -78,7 +78,7 @@ class Binding:
         self._specs = tuple(specs)
         self._stored = [stored[spec.name] for spec in specs]
         self._places = [_place(modules, spec.name) for spec in specs]
-        self._placeholders = Views([registry[leaf] for registry, leaf, _ in self._places])
+        self._placeholders = self.guarded([registry[leaf] for registry, leaf, _ in self._places])
         self._current = self._placeholders
         self._was_changed: str | None = None
 
@@ -93,7 +93,7 @@ class Binding:
                 tensors.append(assembled[-1].tensor)
             else:
                 tensors.append(weight_of(view_of(memory, offsets[spec.name], spec), stored, is_parameter))
-        return Views(tensors, [tensor for tensor in tensors if isinstance(tensor, Weight)], assembled)
+        return self.guarded(tensors, assembled)
 
     def bind(self, views: Views) -> None:
         """Put the tensors of `views` in place.
@@ -128,15 +128,27 @@ class Binding:
         for (registry, leaf, _), tensor in zip(self._places, current.tensors, strict=True):
             if registry.get(leaf) is not tensor:
                 return self._judge()
-        for weight in current.weights:
-            if weight._version != weight.accepted:
+        for weight, stored in current.weights:
+            if getattr(weight, "stored", None) is not stored or weight._version != weight.accepted:
                 return self._judge()
         if self._was_changed is not None:
             refuse_change(self._was_changed)
         return None
 
+    def guarded(self, tensors: Sequence[torch.Tensor], assembled: Sequence[Assembled] = ()) -> Views:
+        """`tensors`, one for each place, ready for `bind`."""
+        pairs = zip(tensors, self._stored, strict=True)
+        return Views(tensors, [(own, stored) for own, stored in pairs if isinstance(own, Weight | Absent)], assembled)
+
     def _judge(self) -> None:
-        """Accept changes that have left the checkpoint's values, which adapters bring along; refuse others."""
+        """Accept changes that have left the checkpoint's values, which adapters bring along; refuse others.
+
+        One whose insides were swapped with another tensor's (`torch.utils.swap_tensors`) is no weight of ours any more.
+        """
+        for weight, stored in self._current.weights:
+            if getattr(weight, "stored", None) is not stored:
+                self._was_changed = stored.name
+                refuse_change(stored.name)
         places = zip(self._specs, self._stored, self._places, self._current.tensors, strict=True)
         for spec, stored, (registry, leaf, _), ours in places:
             found = registry.get(leaf)

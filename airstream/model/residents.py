@@ -12,7 +12,7 @@ import torch
 from airstream.backend import Backend
 from airstream.checkpoint.reader import Reader
 from airstream.fill import Kept
-from airstream.model.binding import Binding, Modules, Views
+from airstream.model.binding import Binding, Modules
 from airstream.model.conversion import Converter, view_of
 from airstream.model.residency import settle
 from airstream.model.rows import FetchTable, RowTable
@@ -69,7 +69,7 @@ def bind_tables(
         rows = row_fetcher(spec, reader, backend.device, probe)
         whole = _whole_table(spec, kept(spec), binding, backend, convert, probe)
         table = RowTable(stored[spec.name], spec.shape, spec.dtype, backend.device, rows, whole)
-        binding.bind(Views([table]))
+        binding.bind(binding.guarded([table]))
         bindings.append(binding)
     return bindings
 

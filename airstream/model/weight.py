@@ -46,7 +46,12 @@ class Weight(torch.Tensor):
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        """The same values alone: some layers cast their weights when they first compute."""
+        """The same values alone: some layers cast their weights when they first compute.
+
+        `weight.data += 1` comes here when it has written already: then it is no longer the weight that counts.
+        """
+        if self.is_touched and not self.stored.has(self):
+            refuse_change(self.stored.name)
         if value.shape != self.shape or not torch.equal(value, self.to(value.dtype)):
             refuse_change(self.stored.name)
         torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]  # torch has it as an attribute

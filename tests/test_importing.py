@@ -1,0 +1,31 @@
+"""What optional packages log while they are imported is not shown, and logging is as it was afterwards."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import suppress
+
+import pytest
+
+from airstream.importing import TALKATIVE, quiet_imports
+
+
+@pytest.mark.parametrize("name", [*TALKATIVE, "torchao.kernel.intmm"])
+def test_warnings_are_silent_meanwhile(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger(name)
+    levels = [logging.getLogger(each).level for each in TALKATIVE]
+    with suppress(ImportError), quiet_imports():
+        logger.warning("a kernel of mine could not be loaded")
+        logger.error("something is wrong")
+        raise ImportError
+    logger.warning("after it")
+    assert [record.message for record in caplog.records] == ["something is wrong", "after it"]
+    assert [logging.getLogger(each).level for each in TALKATIVE] == levels
+
+
+def test_a_level_that_the_user_has_set_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger=TALKATIVE[0]):
+        with quiet_imports():
+            logging.getLogger(TALKATIVE[0]).info("wanted")
+        assert logging.getLogger(TALKATIVE[0]).level == logging.INFO
+    assert [record.message for record in caplog.records] == ["wanted"]
