@@ -44,10 +44,17 @@ def measure_passes(model: PreTrainedModel, device: torch.device) -> tuple[PassGr
 
     Empty if its code looks at values, or if what it does depends on the number of tokens otherwise than by windows.
     """
-    config = model.config
-    attention = str(config._attn_implementation)
-    question = _Question(type(model), config.to_json_string(False), model.dtype, attention, device, weakref.ref(model))
-    return _answer(question)
+    attention = str(model.config._attn_implementation)
+    description = _described(model.config)
+    return _answer(_Question(type(model), description, model.dtype, attention, device, weakref.ref(model)))
+
+
+def _described(config: Any) -> str:
+    """Equal for configs that say the same, as far as they can be written down."""
+    try:
+        return str(config.to_json_string(use_diff=False))
+    except Exception:  # one that code of its own makes may hold anything
+        return f"config {id(config)}"
 
 
 @functools.lru_cache(maxsize=64)
