@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def _described(config: Any) -> str:
     try:
         return str(config.to_json_string(use_diff=False))
     except Exception:  # one that code of its own makes may hold anything
-        return f"config {id(config)}"
+        return uuid.uuid4().hex
 
 
 @functools.lru_cache(maxsize=64)
