@@ -25,6 +25,7 @@ from airstream.hardware import process_bytes
 from airstream.live import progress
 from airstream.machine import THIS_MACHINE, Machine
 from airstream.model.engine import Engine
+from airstream.model.shortage import explained
 from airstream.model.streamed import StreamedModel, make_streamed
 from airstream.plan import Plan, Workload, make_plan, with_advice
 from airstream.prepare import DEFAULTS, STEPS, Prepared, ask, prepare
@@ -101,7 +102,8 @@ class AutoModel:
         Raises:
             ArgumentError: an argument is unknown, malformed, or contradicts another.
             CheckpointNotFoundError, CheckpointError: there is no such checkpoint, or it is incomplete or corrupt.
-            BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do.
+            BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do. Or
+                the machine has less memory than they promise.
         """
         known = {name: value for name, value in locals().items() if name in DEFAULTS}
         host_bytes = process_bytes()
@@ -133,7 +135,8 @@ class AutoModel:
 def _load(name: str | os.PathLike[str], options: LoadOptions, host_bytes: int) -> StreamedModel:
     # Without the time at first: where something is downloaded, the hub draws bars.
     activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
-    with showing(activity.text, bool(options.progress)):
+    plan: Plan | None = None
+    with showing(activity.text, bool(options.progress)), explained(lambda: plan):
         prepared = prepare(name, options, begin=activity.begin)
         plan = make_plan(prepared.facts, prepared.request)
         activity.begin(LAST_STEP)
