@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from airstream import BudgetError
-from airstream.backend import host_memory
+from airstream import AutoModel, BudgetError
+from airstream.backend import AcceleratorBackend, host_memory
+from airstream.backend.shortage import shortage_in
 from airstream.checkpoint.files import PAGE_BYTES
+from airstream.errors import ReadError
 from airstream.units import parse_bytes
 from tests.conftest import STREAMING, WriteTiny, least_memory, simulated_accelerator, stream
 from tests.sim import SimDevice, SimRuntime
@@ -121,7 +123,8 @@ def test_memory_that_is_refused_is_one_error_and_leaves_nothing(
     with stream(folder, where, **options) as model:
         expected = model(ids.to(where)).logits.cpu()
     del model
-    for machine.refuses_from in in_turn(len(machine.asked)):
+    for number in in_turn(len(machine.asked)):
+        machine.refuses_from = number
         machine.forget()
         error = attempt(folder, where, options, ids, expected)
         if error is not None:
@@ -151,7 +154,7 @@ def attempt(
         try:
             assert torch.equal(model(ids.to(where)).logits.cpu(), expected)
         except BudgetError as error:
-            return error.with_traceback(None)
+            return BudgetError(str(error))  # without the way to the model, which is the caller's to keep
     return None
 
 
@@ -201,7 +204,7 @@ def test_the_message_has_the_plan_and_the_remedy(tiny: WriteTiny, machine: Machi
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "2.00 GiB"),
         (RuntimeError("CUDA error: out of memory"), "some more"),
         (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 2147483648 bytes."),
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: asked for 2147483648 bytes."),
             "2.00 GiB",
         ),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
@@ -224,7 +227,7 @@ def test_memory_that_a_pass_does_not_get_is_the_same_error(tiny: WriteTiny, erro
     with simulated_accelerator(), stream(tiny("llama", torch.bfloat16), "sim:0") as model:
         expected = model(IDS.to("sim:0")).logits
         handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
-        with pytest.raises(BudgetError, match="could not be allocated: .* The plan takes .* smaller max_memory"):
+        with pytest.raises(BudgetError, match=r"could not be allocated: .* The plan takes .* smaller max_memory"):
             model(IDS.to("sim:0"))
         handle.remove()
         assert torch.equal(model(IDS.to("sim:0")).logits.cpu(), expected.cpu())
