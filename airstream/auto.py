@@ -102,8 +102,7 @@ class AutoModel:
         Raises:
             ArgumentError: an argument is unknown, malformed, or contradicts another.
             CheckpointNotFoundError, CheckpointError: there is no such checkpoint, or it is incomplete or corrupt.
-            BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do. Or
-                the machine has less memory than they promise.
+            BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do.
         """
         known = {name: value for name, value in locals().items() if name in DEFAULTS}
         host_bytes = process_bytes()

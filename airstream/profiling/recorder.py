@@ -234,11 +234,7 @@ class Recorder:
         costs.python_seconds = costs.wall_seconds - forward
 
     def _uncounted(self, what: str, stretches: Iterable[Interval]) -> float:
-        """Seconds in which `what` was busy, but for those that the pass before has counted.
-
-        A transfer counts in the pass in which it ends, seconds and bytes. While it was under way others may have ended,
-        in the pass before: what was under way at the same time counts once.
-        """
+        """Seconds in which `what` was busy, but for those counted with transfers that ended in the pass before."""
         before, self._counted[what] = self._counted.get(what, []), merge(stretches)
         return total(merge([*before, *self._counted[what]])) - total(before)
 
