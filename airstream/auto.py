@@ -25,6 +25,7 @@ from airstream.hardware import process_bytes
 from airstream.live import progress
 from airstream.machine import THIS_MACHINE, Machine
 from airstream.model.engine import Engine
+from airstream.model.shortage import explained
 from airstream.model.streamed import StreamedModel, make_streamed
 from airstream.plan import Plan, Workload, make_plan, with_advice
 from airstream.prepare import DEFAULTS, STEPS, Prepared, ask, prepare
@@ -131,7 +132,8 @@ class AutoModel:
 def _load(name: str | os.PathLike[str], options: LoadOptions, host_bytes: int) -> StreamedModel:
     # Without the time at first: where something is downloaded, the hub draws bars.
     activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
-    with showing(activity.text, bool(options.progress)):
+    plan: Plan | None = None
+    with showing(activity.text, bool(options.progress)), explained(lambda: plan):
         prepared = prepare(name, options, begin=activity.begin)
         plan = make_plan(prepared.facts, prepared.request)
         activity.begin(LAST_STEP)

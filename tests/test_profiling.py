@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 
 from airstream import ArgumentError, UnsupportedError
 from airstream import probe as probe_module
+from airstream.backend import CpuBackend
 from airstream.probe import CONVERT, DISK, H2D, HOST_COPY, LINKS, Probe, Span
 from airstream.profiling import Costs, LinkUse, MemoryUse, PassProfile, Profile
 from airstream.profiling import profile as profile_module
 from airstream.profiling.intervals import blame, merge, total, within
 from airstream.profiling.plot import _latest
+from airstream.profiling.recorder import Recorder
 from airstream.rates.facts import Rate
 from tests.conftest import WriteTiny, simulated_accelerator, stream
-from tests.sim import HostClock, SimDevice, StillClock
+from tests.sim import SimDevice, StillClock
 
 IDS = torch.arange(3, 12)[None]
 KERNEL_SECONDS = 0.003
@@ -50,40 +52,42 @@ def gaps(busy: Sequence[tuple[float, float]]) -> float:
 
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch) -> StillClock:
-    """The clock of profiles and of the device. It stands still but for waits: no other program has a part in it."""
-    clock = StillClock()
+    """The clock of profiles and of the device. It stands still but for waits: no other program has a part in it.
+
+    What threads of the host do takes no time: the clock may well go on while one of them is in the middle of a read.
+    """
+    clock, everybodys = StillClock(), probe_module.now
     for name, module in list(sys.modules.items()):
-        if name.startswith("airstream.") and getattr(module, "now", None) is probe_module.now:
+        if name.startswith("airstream.") and getattr(module, "now", None) is everybodys:
             monkeypatch.setattr(module, "now", clock.now)
+    monkeypatch.setattr(Probe.span, "__defaults__", (lambda: 0.0,))
     return clock
 
 
 @contextmanager
-def slow_model(folder: Path, host: HostClock, bytes_per_second: float) -> Iterator[tuple[Any, SimDevice]]:
+def slow_model(folder: Path, host: StillClock, bytes_per_second: float) -> Iterator[tuple[Any, SimDevice]]:
     """A streamed model on a device whose kernels and copies take known times, after a pass that has warmed it up."""
     times = {"kernel_seconds": KERNEL_SECONDS, "copy_bytes_per_second": bytes_per_second, "host": host}
     with simulated_accelerator(**times) as device, stream(folder, "sim:0") as model:
         model(IDS.to("sim:0"))
-        device.synchronize()
-        yield model, device
+        yield settled(model), device
 
 
 @pytest.mark.parametrize("layer_seconds", [0.4, 0.02], ids=["the bus is slow", "the bus is fast"])
-def test_a_profile_equals_the_truth_of_the_device(folder: Path, layer_seconds: float) -> None:
+def test_a_profile_equals_the_truth_of_the_device(folder: Path, host: StillClock, layer_seconds: float) -> None:
     with stream(folder) as model:
-        nbytes = model.plan.batches[1].nbytes
-    with slow_model(folder, HostClock(), nbytes / layer_seconds) as (model, device), model.profile() as profile:
+        bytes_per_second = model.plan.batches[1].nbytes / layer_seconds
+    with slow_model(folder, host, bytes_per_second) as (model, device), model.profile() as profile:
         device.compute_stream.busy.clear()
-        copies_before = len(device._streams[1].busy)
+        copying = model._engine._backend._bus.stream.busy
+        copying.clear()
         ids = IDS.to("sim:0")
-        started = time.perf_counter()
+        started = host.now()
         for _ in range(3):
             model(ids)
-        device.synchronize()
-        wall = time.perf_counter() - started
+        wall = host.now() - started
         costs, compute = profile.total, device.compute_stream.busy
-        profiled_until = profile.started + profile.passes[-1].start + profile.passes[-1].costs.wall_seconds
-        copies = [(start, end) for start, end in device._streams[1].busy[copies_before:] if end <= profiled_until]
+        copies = [(start, end) for start, end in copying if end <= profile.started + profile.total.wall_seconds]
 
     assert costs.passes == 3
     assert costs.compute_seconds == pytest.approx(total(compute), abs=0.02 * wall)
@@ -91,12 +95,50 @@ def test_a_profile_equals_the_truth_of_the_device(folder: Path, layer_seconds: f
     assert costs.wall_seconds == pytest.approx(compute[-1][1] - compute[0][0], abs=0.02 * wall)
     assert costs.python_seconds < 0.02 * wall
     assert (costs.stall_seconds > 0.3 * wall) is (layer_seconds > 0.1), "the case is not what it is meant to be"
+    assert copies
     assert costs.links[H2D].seconds == pytest.approx(total(copies), rel=0.02)
-    assert costs.links[H2D].bytes_per_second == pytest.approx(nbytes / layer_seconds, rel=0.02)
+    assert costs.links[H2D].bytes_per_second == pytest.approx(bytes_per_second, rel=0.02)
     if layer_seconds > 0.1:
         later = [each.costs for each in profile.passes[1:]]  # what the first waited for was queued before it
         assert all(each.stalls[H2D] > 0.95 * each.stall_seconds for each in later)
         assert profile.bottleneck == H2D
+
+
+# By when each pass ends, and when each transfer begins and ends. Every transfer moves one byte.
+STRADDLING = {
+    "one transfer after the other": ([4.0, 8.0], [(0.0, 3.0), (3.0, 6.0)], [(3.0, 1), (3.0, 1)]),
+    "two at once, of which one is still under way when a pass ends": (
+        [4.0, 8.0],
+        [(0.0, 3.0), (1.0, 6.0)],
+        [(3.0, 1), (3.0, 1)],
+    ),
+    "one all the while others end": (
+        [4.0, 8.0],
+        [(0.0, 1.0), (0.0, 7.0), (2.0, 3.0), (4.0, 5.0)],
+        [(2.0, 2), (5.0, 2)],
+    ),
+    "one that the profile ends in the middle of": ([4.0, 8.0], [(0.0, 2.0), (7.0, 9.0)], [(2.0, 1), (0.0, 0)]),
+    "one whose end was read from a later anchor": ([4.0, 8.0], [(4.0, 3.999), (5.0, 6.0)], [(0.0, 1), (1.0, 1)]),
+}
+
+
+@pytest.mark.parametrize(("ends", "transfers", "uses"), STRADDLING.values(), ids=STRADDLING)
+def test_bytes_and_seconds_of_a_transfer_count_once_and_in_the_same_pass(
+    host: StillClock,
+    ends: Sequence[float],
+    transfers: Sequence[tuple[float, float]],
+    uses: Sequence[tuple[float, int]],
+) -> None:
+    profile = Profile("m", "cpu", "bfloat16", started=0.0)
+    recorder = Recorder(profile, CpuBackend(1 << 12), lambda _: None)
+    for start, end in transfers:
+        recorder.add(Span("H2D stream", H2D, start, end, 1))
+    for end in ends:
+        recorder.begin_pass(None)
+        host.sleep_until(end)
+        recorder.end_pass(True)
+    assert [(each.costs.links[H2D].seconds, each.costs.links[H2D].nbytes) for each in profile.passes] == uses
+    assert profile.total.io_seconds == sum(seconds for seconds, _ in uses)
 
 
 @pytest.mark.parametrize("kind", ["wall clock", "process time"])

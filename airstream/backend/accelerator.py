@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,7 @@ from airstream.backend.clock import DeviceClock
 from airstream.backend.host_memory import HostBuffer
 from airstream.backend.landing import HostLanding, Staging, cast_into
 from airstream.backend.pinning import Pinner, Pinning
+from airstream.backend.shortage import allocating
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.reader import Cast, Piece
 from airstream.probe import CONVERT, H2D, HOST_COPY, Moment, Probe
@@ -49,15 +51,20 @@ class AcceleratorBackend(Backend):
         self._chunk_bytes = chunk_bytes
         self._staging = Staging(chunk_bytes, probe)
         self._pinner = Pinner()
-        self._lanes = [_Lane(runtime, self._bus, chunk_bytes) for _ in range(num_workers)]
-        pinned = [lane.pinned for lane in self._lanes]
-        if not all(pinned):
+        self._lanes: list[_Lane] = []
+        with ExitStack() as failed:
+            failed.callback(self.close)
+            for _ in range(num_workers):
+                self._lanes.append(_Lane(runtime, self._bus, chunk_bytes))
+            if packed:
+                self._bus.scratch = self.allocate(chunk_bytes + PAGE_BYTES)
+            failed.pop_all()
+        if not all(lane.pinned for lane in self._lanes):
             logger.warning("host memory could not be pinned: copies to %s will be slower", self.device)
-        if packed:
-            self._bus.scratch = self.allocate(chunk_bytes + PAGE_BYTES)
 
     def allocate(self, nbytes: int, touch: bool = True) -> torch.Tensor:  # noqa: ARG002 - device memory never faults
-        memory = self._runtime.empty(nbytes)
+        with allocating(nbytes, is_on_host=False):
+            memory = self._runtime.empty(nbytes)
         self.release()  # the allocator may hand out memory that queued computations still use: copies wait for them
         return memory
 

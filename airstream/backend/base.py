@@ -53,6 +53,9 @@ class Backend(ABC):
         """A uint8 tensor of `nbytes` on the device, touched, so that the token loop neither faults nor allocates.
 
         What is filled only once need not be touched before: `touch=False` leaves it to the reads that fill it.
+
+        Raises:
+            BudgetError: there is not so much.
         """
 
     @abstractmethod

@@ -14,6 +14,7 @@ import threading
 
 import torch
 
+from airstream.backend.shortage import allocating
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.units import MIB, round_up
 
@@ -32,11 +33,15 @@ class HostBuffer:
     Attributes:
         tensor: the memory as a uint8 tensor of shape (nbytes,).
         view: the same memory as a writable memoryview.
+
+    Raises:
+        BudgetError: the system has not so much.
     """
 
     def __init__(self, nbytes: int, touch: bool = True) -> None:
         self.nbytes = nbytes
-        mapping = _map(max(round_up(nbytes, PAGE_BYTES), PAGE_BYTES))
+        with allocating(nbytes, is_on_host=True):
+            mapping = _map(max(round_up(nbytes, PAGE_BYTES), PAGE_BYTES))
         self.view = memoryview(mapping)[:nbytes]
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
         if not touch:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -31,6 +31,7 @@ from airstream.model.head import take_sequences_apart
 from airstream.model.observer import Observer
 from airstream.model.plans import Plans
 from airstream.model.residents import bind_residents
+from airstream.model.shortage import explained
 from airstream.model.store import Store
 from airstream.model.stored import all_stored
 from airstream.model.units import Parts
@@ -123,11 +124,18 @@ class Engine:
         """The plan that is followed now."""
         return self.plans.current
 
-    def guard(self) -> AbstractContextManager[None]:
-        """Around every use of the model: one thread at a time, no autograd, nothing left bound after a failure."""
-        return self.gate.inside()
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Around every use of the model: one thread at a time, no autograd, nothing left bound after a failure.
 
-    def generation(self, work: Workload | None, is_asked: bool) -> AbstractContextManager[None]:
+        Raises:
+            BudgetError: the machine has less memory than was planned for.
+        """
+        with explained(lambda: self.plan), self.gate.inside():
+            yield
+
+    @contextmanager
+    def generation(self, work: Workload | None, is_asked: bool) -> Iterator[None]:
         """Around a generation that asks for `work` at its end. Others take turns with it, between passes.
 
         Args:
@@ -136,7 +144,9 @@ class Engine:
         Raises:
             BudgetError, ArgumentError: it cannot be done, with what can be.
         """
-        return self._generations.one(work, partial(self.plans.expect, is_asked=is_asked))
+        begin = partial(self.plans.expect, is_asked=is_asked)
+        with explained(lambda: self.plan), self._generations.one(work, begin):
+            yield
 
     @contextmanager
     def one_pass(self, work: Workload | None, has_cache: bool, prepare: Callable[[], None]) -> Iterator[None]:
@@ -144,7 +154,7 @@ class Engine:
 
         Of a prompt's pass, what is freed leaves the process at once.
         """
-        with self._generations.one_pass(work, has_cache) as beside:
+        with explained(lambda: self.plan), self._generations.one_pass(work, has_cache) as beside:
             prepare()
             if beside is not None:
                 self.plans.admit(beside)

@@ -7,14 +7,15 @@ points on both are only noted. Once it is over the recorder waits for the device
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from airstream.backend.base import Backend
 from airstream.plan import Workload
 from airstream.probe import LINKS, Moment, Span, now
 from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs, LinkUse, add_causes
-from airstream.profiling.intervals import blame, merge, total
+from airstream.profiling.intervals import Interval, blame, merge, total
 from airstream.profiling.profile import MAX_SPANS, PassProfile, Profile
 
 MEMORY_SECONDS = 0.1
@@ -82,6 +83,7 @@ class Recorder:
         self._pass: _Pass | None = None
         self._number = 0
         self._finished_at = 0.0
+        self._counted: dict[str, list[Interval]] = {}
         self._measured_at = 0.0
         backend.start_clock()
 
@@ -203,6 +205,8 @@ class Recorder:
         for _ in range(len(self._pending)):
             span = self._pending.popleft()
             start, end = self._backend.seconds((span.start, span.end))
+            # Read from different anchors, if a pass has ended in between, the two may be a little apart.
+            end = end if start is None or end is None else max(start, end)
             span = span._replace(start=span.start if start is None else start, end=span.end if end is None else end)
             (later if end is None or end > until else taken).append(span)
         self._pending.extend(later)
@@ -213,10 +217,11 @@ class Recorder:
         costs.passes, costs.tokens = 1, current.work.tokens if current.work else 0
         moving = [span for span in spans if not _is_computed(span)]
         busy = {link: merge((s.start, s.end) for s in moving if s.kind == link) for link in LINKS}
-        costs.io_seconds = total(merge(stretch for stretches in busy.values() for stretch in stretches))
+        costs.io_seconds = self._uncounted("any link", chain.from_iterable(busy.values()))
         for link in LINKS:
             own = [span for span in spans if span.kind == link]
-            costs.links[link] = LinkUse(total(merge((s.start, s.end) for s in own)), sum(s.nbytes for s in own))
+            seconds = self._uncounted(link, ((s.start, s.end) for s in own))
+            costs.links[link] = LinkUse(seconds, sum(s.nbytes for s in own))
         for wait, start, end in _stalls(current, at):
             causes = {ROWS: end - start} if wait.is_for_rows else blame(start, end, busy, otherwise=SCHEDULING)
             add_causes(costs.stalls, causes)
@@ -227,6 +232,11 @@ class Recorder:
         costs.stall_seconds = sum(costs.stalls.values())
         costs.compute_seconds = forward - costs.stall_seconds
         costs.python_seconds = costs.wall_seconds - forward
+
+    def _uncounted(self, what: str, stretches: Iterable[Interval]) -> float:
+        """Seconds in which `what` was busy, but for those counted with transfers that ended in the pass before."""
+        before, self._counted[what] = self._counted.get(what, []), merge(stretches)
+        return total(merge([*before, *self._counted[what]])) - total(before)
 
     def _keep(self, current: _Pass, at: Sequence[float], spans: Sequence[Span]) -> None:
         profile, began = self.profile, at[0] - self.profile.started

@@ -10,6 +10,7 @@ import torch
 
 from airstream.backend import create_backend
 from airstream.backend.base import Backend
+from airstream.backend.shortage import ShortageError
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS
 from airstream.errors import ArgumentError
 from airstream.hardware import available_host_bytes
@@ -131,7 +132,7 @@ def _allocate(backend: Backend, nbytes: int) -> torch.Tensor:
     """`nbytes` on the device, or as much as a device that is nearly full still has."""
     try:
         return backend.allocate(nbytes)
-    except torch.OutOfMemoryError:
+    except ShortageError:
         if nbytes < 2 * LEAST_DEVICE_BYTES:
             raise
     return _allocate(backend, nbytes // 2)

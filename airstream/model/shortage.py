@@ -1,0 +1,50 @@
+"""What to say when the machine has less memory than the plan was made for, and what is let go of then."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from airstream.backend.shortage import ShortageError, shortage_in
+from airstream.errors import BudgetError
+from airstream.hardware import available_host_bytes
+from airstream.plan import HOST, Plan
+from airstream.units import format_bytes
+
+
+@contextmanager
+def explained(plan: Callable[[], Plan | None]) -> Iterator[None]:
+    """Around whatever takes memory that was planned by `plan`, which is asked once it has been refused: None before.
+
+    Raises:
+        BudgetError: it was refused; with what was asked for, what the plan takes, and the remedy.
+    """
+    try:
+        yield
+    except Exception as error:
+        shortage = shortage_in(error)
+        if shortage is None:
+            raise
+        # Whoever keeps the error, as notebooks do, would keep what was allocated before it.
+        traceback.clear_frames(error.__traceback__)
+        planned = plan()
+        if planned is not None:
+            raise _by_plan(shortage, planned) from error
+        if shortage is not error:
+            raise shortage from error
+        raise
+
+
+def _by_plan(shortage: ShortageError, plan: Plan) -> BudgetError:
+    """The same, in the terms of `plan`."""
+    name = HOST if shortage.is_on_host else next(iter(plan.tiers))
+    tier = plan.tiers[name]
+    memory, key = ("host memory", f'"{name}"') if name == HOST else (f"memory of device {name}", name)
+    peak = format_bytes(tier.peak_bytes)
+    free = f", and {format_bytes(available_host_bytes())} are free now" if name == HOST else ""
+    return BudgetError(
+        f"{shortage.asked} of {memory} could not be allocated: there is not so much. The plan takes {peak} of it in "
+        f"all, within the {format_bytes(tier.budget_bytes)} of max_memory ({tier.budget_note}){free}. Load the model "
+        f"with a smaller max_memory={{{key}: ...}}, below {peak}, or end what else uses that memory"
+    )
