@@ -15,7 +15,7 @@ PROJECT_URL = "https://example.invalid/airstream"
 # peft: `load_adapter` of some releases of transformers asks for 0.22, which nobody can install yet; that of a streamed
 # model, and `PeftModel`, work with 0.21.
 EXTRAS = {
-    "demo": ["gguf>=0.17"],
+    "demo": ["accelerate>=1.1", "gguf>=0.17"],  # transformers, with which the answer is compared, asks for both
     "gguf": ["gguf>=0.17"],
     "peft": ["peft>=0.21"],
     "plot": ["matplotlib>=3.8"],

@@ -81,3 +81,20 @@ class LinkMeter:
         }
         sources = [source for source, nbytes in moved.items() if nbytes]
         return MeasuredLink(" and ".join(sources) or None, sum(moved.values()), seconds)
+
+
+class ReadClock:
+    """Keeps `read_seconds` of `stats`: the time in which at least one batch is being read. Not for several threads."""
+
+    def __init__(self, stats: StreamStats) -> None:
+        self._stats = stats
+        self._since = 0.0
+        self.num_reading = 0
+
+    def count(self, change: int) -> None:
+        """So many batches more are being read from now on."""
+        time = now()
+        if self.num_reading:
+            self._stats.read_seconds += time - self._since
+        self._since = time
+        self.num_reading += change

@@ -1,10 +1,8 @@
 """Layer batches through a ring of memory: read ahead in the order they will be needed, handed out when they are.
 
 The streamer executes; it decides nothing. Which layers form a batch, how large the ring is and how far to read ahead
-is in the plan. It knows no model: `acquire` gives the memory of a batch, `release` takes it back.
-
-    acquire(3) ──► the bytes of batch 3, filled; reads of batches 4, 5, ... already under way
-    release(3) ──► its place in the ring is free; the next read that fits starts at once, wrapping from last to first
+is in the plan. It knows no model: `acquire` gives the memory of a batch, while the next ones are being read; `release`
+takes it back, and the next read that fits starts at once, wrapping from last to first.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from airstream.order import AccessOrder
 from airstream.probe import Probe
 from airstream.region import Region
 from airstream.ring import Ring, room_sizes
-from airstream.stats import LinkMeter, MeasuredLink, StreamStats
+from airstream.stats import LinkMeter, MeasuredLink, ReadClock, StreamStats
 
 
 class Streamer:
@@ -66,8 +64,8 @@ class Streamer:
         self._regions: dict[int, Region] = {}
         self._fences: list[Any] = [backend.new_fence() for _ in fills]
         self._changed = threading.Condition()
-        self._reading_since = 0.0
-        self._num_reading = 0
+        self._reading = ReadClock(self.stats)
+        self._is_inside = False
         self._closed = False
         self._forks = Forks()
 
@@ -79,19 +77,19 @@ class Streamer:
     def acquire(self, batch: int) -> Region:
         """The memory of `batch`, filled. Blocks until its bytes are there (or, on a device, on their way).
 
-        Raises:
-            ReadError: its bytes could not be read. The next call tries again.
-            ClosedError: the streamer was closed.
+        Raises ReadError if they could not be read (the next call tries again), ClosedError if the streamer was closed.
         """
         if listener := self._probe.listener:
             listener.begin_wait()
         self.check_open()
+        self._is_inside = True
         with self._changed:
             self.check_open()
             self._order.observe(batch)
             self.stats.acquired += 1
             self.stats.missed += batch not in self._regions and not self._fills[batch].is_complete
             region = self._use(batch)
+        self._is_inside = False
         self._backend.wait_filled(self._fences[batch])
         if listener:
             listener.waited(region.read_bytes, region.host_bytes)
@@ -103,6 +101,7 @@ class Streamer:
         if self._forks.is_child:
             return  # it was acquired in another process
         self._backend.release()
+        was_inside, self._is_inside = self._is_inside, True
         with self._changed:
             region = self._regions.get(batch)
             if region is not None and region.users:
@@ -112,6 +111,7 @@ class Streamer:
             if not self._closed:
                 self._read_ahead()
             self._changed.notify_all()
+        self._is_inside = was_inside
 
     def measure_link(self) -> MeasuredLink:
         """Stream every batch once without computing: from when nothing moves until nothing moves any more.
@@ -140,7 +140,8 @@ class Streamer:
         self._backend.synchronize()
 
     def _wait_for_fills(self) -> None:
-        self._changed.wait_for(lambda: not any(region.filling for region in self._regions.values()))
+        # One without work, here where nothing is being begun, was interrupted while it was: nobody fills it.
+        self._changed.wait_for(lambda: not any(each.filling and each.work for each in self._regions.values()))
 
     def _pass_through(self, batch: int) -> None:
         self.acquire(batch)
@@ -148,11 +149,21 @@ class Streamer:
 
     def after_fork(self) -> None:
         """In a forked child: what was being read never arrives here. The ring is empty; its memory stays."""
-        self._forks = Forks()
-        self._changed = threading.Condition()
+        self._forks, self._changed = Forks(), threading.Condition()
+        self._forget()
+
+    def recover(self) -> None:
+        """After an interrupt, which may come anywhere: read anew what was begun, if that is in doubt. Blocks."""
+        if self._is_inside and not self._closed and not self._forks.is_child:
+            self._reader.wait_until_idle()
+            with self._changed:
+                self._forget()
+
+    def _forget(self) -> None:
         self._regions.clear()
         self._ring = Ring(self._ring.nbytes)
-        self._num_reading = 0
+        self._reading = ReadClock(self.stats)
+        self._is_inside = False
 
     def close(self) -> None:
         """Stop reading and give the ring back. Idempotent; blocks for reads under way. Waiting calls raise."""
@@ -203,8 +214,6 @@ class Streamer:
 
     def _upcoming(self) -> list[int]:
         """What to read ahead: the next batches that anything has to come for."""
-        if not self._prefetch:
-            return []
         return list(islice((b for b in self._order.upcoming() if not self._fills[b].is_complete), self._prefetch))
 
     def _read_now(self, batch: int) -> Region:
@@ -227,8 +236,7 @@ class Streamer:
         """Start reading `batch` if there is room, in place of batches in `spare` if need be."""
         fill, offset = self._fills[batch], 0
         if fill.room:
-            placed = self._ring.place(batch, self._rooms[batch], spare)
-            if placed is None:
+            if (placed := self._ring.place(batch, self._rooms[batch], spare)) is None:
                 return False
             offset, lost = placed
             for other in lost:
@@ -238,7 +246,7 @@ class Streamer:
         self._regions[batch] = region
         self._report_ring()
         if region.read_bytes:
-            self._count_reading(+1)
+            self._reading.count(+1)
         self._backend.begin_fill()
         on_done = partial(self._filled, region, region.read_bytes)
         work = Filling(fill, region.memory, self._reader, self._backend, on_done, urgent)
@@ -282,19 +290,11 @@ class Streamer:
             region.work = None  # it refers to this region: the cycle would keep the ring's memory after close()
             region.filling = False
             if read_bytes:
-                self._count_reading(-1)
+                self._reading.count(-1)
             self._changed.notify_all()
 
     def _wait_until_filled(self, region: Region) -> None:
         started = time.perf_counter()
-        while region.filling:
-            self._changed.wait()
+        self._changed.wait_for(lambda: not region.filling)
         self.stats.stall_seconds += time.perf_counter() - started
         self.check_open()
-
-    def _count_reading(self, change: int) -> None:
-        now = time.perf_counter()
-        if self._num_reading:
-            self.stats.read_seconds += now - self._reading_since
-        self._reading_since = now
-        self._num_reading += change

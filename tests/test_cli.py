@@ -359,3 +359,26 @@ def test_python_dash_m_is_the_same_program() -> None:
         [sys.executable, "-m", "airstream", "--version"], capture_output=True, text=True, check=True
     )
     assert result.stdout.startswith("airstream ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["MODEL", "PROMPT", "--max-new-tokens", "2", "--max-memory", "4GiB"],
+        ["MODEL", "--max-new-tokens", "2", "--max-memory", "4GiB", "PROMPT"],
+        ["--max-memory", "4GiB", "MODEL", "--max-new-tokens", "2", "PROMPT"],
+        ["--max-new-tokens=2", "--max-memory=4GiB", "MODEL", "PROMPT"],
+        ["--max-memory", "0=3GiB", "cpu=4GiB", "MODEL", "--max-new-tokens", "2", "PROMPT"],
+    ],
+)
+def test_arguments_stand_wherever_one_writes_them(words: list[str]) -> None:
+    arguments = build_parser().parse_args(["generate", *words])
+    assert (arguments.model, arguments.prompt, arguments.max_new_tokens) == ("MODEL", "PROMPT", 2)
+    expected = {0: "3GiB", "cpu": "4GiB"} if "cpu=4GiB" in words else "4GiB"
+    assert load_options(arguments)["max_memory"] == expected
+
+
+def test_a_prompt_without_quotes_is_told_to_have_some(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["generate", "MODEL", "Once", "upon", "a", "time"])
+    assert "upon a time: a prompt of several words stands in quotes" in capsys.readouterr().err

@@ -5,6 +5,8 @@ from __future__ import annotations
 import _thread
 import gc
 import json
+import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,7 +26,7 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.generation.streamers import BaseStreamer
 
 import airstream
-from airstream import AutoModel, BudgetError, ClosedError, ReadError, UnsupportedError
+from airstream import AutoModel, BudgetError, CheckpointError, ClosedError, ReadError, UnsupportedError, streamer
 from airstream.checkpoint.files import WeightFile
 from airstream.model.absent import Absent
 from airstream.streamer import Streamer
@@ -631,3 +633,38 @@ def test_every_public_name_is_there() -> None:
     assert all(getattr(airstream, name) is not None for name in airstream.__all__)
     with pytest.raises(AttributeError, match="no attribute 'AutoModels'"):
         _ = airstream.AutoModels
+
+
+@pytest.mark.parametrize("prefetch_batches", [0, 2])
+def test_an_interrupt_may_come_while_reads_are_begun(
+    tiny: WriteTiny, monkeypatch: pytest.MonkeyPatch, prefetch_batches: int
+) -> None:
+    """Nobody fills what was interrupted before its reads were handed over: the next pass must not wait for it."""
+    with stream(tiny("llama", torch.float32), prefetch_batches=prefetch_batches) as model:
+        expected = model(IDS).logits
+        real, left = streamer.Filling, [0]
+
+        def interrupted(*args: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(streamer, "Filling", interrupted)
+        for number in range(1, 6):
+            left[0] = number
+            with pytest.raises(KeyboardInterrupt):
+                [model(IDS) for _ in range(3)]  # the last of so many fills may be read ahead for the next pass
+            assert torch.equal(model(IDS).logits, expected)
+
+
+def test_a_file_that_is_written_into_while_it_is_loaded_is_told(tiny: WriteTiny, tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny("llama", torch.float32), folder)
+    with stream(folder) as model:
+        model(IDS)
+        with (folder / "model.safetensors").open("r+b") as file:
+            file.seek(-64, os.SEEK_END)
+            file.write(bytes(64))
+        with pytest.raises(CheckpointError, match="replaced or changed meanwhile"):
+            model(IDS)

@@ -67,6 +67,8 @@ class Machine:
         return self._empty(runtime, nbytes)
 
     def _refuses(self, nbytes: int) -> bool:
+        if not nbytes:
+            return False  # a ring of nothing takes nothing
         self.asked.append(nbytes)
         refuses = self.refuses_from is not None and len(self.asked) > self.refuses_from
         if refuses:

@@ -40,8 +40,9 @@ class HostBuffer:
 
     def __init__(self, nbytes: int, touch: bool = True) -> None:
         self.nbytes = nbytes
-        with allocating(nbytes, is_on_host=True):
-            mapping = _map(max(round_up(nbytes, PAGE_BYTES), PAGE_BYTES))
+        mapped_bytes = max(round_up(nbytes, PAGE_BYTES), PAGE_BYTES)
+        with allocating(mapped_bytes, is_on_host=True):
+            mapping = _map(mapped_bytes)
         self.view = memoryview(mapping)[:nbytes]
         self.tensor = torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes]
         if not touch:

@@ -77,6 +77,8 @@ class WeightFile:
                 count -= count % SECTOR_BYTES
             if count == 0:
                 raise ReadError(f"{self._range(offset, needed)} failed: the file ends after {done:,} of them")
+        with self._descriptors.of(self) as descriptor:  # a microsecond: somebody may have written into it
+            self._check_identity(os.fstat(descriptor))
         if self._avoids_cache and not self.direct:
             self._drop_from_cache(offset, needed)
 

@@ -111,6 +111,7 @@ class Reader:
         self._queue: deque[tuple[Job, _Step]] = deque()
         self._wake = threading.Condition()
         self._closed = False
+        self._num_busy = 0
         self._forks = Forks()
         self._workers: list[threading.Thread] = []
         descriptors = Descriptors(max_open_files)
@@ -130,7 +131,7 @@ class Reader:
 
     def _forget_parent(self) -> None:
         """In a forked child: threads, locks and whatever waits are the parent's. Files stay: reads are positioned."""
-        self._wake, self._workers, self._queue = threading.Condition(), [], deque()
+        self._wake, self._workers, self._queue, self._num_busy = threading.Condition(), [], deque(), 0
         for file in self._files.values():
             file.after_fork()
 
@@ -196,6 +197,13 @@ class Reader:
         if outcome[0] is not None:
             raise outcome[0]
 
+    def wait_until_idle(self) -> None:
+        """Until nothing is being read, and nothing waits to be. Reader threads must not call this."""
+        self._forks.settle(self._restart)
+        with self._wake:
+            self._wake.notify_all()  # whoever put the last reads in may have been interrupted before it said so
+            self._wake.wait_for(lambda: not self._queue and not self._num_busy)
+
     def close(self) -> None:
         """Skip what waits, end the threads, close the files. Idempotent; blocks for the reads under way."""
         self._forks.settle(self._forget_parent)
@@ -224,8 +232,15 @@ class Reader:
                 if not self._queue:
                     return
                 job, step = self._queue.popleft()
-            job.finished_one(ReadCancelled() if job.skips else _error_of(step, worker, edges))
-            del job, step  # while this thread waits, it must not keep a slab alive
+                self._num_busy += 1
+            try:
+                job.finished_one(ReadCancelled() if job.skips else _error_of(step, worker, edges))
+                del job, step  # while this thread waits, it must not keep a slab alive
+            finally:
+                with self._wake:
+                    self._num_busy -= 1
+                    if not self._num_busy and not self._queue:
+                        self._wake.notify_all()
 
     def _read(self, landing: Landing, piece: Piece, worker: int, edges: EdgePages) -> None:
         file = self._files[piece.file]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -68,11 +69,13 @@ def _prompt(arguments: argparse.Namespace) -> str:
             raise ArgumentError(f"-f {arguments.file} is not UTF-8 text: {error}") from error
         prompt = prompt.removesuffix("\n")  # what editors end files with is no part of the text
     elif arguments.prompt == "-":
+        if sys.stdin is None:
+            raise ArgumentError("there is no standard input to read the prompt from")
         if sys.stdin.isatty():
             note("(the prompt, please; Ctrl-D on a line of its own ends it)")
         prompt = sys.stdin.read()
-    else:
-        prompt = arguments.prompt
+    else:  # where the locale knows no more than ASCII, Python has kept the bytes that it could not read
+        prompt = os.fsencode(arguments.prompt).decode("utf-8", "replace")
     if not prompt:
         raise ArgumentError("the prompt is empty: give some text to continue")
     return prompt

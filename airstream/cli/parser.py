@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from airstream import __version__
@@ -18,6 +19,7 @@ Command = Callable[[argparse.Namespace], int | None]
 
 
 MAX_SEED = (1 << 63) - 1
+NAMED_SIZE = re.compile(r"[\w:]+=[\w.]+")
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
@@ -26,7 +28,35 @@ class Parser(argparse.ArgumentParser):
     """Tells a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
+        left = message.removeprefix("unrecognized arguments: ")
+        if left != message and not any(word.startswith("-") for word in left.split()):
+            message += ": a prompt of several words stands in quotes"
         self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` says more)\n")
+
+
+class CommandParser(Parser):
+    """Of one command: its arguments may stand before, between and behind its options."""
+
+    _is_mixing = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        if self._is_mixing or args is None:
+            return super().parse_known_args(args, namespace)
+        self._is_mixing = True  # what mixes comes here again, for options and for the others
+        try:
+            return self.parse_known_intermixed_args(_one_by_one(args), namespace)
+        finally:
+            self._is_mixing = False
+
+
+def _one_by_one(args: Sequence[str]) -> list[str]:
+    """`--max-memory 0=4GiB cpu=8GiB MODEL` as an option before each size, so that it takes nothing else."""
+    spread: list[str] = []
+    is_size = False
+    for before, arg in zip(("", *args), args, strict=False):
+        is_size = before == "--max-memory" or (is_size and NAMED_SIZE.fullmatch(arg) is not None)
+        spread += ["--max-memory", arg] if is_size and before != "--max-memory" else [arg]
+    return spread
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -36,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"airstream {__version__}")
     parser.add_argument("--traceback", action="store_true", help="after an unexpected error, show where it was raised")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
 
     _add_demo(commands)
     _add_generate(commands)
@@ -170,7 +200,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading (as in AutoModel.from_pretrained)")
-    group.add_argument("--max-memory", nargs="+", metavar="SIZE", help="4GiB, or 0=4GiB cpu=8GiB; default: most of it")
+    group.add_argument(
+        "--max-memory", action="append", metavar="SIZE", help="4GiB, or 0=4GiB cpu=8GiB; default: most of it"
+    )
     group.add_argument("--device", help="device that computes (default: the accelerator if there is one, else cpu)")
     group.add_argument("--dtype", help='of the weights (default: "auto", the checkpoint\'s own)')
     group.add_argument("--max-context", "--context", type=int, metavar="TOKENS", help="tokens per sequence to plan for")

@@ -16,6 +16,8 @@ def typed() -> Iterator[str]:
 
     Three double quotes begin and end a text of several lines, and so does a backslash that ends a line.
     """
+    if sys.stdin is None:  # closed by who started this
+        return
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):

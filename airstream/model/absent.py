@@ -173,6 +173,14 @@ def refuse_storage(name: str) -> NoReturn:
     )
 
 
+def refuse_gradient(name: str) -> NoReturn:
+    """Raise because weight `name` is asked for a gradient: an optimizer would change it."""
+    raise UnsupportedError(
+        f"{name!r} has no gradient: a streamed model's weights are not kept. Fine-tune the checkpoint with "
+        "transformers or PEFT"
+    )
+
+
 def refuse_change(name: str) -> NoReturn:
     """Raise because weight `name` has been changed, or is about to be."""
     raise UnsupportedError(

@@ -214,6 +214,7 @@ class Residency:
     def _start_direct(self, module: nn.Module, args: tuple[object, ...]) -> None:
         self._direct.start(module, args)
         self.let_go()  # what an interrupt may have left
+        self._streamer.recover()
 
     def _bring_in(self, name: str, number: int, position: int) -> None:
         """Have the weights of unit `name` in place."""

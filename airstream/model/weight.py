@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from airstream.model.absent import refuse_change, refuse_remaking, refuse_storage
+from airstream.model.absent import refuse_change, refuse_gradient, refuse_remaking, refuse_storage
 from airstream.model.stored import Stored
 
 
@@ -36,6 +36,12 @@ class Weight(torch.Tensor):
     def is_touched(self) -> bool:
         """Whether it has been written to since its values were last known to be the checkpoint's."""
         return self._version != self.accepted
+
+    def requires_grad_(self, requires_grad: bool = True) -> Weight:
+        """None of them has a gradient; what fused optimizers write is not counted."""
+        if requires_grad:
+            refuse_gradient(self.stored.name)
+        return self
 
     def detach(self) -> Weight:
         return _make(torch.Tensor._make_subclass(Weight, super().detach()), self.stored, False)
