@@ -66,7 +66,8 @@ def explain(error: Exception, name: str, revision: str | None, token: str | bool
     if isinstance(error, LocalEntryNotFoundError) and len(causes) == 1:
         return CheckpointNotFoundError(f"{name!r} {OFFLINE}")
     return CheckpointNotFoundError(
-        f"downloading {name!r} failed: {_of_network(causes)} ({_first_line(causes[-1])}). Try again: it resumes"
+        f"there is no folder {name!r} here, and downloading {name!r} failed: {_of_network(causes)} "
+        f"({_first_line(causes[-1])}). Check the path; if it is a hub id, try again: it resumes"
     )
 
 
