@@ -67,7 +67,7 @@ def explain(error: Exception, name: str, revision: str | None, token: str | bool
         return CheckpointNotFoundError(f"{name!r} {OFFLINE}")
     return CheckpointNotFoundError(
         f"there is no folder {name!r} here, and downloading {name!r} failed: {_of_network(causes)} "
-        f"({_first_line(causes[-1])}). Check the path; if it is a hub id, try again: it resumes"
+        f"({_first_line(causes[-1])}). Try again: it resumes"
     )
 
 
