@@ -176,6 +176,7 @@ def outputs_of(notebook: str) -> list[dict]:
 
 
 @pytest.mark.realmodel
+@pytest.mark.timeout(600)
 def test_the_quickstart_notebook_runs(smollm2_folder: Path) -> None:
     printed = "".join(output.get("text", "") for output in outputs_of("quickstart.ipynb"))
     assert "The capital of France is Paris." in printed
@@ -184,6 +185,7 @@ def test_the_quickstart_notebook_runs(smollm2_folder: Path) -> None:
 
 
 @pytest.mark.realmodel
+@pytest.mark.timeout(600)
 def test_the_profiling_notebook_runs(smollm2_folder: Path) -> None:
     outputs = outputs_of("profiling.ipynb")
     printed = "".join(output.get("text", "") for output in outputs)
