@@ -333,7 +333,7 @@ def test_a_single_error_while_reading_ahead_is_noticed_by_nobody(
 
         def until_nothing_is_read(*_: object) -> None:
             end = time.monotonic() + 10
-            while streamer._num_reading and time.monotonic() < end:
+            while streamer._reading.num_reading and time.monotonic() < end:
                 time.sleep(0.001)
 
         def let_the_next_reads_fail(*_: object) -> None:
@@ -377,12 +377,13 @@ def test_a_file_that_is_truncated_while_it_is_streamed(
         assert torch.equal(tokens_of(model), expected)
         os.truncate(shard, len(content) // 3)
         for _ in range(2):
-            with pytest.raises(ReadError, match="the file ends after") as caught:
+            with pytest.raises((ReadError, CheckpointError), match="the file ends after|replaced or changed") as caught:
                 tokens_of(model)
             assert str(shard) in str(caught.value)
         with shard.open("r+b") as stream:
             stream.write(content)
-        assert torch.equal(tokens_of(model), expected)
+        with pytest.raises(CheckpointError, match="replaced or changed"):  # who knows what it is now
+            tokens_of(model)
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
@@ -460,7 +461,7 @@ def test_a_conversion_that_fails_is_done_again(
     with load(checkpoint) as model:
         assert torch.equal(tokens_of(model), expected)
         failures.append(MemoryError("no room to convert"))
-        with pytest.raises(MemoryError, match="no room to convert"):
+        with pytest.raises(BudgetError, match="could not be allocated"):
             tokens_of(model)
         assert torch.equal(tokens_of(model), expected)
 

@@ -463,7 +463,7 @@ def test_the_read_can_be_tried_until_it_works(
         streamer = new_streamer(slabs, reader, prefetch)
         streamer.start()
         visit(streamer, slabs, 0)
-        until(lambda: not streamer._num_reading)  # what is read ahead has failed
+        until(lambda: not streamer._reading.num_reading)  # what is read ahead has failed
         for _ in range(num_failures - prefetch):
             with pytest.raises(ReadError, match=r"weights\.bin"):
                 streamer.acquire(1)

@@ -250,7 +250,7 @@ def narrow(folder: Path) -> Iterator[Any]:
     with stream(folder, max_context=64, max_batch_size=1, **SMALL_STEPS) as model:
         engine = model._engine
         large = Workload.generation(1, OTHER_IDS.shape[1] + LARGE["max_new_tokens"], OTHER_IDS.shape[1])
-        beside = replace(large, beside_bytes=engine.kv_bytes(large))
+        beside = replace(large, beside_bytes=engine.plans.kv_bytes(large))
         assert (engine.plans.has_room(large), engine.plans.has_room(beside)) == (True, False)
         yield model
 
@@ -316,7 +316,7 @@ def test_the_kv_caches_of_all_generations_are_in_the_plan(folder: Path, referenc
 
         tokens = model.generate(IDS, streamer=After(begin_second), **greedy(200))
         assert torch.equal(tokens, reference.generate(IDS, **greedy(200)))
-        held = model._engine.kv_bytes(Workload.generation(1, IDS.shape[1] + 200, IDS.shape[1]))
+        held = model._engine.plans.kv_bytes(Workload.generation(1, IDS.shape[1] + 200, IDS.shape[1]))
         largest = max(planned, key=lambda plan: plan.tiers["cpu"].items["KV cache"])
         assert largest.tiers["cpu"].items["KV cache"] > 1.5 * held
         assert largest.resident_bytes < normal.resident_bytes

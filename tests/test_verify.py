@@ -92,7 +92,7 @@ def test_several_faults_are_all_named(copy: Copy) -> None:
     faults = faults_of(folder)
     assert len(faults) == 4
     for shard, fault, said in zip(
-        shards, faults, ["is truncated", "is missing", "not a complete", "is missing, though"], strict=False
+        shards, faults, ["is truncated", "is missing", "is text", "is missing, though"], strict=False
     ):
         assert str(shard) in fault
         assert said in fault

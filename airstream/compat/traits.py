@@ -72,8 +72,10 @@ def position_limit(model: PreTrainedModel) -> int | None:
     part: nn.Module = model
     if hasattr(model.config, "vision_config") and hasattr(model, "get_decoder"):
         part = model.get_decoder()  # a vision tower has positions, too
+    # A table for text has a row for every position that the config speaks of; one of a vision tower, for its patches.
+    declared = config_value(model.config.get_text_config(decoder=True), "max_position_embeddings") or 0
     limits = [_rows_for_positions(name, module) for name, module in part.named_modules()]
-    return min((limit for limit in limits if limit), default=None)
+    return min((limit for limit in limits if limit and limit >= declared), default=None)
 
 
 def _rows_for_positions(name: str, module: nn.Module) -> int:
