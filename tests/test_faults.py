@@ -376,8 +376,9 @@ def test_a_file_that_is_truncated_while_it_is_streamed(
     with load(checkpoint, page_cache=page_cache) as model:
         assert torch.equal(tokens_of(model), expected)
         os.truncate(shard, len(content) // 3)
+        told = r"the file ends after|replaced or changed"
         for _ in range(2):
-            with pytest.raises((ReadError, CheckpointError), match="the file ends after|replaced or changed") as caught:
+            with pytest.raises((ReadError, CheckpointError), match=told) as caught:
                 tokens_of(model)
             assert str(shard) in str(caught.value)
         with shard.open("r+b") as stream:
