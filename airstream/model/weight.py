@@ -43,6 +43,15 @@ class Weight(torch.Tensor):
             refuse_gradient(self.stored.name)
         return self
 
+    @property
+    def requires_grad(self) -> bool:
+        """False, and it stays so."""
+        return False
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
     def detach(self) -> Weight:
         return _make(torch.Tensor._make_subclass(Weight, super().detach()), self.stored, False)
 
