@@ -35,6 +35,7 @@ EXTRAS = {
         "peft>=0.21",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "ruff>=0.12",
         "torchao>=0.18",
         "types-psutil",

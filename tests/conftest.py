@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test needs the hub
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: workers side by side do not spin for each other
 
 import copy
 import functools

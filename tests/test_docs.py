@@ -97,7 +97,7 @@ def test_the_readme_shows_the_two_commands() -> None:
 
 def test_ci_runs_the_command_of_the_readme() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert lines[lines.index("<!-- tests -->") + 2].endswith(".venv/bin/python -m pytest -q")
+    assert lines[lines.index("<!-- tests -->") + 2].endswith(".venv/bin/python -m pytest -q -n auto")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from transformers import (
     AutoConfig,
@@ -386,12 +386,22 @@ def test_residents_are_spread_evenly(budget: int, layers: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(budgets=st.tuples(st.integers(3000, 14000), st.integers(3000, 14000)))
+@example(budgets=(3000, 3839))
 def test_a_little_less_memory_changes_little(budgets: tuple[int, int]) -> None:
-    """What stays in memory with less stays with more, so that a change of plan keeps what is loaded."""
-    small, large = sorted(budgets)
-    plans = [make_plan(facts_of(batch_sizes=(1,)), on_cpu(each * MIB, max_context=512)) for each in (small, large)]
-    kept, more = ({name for batch in plan.batches for name in batch.resident} for plan in plans)
-    assert kept <= more
+    """What stays in memory with less stays with more, so that a change of plan keeps what is loaded.
+
+    But for the lm_head, which stays where that moves less: it and layers of about its size may change places.
+    """
+    facts = facts_of(batch_sizes=(1,), head_bytes=250 * MIB)
+    small, large = (make_plan(facts, on_cpu(each * MIB, max_context=512)) for each in sorted(budgets))
+    given_up = resident_names(small) - resident_names(large)
+    groups = [group for batch in facts.batchings[1] for group in batch.groups if given_up.intersection(group.names)]
+    assert small.head != large.head or not given_up
+    assert sum(group.nbytes for group in groups) <= 250 * MIB
+
+
+def resident_names(plan: Plan) -> set[str]:
+    return {name for batch in plan.batches for name in batch.resident}
 
 
 def test_on_an_accelerator_the_host_holds_what_the_device_cannot() -> None:
