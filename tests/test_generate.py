@@ -28,6 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from airstream import ArgumentError, UnsupportedError
 from airstream.compat import CACHE_KEYWORDS
+from airstream.model import workload
 from tests.conftest import Resident, WriteTiny, cache_in, cache_of, stream
 from tests.tiny_models import VOCAB_SIZE
 
@@ -181,6 +182,9 @@ USES: dict[str, Use] = {
     "all layers' states": lambda model: model(IDS, output_hidden_states=True).hidden_states,
     "loss": torch.no_grad()(lambda model: model(BATCH, labels=BATCH).loss),
     "last logits only": lambda model: model(BATCH, logits_to_keep=2).logits,
+    "all logits but the first": lambda model: model(BATCH, logits_to_keep=-1).logits,
+    "logits of a slice": lambda model: model(BATCH, logits_to_keep=slice(1, 4)).logits,
+    "logits of some positions": lambda model: model(BATCH, logits_to_keep=[0, 3]).logits,
     "tuple": lambda model: model(IDS, return_dict=False, use_cache=False),
     "base model": lambda model: model.base_model(IDS).last_hidden_state,
     "inference mode": torch.inference_mode()(lambda model: model.generate(IDS, **GREEDY)),
@@ -346,3 +350,28 @@ def test_where_a_gradient_is_asked_for_it_is_refused(llama: Any, resident: Resid
     assert llama.stats.acquired == acquired
     for mode in (torch.no_grad, torch.inference_mode):
         compare(mode()(lambda model: use(model)[0].detach()), llama, resident("llama-sharded", FP32, FP32))
+
+
+KEPT: dict[str, Any] = {
+    "all": 0,
+    "the last": 1,
+    "more than there are": 99,
+    "all but the first two": -2,
+    "a slice": slice(1, 9, 2),
+    "a slice from the end": slice(-3, None),
+    "nothing": slice(4, 2),
+    "a list": [0, 5, 5],
+    "a tensor": torch.tensor([1, 2]),
+    "a tensor of one number": torch.tensor(3),
+}
+"""Ways to say which positions get logits: how many, or an index."""
+
+
+@pytest.mark.parametrize("keep", KEPT.values(), ids=KEPT)
+def test_as_many_logits_are_planned_as_are_computed(keep: Any) -> None:
+    ids = torch.zeros(2, 12, dtype=torch.long)
+    work = workload.of_pass((ids,), {"logits_to_keep": keep})
+    assert work is not None
+    # as models of transformers look for them
+    positions = torch.arange(12)[slice(-keep, None) if isinstance(keep, int) else keep]
+    assert work.logits == positions.numel()

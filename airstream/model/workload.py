@@ -26,8 +26,7 @@ def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any], config: Any = None) 
         return None
     batch_size, tokens = inputs.shape[0], inputs.shape[1]
     past = _cache(kwargs)
-    keep = kwargs.get("logits_to_keep", 0)
-    logits = keep.numel() if isinstance(keep, torch.Tensor) else keep or tokens
+    logits = _kept_positions(kwargs.get("logits_to_keep", 0), tokens)
     context = tokens + (0 if past is None else cached_tokens(past))
     if source is not None:
         tokens = max(tokens, source.shape[1])
@@ -43,6 +42,15 @@ def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any], config: Any = None) 
         keeps_states=_is_on("output_hidden_states", kwargs, config),
         keeps_attentions=_is_on("output_attentions", kwargs, config),
     )
+
+
+def _kept_positions(keep: Any, tokens: int) -> int:
+    """How many of `tokens` positions get logits: the last `keep`, or those that it names as an index would."""
+    if isinstance(keep, torch.Tensor):
+        return keep.numel()
+    if isinstance(keep, int | slice):
+        return len(range(tokens)[keep if isinstance(keep, slice) else slice(-keep, None)])
+    return len(keep) if isinstance(keep, Sequence) else tokens
 
 
 def of_generation(
