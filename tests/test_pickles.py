@@ -238,6 +238,20 @@ def test_strides_that_do_not_matter(tmp_path: Path) -> None:
     assert read_pickle(tmp_path / "w.bin")[0][0].shape == (1, 3, 1)
 
 
+@pytest.mark.parametrize("options", [{}, LEGACY], ids=["zip", "legacy"])
+@pytest.mark.parametrize("view", ["neg", "conj"])
+def test_elements_that_are_not_as_they_lie(tmp_path: Path, view: str, options: dict[str, Any]) -> None:
+    """torch notes beside the storage that they are negated or conjugated, and does so whenever they are looked at."""
+    numbers = torch.view_as_complex(torch.arange(1.0, 5).view(2, 2))
+    odd = {"neg": numbers.conj().imag, "conj": numbers.conj()}[view]
+    torch.save({"w": odd}, tmp_path / "w.bin", **options)
+    assert torch.equal(torch.load(tmp_path / "w.bin")["w"], odd)
+    with pytest.raises(CheckpointError, match=r"w\.bin .* negated or conjugated: save it after"):
+        read_pickle(tmp_path / "w.bin")
+    torch.save({"w": odd.resolve_neg().resolve_conj().contiguous()}, tmp_path / "w.bin", **options)
+    assert [tensor.name for tensor in read_pickle(tmp_path / "w.bin")[0]] == ["w"]
+
+
 @pytest.mark.parametrize("key", ["state_dict", "model"])
 def test_weights_beside_what_training_leaves(tmp_path: Path, key: str) -> None:
     torch.save({"epoch": 3, "lr": 0.1, key: {"w": torch.ones(2)}, "moments": [torch.zeros(9)]}, tmp_path / "model.pth")

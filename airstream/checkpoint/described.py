@@ -6,7 +6,7 @@ or compared: a tuple of two tuples, each of which is the same two tuples, and so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +96,14 @@ def _shown(value: Any) -> str:
     return value.full if isinstance(value, Name) else f"a value of type {type(value).__name__}"
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> PickledTensor:
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) -> PickledTensor:
+    _check_plain(others[2:])  # behind whether it needs gradients, and hooks
     return _described_tensor(storage, None, offset, shape, stride)
 
 
 def _typed_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) -> PickledTensor:
-    _, _, dtype, *_ = others  # whether it needs gradients, hooks
+    _, _, dtype, *rest = others  # whether it needs gradients, hooks
+    _check_plain(rest)
     name = TORCH_TYPES.get(dtype.full.removeprefix("torch.")) if isinstance(dtype, Name) else None
     if name is None:
         raise ValueError(f"{_shown(dtype)} is not a type of element")
@@ -115,6 +117,15 @@ def _described_tensor(storage: Any, dtype: str | None, offset: Any, shape: Any, 
         raise ValueError("a tensor whose shape and strides do not belong together")
     _check_whole((offset, *shape, *stride))
     return PickledTensor(storage, dtype or storage.dtype, offset, shape, stride)
+
+
+def _check_plain(metadata: Sequence[Any]) -> None:
+    """torch notes there what it does to a tensor's elements whenever they are looked at: negates or conjugates them."""
+    marks = metadata[0] if metadata and type(metadata[0]) is dict else {}
+    if any(marks.get(mark) for mark in ("neg", "conj")):
+        raise ValueError(
+            "a tensor whose elements are to be negated or conjugated: save it after .resolve_neg().resolve_conj()"
+        )
 
 
 def _check_whole(values: tuple[Any, ...]) -> None:
