@@ -20,6 +20,7 @@ from airstream.plan import smallest_plan
 from tests.conftest import Resident, WriteTiny, on_accelerator, stream
 from tests.sim import SimDevice
 from tests.test_exactness import greedy, logits, prompts
+from tests.test_threads import After, InThread
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -219,6 +220,36 @@ def test_several_adapters(folder: Path, resident: Resident, first: Path, second:
         model.load_adapter(second)
         assert_equal(model, with_adapter(folder, second))
         assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "another": lambda model: model.set_adapter("b"),
+    "both": lambda model: model.set_adapter(["a", "b"]),
+    "none": lambda model: model.disable_adapters(),
+    "delete": lambda model: model.delete_adapter("a"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_no_generation_changes_its_adapter_half_way(
+    folder: Path, first: Path, second: Path, change: Callable[[Any], Any]
+) -> None:
+    """One that another thread asks to change waits until it has ended."""
+    others: list[InThread] = []
+    with stream(folder, max_memory="64MiB") as model:
+
+        def ask() -> None:
+            others.append(InThread(lambda: change(model)))
+            others[0].join(0.5)
+
+        model.load_adapter(second, adapter_name="b")
+        model.load_adapter(first, adapter_name="a")
+        options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+        expected = model.generate(**IDS, **options).logits
+        changed = model.generate(**IDS, streamer=After(ask), **options).logits
+        assert all(map(torch.equal, changed, expected))
+        assert others[0].finish().error is None
+        assert not torch.equal(model(**IDS).logits[:, -1], expected[0]), "now it has"
 
 
 def test_several_adapters_of_a_peft_model(folder: Path, resident: Resident, first: Path, second: Path) -> None:

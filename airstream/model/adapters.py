@@ -86,11 +86,15 @@ class WithAdapters:
             self._put_in(name, config, state, source.blame())
 
     def set_adapter(self, adapter_name: str | list[str]) -> None:
-        """Use this adapter, or all of these at once, instead of those that were used."""
+        """Use this adapter, or all of these at once, instead of those that were used.
+
+        Waits until no other thread generates, as all do that change what a model computes.
+        """
         self._check_known([adapter_name] if isinstance(adapter_name, str) else adapter_name)
         from peft.functional import set_adapter
 
-        set_adapter(self, adapter_name, inference_mode=True)
+        with self._engine.between_generations():
+            set_adapter(self, adapter_name, inference_mode=True)
 
     def enable_adapters(self) -> None:
         """Use adapters again after `disable_adapters`."""
@@ -158,10 +162,11 @@ class WithAdapters:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils import AuxiliaryTrainingWrapper
 
-        for module in self.modules():
-            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                module.enable_adapters(on)
-        freeze(strangers(self, self._engine.modules))
+        with self._engine.between_generations():
+            for module in self.modules():
+                if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                    module.enable_adapters(on)
+            freeze(strangers(self, self._engine.modules))
 
     def _drop_base_weights(self, state: dict[str, torch.Tensor]) -> None:
         """Take those that PEFT has saved along with the adapter out of `state`, if they are the checkpoint's own."""
