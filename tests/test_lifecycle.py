@@ -208,6 +208,14 @@ def test_calls_that_cannot_work_name_the_remedy(
         assert_works(model, resident("llama-tied", FP32, FP32))
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # torch asks for every attribute
+@pytest.mark.parametrize("part", ["", "model"])
+def test_recording_a_program_is_refused(tiny: WriteTiny, part: str) -> None:
+    """It would have the weights of one pass in it."""
+    with stream(tiny("llama", FP32)) as model, pytest.raises(UnsupportedError, match=r"torch\.jit\.trace\(\): trace"):
+        torch.jit.trace(model.get_submodule(part), torch.ones(1, 3).long())
+
+
 # ------------------------------------------------------------------------------------------------------------ closing
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
+import torch
+
 from airstream.errors import UnsupportedError
 
 LOAD = "load it with from_pretrained(..., {}=...) instead"
@@ -68,6 +70,12 @@ OPERATORS: Mapping[str, str] = {
 def refuse(call: str, remedy: str) -> NoReturn:
     """Raise because a streamed model does not support `call`; `remedy` is what to do instead."""
     raise UnsupportedError(f"a streamed model does not support {call}: {remedy}")
+
+
+def refuse_tracing() -> None:
+    """Raise if torch is recording a program of what is computed: it would have the weights of one pass in it."""
+    if torch.jit.is_tracing():
+        refuse("torch.jit.trace()", "trace the checkpoint loaded with transformers")
 
 
 def _refusal(name: str, remedy: str) -> Callable[..., NoReturn]:

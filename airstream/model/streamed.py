@@ -24,7 +24,7 @@ from airstream.model.engine import Engine  # not for type checking alone: transf
 from airstream.model.gradients import refuse_gradients
 from airstream.model.inputs import check_inputs
 from airstream.model.moving import MOVE, changes_nothing
-from airstream.model.refusals import LOAD, TRAIN, Refusing, refuse
+from airstream.model.refusals import LOAD, TRAIN, Refusing, refuse, refuse_tracing
 from airstream.plan import Workload  # likewise
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
     _engine: Engine
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_tracing()
         refuse_gradients(self, args, kwargs)
         config = getattr(self, "config", None)
         with self._engine.part_pass(lambda: workload.of_pass(args, kwargs, config), workload.has_cache(kwargs)):
@@ -179,6 +180,7 @@ class StreamedModel(WithAdapters, GuardedModule):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         check_inputs("model", args, kwargs)
+        refuse_tracing()
         refuse_gradients(self, args, kwargs)
         work = workload.of_pass(args, kwargs, self.config)
         with self._engine.one_pass(work, workload.has_cache(kwargs), self._heed_adapters):
