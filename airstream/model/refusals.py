@@ -74,7 +74,7 @@ def refuse(call: str, remedy: str) -> NoReturn:
 
 def refuse_tracing() -> None:
     """Raise if torch is recording a program of what is computed: it would have the weights of one pass in it."""
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         refuse("torch.jit.trace()", "trace the checkpoint loaded with transformers")
 
 
