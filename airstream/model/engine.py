@@ -31,6 +31,7 @@ from airstream.model.head import take_sequences_apart
 from airstream.model.observer import Observer
 from airstream.model.plans import Plans
 from airstream.model.residents import bind_residents
+from airstream.model.rows import refuse_norms
 from airstream.model.shortage import explained
 from airstream.model.store import Store
 from airstream.model.stored import all_stored
@@ -102,6 +103,7 @@ class Engine:
             if self.head is not None and self.device.type == "cpu":
                 self._closing.callback(take_sequences_apart(self.head))
             leaving = [*chain.from_iterable(parts.units.values()), *(parts.head[1] if parts.head else ())]
+            refuse_norms(model, self._closing)
             take_out(self.modules, leaving, self.stored, self.device)
             store = Store(self._specs, backend)
             self._closing.callback(store.close)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - the name everyone knows it by
+from torch import nn
 
+from airstream.errors import UnsupportedError
 from airstream.model.absent import Absent
+from airstream.model.residency import Hook
 from airstream.model.stored import FetchRows
 
 FetchTable = Callable[[], torch.Tensor | None]
@@ -48,9 +53,13 @@ class RowTable(Absent):
             return func(*args, **(kwargs or {}))
 
 
-def _embedding(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-    """`F.embedding(ids, table)`. The other arguments are for training, and `max_norm`, which no language model uses."""
+def _embedding(
+    ids: torch.Tensor, weight: torch.Tensor, _padding_idx: Any = None, max_norm: Any = None, *_: Any, **__: Any
+) -> torch.Tensor:
+    """`F.embedding(ids, table)`. The other arguments are for training, but for `max_norm`, which changes weights."""
     assert isinstance(weight, RowTable)
+    if max_norm is not None:
+        _refuse_norm(weight.stored.name, max_norm)
     whole = weight._whole()
     if whole is not None:
         return F.embedding(ids, whole)
@@ -59,3 +68,32 @@ def _embedding(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> t
     if numbers and not 0 <= numbers[0] <= numbers[-1] < weight.shape[0]:
         raise IndexError(f"token ids from {numbers[0]} to {numbers[-1]} are not in the table of {weight.shape[0]} rows")
     return F.embedding(positions, weight._rows(numbers))
+
+
+def refuse_norms(model: nn.Module, closing: ExitStack) -> None:
+    """Refuse a `max_norm` of any embedding in `model`: now, and, until `closing`, when rows are looked up.
+
+    torch cuts the rows that are looked up down to it, in place: that would last where a table stays in memory, reach
+    the lm_head that it is tied to, and be lost where rows come from disk.
+
+    Raises:
+        UnsupportedError: one has it already.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            _check_norm(name, module)
+            handle = module.register_forward_pre_hook(Hook(partial(_check_norm, name)), prepend=True)
+            closing.callback(handle.remove)
+
+
+def _check_norm(name: str, module: nn.Module, *_: Any) -> None:
+    if module.max_norm is not None:
+        _refuse_norm(f"{name}.weight", module.max_norm)
+
+
+def _refuse_norm(name: str, max_norm: Any) -> NoReturn:
+    raise UnsupportedError(
+        f"max_norm={max_norm} would change {name!r} in place whenever its rows are looked up: a streamed model takes "
+        "its weights from the checkpoint alone. Set max_norm to None, or cut the rows down to it and save the "
+        "checkpoint with transformers, and stream that"
+    )
