@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from airstream.repacking.manifest import (
     write_json,
 )
 from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
-from airstream.repacking.write import header_of, sha256_of, write_shard
+from airstream.repacking.write import copy_small, header_of, sha256_of, write_shard
 from airstream.status import status
 from airstream.units import parse_bytes
 
@@ -202,7 +201,7 @@ class _Repack:
                 if shard.file not in self._done:
                     self._note(shard.file, write_shard(self._work / shard.file, shard, bar.update))
         for file in copied_files(self._source):
-            shutil.copyfile(file, self._work / file.name)
+            copy_small(file, self._work / file.name)
             sync(self._work / file.name)
             self._note(file.name, sha256_of(self._work / file.name))
         if len(self._shards) > 1:
