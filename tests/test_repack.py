@@ -288,7 +288,7 @@ def test_a_full_disk_keeps_what_is_finished(tiny: WriteTiny, tmp_path: Path, mon
 
 
 WRITES: list[tuple[Any, str]] = [
-    (Path, "open"), (Path, "mkdir"), (Path, "replace"), (os, "fsync"), (shutil, "copyfile"),
+    (Path, "open"), (Path, "mkdir"), (Path, "replace"), (os, "fsync"), (Path, "write_bytes"),
 ]  # fmt: skip
 """What a disk that is full may refuse."""
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - the name everyone knows it by
 from torch import nn
 
-from airstream.errors import UnsupportedError
+from airstream.errors import ArgumentError, UnsupportedError
 from airstream.model.absent import Absent
 from airstream.model.residency import Hook
 from airstream.model.stored import FetchRows
@@ -70,11 +70,14 @@ def _embedding(
     return F.embedding(positions, weight._rows(numbers))
 
 
-def refuse_norms(model: nn.Module, closing: ExitStack) -> None:
-    """Refuse a `max_norm` of any embedding in `model`: now, and, until `closing`, when rows are looked up.
+def watch_tables(model: nn.Module, vocab_size: int, closing: ExitStack) -> None:
+    """Refuse a `max_norm` of any embedding in `model`, now and, until `closing`, when rows are looked up.
 
     torch cuts the rows that are looked up down to it, in place: that would last where a table stays in memory, reach
     the lm_head that it is tied to, and be lost where rows come from disk.
+
+    Tables of `vocab_size` rows refuse other tokens as well: what torch says names none, and on a device it comes later
+    and ends the process's use of it.
 
     Raises:
         UnsupportedError: one has it already.
@@ -82,13 +85,30 @@ def refuse_norms(model: nn.Module, closing: ExitStack) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             _check_norm(name, module)
-            handle = module.register_forward_pre_hook(Hook(partial(_check_norm, name)), prepend=True)
-            closing.callback(handle.remove)
+            checks = [_check_norm, _check_tokens] if module.num_embeddings == vocab_size else [_check_norm]
+            for check in checks:
+                handle = module.register_forward_pre_hook(Hook(partial(check, name)), prepend=True)
+                closing.callback(handle.remove)
 
 
 def _check_norm(name: str, module: nn.Module, *_: Any) -> None:
     if module.max_norm is not None:
         _refuse_norm(f"{name}.weight", module.max_norm)
+
+
+def _check_tokens(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """Of the CPU's ids, and of prompts: one token at a time comes out of the model, and looking at it waits for it."""
+    ids = args[0] if args else None
+    if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.is_meta or not ids.numel():
+        return
+    if ids.device.type != "cpu" and ids.shape[-1] == 1:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= int(module.num_embeddings):  # type: ignore[arg-type]  # it is an embedding's
+        raise ArgumentError(
+            f"ids of tokens from {low:,} to {high:,} are not all in the vocabulary of {module.num_embeddings:,} tokens "
+            f"({name}): use the model's own tokenizer, model.tokenizer"
+        )
 
 
 def _refuse_norm(name: str, max_norm: Any) -> NoReturn:

@@ -22,7 +22,7 @@ from airstream.model.adapters import WithAdapters
 from airstream.model.binding import holds
 from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
 from airstream.model.gradients import refuse_gradients
-from airstream.model.inputs import check_inputs
+from airstream.model.inputs import check_ids, check_inputs
 from airstream.model.moving import changes_nothing, refuse_moving
 from airstream.model.refusals import LOAD, TRAIN, Refusing, refuse
 from airstream.plan import Workload  # likewise
@@ -206,11 +206,16 @@ class StreamedModel(WithAdapters, GuardedModule):
         self.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        check_inputs("model", args, kwargs)
+        self._check_inputs("model", args, kwargs)
         refuse_gradients(self, args, kwargs)
         work = workload.of_pass(args, kwargs, self.config)
         with self._engine.one_pass(work, workload.has_cache(kwargs), self._heed_adapters):
             return super().__call__(*args, **kwargs)
+
+    def _check_inputs(self, call: str, args: Any, kwargs: Any) -> None:
+        check_inputs(call, args, kwargs)
+        if self.main_input_name == "input_ids":
+            check_ids(call, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         if not self.can_generate():
@@ -218,7 +223,7 @@ class StreamedModel(WithAdapters, GuardedModule):
                 f"{type(self).__name__} does not generate: call it, model(**inputs), for what it computes, or load the "
                 "checkpoint with model_class= a class that does"
             )
-        check_inputs("model.generate", args, kwargs)
+        self._check_inputs("model.generate", args, kwargs)
         engine = self._engine
         with engine.guard():
             self._heed_adapters()

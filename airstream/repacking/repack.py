@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from airstream.cache import sync
+from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.index import ITEM_BYTES, SHARD_INDEX, CheckpointIndex
 from airstream.compat import KeyConversion, natural_order, tied_names
 from airstream.config import LoadOptions
@@ -75,6 +76,7 @@ def repack(
         CheckpointError: the checkpoint is incomplete or corrupt.
         DiskSpaceError: the disk has not enough room; the message has the numbers. What is finished is kept.
     """
+    check_name(model)
     target = Path(out).expanduser().absolute()
     shard_bytes = parse_bytes(shard_size, "shard_size")
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
