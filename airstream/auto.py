@@ -16,6 +16,7 @@ import transformers
 from airstream.backend import create_backend
 from airstream.checkpoint.beside import check_small_files
 from airstream.checkpoint.gguf import GgufIndex
+from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
 from airstream.compat import Consequences, blamed_on, finish_loading, gguf_tokenizer, load_generation_config
 from airstream.config import LoadOptions, MaxMemory
@@ -41,7 +42,7 @@ LAST_STEP = "reading the small parts"
 class AutoModel:
     """Streams models of any architecture that transformers knows. See `from_pretrained`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         raise UnsupportedError("AutoModel is not made directly: use AutoModel.from_pretrained(...)")
 
     @classmethod
@@ -130,6 +131,7 @@ class AutoModel:
 
 
 def _load(name: str | os.PathLike[str], options: LoadOptions, host_bytes: int) -> StreamedModel:
+    check_name(name)
     # Without the time at first: where something is downloaded, the hub draws bars.
     activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
     plan: Plan | None = None

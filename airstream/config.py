@@ -21,6 +21,13 @@ MaxMemory = int | float | str | Mapping[int | str, int | float | str] | None
 SHORT_DTYPES: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """What people call them."""
 
+FOREIGN_DEVICES: Mapping[str, str] = {
+    **dict.fromkeys(("gpu", "nvidia", "amd", "rocm"), "cuda"),
+    **dict.fromkeys(("metal", "apple"), "mps"),
+    "intel": "xpu",
+}
+"""What people call the devices that torch has under another name."""
+
 LEAST_BUDGET = MIB
 """Bytes that no model does with: a number below is one whose unit was forgotten."""
 
@@ -85,9 +92,14 @@ def resolve_device(device: str | int | torch.device | None) -> torch.device:
     """The device named by the user, with its index; the accelerator, or else the CPU, if none is named."""
     if device is None or device == "auto":
         return default_device()
+    name = device.lower() if isinstance(device, str) else device
     try:
-        chosen = torch.device(device)
+        chosen = torch.device(name)
     except (RuntimeError, TypeError) as error:
+        kind, *number = name.split(":") if isinstance(name, str) else [""]
+        if kind in FOREIGN_DEVICES:
+            meant = ":".join([FOREIGN_DEVICES[kind], *number])
+            raise ArgumentError(f'device={device!r} is called "{meant}" in torch: write device="{meant}"') from None
         raise ArgumentError(f"device={device!r} is not a device of this torch: {error}") from None
     if chosen.type == "cpu":
         return torch.device("cpu")
@@ -113,6 +125,11 @@ def parse_max_memory(max_memory: MaxMemory, device: torch.device) -> dict[str, i
     for key, size in max_memory.items():
         name = compute if str(key) == str(device) else str(key)
         if name not in ("cpu", compute):
+            if compute == "cpu" and name.removeprefix("cuda:").isdigit():
+                raise ArgumentError(
+                    f"max_memory names {key!r}, but the model runs on cpu: a number is an accelerator's memory. Write "
+                    f'max_memory={{"cpu": {size!r}}} for that of this machine, or choose a device="cuda" that is here'
+                )
             raise ArgumentError(
                 f"max_memory names {key!r}, but the model runs on {device}: use the keys "
                 f"{', '.join(sorted({'cpu', compute}))}, or choose another device="

@@ -189,8 +189,7 @@ class Streamer:
 
     def _use(self, batch: int) -> Region:
         """The region of `batch`, filled, with one user more."""
-        stale = self._regions.get(batch)
-        if stale is not None and stale.error is not None and not stale.users:
+        if (stale := self._regions.get(batch)) and stale.error is not None and not stale.users:
             self._drop(batch)  # reading ahead failed; now that it is needed, the disk may have recovered
         while True:
             region = self._regions.get(batch) or self._read_now(batch)
@@ -256,8 +255,7 @@ class Streamer:
     def _give_up_one(self) -> bool:
         """Make an end of one read that nobody waits for, the last needed first. False if there is none."""
         unwanted = (r for r in reversed(self._regions.values()) if r.filling and not r.users and self._rooms[r.batch])
-        region = next(unwanted, None)
-        if region is None:
+        if (region := next(unwanted, None)) is None:
             return False
         if region.work is not None:
             region.work.cancel()
@@ -280,14 +278,16 @@ class Streamer:
     def _filled(self, region: Region, read_bytes: int, error: BaseException | None) -> None:
         """All reads of `region` have ended; called by a reader thread."""
         with self._changed:
-            if error is None:
-                self._backend.end_fill(self._fences[region.batch])
-                if read_bytes:
-                    self.stats.streamed_bytes += read_bytes
-                    self.stats.source = self._reader.source
-                self.stats.host_bytes += self._fills[region.batch].ready_bytes
-            region.error = error
-            region.work = None  # it refers to this region: the cycle would keep the ring's memory after close()
+            region.error, region.work = error, None  # the work refers to this region: a cycle would outlive close()
+            try:
+                if error is None:
+                    self._backend.end_fill(self._fences[region.batch])
+                    if read_bytes:
+                        self.stats.streamed_bytes += read_bytes
+                        self.stats.source = self._reader.source
+                    self.stats.host_bytes += self._fills[region.batch].ready_bytes
+            except BaseException as raised:  # a device's: whoever waits for the batch has to see it
+                region.error = raised
             region.filling = False
             if read_bytes:
                 self._reading.count(-1)

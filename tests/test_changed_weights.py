@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from airstream import UnsupportedError
+from airstream.compat import build_on_meta
 from airstream.model.absent import Absent
 from airstream.model.weight import Weight
 from tests.conftest import STREAMING, Resident, WriteTiny, least_memory, stream
@@ -258,6 +259,57 @@ def test_in_inference_mode(folder: Path) -> None:
         model.get_submodule(PATH).weight.mul_(0.5)
         with pytest.raises(UnsupportedError, match=NAME):
             model(IDS)
+
+
+LOOK_UPS: Mapping[str, Callable[[Any], Any]] = {
+    "a pass": lambda model: model(IDS),
+    "generate": lambda model: model.generate(IDS, max_new_tokens=2),
+    "the table itself": lambda model: model.model.embed_tokens(IDS),
+}
+
+
+@pytest.mark.parametrize("look_up", LOOK_UPS.values(), ids=LOOK_UPS)
+def test_a_table_that_would_change_itself_is_refused(
+    model: Any, resident: Resident, look_up: Callable[[Any], Any]
+) -> None:
+    """What torch's embeddings have to train with is let be, but for a largest norm."""
+    reference = resident("llama", FP32, FP32)
+    table = model.model.embed_tokens
+    table.scale_grad_by_freq, table.norm_type = True, 1.0
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+    table.max_norm = 0.1
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match=r"max_norm=0\.1 .*'model\.embed_tokens\.weight'"):
+            look_up(model)
+    table.max_norm = None
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+def test_so_is_a_largest_norm_in_the_call_itself(folder: Path) -> None:
+    with stream(folder) as model, pytest.raises(UnsupportedError, match=r"max_norm=1\.0 .*embed_tokens"):
+        nn.functional.embedding(IDS, model.model.embed_tokens.weight, max_norm=1.0)
+
+
+@pytest.mark.parametrize("budget", [{}, {"max_memory": "1GiB"}], ids=["streamed", "resident"])
+def test_a_model_with_such_a_table_is_not_loaded(
+    folder: Path, budget: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = budget or {"max_memory": least_memory(folder, **STREAMING)}
+
+    def build(*args: Any) -> Any:
+        model = build_on_meta(*args)
+        model.model.embed_tokens.max_norm = 1.0
+        return model
+
+    monkeypatch.setattr("airstream.prepare.build_on_meta", build)
+    with pytest.raises(UnsupportedError, match=r"max_norm=1\.0 .*'model\.embed_tokens\.weight'"):
+        stream(folder, **options)
+
+
+def test_a_copy_of_a_table_may_have_one(model: Any) -> None:
+    copied = copy.deepcopy(model.model.embed_tokens)
+    copied.max_norm = 0.1
+    assert float(copied(IDS).norm(dim=-1).max()) < 0.1001
 
 
 # ------------------------------------------------------------------------------------------------------------- copies

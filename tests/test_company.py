@@ -71,6 +71,60 @@ def test_refused_with_the_remedy(model: Any, reference: Any, tmp_path: Path, wha
     assert torch.equal(model(IDS).logits, reference(IDS).logits)
 
 
+MOVES: Mapping[str, Callable[[nn.Module], Any]] = {
+    "to(0)": lambda module: module.to(0),
+    'to("cuda")': lambda module: module.to("cuda"),
+    'to("cuda:1")': lambda module: module.to("cuda:1"),
+    'to("meta")': lambda module: module.to("meta"),
+    "to(float64)": lambda module: module.to(torch.float64),
+    "to(dtype=float16)": lambda module: module.to(dtype=torch.float16),
+    "to(a tensor)": lambda module: module.to(torch.zeros(1, dtype=torch.float64)),
+    "cuda()": lambda module: module.cuda(),
+    "cuda(1)": lambda module: module.cuda(1),
+    "double()": lambda module: module.double(),
+    "half()": lambda module: module.half(),
+    "bfloat16()": lambda module: module.bfloat16(),
+    "type()": lambda module: module.type(torch.float16),
+}
+"""That another device, or another type, would come of."""
+
+STAYS: Mapping[str, Callable[[nn.Module], Any]] = {
+    'to("cpu")': lambda module: module.to("cpu"),
+    "to(float32)": lambda module: module.to(torch.float32),
+    "cpu()": lambda module: module.cpu(),
+    "float()": lambda module: module.float(),
+    "type()": lambda module: module.type(torch.float32),
+}
+"""That nothing would."""
+
+MOVED = ["", "model", "model.layers", "model.layers.2", "model.layers.1.mlp.up_proj", "model.embed_tokens", "lm_head"]
+
+
+@pytest.mark.parametrize("path", MOVED)
+@pytest.mark.parametrize("how", MOVES)
+def test_moving_and_casting_are_refused_at_once(model: Any, reference: Any, path: str, how: str) -> None:
+    """Of the model and of all that is in it, whatever is in memory."""
+    if how == "to(0)" and path.startswith(("model.", "lm_head")) and not torch.accelerator.is_available():
+        pytest.skip("torch itself refuses that: there is no such device")
+    module = model.get_submodule(path)
+    with pytest.raises(UnsupportedError, match=r"moving or casting: load it with .*device=..., dtype=..."):
+        MOVES[how](module)
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+@pytest.mark.parametrize("path", MOVED)
+def test_what_stays_where_it_is_may_be_moved_there(model: Any, reference: Any, path: str) -> None:
+    module = model.get_submodule(path)
+    for how in STAYS.values():
+        assert how(module) is module
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+def test_a_device_that_nobody_knows_is_refused_likewise(model: Any) -> None:
+    with pytest.raises(UnsupportedError, match="moving or casting"):
+        model.to("gpu")
+
+
 def test_state_dicts_have_the_values(model: Any, reference: Any, tmp_path: Path) -> None:
     expected = reference.state_dict()
     copies = {name: weight.clone() for name, weight in model.state_dict().items()}

@@ -163,6 +163,8 @@ def test_a_forgotten_unit_is_guessed(max_memory: Any, guess: str) -> None:
     ("device", "resolved"),
     [
         ("cpu", CPU),
+        ("CPU", CPU),
+        ("CUDA:1", ACCELERATOR),
         (CPU, CPU),
         (torch.device("cpu", 0), CPU),
         ("cuda:1", ACCELERATOR),
@@ -219,3 +221,16 @@ def test_without_an_accelerator_the_cpu_computes(device: str | None, monkeypatch
 def test_bad_devices_are_refused_by_name(device: Any) -> None:
     with pytest.raises(ArgumentError, match=r"^device="):
         resolve_device(device)
+
+
+@pytest.mark.parametrize(
+    ("device", "meant"), [("gpu", "cuda"), ("GPU:1", "cuda:1"), ("nvidia", "cuda"), ("metal", "mps")]
+)
+def test_a_device_by_another_name_is_told_its_own(device: str, meant: str) -> None:
+    with pytest.raises(ArgumentError, match=rf'^device={device!r} .* write device="{meant}"$'):
+        resolve_device(device)
+
+
+def test_an_accelerators_budget_where_the_cpu_computes() -> None:
+    with pytest.raises(ArgumentError, match=r'max_memory=\{"cpu": \'4GiB\'\} .*device="cuda"'):
+        parse_max_memory({0: "4GiB"}, CPU)

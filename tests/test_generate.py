@@ -8,6 +8,8 @@ import re
 import types
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from transformers import (
     BatchEncoding,
     DynamicCache,
     GenerationConfig,
+    LlamaConfig,
     StaticCache,
     StoppingCriteria,
     StoppingCriteriaList,
@@ -330,6 +333,78 @@ def test_what_the_message_says_to_write_is_right(llama: Any) -> None:
 
 def test_inputs_may_be_left_out(llama: Any) -> None:
     assert llama.generate(max_new_tokens=2).shape[0] == 1
+
+
+ODD: dict[str, tuple[dict[str, Any], str]] = {
+    "one dimension": ({"input_ids": IDS[0]}, r"shape \(12,\) is one sequence: .* input_ids\[None\]"),
+    "no dimension": ({"input_ids": IDS[0, 0]}, r"is one sequence"),
+    "no token": ({"input_ids": IDS[:, :0]}, r"shape \(1, 0\) is no token: .*bos_token_id"),
+    "no sequence": ({"input_ids": IDS[:0]}, r"shape \(0, 12\) is no token"),
+    "floats": ({"input_ids": IDS.float()}, r"torch\.float32: .*input_ids\.long\(\)"),
+    "truth": ({"input_ids": IDS > 0}, r"torch\.bool: .*input_ids\.long\(\)"),
+    "an array": ({"input_ids": IDS.numpy()}, r"input_ids is of type ndarray: torch\.from_numpy"),
+    "a number": ({"input_ids": 5}, r"input_ids is of type int"),
+    "too large": ({"input_ids": IDS + VOCAB_SIZE}, r"not all in the vocabulary of \d+ tokens .*model\.tokenizer"),
+    "negative": ({"input_ids": -IDS}, r"ids of tokens from -\d+ to -\d+ are not all in the vocabulary"),
+}
+ODD_MASKS: dict[str, Any] = {
+    "shorter": torch.ones(1, 11, dtype=torch.long),
+    "of two sequences": torch.ones(2, 12, dtype=torch.long),
+    "of one dimension": torch.ones(12, dtype=torch.long),
+    "of four dimensions": torch.ones(1, 1, 12, 12, dtype=torch.long),
+    "a list": [[1] * 12],
+}
+
+
+@pytest.mark.parametrize("call", ["model", "model.generate"])
+@pytest.mark.parametrize(("kwargs", "said"), ODD.values(), ids=ODD)
+def test_what_are_no_ids_is_told_what_to_pass(call: str, kwargs: dict[str, Any], said: str, llama: Any) -> None:
+    called = partial(llama.generate, max_new_tokens=2) if call == "model.generate" else llama
+    with pytest.raises(ArgumentError, match=said):
+        called(**kwargs)
+    with pytest.raises(ArgumentError, match=said):
+        called(kwargs["input_ids"])
+
+
+@pytest.mark.parametrize("mask", ODD_MASKS.values(), ids=ODD_MASKS)
+def test_so_is_a_mask_of_another_shape(mask: Any, llama: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"attention_mask is of .*input_ids of shape \(1, 12\) take a"):
+        llama.generate(IDS, attention_mask=mask)
+
+
+def test_what_transformers_takes_is_taken(llama: Any, resident: Resident) -> None:
+    uses: list[Use] = [
+        lambda model: model(IDS.int()).logits,
+        lambda model: model(IDS, attention_mask=torch.ones(1, 12)).logits,
+        lambda model: model(inputs_embeds=torch.ones(1, 3, 64)).logits,
+        lambda model: model.generate(IDS, attention_mask=torch.ones(1, 13, dtype=torch.long), max_new_tokens=2),
+        lambda model: model.generate(inputs_embeds=torch.ones(1, 3, 64), max_new_tokens=2),
+        lambda model: model.generate(torch.cat([IDS, IDS]), attention_mask=torch.ones_like(IDS), max_new_tokens=2),
+    ]
+    for use in uses:
+        compare(use, llama, resident("llama-sharded", FP32, FP32))
+
+
+# ------------------------------------------------------------------------------------------------ prompts that are long
+
+
+@pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}])
+@pytest.mark.parametrize("how", ["a pass", "generate"])
+def test_a_prompt_longer_than_the_positions_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str, rope: Any
+) -> None:
+    """But not where positions are scaled."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=VOCAB_SIZE, max_position_embeddings=8, rope_parameters=rope, **sizes)
+    AutoModelForCausalLM.from_config(config, dtype=FP32).save_pretrained(tmp_path)
+    with stream(tmp_path) as model, caplog.at_level("WARNING", "airstream"):
+        model(IDS[:, :8])
+        assert not caplog.records
+        for _ in range(2):
+            model(IDS) if how == "a pass" else model.generate(IDS, max_new_tokens=2)
+    said = [record.getMessage() for record in caplog.records if "was trained for" in record.getMessage()]
+    assert len(said) == (rope is None)
+    assert all("12 tokens" in line and "8 positions" in line for line in said)
 
 
 EMBEDDED = torch.zeros(1, 3, 64, requires_grad=True)

@@ -6,6 +6,7 @@ import errno
 import fnmatch
 import importlib
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import huggingface_hub
 import pytest
 
+import airstream
+from airstream import AutoModel
 from airstream.checkpoint import hub, hub_errors
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.locate import locate
@@ -75,6 +78,38 @@ def test_a_path_that_is_missing_is_not_looked_for_on_the_hub(name: Any) -> None:
 def test_no_name_at_all_is_an_argument_error() -> None:
     with pytest.raises(ArgumentError, match="name is empty: name a folder or a hub id"):
         resolve("")
+
+
+ADDRESSES = {
+    "https://huggingface.co/org/name": '"org/name"',
+    "http://huggingface.co/org/name/": '"org/name"',
+    "huggingface.co/org/name": '"org/name"',
+    "hf://org/name": "the repository alone",
+    "https://huggingface.co/org/name/tree/v2": '"org/name", revision="v2"',
+    "https://huggingface.co/org/name/blob/main/config.json": '"org/name", revision="main"',
+    "https://huggingface.co": "the repository alone",
+}
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize(("address", "meant"), ADDRESSES.items())
+def test_an_address_is_told_its_name(address: str, meant: str) -> None:
+    for use in (resolve, AutoModel.from_pretrained, AutoModel.plan):
+        with pytest.raises(ArgumentError, match=rf"is an address: name {re.escape(meant)}"):
+            use(address)
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("name", [None, 5, b"name", ["a"]], ids=repr)
+def test_what_is_no_name_is_an_argument_error(name: Any, tmp_path: Path) -> None:
+    for use in (resolve, AutoModel.from_pretrained, AutoModel.plan, lambda name: airstream.repack(name, tmp_path)):
+        with pytest.raises(ArgumentError, match=re.escape(f"the model's name is {name!r}: name a folder")):
+            use(name)
+
+
+def test_the_class_is_not_called() -> None:
+    with pytest.raises(UnsupportedError, match=r"use AutoModel\.from_pretrained"):
+        AutoModel("tiny")
 
 
 @pytest.mark.usefixtures("no_hub")

@@ -236,7 +236,7 @@ def test_an_empty_folder_may_be_there_and_a_second_run_changes_nothing(tiny: Wri
 
 def test_a_disk_that_is_too_small(tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(repack_module.shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     with pytest.raises(DiskSpaceError, match=r"needs [0-9.]+ KiB of disk; 9\.8 KiB are free"):
         airstream.repack(tiny("llama", BF16), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
@@ -288,7 +288,7 @@ def test_a_full_disk_keeps_what_is_finished(tiny: WriteTiny, tmp_path: Path, mon
 
 
 WRITES: list[tuple[Any, str]] = [
-    (Path, "open"), (Path, "mkdir"), (Path, "replace"), (os, "fsync"), (shutil, "copyfile"),
+    (Path, "open"), (Path, "mkdir"), (Path, "replace"), (os, "fsync"), (Path, "write_bytes"),
 ]  # fmt: skip
 """What a disk that is full may refuse."""
 

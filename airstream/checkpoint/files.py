@@ -16,7 +16,7 @@ import threading
 from pathlib import Path
 
 from airstream.checkpoint.descriptors import Descriptors
-from airstream.errors import AirstreamError, CheckpointError, CheckpointNotFoundError, ReadError
+from airstream.errors import AirstreamError, BudgetError, CheckpointError, CheckpointNotFoundError, ReadError
 
 PAGE_BYTES = 4096
 """What direct reads want offsets, lengths and addresses to be multiples of."""
@@ -26,6 +26,16 @@ SECTOR_BYTES = 512
 
 HAS_PREADV = hasattr(os, "preadv")  # everywhere but on Windows
 _BINARY = getattr(os, "O_BINARY", 0)
+
+
+def failure_of(what: str, error: OSError | MemoryError) -> AirstreamError:
+    """The error to raise where `what`, which is reading or opening a file, was answered by `error`."""
+    if isinstance(error, MemoryError) or error.errno == errno.ENOMEM:
+        return BudgetError(
+            f"{what} failed: the system has no memory left for it. Load the model with a smaller max_memory, or end "
+            "what else uses memory"
+        )
+    return ReadError(f"{what} failed: {error.strerror or error}")
 
 
 class WeightFile:
@@ -58,19 +68,26 @@ class WeightFile:
         Raises:
             ReadError: the disk failed, or the file has ended before `needed` bytes.
             CheckpointError: another file has been put in its place.
+            BudgetError: the system has no memory for it.
         """
+        try:
+            self._read_all(view, offset, needed)
+        except AirstreamError:
+            raise
+        except (OSError, MemoryError) as error:
+            raise failure_of(self._range(offset, needed), error) from error
+
+    def _read_all(self, view: memoryview, offset: int, needed: int) -> None:
         done = 0
         while done < needed:
             was_direct = self.direct  # by the time that it is refused, another thread may have fallen back
             try:
                 count = self._read_some(view[done:], offset + done)  # EINTR is retried inside (PEP 475)
-            except AirstreamError:
-                raise
             except OSError as error:
                 if error.errno == errno.EINVAL and was_direct:  # some file systems refuse only now
                     self._fall_back()
                     continue
-                raise ReadError(f"{self._range(offset, needed)} failed: {error.strerror or error}") from error
+                raise
             done += count
             if done < needed and self.direct:
                 done -= count % SECTOR_BYTES  # a direct read cannot go on from within one
@@ -105,8 +122,8 @@ class WeightFile:
             descriptor = self._open(direct)
         except FileNotFoundError:
             raise CheckpointNotFoundError(f"shard {self.path} is missing. Download the checkpoint again") from None
-        except OSError as error:
-            raise ReadError(f"cannot open {self.path}: {error.strerror}") from error
+        except (OSError, MemoryError) as error:
+            raise failure_of(f"opening {self.path}", error) from error
         try:
             self._check_identity(os.fstat(descriptor))
             if self._avoids_cache and sys.platform == "darwin":
@@ -172,7 +189,7 @@ class EdgePages:
     """Direct reads of ranges that do not start or end on a page: inner pages directly, the edges through a page."""
 
     def __init__(self) -> None:
-        self._page = memoryview(mmap.mmap(-1, PAGE_BYTES))
+        self._page: memoryview | None = None  # until the first read, which can say so if there is no memory
 
     def read_direct(self, file: WeightFile, window: memoryview, offset: int) -> None:
         """Fill `window`, whose address equals `offset` modulo the page size, with the bytes at `offset`."""
@@ -190,5 +207,6 @@ class EdgePages:
         if not len(part):
             return
         skip = offset % PAGE_BYTES
-        file.read_into(self._page, offset - skip, skip + len(part))
-        part[:] = self._page[skip : skip + len(part)]
+        page = self._page = self._page or memoryview(mmap.mmap(-1, PAGE_BYTES))
+        file.read_into(page, offset - skip, skip + len(part))
+        part[:] = page[skip : skip + len(part)]

@@ -6,11 +6,15 @@ for ever or do whatever a device does.
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from airstream.checkpoint.impostors import complaint
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -59,6 +63,25 @@ def read_regular(file: Path, max_bytes: int, what: str) -> bytes:
             return stream.read(max_bytes)
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def mapped(file: Path) -> Iterator[mmap.mmap]:
+    """All bytes of `file`, mapped into memory for reading.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointError: as `open_regular`, or the system does not map it.
+    """
+    with open_regular(file) as stream:
+        try:
+            data = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError:  # there is nothing to map
+            raise CheckpointError(complaint(file, b"", "")) from None
+        except (OSError, MemoryError) as error:  # some network disks map nothing
+            reason = getattr(error, "strerror", None) or "no memory is left"
+            raise CheckpointError(f"{file} cannot be mapped into memory: {reason}. Copy it to a local disk") from error
+    with data:
+        yield data
 
 
 def _check_regular(file: Path, mode: int) -> None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from airstream.checkpoint.foreign import open_regular
+from airstream.checkpoint.foreign import mapped
 from airstream.checkpoint.gguf_split import split_files
 from airstream.checkpoint.impostors import HEAD_BYTES, complaint
 from airstream.checkpoint.index import ITEM_BYTES, CheckpointIndex, StoredTensor
@@ -116,14 +116,10 @@ class GgufIndex(CheckpointIndex):
 
 def read_gguf_header(file: Path) -> GgufHeader:
     """The header of one file, with every claim of it checked against the file."""
-    with open_regular(file) as opened:
-        try:
-            if said := complaint(file, opened.read(HEAD_BYTES), "gguf"):
-                raise CheckpointError(said)
-            with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _Parser(file, data).header()
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    with mapped(file) as data:
+        if said := complaint(file, data[:HEAD_BYTES], "gguf"):
+            raise CheckpointError(said)
+        return _Parser(file, data).header()
 
 
 class _Parser:

@@ -11,6 +11,7 @@ import mmap
 import struct
 from pathlib import Path
 
+from airstream.checkpoint.foreign import mapped
 from airstream.checkpoint.gguf import ARRAY, MAGIC, STRING, GgufEntry, read_gguf_header
 
 LONG = 4096
@@ -30,7 +31,7 @@ def write_outline(file: Path, outline: Path) -> None:
         CheckpointError: `file` is not a sound GGUF file.
     """
     header = read_gguf_header(file)
-    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with mapped(file) as data:
         (version,) = struct.unpack_from("<I", data, len(MAGIC))
         entries = [_outlined(entry, data) for entry in header.entries]
     entries = [entry for entry in entries if entry]

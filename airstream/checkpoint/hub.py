@@ -8,6 +8,7 @@ pickles if not.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -20,6 +21,12 @@ from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE, file_name, read
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
+
+ADDRESS = re.compile(
+    r"(?:[a-z]+://[^/]*|(?:www\.)?(?:huggingface\.co|hf\.co))/*"
+    r"(?P<repository>[\w.-]+/[\w.-]+)?(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?"
+)
+"""Of a page or file of a hub: what is pasted from a browser."""
 
 
 def resolve(
@@ -74,10 +81,27 @@ def resolve(
         raise explain(error, name, revision, token) from error
 
 
+def check_name(model: object) -> None:
+    """Raise unless `model` can be what a model is called: a path, or a hub id.
+
+    Raises:
+        ArgumentError: the message has the name to write instead, if it is an address.
+    """
+    name = os.fspath(model) if isinstance(model, (str, os.PathLike)) else None
+    if not isinstance(name, str):
+        raise ArgumentError(f"the model's name is {model!r}: name a folder, a GGUF file or a hub id")
+    if not name:
+        raise ArgumentError("the model's name is empty: name a folder or a hub id")
+    if address := ADDRESS.match(name):
+        repository, revision = address["repository"], address["revision"]
+        meant = f'"{repository}"' if repository else 'the repository alone, as in "organisation/model"'
+        extra = f', revision="{revision}"' if revision else ""
+        raise ArgumentError(f"{name!r} is an address: name {meant}{extra}")
+
+
 def _local_folder(model: str | os.PathLike[str]) -> Path | None:
     """The folder that `model` is; None if it can only be a hub id."""
-    if not os.fspath(model):
-        raise ArgumentError("the model's name is empty: name a folder or a hub id")
+    check_name(model)
     path = Path(model).expanduser()
     if path.is_dir():
         return path

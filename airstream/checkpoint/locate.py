@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from airstream.checkpoint.gguf_split import SPLIT_NAME, split_names
-from airstream.checkpoint.hub import resolve
+from airstream.checkpoint.hub import check_name, resolve
 from airstream.errors import ArgumentError, CheckpointNotFoundError
 
 SUFFIX = ".gguf"
@@ -34,6 +34,7 @@ def locate(model: str | os.PathLike[str], gguf_file: str | None = None, **option
         CheckpointNotFoundError: there is no such folder, repository or file.
         ArgumentError: `gguf_file` is not a path inside the repository.
     """
+    check_name(model)
     if gguf_file is None:
         path = Path(model).expanduser()
         if path.suffix == SUFFIX and not path.is_dir():

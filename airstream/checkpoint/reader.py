@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from airstream.checkpoint.descriptors import MAX_OPEN_FILES, Descriptors
-from airstream.checkpoint.files import EdgePages, WeightFile
+from airstream.checkpoint.files import EdgePages, WeightFile, failure_of
 from airstream.checkpoint.jobs import Errand, Job, OnDone, ReadCancelled
 from airstream.codecs import BLOCK_TYPES
-from airstream.errors import ClosedError
+from airstream.errors import AirstreamError, ClosedError, UnsupportedError
 from airstream.forks import Forks
 from airstream.probe import DISK, PAGE_CACHE, Probe
 
@@ -118,16 +118,22 @@ class Reader:
         try:
             for path in files:
                 self._files[path] = WeightFile(path, direct, descriptors)
+            self._start(num_workers)
         except BaseException:
             self.close()
             raise
-        self._start(num_workers)
 
     def _start(self, num_workers: int) -> None:
         for number in range(num_workers):
             thread = threading.Thread(target=self._work, args=(number,), name=f"airstream-reader-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise UnsupportedError(
+                    f"the system starts no more threads, and {num_workers} are needed to read weights: end other "
+                    "programs, or raise the limit (ulimit -u, or that of the container)"
+                ) from error
             self._workers.append(thread)
-            thread.start()
 
     def _forget_parent(self) -> None:
         """In a forked child: threads, locks and whatever waits are the parent's. Files stay: reads are positioned."""
@@ -245,13 +251,19 @@ class Reader:
     def _read(self, landing: Landing, piece: Piece, worker: int, edges: EdgePages) -> None:
         file = self._files[piece.file]
         direct = file.direct  # asked once: the answer may change under way, and decides where the bytes are
-        window = landing.window(worker, piece, direct)
-        with self._probe.span(DISK, piece.nbytes):
-            if direct:
-                edges.read_direct(file, window, piece.offset)
-            else:
-                file.read_into(window, piece.offset, piece.nbytes)
-        landing.landed(worker, piece, direct)
+        try:
+            window = landing.window(worker, piece, direct)
+            with self._probe.span(DISK, piece.nbytes):
+                if direct:
+                    edges.read_direct(file, window, piece.offset)
+                else:
+                    file.read_into(window, piece.offset, piece.nbytes)
+            landing.landed(worker, piece, direct)
+        except AirstreamError:
+            raise
+        except (OSError, MemoryError) as error:  # as its file's errors are, those of the memory around it
+            what = f"reading {piece.nbytes:,} bytes at {piece.offset:,} of {piece.file}"
+            raise failure_of(what, error) from error
         with self._wake:
             self.bytes_read += piece.nbytes
 

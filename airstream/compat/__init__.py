@@ -24,7 +24,9 @@ from airstream.compat.traits import (
     cut_back,
     measure_cache,
     position_limit,
+    rotary_limit,
     uses_eager_attention,
+    vocabulary_of,
 )
 from airstream.compat.weights import (
     DtypePlan,
@@ -65,7 +67,9 @@ __all__ = [
     "measure_passes",
     "natural_order",
     "position_limit",
+    "rotary_limit",
     "stored_tensors",
     "tied_names",
     "uses_eager_attention",
+    "vocabulary_of",
 ]

@@ -86,6 +86,35 @@ def _rows_for_positions(name: str, module: nn.Module) -> int:
     return module.num_embeddings - (getattr(module, "offset", 0) or padding)
 
 
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Rows of the table that tokens are looked up in; 0 if there is no such thing."""
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # what does not read text
+        return 0
+    return table.num_embeddings if isinstance(table, nn.Embedding) else 0
+
+
+def rotary_limit(model: PreTrainedModel) -> int | None:
+    """Tokens that the model's rotary positions were trained for; None if others go on beyond what a config says.
+
+    None for those that are scaled, for layers that look no further back than a window, and where some layers have no
+    positions at all.
+    """
+    config = model.config.get_text_config(decoder=True)
+    kinds = config_value(config, "rope_parameters")
+    if not isinstance(kinds, Mapping) or not any("Rotary" in type(part).__name__ for part in model.modules()):
+        return None
+    nested = [value for value in kinds.values() if isinstance(value, Mapping)] or [kinds]
+    is_plain = all(kind.get("rope_type", "default") == "default" for kind in nested)
+    layers = config_value(config, "layer_types")
+    sees_all = "full_attention" in layers if layers else not config_value(config, "sliding_window")
+    if not is_plain or not sees_all or config_value(config, "no_rope_layers"):
+        return None
+    limit = config_value(config, "max_position_embeddings")
+    return limit if isinstance(limit, int) else None
+
+
 def cut_back(cache: Any, tokens: int) -> bool:
     """Make every layer of `cache` forget all but the first `tokens`; False if one cannot, and the cache is of no use.
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from airstream.errors import UnsupportedError
+from airstream.model.moving import unmoved
 from airstream.model.stored import FetchRows, Stored
 
 ATEN = torch.ops.aten
@@ -35,6 +36,7 @@ IN_PLACE = (
 )
 
 
+@unmoved
 class Absent(torch.Tensor):
     """A weight without its values, which are `stored`."""
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from airstream.backend import Backend
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Reader
-from airstream.compat import Quantizer, conversion_for
+from airstream.compat import Quantizer, conversion_for, vocabulary_of
 from airstream.heap import giving_back
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
@@ -31,6 +31,7 @@ from airstream.model.head import take_sequences_apart
 from airstream.model.observer import Observer
 from airstream.model.plans import Plans
 from airstream.model.residents import bind_residents
+from airstream.model.rows import watch_tables
 from airstream.model.shortage import explained
 from airstream.model.store import Store
 from airstream.model.stored import all_stored
@@ -102,6 +103,7 @@ class Engine:
             if self.head is not None and self.device.type == "cpu":
                 self._closing.callback(take_sequences_apart(self.head))
             leaving = [*chain.from_iterable(parts.units.values()), *(parts.head[1] if parts.head else ())]
+            watch_tables(model, vocabulary_of(model), self._closing)
             take_out(self.modules, leaving, self.stored, self.device)
             store = Store(self._specs, backend)
             self._closing.callback(store.close)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.compat import CacheSize, position_limit, uses_eager_attention
+from airstream.compat import CacheSize, position_limit, rotary_limit, uses_eager_attention
 from airstream.footprint import first_count, footprint
 from airstream.growth import PassGrowth
 from airstream.model.groups import batch_facts, growth_bytes
@@ -91,6 +91,7 @@ def gather_facts(
         stored_bytes=packed.stored_bytes if packed else None,
         decoding_seconds_per_byte=packed.decoding_seconds / packed.stored_bytes if packed else 0.0,
         position_limit=position_limit(model),
+        rotary_limit=rotary_limit(model),
     )
 
 

@@ -1,10 +1,25 @@
-"""Whether moving or casting a model would change anything: `nn.Module` applies a function to each of its tensors."""
+"""Moving and casting, of a model or a part of it, by `nn.Module`, which applies a function to each of its tensors.
+
+Knows whether that would change anything, and how tensors refuse it. Refuses to know models: a part is a plain module,
+and only the tensors in it are ours.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
 
 import torch
+from torch import nn
+
+from airstream.model.refusals import refuse
+
+Kind = TypeVar("Kind", bound=torch.Tensor)
+
+CONVERSIONS = ("to", "type", "double", "float", "half", "bfloat16", "cpu", "cuda", "xpu")
+"""What modules call of their tensors when they are moved or cast."""
 
 MOVE = (
     "load it with from_pretrained(..., device=..., dtype=...) instead. A pipeline takes "
@@ -25,3 +40,38 @@ def _leaves(fn: Callable[[torch.Tensor], torch.Tensor], sample: torch.Tensor) ->
         return is_left and torch.Tensor.is_shared(sample) == was_shared  # type: ignore[no-untyped-call]
     except (AssertionError, NotImplementedError, RuntimeError):  # a device that this torch does not have
         return False
+
+
+def refuse_moving() -> NoReturn:
+    """Raise because somebody moves or casts what is streamed."""
+    refuse("moving or casting", MOVE)
+
+
+def unmoved(cls: type[Kind]) -> type[Kind]:
+    """Have tensors of class `cls` refuse to be moved or cast by the module that they are in.
+
+    Whoever wants a copy on another device, or of another type, still gets it: only what modules do is refused. They
+    would keep it where the weight stays in memory, and lose it where it does not.
+    """
+    for name in CONVERSIONS:
+        setattr(cls, name, _refusing(getattr(torch.Tensor, name)))
+    return cls
+
+
+def _refusing(convert: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def method(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not _is_applied():
+            return convert(self, *args, **kwargs)
+        if not changes_nothing(lambda sample: convert(sample, *args, **kwargs), [self]):
+            refuse_moving()
+        return self
+
+    return method
+
+
+def _is_applied() -> bool:
+    """Whether a module is moving or casting its tensors now, on this thread."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code is not nn.Module._apply.__code__:
+        frame = frame.f_back
+    return frame is not None

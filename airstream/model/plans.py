@@ -57,6 +57,7 @@ class Plans:
         self.adapters = AdapterFacts()
         self._is_final = is_final
         self._follow = follow
+        self._has_warned = False
 
     def has_room(self, work: Workload) -> bool:
         """Whether KV caches and activations of `work` fit, if need be in place of weights that stay."""
@@ -83,6 +84,7 @@ class Plans:
         """
         if work is None:
             return
+        self._warn_of_length(work.prompt)
         self._check_possible(work if is_asked else replace(work, context=work.prompt))
         fits = work.bytes(self.facts.footprint) <= self.current.work_bytes
         if self._is_final or (fits and not self.current.streamed_bytes):
@@ -106,6 +108,7 @@ class Plans:
             ArgumentError: the model has no positions for so many tokens.
         """
         check_positions(self.facts, work)
+        self._warn_of_length(work.tokens)
         need = work.bytes(self.facts.footprint)
         if need > self.current.work_bytes:
             self._outgrow(work, need)
@@ -122,6 +125,19 @@ class Plans:
         plan = make_plan(facts, self.request)
         self.facts, self.adapters, self._normal = facts, adapters, plan
         self._follow(plan)
+
+    def _warn_of_length(self, tokens: int) -> None:
+        """Say once that a prompt of so many tokens is longer than those that the model was trained with."""
+        limit = self.facts.rotary_limit
+        if limit is not None and tokens > limit and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "a prompt of %s tokens is longer than the %s positions that %s was trained for: answers may make no "
+                "sense",
+                f"{tokens:,}",
+                f"{limit:,}",
+                self.facts.name,
+            )
 
     def _check_possible(self, work: Workload) -> None:
         """Refuse `work` if no plan has room for it."""

@@ -53,7 +53,7 @@ class _Batch:
             self.parts.clear()
 
 
-class _Hook:
+class Hook:
     """Calls `function`; in a copy of the module, pickled or not, which has weights of its own, nothing."""
 
     def __init__(self, function: Callable[..., None] | None = None) -> None:
@@ -63,8 +63,8 @@ class _Hook:
         if self._function is not None:
             self._function(*args)
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
+        return Hook, ()
 
 
 class Residency:
@@ -177,8 +177,8 @@ class Residency:
                 if self._direct.module is called:
                     self._direct.end()
 
-        self._handles.append(module.register_forward_pre_hook(_Hook(onload), prepend=True))
-        self._handles.append(module.register_forward_hook(_Hook(offload), always_call=True))
+        self._handles.append(module.register_forward_pre_hook(Hook(onload), prepend=True))
+        self._handles.append(module.register_forward_hook(Hook(offload), always_call=True))
 
     def _hook_parts(self, module: nn.Module, name: str, number: int, position: int) -> None:
         """Let the parts of unit `name` bring it in when they are called by themselves."""
@@ -203,13 +203,13 @@ class Residency:
                     if is_direct:
                         self._direct.end()
 
-            handle = called.register_forward_hook(_Hook(offload), always_call=True)
+            handle = called.register_forward_hook(Hook(offload), always_call=True)
             for kept in bindings[1:]:
                 kept.check()
             self._bring_in(name, number, position)
 
         for part in _parts(module, name, batch.fill):
-            batch.parts.append(part.register_forward_pre_hook(_Hook(onload), prepend=True))
+            batch.parts.append(part.register_forward_pre_hook(Hook(onload), prepend=True))
 
     def _start_direct(self, module: nn.Module, args: tuple[object, ...]) -> None:
         self._direct.start(module, args)

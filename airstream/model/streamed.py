@@ -22,8 +22,8 @@ from airstream.model.adapters import WithAdapters
 from airstream.model.binding import holds
 from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
 from airstream.model.gradients import refuse_gradients
-from airstream.model.inputs import check_inputs
-from airstream.model.moving import MOVE, changes_nothing
+from airstream.model.inputs import check_ids, check_inputs
+from airstream.model.moving import changes_nothing, refuse_moving
 from airstream.model.refusals import LOAD, TRAIN, Refusing, refuse, refuse_tracing
 from airstream.plan import Workload  # likewise
 
@@ -48,10 +48,38 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
         with self._engine.part_pass(lambda: workload.of_pass(args, kwargs, config), workload.has_cache(kwargs)):
             return super().__call__(*args, **kwargs)
 
+    def to(self, *args: Any, **kwargs: Any) -> GuardedModule:
+        """Only what changes nothing is possible: a streamed model cannot be moved or cast."""
+        try:
+            device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
+        except (RuntimeError, TypeError):  # a device that this torch has not, or nobody
+            refuse_moving()
+        own = self._engine.device
+        moves = device is not None and (device.type, device.index or 0) != (own.type, own.index or 0)
+        kind = next((weight.dtype for weight in self.parameters() if weight.is_floating_point()), None)
+        if moves or dtype not in (None, kind):
+            refuse_moving()
+        return self
+
+    def cuda(self, device: int | str | torch.device | None = None) -> GuardedModule:
+        return self.to("cuda" if device is None else device)
+
+    def cpu(self) -> GuardedModule:
+        return self.to("cpu")
+
+    def half(self) -> GuardedModule:
+        return self.to(torch.float16)
+
+    def float(self) -> GuardedModule:
+        return self.to(torch.float32)
+
+    def bfloat16(self) -> GuardedModule:
+        return self.to(torch.bfloat16)
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GuardedModule:  # noqa: ARG002
         """What moving and casting come down to, under whichever name, of a module that this one is in as well."""
         if not changes_nothing(fn, self.parameters()):
-            refuse("moving or casting", MOVE)
+            refuse_moving()
         return self
 
     def train(self, mode: bool = True) -> GuardedModule:
@@ -179,12 +207,17 @@ class StreamedModel(WithAdapters, GuardedModule):
         self.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        check_inputs("model", args, kwargs)
+        self._check_inputs("model", args, kwargs)
         refuse_tracing()
         refuse_gradients(self, args, kwargs)
         work = workload.of_pass(args, kwargs, self.config)
         with self._engine.one_pass(work, workload.has_cache(kwargs), self._heed_adapters):
             return super().__call__(*args, **kwargs)
+
+    def _check_inputs(self, call: str, args: Any, kwargs: Any) -> None:
+        check_inputs(call, args, kwargs)
+        if self.main_input_name == "input_ids":
+            check_ids(call, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         if not self.can_generate():
@@ -192,7 +225,7 @@ class StreamedModel(WithAdapters, GuardedModule):
                 f"{type(self).__name__} does not generate: call it, model(**inputs), for what it computes, or load the "
                 "checkpoint with model_class= a class that does"
             )
-        check_inputs("model.generate", args, kwargs)
+        self._check_inputs("model.generate", args, kwargs)
         engine = self._engine
         with engine.guard():
             self._heed_adapters()
@@ -206,29 +239,6 @@ class StreamedModel(WithAdapters, GuardedModule):
             self._show_progress(work, kwargs.get("streamer") is not None),
         ):
             return super().generate(*args, **kwargs)
-
-    def to(self, *args: Any, **kwargs: Any) -> StreamedModel:
-        """Only what changes nothing is possible: a streamed model cannot be moved or cast."""
-        device, dtype, _, _ = torch._C._nn._parse_to(*args, **kwargs)
-        moves = device is not None and (device.type, device.index or 0) != (self.device.type, self.device.index or 0)
-        if moves or dtype not in (None, self.dtype):
-            refuse("moving or casting", MOVE)
-        return self
-
-    def cuda(self, device: int | None = None) -> StreamedModel:
-        return self.to(torch.device("cuda", device or 0))
-
-    def cpu(self) -> StreamedModel:
-        return self.to("cpu")
-
-    def half(self) -> StreamedModel:
-        return self.to(torch.float16)
-
-    def float(self) -> StreamedModel:
-        return self.to(torch.float32)
-
-    def bfloat16(self) -> StreamedModel:
-        return self.to(torch.bfloat16)
 
 
 def make_streamed(

@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from airstream.model.absent import refuse_change, refuse_gradient, refuse_remaking, refuse_storage
+from airstream.model.moving import unmoved
 from airstream.model.stored import Stored
 
 
+@unmoved
 class Weight(torch.Tensor):
     """A view of memory that holds the values of `stored`.
 

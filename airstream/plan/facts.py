@@ -101,6 +101,7 @@ class ModelFacts:
         decoding_seconds_per_byte: of one CPU core, to make weights of a byte from disk, if they are packed there.
         adapter_bytes: of adapters that have been loaded beside the model.
         position_limit: tokens that no sequence can exceed; None if positions are computed.
+        rotary_limit: tokens that such positions were trained for, beyond which answers get worse; None if unknown.
     """
 
     name: str
@@ -119,6 +120,7 @@ class ModelFacts:
     decoding_seconds_per_byte: float = 0.0
     adapter_bytes: int = 0
     position_limit: int | None = None
+    rotary_limit: int | None = None
 
     def with_adapters(self, adapters: AdapterFacts) -> ModelFacts:
         """The sizes of the model with these adapters instead of those that it has."""

@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from airstream.checkpoint.files import failure_of
 from airstream.checkpoint.foreign_json import MANIFEST as MANIFEST_KIND
 from airstream.checkpoint.foreign_json import read_json
 from airstream.errors import CheckpointError, CheckpointNotFoundError
@@ -23,12 +25,16 @@ SAMPLE_BYTES = 64 << 10
 
 
 def fingerprint(files: Iterable[Path]) -> list[dict[str, Any]]:
-    """What tells files from others: their names, sizes, times, and a checksum of their first and last 64 KiB."""
+    """What tells files from others: their names, sizes, times, and a checksum of their first and last 64 KiB.
+
+    Raises:
+        CheckpointNotFoundError, ReadError: one is gone, or cannot be read.
+    """
     return [_fingerprint(file) for file in files]
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
+    with _reading(file) as stream:
         status = os.fstat(stream.fileno())
         digest = hashlib.sha256(stream.read(SAMPLE_BYTES))
         stream.seek(max(0, status.st_size - SAMPLE_BYTES))
@@ -39,6 +45,17 @@ def _fingerprint(file: Path) -> dict[str, Any]:
         "mtime_ns": status.st_mtime_ns,
         "sha256_of_ends": digest.hexdigest(),
     }
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[BinaryIO]:
+    try:
+        with file.open("rb") as stream:
+            yield stream
+    except FileNotFoundError:
+        raise CheckpointNotFoundError(f"{file} is missing. Download the checkpoint again") from None
+    except OSError as error:
+        raise failure_of(f"reading {file}", error) from error
 
 
 def digest_of(recipe: Mapping[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from airstream.cache import sync
+from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.index import ITEM_BYTES, SHARD_INDEX, CheckpointIndex
 from airstream.compat import KeyConversion, natural_order, tied_names
 from airstream.config import LoadOptions
@@ -34,7 +34,7 @@ from airstream.repacking.manifest import (
     write_json,
 )
 from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
-from airstream.repacking.write import header_of, sha256_of, write_shard
+from airstream.repacking.write import copy_small, header_of, sha256_of, write_shard
 from airstream.status import status
 from airstream.units import parse_bytes
 
@@ -76,6 +76,7 @@ def repack(
         CheckpointError: the checkpoint is incomplete or corrupt.
         DiskSpaceError: the disk has not enough room; the message has the numbers. What is finished is kept.
     """
+    check_name(model)
     target = Path(out).expanduser().absolute()
     shard_bytes = parse_bytes(shard_size, "shard_size")
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
@@ -202,7 +203,7 @@ class _Repack:
                 if shard.file not in self._done:
                     self._note(shard.file, write_shard(self._work / shard.file, shard, bar.update))
         for file in copied_files(self._source):
-            shutil.copyfile(file, self._work / file.name)
+            copy_small(file, self._work / file.name)
             sync(self._work / file.name)
             self._note(file.name, sha256_of(self._work / file.name))
         if len(self._shards) > 1:

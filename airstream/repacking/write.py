@@ -6,14 +6,14 @@ Knows bytes. A file gets its name when it is whole and on the disk.
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from airstream.backend.host_memory import HostBuffer
 from airstream.checkpoint.descriptors import Descriptors
-from airstream.checkpoint.files import WeightFile
+from airstream.checkpoint.files import WeightFile, failure_of
 from airstream.checkpoint.write import header_bytes
 from airstream.repacking.plan import Shard
 
@@ -33,6 +33,10 @@ def write_shard(file: Path, shard: Shard, on_bytes: OnBytes) -> str:
 
     Args:
         on_bytes: told how many bytes of tensors have been written since the last time.
+
+    Raises:
+        CheckpointError, ReadError: a file that it is made of is gone, another one, or cannot be read.
+        BudgetError: there is no memory for two buffers.
     """
     part = file.with_name(file.name + ".part")
     digest = hashlib.sha256()
@@ -60,7 +64,7 @@ def write_shard(file: Path, shard: Shard, on_bytes: OnBytes) -> str:
 
 def _chunks(shard: Shard) -> Iterator[memoryview]:
     """The bytes of the tensors, in two buffers in turn: a chunk is valid until the next but one is asked for."""
-    buffers = [memoryview(mmap.mmap(-1, CHUNK_BYTES)) for _ in range(2)]
+    buffers = [HostBuffer(CHUNK_BYTES).view for _ in range(2)]
     files: dict[Path, WeightFile] = {}
     descriptors = Descriptors()
     turn = 0
@@ -90,6 +94,19 @@ def _runs(shard: Shard) -> Iterator[tuple[Path, int, int]]:
         run = (tensor.file, tensor.offset, tensor.nbytes)
     if run is not None:
         yield run
+
+
+def copy_small(file: Path, copy: Path) -> None:
+    """Write the contents of `file`, a few megabytes at most, to `copy`.
+
+    Raises:
+        ReadError: `file` cannot be read.
+    """
+    try:
+        contents = file.read_bytes()
+    except (OSError, MemoryError) as error:
+        raise failure_of(f"reading {file}", error) from error
+    copy.write_bytes(contents)
 
 
 def sha256_of(file: Path, on_bytes: OnBytes = lambda _: None) -> str:

@@ -5,15 +5,15 @@ Knows files and elements. A disk that fails to give a byte back is a fault like 
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from airstream.checkpoint.files import PAGE_BYTES, WeightFile
+from airstream.backend.host_memory import HostBuffer
+from airstream.checkpoint.files import PAGE_BYTES, WeightFile, failure_of
 from airstream.checkpoint.index import ITEM_BYTES, StoredTensor
-from airstream.errors import CheckpointError, ReadError
+from airstream.errors import BudgetError, CheckpointError, ReadError
 from airstream.pieces import TORCH_DTYPES
 from airstream.units import round_up
 from airstream.verification.checksums import Checksum
@@ -23,11 +23,14 @@ OnBytes = Callable[[int], object]
 
 
 def check_file(file: Path, checksum: Checksum | None, tensors: Sequence[StoredTensor], on_bytes: OnBytes) -> list[str]:
-    """What is wrong with the bytes of `file`. Blocks; takes 16 MiB of memory.
+    """What is wrong with the bytes of `file`: that it cannot be read is. Blocks; takes 16 MiB of memory.
 
     Args:
         checksum: that it should have, if that is known.
         tensors: in it, whose values are to be looked at.
+
+    Raises:
+        BudgetError: there is not so much memory.
     """
     scans = [_Scan(tensor) for tensor in tensors if TORCH_DTYPES[tensor.dtype].is_floating_point]
     try:
@@ -43,6 +46,13 @@ def check_file(file: Path, checksum: Checksum | None, tensors: Sequence[StoredTe
         return [f"{file} is missing"]
     except (ReadError, CheckpointError) as error:
         return [str(error)]
+    except BudgetError:
+        raise
+    except (OSError, MemoryError) as error:
+        failure = failure_of(f"reading {file}", error)
+        if isinstance(failure, BudgetError):
+            raise failure from error
+        return [str(failure)]
     faults = [fault for scan in scans if (fault := scan.fault())]
     if checksum is not None and digest is not None and digest.hexdigest() != checksum.hexadecimal:
         faults.insert(
@@ -54,7 +64,7 @@ def check_file(file: Path, checksum: Checksum | None, tensors: Sequence[StoredTe
 
 
 def _chunks(file: Path, size: int) -> Iterator[tuple[int, memoryview]]:
-    buffer = memoryview(mmap.mmap(-1, CHUNK_BYTES))
+    buffer = HostBuffer(CHUNK_BYTES).view
     opened = WeightFile(file, direct=True)
     try:
         for offset in range(0, size, CHUNK_BYTES):

@@ -109,7 +109,7 @@ def _read_files(
 
     files = sorted({*contents.files, *checksums})
     tensors = {file: [t for t in contents.tensors.values() if t.file == file] if deep else [] for file in files}
-    total = sum(file.stat().st_size for file in files if file.is_file())
+    total = sum(_size(file) for file in files)
     off = None if progress else True
     with (
         tqdm(total=total, unit="B", unit_scale=True, desc="verifying", disable=off) as bar,
@@ -125,3 +125,11 @@ def _read_files(
             return check_file(file, checksums.get(file), tensors[file], on_bytes)
 
         return [fault for faults in pool.map(check, files) for fault in faults], sum(read)
+
+
+def _size(file: Path) -> int:
+    """Bytes of `file`, 0 if the system does not say: the reason is found when it is read."""
+    try:
+        return file.stat().st_size
+    except OSError:
+        return 0
