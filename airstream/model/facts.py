@@ -15,7 +15,7 @@ from airstream.checkpoint.files import PAGE_BYTES
 from airstream.compat import CacheSize, position_limit, uses_eager_attention
 from airstream.footprint import first_count, footprint
 from airstream.growth import PassGrowth
-from airstream.model.groups import batch_facts, growth_bytes
+from airstream.model.groups import Known, batch_facts, growth_bytes
 from airstream.model.head import Way, copies_weights, way_of
 from airstream.model.packed import measure_packed
 from airstream.model.units import Parts
@@ -137,8 +137,9 @@ def needs_staging(parts: Parts, packing: Packing) -> bool:
 
 
 def _batches(parts: Parts, count: int, packing: Packing) -> Iterator[BatchFacts]:
+    known: Known = {}
     for units in group(parts, count):
-        yield batch_facts(units, (spec for unit in units for spec in parts.units[unit]), packing)
+        yield batch_facts(units, (spec for unit in units for spec in parts.units[unit]), packing, known)
 
 
 def _counts(parts: Parts, layers_per_batch: int | Literal["auto"]) -> list[int]:
