@@ -4,8 +4,9 @@
 
 Shapes are published configs. A checkpoint of a shape is a file of the real size that consists of a header and a hole:
 loading reads the header and the small weights, which are zeros. It is made in `--work` and deleted; its file system has
-to know holes. Where a layer is larger than the memory of most machines, a checkpoint has as many tensors, layers and
-experts, with the same names, but narrower matrices: its line says how many times narrower. The GGUF file is a small model with a vocabulary of 262,144 words, as Gemma 3 has.
+to know holes. Where a layer is larger than the memory of most machines, the checkpoint has as many tensors, layers and
+experts, by the same names, but narrower matrices; its line says how many times narrower. The GGUF file is a small model
+with a vocabulary of 262,144 words, as Gemma 3 has.
 
 Every figure is of a process of its own, without its imports: seconds of CPU, and of wall time.
 """

@@ -57,7 +57,7 @@ def gather_facts(
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     resident = pack(distinct(parts.resident), packing)
     head_specs = parts.head[1] if parts.head else ()
-    head = batch_facts(parts.head[:1], head_specs, packing) if parts.head else None
+    head = batch_facts(parts.head[:1], head_specs, packing, {}) if parts.head else None
     head_pieces = {spec.pieces for spec in head_specs}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
     copied_bytes = head.slab_bytes[0] if head and device.type == "cpu" else 0

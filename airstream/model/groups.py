@@ -12,7 +12,6 @@ from pathlib import Path
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.reader import Piece
 from airstream.plan import BatchFacts, Group
 from airstream.slab import pack, stored_specs
 from airstream.tensors import TensorSpec
@@ -49,20 +48,16 @@ Known = dict[Hashable, _Sizes]
 """What is known of batches, so that those that lie in their files alike are laid out once: experts are many tensors."""
 
 
-def batch_facts(
-    units: Sequence[str], specs: Iterable[TensorSpec], packing: Packing, known: Known | None = None
-) -> BatchFacts:
+def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Packing, known: Known) -> BatchFacts:
     """The sizes of the batch `units` whose tensors are `specs`, for every number of its groups that is resident.
 
     `known` is for all calls with one packing, and gets what is found out.
     """
     specs = tuple(specs)
-    kind = _kind_of(specs) if known is not None else None
-    sizes = known.get(kind) if known is not None and kind is not None else None
-    if sizes is None:
-        sizes = _sizes(specs, packing)
-        if known is not None and kind is not None:
-            known[kind] = sizes
+    kind = _kind_of(specs)
+    sizes = known.get(kind) or _sizes(specs, packing)
+    if kind is not None:
+        known[kind] = sizes
     groups = tuple(
         Group(tuple(specs[number].name for number in numbers), nbytes, host_bytes)
         for numbers, nbytes, host_bytes in sizes.groups
@@ -84,30 +79,19 @@ def _sizes(specs: Sequence[TensorSpec], packing: Packing) -> _Sizes:
 
 
 def _kind_of(specs: Sequence[TensorSpec]) -> Hashable:
-    """Equal for batches of which all is the same but names, and how many pages come before them in their files.
+    """Equal for batches of which all is the same but names, and how many pages come before them in their file.
 
-    None if converters make some of the tensors: names say which of them are made together.
+    None if they lie in several files, or if converters make some of the tensors: names say which are made together.
     """
-    starts: dict[Path, int] = {}
-    for spec in specs:
-        if spec.made_by is not None:
-            return None
-        for piece in spec.pieces:
-            starts[piece.file] = min(starts.get(piece.file, piece.offset), piece.offset)
-    files = {file: (number, starts[file] // PAGE_BYTES * PAGE_BYTES) for number, file in enumerate(sorted(starts))}
-    return tuple(
-        (
-            spec.dtype,
-            spec.nbytes,
-            spec.line_offset,
-            tuple(_relative(piece, *files[piece.file]) for piece in spec.pieces),
-        )
-        for spec in specs
-    )
-
-
-def _relative(piece: Piece, file: int, start: int) -> Hashable:
-    return file, piece.offset - start, piece.nbytes, piece.target, piece.cast
+    pieces = [piece for spec in specs for piece in spec.pieces]
+    if not pieces or any(spec.made_by is not None for spec in specs):
+        return None
+    file = pieces[0].file
+    if any(piece.file is not file and piece.file != file for piece in pieces):
+        return None
+    start = min(piece.offset for piece in pieces) // PAGE_BYTES * PAGE_BYTES
+    places = [(piece.offset - start, piece.nbytes, piece.target, piece.cast) for piece in pieces]
+    return tuple((spec.dtype, spec.nbytes, spec.line_offset, len(spec.pieces)) for spec in specs), tuple(places)
 
 
 def _apart(specs: Sequence[TensorSpec]) -> int:
