@@ -96,5 +96,5 @@ def test_keys_of_one_kind_are_renamed_once() -> None:
 
 def test_the_natural_order_is_that_of_transformers() -> None:
     keys = [*KEYS, "shard_2", "shard_11", "shard_", "2", "11", "", "a..b", "a.b2c", "layers.02.x", "layers.2.x"]
-    assert natural_order(keys) == sorted(keys, key=dot_natural_key)
-    assert natural_order(keys[::-1]) == sorted(keys[::-1], key=dot_natural_key)
+    for order in (keys, list(reversed(keys))):  # keys that are equal but for a zero keep their order
+        assert natural_order(order) == sorted(order, key=dot_natural_key)
