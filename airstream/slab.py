@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from airstream.backend.base import Packing
 from airstream.checkpoint.files import PAGE_BYTES
@@ -103,7 +104,7 @@ class _SlabBuilder:
         last = self.pieces[-1]
         gap = piece.offset - (last.offset + last.nbytes)
         base = last.target + piece.offset - last.offset
-        joins = last.cast is None and last.file == piece.file and 0 <= gap <= MAX_GAP_BYTES
+        joins = last.cast is None and _is_same(last.file, piece.file) and 0 <= gap <= MAX_GAP_BYTES
         return base if joins and base >= self.end and self._may_start_at(base, spec) else None
 
     def _may_start_at(self, base: int, spec: TensorSpec) -> bool:
@@ -133,9 +134,14 @@ class _SlabBuilder:
 
     def _append(self, piece: Piece) -> None:
         last = self.pieces[-1] if self.pieces else None
-        if last is not None and last.cast is None and piece.cast is None and last.file == piece.file:
+        if last is not None and last.cast is None and piece.cast is None and _is_same(last.file, piece.file):
             gap = piece.offset - (last.offset + last.nbytes)
             if 0 <= gap <= MAX_GAP_BYTES and piece.target - last.target == piece.offset - last.offset:
                 self.pieces[-1] = Piece(last.file, last.offset, piece.offset + piece.nbytes - last.offset, last.target)
                 return
         self.pieces.append(piece)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Comparing paths takes long, and most are the same object."""
+    return one is other or one == other

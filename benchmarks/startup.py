@@ -4,7 +4,9 @@
 
 Shapes are published configs. A checkpoint of a shape is a file of the real size that consists of a header and a hole:
 loading reads the header and the small weights, which are zeros. It is made in `--work` and deleted; its file system has
-to know holes. The GGUF file is a small model with a vocabulary of 262,144 words, as Gemma 3 has.
+to know holes. Where a layer is larger than the memory of most machines, the checkpoint has as many tensors, layers and
+experts, by the same names, but narrower matrices; its line says how many times narrower. The GGUF file is a small model
+with a vocabulary of 262,144 words, as Gemma 3 has.
 
 Every figure is of a process of its own, without its imports: seconds of CPU, and of wall time.
 """
@@ -50,12 +52,18 @@ SHAPES: Mapping[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 COMMON = {"dtype": "bfloat16", "max_position_embeddings": 8192, "tie_word_embeddings": False}
+WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+NARROWER: Mapping[str, int] = {"deepseek-v3": 16}
+"""How many times, for checkpoints that are loaded. DeepSeek-V3's ring alone would be 43 GiB."""
+
 FORMATS = ("config", "safetensors", "gguf")
 VOCABULARY = 262_144
 
 
-def write_config(shape: str, folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape] | COMMON))
+def write_config(shape: str, folder: Path, narrower: int = 1) -> None:
+    config = SHAPES[shape] | COMMON
+    config |= {name: config[name] // narrower for name in WIDTHS if name in config}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def write_hole(shape: str, folder: Path) -> None:
@@ -65,7 +73,7 @@ def write_hole(shape: str, folder: Path) -> None:
 
     from airstream.checkpoint.imagined import imagine
 
-    write_config(shape, folder)
+    write_config(shape, folder, NARROWER.get(shape, 1))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     tensors = imagine(model).values()
@@ -155,10 +163,12 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(*arguments.measure)))
         return
-    print(f"{'shape':16} {'format':12} {'CPU s':>7} {'wall s':>7}   medians of {arguments.turns}")
+    print(f"{'shape':28} {'format':12} {'CPU s':>7} {'wall s':>7}   medians of {arguments.turns}")
     results = []
     for name in arguments.formats.split(","):
         for shape in ["262,144 words"] if name == "gguf" else arguments.shapes.split(","):
+            narrower = NARROWER.get(shape, 1) if name == "safetensors" else 1
+            label = shape if narrower == 1 else f"{shape}, {narrower}x narrower"
             with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
                 source = Path(folder)
                 if name == "gguf":
@@ -169,11 +179,11 @@ def main() -> None:
                 try:
                     runs = _runs(name, source, arguments.turns)
                 except RuntimeError as error:
-                    print(f"{shape:16} {name:12} failed: {error}", flush=True)
+                    print(f"{label:28} {name:12} failed: {error}", flush=True)
                     continue
             medians = [statistics.median(run[key] for run in runs) for key in ("cpu_seconds", "wall_seconds")]
-            results.append({"shape": shape, "format": name, "runs": runs})
-            print(f"{shape:16} {name:12} {medians[0]:7.2f} {medians[1]:7.2f}", flush=True)
+            results.append({"shape": shape, "narrower": narrower, "format": name, "runs": runs})
+            print(f"{label:28} {name:12} {medians[0]:7.2f} {medians[1]:7.2f}", flush=True)
     print(json.dumps({"machine": describe_machine(), "results": results}))
 
 

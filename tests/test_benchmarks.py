@@ -17,7 +17,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import compare, conditions, disk, law, law_child, law_report, limited, plot_law, report, systems
+from benchmarks import (
+    compare,
+    conditions,
+    disk,
+    law,
+    law_child,
+    law_report,
+    limited,
+    plot_law,
+    report,
+    startup,
+    systems,
+)
 from benchmarks.checkpoints import Shape, shard_names, write_checkpoint
 from benchmarks.compare import ROOT, execute
 from benchmarks.law_report import Budget, Cliff, LawRun, Measured
@@ -720,3 +732,14 @@ def test_the_comparison_needs_no_large_library():
     """A child inherits its parent's peak RSS, so the parent must stay small."""
     program = "import sys, benchmarks.suite, benchmarks.law; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+
+
+def test_a_narrower_shape_has_as_many_tensors(tmp_path: Path) -> None:
+    for shape, narrower in startup.NARROWER.items():
+        configs = []
+        for times in (1, narrower):
+            startup.write_config(shape, tmp_path, times)
+            configs.append(json.loads((tmp_path / "config.json").read_text()))
+        real, narrow = configs
+        assert {name for name in real if real[name] != narrow[name]} == set(startup.WIDTHS)
+        assert all(narrow[name] * narrower == real[name] for name in startup.WIDTHS)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,11 +29,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from airstream.allocations import Allocations
+from airstream import allocations
+from airstream.allocations import Allocations, History, memory_of
 from airstream.compat import cache_keyword, measure_passes, position_limit
 from airstream.errors import ArgumentError, BudgetError
 from airstream.footprint import footprint
-from airstream.growth import CONTINUED_SIZES, FRESH_SIZES, Growth, Moment, growth_of
+from airstream.growth import CONTINUED_SIZES, FRESH_SIZES, Growth, Moment, PassGrowth, growth_of
 from airstream.plan import Workload, too_much
 from airstream.plan.refusal import remedies_for
 from airstream.units import MIB
@@ -46,6 +50,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=100, n_embd=32, n_layer=3, n_head=4, n_positions=4000),
     "opt": OPTConfig(**WIDTH, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=4000),
 }
+MIXED = Qwen3MoeConfig(**NAMES, **MIXTURE)
 SIZES = {"fresh": (300, 300, False), "padded": (300, 300, True), "chunk": (100, 700, True), "token": (1, 500, True)}
 
 
@@ -123,11 +128,86 @@ def test_nothing_grows_with_the_square_of_a_prompt_unless_it_has_a_mask_or_score
 
 def test_measuring_passes_leaves_the_layers_where_they_were() -> None:
     with torch.device("meta"):
-        bare = AutoModelForCausalLM.from_config(Qwen3MoeConfig(**NAMES, **MIXTURE)).eval()
+        bare = AutoModelForCausalLM.from_config(MIXED).eval()
     before = list(bare.state_dict())
     measure_passes(bare, torch.device("cpu"))
     assert list(bare.state_dict()) == before
     assert len(bare.model.layers) == 3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("config", [*CONFIGS.values(), MIXED], ids=[*CONFIGS, "experts"])
+def test_operations_that_were_run_before_change_nothing(
+    config: PreTrainedConfig, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(width: int) -> tuple[PassGrowth, ...]:
+        """What is measured of one config is kept: the other one differs in what no pass looks at."""
+        other = copy.deepcopy(config)
+        other.bos_token_id = width
+        with torch.device("meta"):
+            bare = AutoModelForCausalLM.from_config(other, attn_implementation=attention).eval()
+        return measure_passes(bare, torch.device("cpu"))
+
+    found = measured(5)
+    monkeypatch.setattr(allocations, "_makes_one_tensor", lambda _: False)
+    assert found or config is MIXED  # whose experts may be chosen by looking at values
+    assert found == measured(6)
+
+
+OPERATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "a whole number": lambda x: x.to(torch.int32) + 1,
+    "a fraction": lambda x: x.to(torch.int32) + 1.0,
+    "a truth": lambda x: x.to(torch.int32) + True,
+    "another type": lambda x: x.to(torch.float64),
+    "the same type": lambda x: x.to(torch.float32),
+    "a view": lambda x: x.transpose(0, 1),
+    "a view of a view": lambda x: x.transpose(0, 1)[1:],
+    "as it lies": lambda x: x.transpose(0, 1) * 2,
+    "made contiguous": lambda x: x.transpose(0, 1).contiguous(),
+    "contiguous already": lambda x: x.contiguous(),
+    "repeated": lambda x: x[:1].expand(6, -1) * 1,
+    "in place": lambda x: x.mul_(2),
+    "a list": lambda x: torch.cat([x, x[1:]], dim=0),
+    "several results": lambda x: x.split(2)[1] + x.max(dim=0).values,
+    "one dimension less": lambda x: x.mean(dim=-1),
+    "the same dimensions": lambda x: x.mean(dim=-1, keepdim=True),
+    "nothing": lambda x: x[:0] * 3,
+    "a product": lambda x: x @ x.transpose(0, 1),
+    "from nothing": lambda x: torch.arange(x.shape[0], device="meta") + x[:, 0],
+}
+
+
+@torch.no_grad()
+def test_an_operation_that_was_run_before_gives_the_same_shapes_and_memory() -> None:
+    def outlined(value: torch.Tensor, given: torch.Tensor) -> tuple[Any, ...]:
+        return value.shape, value.stride(), value.dtype, memory_of(value) == memory_of(given), value.storage_offset()
+
+    given = torch.empty((4, 8), device="meta")
+    expected = {name: outlined(run(given), given) for name, run in OPERATIONS.items()}
+    history = History()
+    with history:
+        first = {name: outlined(run(given), given) for name, run in OPERATIONS.items()}
+        again = {name: outlined(run(given), given) for name, run in OPERATIONS.items()}
+        history.begin([given])
+        kept = [given * 2, given * 2]
+    assert first == expected
+    assert again == expected
+    assert history.alive() == [128, 256]
+    assert memory_of(kept[0]) != memory_of(kept[1])
+
+
+@pytest.mark.parametrize("name", ["llama", "windows"])
+def test_no_prompt_is_run_twice(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three prompts, five chunks that begin with the cache of one, and one prompt more: for each range of contexts."""
+    config = copy.deepcopy(CONFIGS[name])
+    config.bos_token_id = 7  # what is measured of a config is kept
+    with torch.device("meta"):
+        bare = AutoModelForCausalLM.from_config(config).eval()
+    forward = Mock(wraps=bare.model.forward)
+    monkeypatch.setattr(bare.model, "forward", functools.wraps(bare.model.forward)(lambda **given: forward(**given)))
+    ranges = measure_passes(bare, torch.device("cpu"))
+    assert len(ranges) == 1
+    assert forward.call_count == 9
 
 
 # ------------------------------------------------------------------------------------------- against the kernel's count

@@ -6,10 +6,11 @@ so that offsets are those of the real file; writes and opens nothing.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -54,7 +55,8 @@ def imagine(
         folder: where the checkpoint would be; it need not exist.
     """
     own = model.dtype  # transformers looks for it among the weights, each time
-    described = {key: _described(tensor, own, dtype) for key, tensor in stored_tensors(model).items()}
+    kinds = functools.cache(lambda declared, shape: _described(declared, shape, own, dtype))
+    described = {key: kinds(tensor.dtype, tensor.shape) for key, tensor in stored_tensors(model).items()}
     ordered = sorted(described.items(), key=lambda item: (WRITING_ORDER.index(item[1].dtype), item[0]))
     offset = _data_start(ordered)
     file = folder / SINGLE_FILE
@@ -65,17 +67,25 @@ def imagine(
     return CheckpointIndex(tensors)
 
 
-def _described(tensor: torch.Tensor, model_dtype: torch.dtype, dtype: torch.dtype | None) -> _Described:
-    stored = dtype if dtype is not None and tensor.dtype == model_dtype else tensor.dtype
-    return _Described(STORED_DTYPES[stored], tuple(tensor.shape), tensor.numel() * stored.itemsize)
+def _described(
+    declared: torch.dtype, shape: torch.Size, model_dtype: torch.dtype, dtype: torch.dtype | None
+) -> _Described:
+    stored = dtype if dtype is not None and declared == model_dtype else declared
+    return _Described(STORED_DTYPES[stored], tuple(shape), shape.numel() * stored.itemsize)
 
 
 def _data_start(ordered: Sequence[tuple[str, _Described]]) -> int:
-    """Where the first tensor begins: behind the size of the header, and the header."""
-    header: dict[str, Any] = {"__metadata__": METADATA}
+    """Where the first tensor begins: behind the size of the header, and the header.
+
+    Entries are measured one by one: a table of all of them, for json to write, would take as long as all the rest.
+    """
+    entry_bytes = functools.cache(lambda dtype, shape: len(_text({"dtype": dtype, "shape": shape, "data_offsets": []})))
+    nbytes = len(_text({"__metadata__": METADATA}))
     end = 0
-    for key, (name, shape, nbytes) in ordered:
-        header[key] = {"dtype": name, "shape": shape, "data_offsets": [end, end + nbytes]}
-        end += nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False)
-    return 8 + round_up(len(text.encode()), HEADER_ALIGNMENT)
+    for key, (name, shape, size) in ordered:
+        nbytes += len(f",{_text(key)}:{end},{end + size}".encode()) + entry_bytes(name, shape)
+        end += size
+    return 8 + round_up(nbytes, HEADER_ALIGNMENT)
+
+
+_text = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import uuid
@@ -84,8 +85,8 @@ def _measure(model: PreTrainedModel, device: torch.device, length: int, start: i
         for stacks in (_beginnings(part), {}):
             try:
                 with _shortened(stacks):
-                    fresh = _growth(model, part, device, length, FRESH_SIZES)
-                    continued = _growth(model, part, device, length, CONTINUED_SIZES)
+                    passes = _Passes(model, part, device, length)
+                    fresh, continued = passes.growth(FRESH_SIZES), passes.growth(CONTINUED_SIZES)
             except Exception:  # any model's code may look at values, which do not exist here
                 continue
             if fresh is not None and continued is not None:
@@ -101,32 +102,50 @@ def _candidates(model: PreTrainedModel) -> list[nn.Module]:
     return list(dict.fromkeys(part for part in parts if isinstance(part, nn.Module)))
 
 
-def _growth(
-    model: PreTrainedModel, part: nn.Module, device: torch.device, length: int, multiples: tuple[Size, ...]
-) -> Growth | None:
-    sizes = [(tokens * length, context * length) for tokens, context in multiples]
-    return growth_of(sizes, [_alive(model, part, device, *size) for size in sizes])
+class _Passes:
+    """Passes of `part` of `model`, of multiples of `length` tokens.
 
+    What a prompt has left in its cache is what a chunk of a longer one begins with: no prompt is run twice.
+    """
 
-@torch.no_grad()
-def _alive(model: PreTrainedModel, part: nn.Module, device: torch.device, tokens: int, context: int) -> list[int]:
-    """The bytes alive after every operation of a pass over so many tokens, without what the cache keeps of them."""
-    accepted = inspect.signature(part.forward).parameters
-    keyword = next((name for name in CACHE_KEYWORDS if name in accepted), None)
-    options: dict[str, Any] = {}
-    if keyword is not None and model.can_generate():
-        options = {"use_cache": True, keyword: DynamicCache(config=model.config)}
-    history = History()
-    with FusedAttention(device), history:
-        if context > tokens and keyword is not None and options:
-            part(input_ids=_ids(context - tokens), **options)
+    def __init__(self, model: PreTrainedModel, part: nn.Module, device: torch.device, length: int) -> None:
+        accepted = inspect.signature(part.forward).parameters
+        self._keyword = next((name for name in CACHE_KEYWORDS if name in accepted), None) or ""
+        self._caches: dict[int, DynamicCache] = {}
+        self._model, self._part, self._device, self._length = model, part, device, length
+        self._history = History()
+
+    def growth(self, multiples: tuple[Size, ...]) -> Growth | None:
+        sizes = [(tokens * self._length, context * self._length) for tokens, context in multiples]
+        return growth_of(sizes, [self._alive(*size) for size in sizes])
+
+    @torch.no_grad()
+    def _alive(self, tokens: int, context: int) -> list[int]:
+        """The bytes alive after every operation of a pass over so many tokens, without what the cache keeps of them."""
+        options: dict[str, Any] = {}
+        if self._keyword and self._model.can_generate():
+            options = {"use_cache": True, self._keyword: self._cache_of(context - tokens)}
+        cache = options.get(self._keyword)
         if context > tokens:
             options["attention_mask"] = _ids(context)
         ids = _ids(tokens)
-        history.begin([ids, *part.parameters(), *part.buffers(), *tensors_in(list(options.values()))])
-        output = part(input_ids=ids, **options)
-        kept = [options.get(keyword or ""), *(value for name, value in output.items() if name in CACHE_KEYWORDS)]
-    return history.alive(without=list(tensors_in(kept)))
+        with FusedAttention(self._device), self._history as history:
+            existing = [*self._part.parameters(), *self._part.buffers(), *tensors_in(list(options.values()))]
+            history.begin([ids, *existing])
+            output = self._part(input_ids=ids, **options)
+        if context == tokens and cache is not None:
+            self._caches[tokens] = cache
+        kept = [cache, *(value for name, value in output.items() if name in CACHE_KEYWORDS)]
+        return history.alive(without=list(tensors_in(kept)))
+
+    def _cache_of(self, tokens: int) -> DynamicCache:
+        """A cache with so many tokens of a prompt. The tensors are those of all such caches: they have no values."""
+        if not tokens:
+            return DynamicCache(config=self._model.config)
+        if tokens not in self._caches:
+            self._alive(tokens, tokens)
+        cache = self._caches[tokens]
+        return copy.deepcopy(cache, {id(tensor): tensor for tensor in tensors_in(cache)})
 
 
 def _ids(tokens: int) -> torch.Tensor:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from airstream.compat.assembled import Assembled, assemble, expansion_bytes, growth_bytes
 from airstream.compat.quantizers import Quantizer
+from airstream.compat.renames import Renames
 
 
 class DtypePlan:
@@ -61,16 +64,18 @@ class KeyConversion:
         self._model = weakref.proxy(model)  # the engine keeps this; it must not keep the model
         self._quantizer = quantizer
         self._targets = model.state_dict()
-        self._renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        self._converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        self._by_pattern = {pattern: entry for entry in self._converters for pattern in entry.source_patterns}
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        self._renamed = Renames(lambda key: rename_source_key(key, renamings, converters), mapping)
+        self._in_model = functools.cache(partial(_in_model, model.base_model_prefix, self._targets))
+        self._by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
 
     def rename(self, key: str) -> tuple[str, str | None]:
         """The name that checkpoint key `key` belongs to, and the pattern of the converter that makes it, if any."""
-        prefix = self._model.base_model_prefix
-        name, pattern = rename_source_key(key, self._renamings, self._converters, prefix, self._targets)
+        name, pattern = self._renamed(key)
+        name = self._in_model(name)
         if name not in self._targets and key in self._targets:
-            name, pattern = rename_source_key(key, [], [], prefix, self._targets)
+            name, pattern = self._in_model(key), None
         return name, pattern
 
     def unpacks(self, pattern: str | None) -> bool:
@@ -115,6 +120,11 @@ class KeyConversion:
         return assemble(self._model, name, lambda: self.convert(name, sources)[name])
 
 
+def _in_model(prefix: str, targets: dict[str, torch.Tensor], name: str) -> str:
+    """`name` with the prefix of the base model, or without it, whichever the model has."""
+    return str(rename_source_key(name, [], [], prefix, targets)[0])
+
+
 def _fresh(converter: WeightConverter) -> WeightConverter:
     """`converter` with nothing collected yet. A deep copy, as transformers makes, would copy the quantizer too."""
     fresh = copy(converter)
@@ -132,7 +142,8 @@ def stored_tensors(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 def natural_order(keys: Iterable[str]) -> list[str]:
     """Checkpoint keys in the order in which transformers hands them to converters (layer 2 before layer 10)."""
-    return sorted(keys, key=dot_natural_key)
+    key_of = functools.cache(lambda part: dot_natural_key(part)[0])  # most parts are in thousands of keys
+    return sorted(keys, key=lambda key: [key_of(part) for part in key.split(".")])
 
 
 def tied_names(model: PreTrainedModel) -> Mapping[str, str]:

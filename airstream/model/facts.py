@@ -15,7 +15,7 @@ from airstream.checkpoint.files import PAGE_BYTES
 from airstream.compat import CacheSize, position_limit, rotary_limit, uses_eager_attention
 from airstream.footprint import first_count, footprint
 from airstream.growth import PassGrowth
-from airstream.model.groups import batch_facts, growth_bytes
+from airstream.model.groups import Known, batch_facts, growth_bytes
 from airstream.model.head import Way, copies_weights, way_of
 from airstream.model.packed import measure_packed
 from airstream.model.units import Parts
@@ -57,7 +57,7 @@ def gather_facts(
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     resident = pack(distinct(parts.resident), packing)
     head_specs = parts.head[1] if parts.head else ()
-    head = batch_facts(parts.head[:1], head_specs, packing) if parts.head else None
+    head = batch_facts(parts.head[:1], head_specs, packing, {}) if parts.head else None
     head_pieces = {spec.pieces for spec in head_specs}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
     copied_bytes = head.slab_bytes[0] if head and device.type == "cpu" else 0
@@ -138,8 +138,9 @@ def needs_staging(parts: Parts, packing: Packing) -> bool:
 
 
 def _batches(parts: Parts, count: int, packing: Packing) -> Iterator[BatchFacts]:
+    known: Known = {}
     for units in group(parts, count):
-        yield batch_facts(units, (spec for unit in units for spec in parts.units[unit]), packing)
+        yield batch_facts(units, (spec for unit in units for spec in parts.units[unit]), packing, known)
 
 
 def _counts(parts: Parts, layers_per_batch: int | Literal["auto"]) -> list[int]:

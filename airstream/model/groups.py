@@ -6,7 +6,8 @@ what is left to stream stays one run, and small steps come first, while budgets 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from airstream.backend.base import Packing
@@ -29,9 +30,43 @@ HOST_PACKING = Packing(follows_file=True, alignment=0)
 """How tensors lie in host memory that reads land in."""
 
 
-def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Packing) -> BatchFacts:
-    """The sizes of the batch `units` whose tensors are `specs`, for every number of its groups that is resident."""
+@dataclass(frozen=True, slots=True)
+class _Sizes:
+    """What is the same for batches that lie in their files alike.
+
+    Attributes:
+        groups: for each, the numbers of its tensors, its bytes on the device, and in host memory.
+        slabs, reads: as in `BatchFacts`.
+    """
+
+    groups: tuple[tuple[tuple[int, ...], int, int], ...]
+    slabs: tuple[int, ...]
+    reads: tuple[int, ...]
+
+
+Known = dict[Hashable, _Sizes]
+"""What is known of batches, so that those that lie in their files alike are laid out once: experts are many tensors."""
+
+
+def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Packing, known: Known) -> BatchFacts:
+    """The sizes of the batch `units` whose tensors are `specs`, for every number of its groups that is resident.
+
+    `known` is for all calls with one packing, and gets what is found out.
+    """
     specs = tuple(specs)
+    kind = _kind_of(specs)
+    sizes = known.get(kind) or _sizes(specs, packing)
+    if kind is not None:
+        known[kind] = sizes
+    groups = tuple(
+        Group(tuple(specs[number].name for number in numbers), nbytes, host_bytes)
+        for numbers, nbytes, host_bytes in sizes.groups
+    )
+    return BatchFacts(tuple(units), groups, sizes.slabs, sizes.reads)
+
+
+def _sizes(specs: Sequence[TensorSpec], packing: Packing) -> _Sizes:
+    numbers = {spec.name: number for number, spec in enumerate(specs)}
     groups = list(_in_order_of_residency(specs))
     slabs, reads = [], []
     for count in range(len(groups) + 1):
@@ -39,7 +74,24 @@ def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Pack
         slab = pack(rest, packing)
         slabs.append(max(slab.nbytes, 0 if packing.follows_file else _apart(rest)))
         reads.append(slab.read_bytes)
-    return BatchFacts(tuple(units), tuple(_group(group, packing) for group in groups), tuple(slabs), tuple(reads))
+    sized = ((tuple(numbers[spec.name] for spec in group), *_group_bytes(group, packing)) for group in groups)
+    return _Sizes(tuple(sized), tuple(slabs), tuple(reads))
+
+
+def _kind_of(specs: Sequence[TensorSpec]) -> Hashable:
+    """Equal for batches of which all is the same but names, and how many pages come before them in their file.
+
+    None if they lie in several files, or if converters make some of the tensors: names say which are made together.
+    """
+    pieces = [piece for spec in specs for piece in spec.pieces]
+    if not pieces or any(spec.made_by is not None for spec in specs):
+        return None
+    file = pieces[0].file
+    if any(piece.file is not file and piece.file != file for piece in pieces):
+        return None
+    start = min(piece.offset for piece in pieces) // PAGE_BYTES * PAGE_BYTES
+    places = [(piece.offset - start, piece.nbytes, piece.target, piece.cast) for piece in pieces]
+    return tuple((spec.dtype, spec.nbytes, spec.line_offset, len(spec.pieces)) for spec in specs), tuple(places)
 
 
 def _apart(specs: Sequence[TensorSpec]) -> int:
@@ -48,12 +100,12 @@ def _apart(specs: Sequence[TensorSpec]) -> int:
     return round_up(sum(round_up(spec.nbytes, 256) for spec in (*stored_specs(specs), *made)), PAGE_BYTES)
 
 
-def _group(specs: Sequence[TensorSpec], packing: Packing) -> Group:
+def _group_bytes(specs: Sequence[TensorSpec], packing: Packing) -> tuple[int, int]:
+    """On the device that computes, and in host memory for an accelerator."""
     nbytes = pack(specs, packing).nbytes
     if not packing.follows_file and nbytes > MIB:
         nbytes = round_up(nbytes, DEVICE_BLOCK_BYTES)
-    nbytes += growth_bytes(specs)
-    return Group(tuple(spec.name for spec in specs), nbytes, pack(stored_specs(specs), HOST_PACKING).nbytes)
+    return nbytes + growth_bytes(specs), pack(stored_specs(specs), HOST_PACKING).nbytes
 
 
 def growth_bytes(specs: Iterable[TensorSpec]) -> int:
