@@ -101,6 +101,7 @@ class ModelFacts:
         decoding_seconds_per_byte: of one CPU core, to make weights of a byte from disk, if they are packed there.
         adapter_bytes: of adapters that have been loaded beside the model.
         position_limit: tokens that no sequence can exceed; None if positions are computed.
+        num_tensors: of the checkpoint, as its headers count them.
     """
 
     name: str
@@ -119,6 +120,7 @@ class ModelFacts:
     decoding_seconds_per_byte: float = 0.0
     adapter_bytes: int = 0
     position_limit: int | None = None
+    num_tensors: int = 0
 
     def with_adapters(self, adapters: AdapterFacts) -> ModelFacts:
         """The sizes of the model with these adapters instead of those that it has."""
