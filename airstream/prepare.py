@@ -10,7 +10,7 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +148,7 @@ def prepare(
     facts = gather_facts(
         os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch, cache, passes
     )
+    facts = replace(facts, num_tensors=len(index))
     staged = device.type != "cpu" or needs_staging(parts, packing)
     question = Question(options, machine, folder, device, staged, prompt_tokens)
     request = request_for(question, facts)

@@ -25,6 +25,7 @@ from benchmarks import (
     law_child,
     law_report,
     limited,
+    memory,
     plot_law,
     report,
     startup,
@@ -743,3 +744,50 @@ def test_a_narrower_shape_has_as_many_tensors(tmp_path: Path) -> None:
         real, narrow = configs
         assert {name for name in real if real[name] != narrow[name]} == set(startup.WIDTHS)
         assert all(narrow[name] * narrower == real[name] for name in startup.WIDTHS)
+
+
+# --- planned and measured memory
+
+
+FOUND = {
+    "planned_bytes": 100 << 20,
+    "measured_bytes": 90 << 20,
+    "lines": {"ring": 0, "runtime": 60 << 20, "KV cache": 40 << 20},
+}
+CALL = memory.Call("tiny", "float32", "sdpa", True, 0, 1, 3000)
+
+
+@pytest.mark.parametrize(
+    ("found", "ending"),
+    [
+        (FOUND, "100.0     90.0  0.90  runtime 60%, KV cache 40%"),
+        (FOUND | {"measured_bytes": None}, "100.0  not made"),
+        ({"error": "BudgetError: no"}, "failed: BudgetError: no"),
+    ],
+)
+def test_a_row_of_memory(found, ending):
+    assert memory.row(CALL, found).endswith(ending)
+    assert memory.row(CALL, found).startswith(CALL.describe())
+
+
+def test_shapes_of_memory_are_known(capsys):
+    with pytest.raises(SystemExit):
+        memory.main(["--shapes", "tiny,vast"])
+    assert "no such shape: vast" in capsys.readouterr().err
+
+
+@needs_linux
+def test_memory_from_its_command_line(tmp_path, capsys):
+    """The chunk of 64 tokens is for the longer prompt alone, which is planned to need more than the limit."""
+    options = ["--shapes=tiny", "--dtypes=float32", "--attentions=sdpa", "--padded=yes", f"--work={tmp_path}", "--json"]
+    memory.main([*options, "--tokens=40,30000", "--chunks=64", "--limit=64MiB"])
+    *_, line, last = capsys.readouterr().out.splitlines()
+    (result,) = json.loads(last)["results"]
+    assert "error" not in result, result
+    assert line.endswith("not made")
+    assert result["measured_bytes"] is None
+    assert not list(tmp_path.iterdir())
+    memory.write_checkpoint("tiny", "float32", tmp_path)
+    found = memory.measure(replace(CALL, tokens=40), tmp_path, 1 << 30)
+    assert found["planned_bytes"] == sum(found["lines"].values())
+    assert 0 < found["measured_bytes"] <= found["planned_bytes"]

@@ -102,6 +102,7 @@ class ModelFacts:
         adapter_bytes: of adapters that have been loaded beside the model.
         position_limit: tokens that no sequence can exceed; None if positions are computed.
         rotary_limit: tokens that such positions were trained for, beyond which answers get worse; None if unknown.
+        num_tensors: of the checkpoint, as its headers count them.
     """
 
     name: str
@@ -121,6 +122,7 @@ class ModelFacts:
     adapter_bytes: int = 0
     position_limit: int | None = None
     rotary_limit: int | None = None
+    num_tensors: int = 0
 
     def with_adapters(self, adapters: AdapterFacts) -> ModelFacts:
         """The sizes of the model with these adapters instead of those that it has."""

@@ -26,6 +26,9 @@ from airstream.units import MIB
 HOST_RUNTIME_BYTES = 46 * MIB
 """What a first forward pass adds to the host process on its own: lazily imported code, thread stacks, kernel caches."""
 
+INCLUDED_TENSORS, TENSOR_BYTES = 4_000, 1_300
+"""The runtime has room for what the engine knows of so many tensors of a checkpoint; each further one takes this."""
+
 DEVICE_RUNTIME_BYTES = 128 * MIB
 """Matrix-multiplication workspaces and the rounding of the device's allocator."""
 
@@ -236,7 +239,7 @@ def _tiers(
         "weights kept ready": hosted,
         "staging": request.staging_bytes,
         "tokenizer": need.tokenizer_bytes if facts.has_tokenizer else 0,
-        "runtime": HOST_RUNTIME_BYTES,
+        "runtime": HOST_RUNTIME_BYTES + TENSOR_BYTES * max(0, facts.num_tensors - INCLUDED_TENSORS),
     }
     if request.driver_bytes:
         host["device driver"] = request.driver_bytes
