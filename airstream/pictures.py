@@ -20,7 +20,7 @@ from airstream.plan import ModelFacts, Request
 from airstream.prepare import ask
 from airstream.scales import levels_between, set_seconds, set_sizes, size_text
 from airstream.table import short_name
-from airstream.units import format_bytes, format_seconds
+from airstream.units import counted, format_bytes, format_seconds
 
 __all__ = ["plot_plan"]
 
@@ -83,11 +83,11 @@ def plot_plan(
 def _title(landscape: Landscape, facts: ModelFacts, request: Request, machine: Machine) -> str:
     hardware = request.hardware
     assert hardware is not None  # there is always something to assume
-    sequences = f"{request.max_batch_size} sequences of " if request.max_batch_size > 1 else ""
+    sequences = f"{counted(request.max_batch_size, 'sequence')} of " if request.max_batch_size > 1 else ""
     bus = f"bus {hardware.h2d.per_second / 1e9:.3g} GB/s, " if hardware.h2d is not None else ""
     where = request.device if machine.card is None else machine.card.name
     return (
-        f": {format_bytes(facts.checkpoint_bytes)} in {facts.dtype}, {sequences}{landscape.context:,} tokens\n"
+        f": {format_bytes(facts.checkpoint_bytes)} in {facts.dtype}, {sequences}{counted(landscape.context, 'token')}\n"
         f"{where}: {bus}disk {hardware.disk.per_second / 1e9:.3g} GB/s ({hardware.disk.source})"
     )
 

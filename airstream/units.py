@@ -53,8 +53,9 @@ def parse_budget(size: int | float | str, name: str = "size") -> int:
 
 
 def counted(number: int, noun: str) -> str:
-    """`"1 file"`, `"1,024 files"`: nouns that add an s, and none that does not."""
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    """`"1 file"`, `"2 batches"`, `"1,024 new tokens"`: nouns that add an s or es, and no others."""
+    ending = "es" if noun.endswith(("ch", "s")) else "s"
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 def format_bytes(nbytes: float) -> str:

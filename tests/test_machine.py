@@ -125,7 +125,7 @@ def test_plan_for_another_machine(configs: dict[str, Path], capsys: pytest.Captu
     assert run(*words, "--batch", 2, "--prompt-tokens", 100) == 0
     printed = capsys.readouterr().out
     assert "on cuda:0" in printed
-    assert "2 sequence(s) of 2,048 tokens" in printed
+    assert "2 sequences of 2,048 tokens" in printed
     assert "first token of 100 after" in printed
     assert "would help" in printed
 

@@ -11,6 +11,7 @@ from airstream.cli.session import encode, encode_chat, load, note, printing
 from airstream.cli.stopping import StopAt, cut, has_ended
 from airstream.profiling import Profile
 from airstream.report import Meter
+from airstream.units import counted
 
 STOPPED, CUT_OFF = "stop", "length"
 """Why a generation ended: the model, or a text of --stop, ended it; or there were as many tokens as were allowed."""
@@ -39,7 +40,11 @@ def run(arguments: argparse.Namespace) -> None:
             found |= {"prompt_token_ids": inputs["input_ids"][0].tolist(), "token_ids": ids, "choice": choice.words}
             print(json.dumps({**found, **report.to_dict(), **profile}))
         else:
-            end = f"stopped at {len(ids)} tokens: --max-new-tokens allows more" if reason == CUT_OFF else "complete"
+            end = (
+                f"stopped at {counted(len(ids), 'token')}: --max-new-tokens allows more"
+                if reason == CUT_OFF
+                else "complete"
+            )
             note(f"({choice.words}; {end})")
         if arguments.stats:
             note(str(report))

@@ -12,6 +12,7 @@ from airstream.cli.session import note
 from airstream.status import status
 from airstream.table import CARDS
 from airstream.table_text import FORMATS
+from airstream.units import counted
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -36,6 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
 def _print_table(arguments: argparse.Namespace, options: dict[str, Any]) -> None:
     gpus = arguments.gpu.split(",") if arguments.gpu else CARDS
     machine = Machine(ram=arguments.ram, disk_gbps=arguments.disk_gbps)
-    with status(f"planning {len(arguments.models)} models for {len(gpus)} cards", is_timed=False):
+    with status(f"planning {counted(len(arguments.models), 'model')} for {counted(len(gpus), 'card')}", is_timed=False):
         table = plan_table(arguments.models, gpus, machine=machine, prompt_tokens=arguments.prompt_tokens, **options)
     print(FORMATS[arguments.format or ("json" if arguments.json else "text")](table))

@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812 - the name everyone knows it by
 
 from airstream.model.absent import Absent
 from airstream.model.stored import FetchRows
+from airstream.units import counted
 
 FetchTable = Callable[[], torch.Tensor | None]
 """The whole table, if it is in memory by now."""
@@ -57,5 +58,7 @@ def _embedding(ids: torch.Tensor, weight: torch.Tensor, *_: Any, **__: Any) -> t
     different, positions = torch.unique(ids, return_inverse=True)
     numbers = different.tolist()
     if numbers and not 0 <= numbers[0] <= numbers[-1] < weight.shape[0]:
-        raise IndexError(f"token ids from {numbers[0]} to {numbers[-1]} are not in the table of {weight.shape[0]} rows")
+        raise IndexError(
+            f"token ids from {numbers[0]} to {numbers[-1]} are not in the table of {counted(weight.shape[0], 'row')}"
+        )
     return F.embedding(positions, weight._rows(numbers))
