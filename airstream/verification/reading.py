@@ -90,6 +90,5 @@ class _Scan:
     def fault(self) -> str | None:
         if not self._count:
             return None
-        return (
-            f"{self._tensor.file}: tensor {self._tensor.name!r} has NaN or infinity in {counted(self._count, 'value')}"
-        )
+        found = f"{counted(self._count, 'value')} that {'is' if self._count == 1 else 'are'} NaN or infinite"
+        return f"{self._tensor.file}: tensor {self._tensor.name!r} has {found}"
