@@ -451,6 +451,15 @@ def test_the_demo_says_honestly_whether_it_was_compared(
     assert said in capsys.readouterr().err
 
 
+def test_a_folder_without_tokenizer_says_what_to_copy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert run("generate", folder, "w5") == 1
+    err = capsys.readouterr().err
+    assert f"{folder} has weights and no tokenizer: copy tokenizer.json" in err
+    assert err.count("\n") == 1
+
+
 def test_python_dash_m_is_the_same_program() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "airstream", "--version"], capture_output=True, text=True, check=True

@@ -131,6 +131,17 @@ def test_a_command_speaks_before_it_imports_and_leaves_nothing_but_the_answer(fo
     assert lines[1] == "(greedy; stopped at 2 tokens: --max-new-tokens allows more)"
 
 
+def test_importing_the_model_class_shows_that_it_takes_a_while() -> None:
+    code = WATCHED.replace(
+        "from airstream.cli import main\nsys.exit(main(sys.argv[1:]))", "from airstream import AutoModel"
+    )
+    assert "import main" not in code
+    status, written = on_a_terminal(code)
+    assert status == 0
+    assert 0 <= written.index("importing torch and transformers") < written.index("<torch>")
+    assert not screen(written.replace("<torch>", "").replace("<transformers>", "").replace("\n", ""))
+
+
 @pytest.mark.parametrize("moment", ["importing", "<transformers>"])
 def test_ctrl_c_leaves_nothing(moment: str, folder: Path) -> None:
     words = ("generate", str(folder), "w5 w6", "--max-new-tokens", "2", "--device", "cpu")
