@@ -456,7 +456,7 @@ def test_a_folder_without_tokenizer_says_what_to_copy(folder: Path, capsys: pyte
         file.unlink()
     assert run("generate", folder, "w5") == 1
     err = capsys.readouterr().err
-    assert f"{folder} has weights and no tokenizer: copy tokenizer.json" in err
+    assert f"{folder} has no tokenizer beside its weights: copy tokenizer.json" in err
     assert err.count("\n") == 1
 
 

@@ -110,9 +110,7 @@ class GgufIndex(CheckpointIndex):
             raise CheckpointError(f"{files[0]} does not say what kind of model it holds (general.architecture)")
         promised = headers[0].metadata.get("split.tensors.count", len(tensors))
         if promised != len(tensors):
-            raise CheckpointError(
-                f"{files[0]} promises {counted(promised, 'tensor')} in all, its files have {len(tensors)}"
-            )
+            raise CheckpointError(f"{files[0]} promises {counted(promised, 'tensor')}, its files have {len(tensors)}")
         return cls(tensors, files[0], architecture)
 
 
@@ -149,9 +147,7 @@ class _Parser:
         metadata, entries = self._metadata(num_entries)
         self._check_count(num_tensors, 8 + 4 + 8 + 4 + 8, "tensors")
         if num_tensors > MAX_TENSORS:
-            raise self._fault(
-                f"it claims {counted(num_tensors, 'tensor')}; no model has more than {MAX_TENSORS:,} in one file"
-            )
+            raise self._fault(f"it claims {counted(num_tensors, 'tensor')}; no file has more than {MAX_TENSORS:,}")
         table = [self._entry() for _ in range(num_tensors)]
         return GgufHeader(self._file, metadata, self._placed(table, metadata), entries)
 
