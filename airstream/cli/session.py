@@ -39,8 +39,8 @@ def _without_tokenizer(folder: Path) -> CheckpointNotFoundError | None:
     if not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
         return None
     return CheckpointNotFoundError(
-        f"{folder} has no tokenizer beside its weights: copy tokenizer.json and tokenizer_config.json into it from where the "
-        "model comes from, or save one with tokenizer.save_pretrained(...)"
+        f"{folder} has no tokenizer beside its weights: copy tokenizer.json and tokenizer_config.json into it from "
+        "where the model comes from, or save one with tokenizer.save_pretrained(...)"
     )
 
 
