@@ -26,7 +26,7 @@ from airstream.errors import (
     UnsupportedError,
 )
 from airstream.importing import quiet_imports
-from airstream.status import status
+from airstream.status import status as telling  # by that name it would hide its module
 
 if TYPE_CHECKING:
     from airstream.auto import AutoModel
@@ -64,7 +64,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         return _look_up(name)
     shows = "torch" not in sys.modules and "airstream.cli" not in sys.modules  # commands have a line of their own
-    with status("importing torch and transformers", shows), quiet_imports():
+    with telling("importing torch and transformers", shows), quiet_imports():
         _import_tqdm()
         return _look_up(name)
 
