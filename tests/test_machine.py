@@ -142,8 +142,7 @@ def test_table_on_the_command_line(configs: dict[str, Path], capsys: pytest.Capt
     [
         (["--gpu", "RTX 3091"], "RTX 3090"),
         (["--gpu", "3090,4090"], "--table"),
-        (["--ram", "many"], "ram='many'"),
-        (["--prompt-tokens", "5000", "--context", "100"], "does not fit into max_context"),
+        (["--prompt-tokens", "5000", "--context", "100"], "do not fit into --max-context 100"),
     ],
 )
 def test_mistakes_are_told(
