@@ -9,6 +9,7 @@ Importing the package is silent and cheap: torch and transformers are imported w
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ from airstream.errors import (
     UnsupportedError,
 )
 from airstream.importing import quiet_imports
+from airstream.status import status as telling  # by that name it would hide its module
 
 if TYPE_CHECKING:
     from airstream.auto import AutoModel
@@ -61,7 +63,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         return _look_up(name)
-    with quiet_imports():
+    shows = "torch" not in sys.modules and "airstream.cli" not in sys.modules  # commands have a line of their own
+    with telling("importing torch and transformers", shows), quiet_imports():
         _import_tqdm()
         return _look_up(name)
 

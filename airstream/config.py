@@ -14,7 +14,7 @@ import torch
 from airstream.backend import RUNTIMES
 from airstream.errors import ArgumentError
 from airstream.hardware import default_device, describe_devices, is_present
-from airstream.units import KIB, MIB, format_bytes, parse_bytes
+from airstream.units import parse_budget
 
 MaxMemory = int | float | str | Mapping[int | str, int | float | str] | None
 
@@ -27,9 +27,6 @@ FOREIGN_DEVICES: Mapping[str, str] = {
     "intel": "xpu",
 }
 """What people call the devices that torch has under another name."""
-
-LEAST_BUDGET = MIB
-"""Bytes that no model does with: a number below is one whose unit was forgotten."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +117,7 @@ def parse_max_memory(max_memory: MaxMemory, device: torch.device) -> dict[str, i
     if max_memory is None or max_memory == "auto":
         return {}
     if not isinstance(max_memory, Mapping):
-        return {compute: _parse_budget(max_memory, "max_memory")}
+        return {compute: parse_budget(max_memory, "max_memory")}
     budgets: dict[str, int] = {}
     for key, size in max_memory.items():
         name = compute if str(key) == str(device) else str(key)
@@ -135,17 +132,8 @@ def parse_max_memory(max_memory: MaxMemory, device: torch.device) -> dict[str, i
                 f"{', '.join(sorted({'cpu', compute}))}, or choose another device="
             )
         if size != "auto":
-            budgets[name] = _parse_budget(size, f"max_memory[{key!r}]")
+            budgets[name] = parse_budget(size, f"max_memory[{key!r}]")
     return budgets
-
-
-def _parse_budget(size: int | float | str, name: str) -> int:
-    nbytes = parse_bytes(size, name)
-    if nbytes >= LEAST_BUDGET:
-        return nbytes
-    text = str(size).strip()
-    guess = f'; did you mean "{text}{"GiB" if nbytes < KIB else "MiB"}"?' if text.isdigit() else ""
-    raise ArgumentError(f"{name}={size!r} is {format_bytes(nbytes)}, in which no model runs{guess}")
 
 
 def check_count(name: str, value: object, at_least: int) -> None:

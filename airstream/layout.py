@@ -32,6 +32,7 @@ from airstream.errors import CheckpointError
 from airstream.pieces import dtype_of
 from airstream.tensors import TensorSpec, plain_spec
 from airstream.tracing import Known, trace
+from airstream.units import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -131,6 +132,6 @@ def _check_complete(
     elif missing:
         names = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} of the {len(targets)} tensors of {type(model).__name__}: {names}. "
-            "Download it again, or check that config.json belongs to it"
+            f"the checkpoint lacks {len(missing)} of the {counted(len(targets), 'tensor')} of {type(model).__name__}: "
+            f"{names}. Download it again, or check that config.json belongs to it"
         )

@@ -16,7 +16,7 @@ from airstream.model.observer import Observer
 from airstream.probe import DISK, H2D, HOST_MEMORY, now
 from airstream.stats import StreamStats
 from airstream.status import bar, can_draw, repeating, showing
-from airstream.units import format_bytes, format_rate, format_seconds
+from airstream.units import counted, format_bytes, format_rate, format_seconds
 
 TQDM_FORMAT = "{percentage:3.0f}%|{bar:20}| {desc}"
 
@@ -106,8 +106,8 @@ class LiveLine:
         history = list(self._history)
         (start, *before), (end, *after) = history[0], history[-1]
         seconds = (end - start) / max(1, len(history) - 1)
-        of = f" of {self._max_tokens}" if self._max_tokens else ""
-        parts = [f"{self.tokens}{of} token{'s' * (self.tokens > 1 or bool(of))}", f"{format_seconds(seconds)}/token"]
+        tokens = counted(self._max_tokens or self.tokens, "token")
+        parts = [f"{self.tokens:,} of {tokens}" if self._max_tokens else tokens, f"{format_seconds(seconds)}/token"]
         for source, limited_by, old, new in zip(
             (self._stats.source, HOST_MEMORY), (DISK, H2D), before, after, strict=True
         ):

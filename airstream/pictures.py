@@ -20,7 +20,7 @@ from airstream.plan import ModelFacts, Request
 from airstream.prepare import ask
 from airstream.scales import levels_between, set_seconds, set_sizes, size_text
 from airstream.table import short_name
-from airstream.units import format_bytes, format_seconds
+from airstream.units import counted, format_bytes, format_seconds
 
 __all__ = ["plot_plan"]
 
@@ -32,6 +32,9 @@ COLOURS, DARKEST, SHADES = "YlGnBu", 0.72, 48
 
 LABEL_ROWS = (0.3, 0.12, 0.8, 0.55, 0.92)
 """Of the height, where a line may have its label: the first at which there is room."""
+
+EDGE = 0.015
+"""Of the width and height: how far from the edge a machine is marked that is beyond it."""
 
 STAR = {"marker": "*", "markersize": 14, "color": "black", "markeredgecolor": "white"}
 
@@ -51,7 +54,7 @@ def plot_plan(
     """Draw the predicted seconds per token of `model` over sizes of memory, as a `matplotlib.figure.Figure`.
 
     With an accelerator it is a map over its memory and the host's; where the CPU computes, a curve over host memory.
-    A mark shows where `machine` is. Plans hundreds of times, which takes seconds.
+    A star shows where `machine` is, or an arrow at the edge that it is beyond. Plans hundreds of times, for seconds.
 
     Args:
         model: folder or hub id; its config is enough.
@@ -83,11 +86,11 @@ def plot_plan(
 def _title(landscape: Landscape, facts: ModelFacts, request: Request, machine: Machine) -> str:
     hardware = request.hardware
     assert hardware is not None  # there is always something to assume
-    sequences = f"{request.max_batch_size} sequences of " if request.max_batch_size > 1 else ""
+    sequences = f"{counted(request.max_batch_size, 'sequence')} of " if request.max_batch_size > 1 else ""
     bus = f"bus {hardware.h2d.per_second / 1e9:.3g} GB/s, " if hardware.h2d is not None else ""
     where = request.device if machine.card is None else machine.card.name
     return (
-        f": {format_bytes(facts.checkpoint_bytes)} in {facts.dtype}, {sequences}{landscape.context:,} tokens\n"
+        f": {format_bytes(facts.checkpoint_bytes)} in {facts.dtype}, {sequences}{counted(landscape.context, 'token')}\n"
         f"{where}: {bus}disk {hardware.disk.per_second / 1e9:.3g} GB/s ({hardware.disk.source})"
     )
 
@@ -102,6 +105,7 @@ def _draw_map(figure: Any, axes: Any, landscape: Landscape) -> None:
     levels = _draw_seconds(figure, axes, x, y, seconds)
     set_sizes(axes, "x", x, f"VRAM {USED}")
     set_sizes(axes, "y", y, f"RAM {USED}")
+    axes.set_facecolor(DOES_NOT_FIT)  # below, where host memory is too small
     _shade(axes, x, sum(not any(spots) for spots in landscape.spots))
     room = _Room(axes)
     _mark(axes, room, landscape)
@@ -171,17 +175,27 @@ def _overlap(one: Sequence[float], other: Sequence[float]) -> bool:
 
 
 def _mark(axes: Any, room: _Room, landscape: Landscape) -> None:
-    """Where the machine is, if that is on the map."""
+    """Where the machine is, or at the edge on that side."""
     vram, ram = landscape.here_bytes
     x, y = _share(landscape.device_bytes, vram), _share(landscape.host_bytes, ram)
-    if landscape.here is None or not (0 < x < 1 and 0 < y < 1):
-        return
-    axes.plot(x, y, transform=axes.transAxes, **STAR)
+    marker, text = _marker(x, y), f"{size_text(vram)} + {size_text(ram)}: {_here(landscape)}"
+    x, y = _inside(x), _inside(y)
+    axes.plot(x, y, transform=axes.transAxes, zorder=4, **STAR | {"marker": marker})
     room.taken.append((x - 0.02, y - 0.03, x + 0.02, y + 0.03))
-    text = f"{size_text(vram)} + {size_text(ram)}: {_here(landscape)}"
-    side = 0.036 + 0.0064 * len(text)
-    if not room.write(x + side, y, text, weight="bold"):
-        room.write(x - side, y, text, weight="bold")
+    side, height = 0.036 + 0.0064 * len(text), min(max(y, 0.03), 0.97)
+    if not room.write(x + side, height, text, weight="bold"):
+        room.write(x - side, height, text, weight="bold")
+
+
+def _marker(x: float, y: float = 0.5) -> str:
+    """A star, or what points to where the machine is beyond the edge."""
+    if 0 < x < 1 and 0 < y < 1:
+        return str(STAR["marker"])
+    return (">" if x >= 1 else "<") if not 0 < x < 1 else ("^" if y >= 1 else "v")
+
+
+def _inside(share: float) -> float:
+    return min(max(share, EDGE), 1 - EDGE)
 
 
 def _draw_edge(axes: Any, room: _Room, landscape: Landscape) -> None:
@@ -243,22 +257,31 @@ def _draw_curve(axes: Any, landscape: Landscape) -> None:
     fitting = [(size, spot.seconds) for size, spot in zip(x, spots, strict=True) if spot is not None]
     axes.plot(*zip(*fitting, strict=True), color="black", linewidth=1.8)
     set_sizes(axes, "x", x, f"RAM {USED}")
-    set_seconds(axes, [seconds for _, seconds in fitting])
+    here = [landscape.here.seconds] if landscape.here is not None else []
+    set_seconds(axes, [*here, *(seconds for _, seconds in fitting)])
     axes.grid(visible=True, color="0.85", linewidth=0.6)
     _shade(axes, x, spots.count(None))
+    _mark_curve(axes, landscape)
+
+
+def _mark_curve(axes: Any, landscape: Landscape) -> None:
+    """Where the machine is on the curve, or at the edge on that side."""
     (ram,) = landscape.here_bytes
-    here = landscape.here
-    if here is not None and x[0] < ram < x[-1]:
-        axes.plot(ram, here.seconds, **STAR)
-        text = f"{size_text(ram)}: {_here(landscape)}"
-        beside: dict[str, Any] = {"xytext": (8, 8)}  # the curve falls: there is room on its right, and below
-        if _share(landscape.host_bytes, ram) > 0.7:
-            beside = {"xytext": (-8, -16), "ha": "right"}
-        axes.annotate(text, (ram, here.seconds), textcoords="offset points", weight="bold", **beside)
+    share, here = _share(landscape.host_bytes, ram), landscape.here
+    low, high = axes.get_ylim()
+    seconds = low * (high / low) ** 0.2 if here is None else here.seconds
+    x = landscape.host_bytes[0] * (landscape.host_bytes[-1] / landscape.host_bytes[0]) ** _inside(share)
+    axes.plot(x, seconds, zorder=4, **STAR | {"marker": _marker(share)})
+    beside: dict[str, Any] = {"xytext": (10, 8)}  # the curve falls: there is room on its right, and below
+    if share > 0.7:
+        beside = {"xytext": (-10, -16), "ha": "right"}
+    text = f"{size_text(ram)}: {_here(landscape)}"
+    axes.annotate(text, (x, seconds), textcoords="offset points", weight="bold", **beside)
 
 
 def _here(landscape: Landscape) -> str:
-    assert landscape.here is not None
+    if landscape.here is None:
+        return "does not fit"
     return format_seconds(landscape.here.seconds) + (" (page cache)" if landscape.is_cached else "")
 
 

@@ -87,7 +87,7 @@ def ask(
         check_count("prompt_tokens", prompt_tokens, at_least=1)
         if prompt_tokens > (known.max_context or prompt_tokens):
             raise ArgumentError(
-                f"a prompt of prompt_tokens={prompt_tokens} does not fit into max_context={known.max_context} tokens"
+                f"a prompt of prompt_tokens={prompt_tokens} does not fit into max_context={known.max_context}"
             )
     return prepare(name, known, with_weights=False, machine=machine, prompt_tokens=prompt_tokens or PROMPT_TOKENS)
 

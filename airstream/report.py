@@ -55,10 +55,11 @@ class RunReport:
 
     def __str__(self) -> str:
         busy = self.total_seconds - self.stall_seconds
+        later = f", then {format_seconds(self.seconds_per_token)} each" if self.new_tokens > 1 else ""
         return "\n".join(
             (
                 f"  tokens    {self.new_tokens} new after {self.prompt_tokens}: first in "
-                f"{format_seconds(self.ttft_seconds)}, then {format_seconds(self.seconds_per_token)} each",
+                f"{format_seconds(self.ttft_seconds)}{later}",
                 f"  streamed  {self._streamed()}",
                 f"  memory    peak {format_bytes(self.peak_bytes)}, planned {format_bytes(self.planned_peak_bytes)}, "
                 f"budget {format_bytes(self.budget_bytes)}",

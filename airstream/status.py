@@ -6,7 +6,6 @@ Knows terminals and nothing else, so that it is there before torch has been impo
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import threading
 import time
@@ -28,12 +27,29 @@ SECONDS = 0.2
 
 BAR_WIDTH = 20
 
+COLUMNS = 80
+"""Of a terminal of which nobody knows how wide it is."""
+
 
 def can_draw(stream: Any = None) -> bool:
     """Whether `stream`, standard error by default, is a terminal that understands escape sequences."""
     stream = sys.stderr if stream is None else stream
     is_terminal = stream is not None and not stream.closed and stream.isatty()
     return is_terminal and sys.platform != "win32" and os.environ.get("TERM", "dumb") != "dumb"
+
+
+def columns_of(stream: Any) -> int:
+    """How wide the terminal is that `stream` writes to, or narrower if the environment says so: no line may wrap.
+
+    Standard output, which Python would ask, may be a file.
+    """
+    limit = os.environ.get("COLUMNS", "")
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError, AttributeError):
+        columns = 0  # as of terminals that have not been told
+    widths = [width for width in (columns, int(limit) if limit.isdecimal() else 0) if width]
+    return min(widths, default=COLUMNS)
 
 
 def bar(share: float) -> str:
@@ -56,11 +72,12 @@ class StatusLine:
 
     def draw(self) -> None:
         """Show what the line says by now."""
-        text = fit(self._text(), shutil.get_terminal_size().columns - 1)
+        text = fit(self._text(), columns_of(sys.stderr) - 1)
         with self._lock:
             if text != self._shown:
                 self._shown = text
-                _send(f"{ERASE}{MAKE_ROOM}{SAVE}{BELOW}{DIM}{text}{PLAIN}{RESTORE}")
+                shown = text if os.environ.get("NO_COLOR") else f"{DIM}{text}{PLAIN}"
+                _send(f"{ERASE}{MAKE_ROOM}{SAVE}{BELOW}{shown}{RESTORE}")
 
     def erase(self) -> None:
         with self._lock:

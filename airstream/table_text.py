@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
-from airstream.units import GIB, format_bytes, format_seconds
+from airstream.units import GIB, counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from airstream.table import Row, Table
@@ -64,7 +64,7 @@ def as_text(table: Table) -> str:
 
 def _block(block: Sequence[tuple[Row, Sequence[str]]], widths: Sequence[int]) -> Iterator[str]:
     first, _ = block[0]
-    sequences = f", {first.batch_size} sequences" if first.batch_size > 1 else ""
+    sequences = f", {counted(first.batch_size, 'sequence')}" if first.batch_size > 1 else ""
     yield (
         f"{first.model}, {first.precision}: {format_bytes(first.weights_bytes)} of weights, "
         f"{format_bytes(first.kv_bytes_per_token)} of KV cache a token{sequences}"

@@ -21,6 +21,7 @@ from airstream.expansion import Expansion, Expansions, expand, kind_of, try_conv
 from airstream.moves import Moves, find_moves, spec_of_moves
 from airstream.pieces import TORCH_DTYPES, dtype_of, item_of, piece_of
 from airstream.tensors import RAW_PREFIX, Conversion, TensorSpec, plain_spec
+from airstream.units import counted
 
 __all__ = ["Known", "trace"]
 
@@ -66,8 +67,8 @@ def trace(
     if expansion is None or any(_shape_of(targets, output) != shape for output, shape in expansion.shapes.items()):
         listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
         raise CheckpointError(
-            f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's {len(stored)} "
-            f"tensors ({listed}, ...): one of them is missing or has the wrong shape"
+            f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's "
+            f"{counted(len(stored), 'tensor')} ({listed}, ...): one of them is missing or has the wrong shape"
         )
     patterns, raw = _raw_specs(conversion, sources, stored, wanted[name])
     elements = sum(math.prod(shape) for shape in expansion.shapes.values())

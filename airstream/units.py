@@ -1,4 +1,4 @@
-"""Bytes and seconds as people write them. Knows nothing of models or devices."""
+"""Bytes, seconds and numbers of things as people write them. Knows nothing of models or devices."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from decimal import Decimal
 from airstream.errors import ArgumentError
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+LEAST_BUDGET = MIB
+"""Bytes that no model does with: a number below is one whose unit was forgotten."""
 
 _SUFFIXES = {"": 1, "b": 1} | {
     prefix + ending: base**power
@@ -31,12 +34,28 @@ def parse_bytes(size: int | float | str, name: str = "size") -> int:
         match = _SIZE.fullmatch(size) if isinstance(size, str) else None
         if match is None or match[3].lower() not in _SUFFIXES:
             raise ArgumentError(
-                f'{name}={size!r} is not a size: use bytes as an int, or a string such as "4GiB" or "512MB"'
+                f'{name}={size!r} is not a size: use a number of bytes, or one with a unit, such as "4GiB" or "512MB"'
             )
         nbytes = int(Decimal(match[1] + (match[2] or "")) * _SUFFIXES[match[3].lower()])
     if not 1 <= nbytes < 1 << 63:
         raise ArgumentError(f"{name}={size!r} must be at least one byte, and less than there are addresses")
     return nbytes
+
+
+def parse_budget(size: int | float | str, name: str = "size") -> int:
+    """As `parse_bytes`, of memory for a model: a size in which none runs is refused, with a guess at what was meant."""
+    nbytes = parse_bytes(size, name)
+    if nbytes >= LEAST_BUDGET:
+        return nbytes
+    text = str(size).strip()
+    guess = f'; did you mean "{text}{"GiB" if nbytes < KIB else "MiB"}"?' if text.isdigit() else ""
+    raise ArgumentError(f"{name}={size!r} is {format_bytes(nbytes)}, in which no model runs{guess}")
+
+
+def counted(number: int, noun: str) -> str:
+    """`"1 file"`, `"2 batches"`, `"1,024 new tokens"`: nouns that add an s or es, and no others."""
+    ending = "es" if noun.endswith(("ch", "s")) else "s"
+    return f"{number:,} {noun}{'' if number == 1 else ending}"
 
 
 def format_bytes(nbytes: float) -> str:

@@ -147,7 +147,7 @@ def _draw_ratios(axes: Any, points: Sequence[Point]) -> None:
         style = {"ha": "center", "size": 9, "color": BLUE, "bbox": {"color": "white", "pad": 1}}
         axes.annotate(f"{point['ratio']['median']:.2f}", place, **style)
     axes.set_ylabel("measured / law")
-    axes.set_xticks([round(100 * point["share"]) for point in points] or [0, 50, 100])
+    axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_xlim(-4, 104)
     _tidy(axes)
 

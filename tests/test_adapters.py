@@ -413,7 +413,7 @@ SPOILT: Mapping[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
     "lacks": (lambda tensors: tensors.pop(f"{Q}.lora_A.weight"), r"lacks 1 .*layers\.1\.self_attn\.q_proj\.lora_A"),
     "has more": (
         lambda tensors: tensors.update({f"{Q.replace('1', '9')}.lora_A.weight": torch.zeros(4, 64)}),
-        "1 tensors that the model has no place for",
+        "1 tensor that the model has no place for",
     ),
     "has another shape": (
         lambda tensors: tensors.update({f"{Q}.lora_A.weight": torch.zeros(4, 63)}),

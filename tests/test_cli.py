@@ -18,9 +18,12 @@ from transformers import GenerationConfig
 
 from airstream import ArgumentError, Plan
 from airstream.cli import demo, main
-from airstream.cli.parser import build_parser, load_options, parse_memory
+from airstream.cli.mistakes import check_sampling
+from airstream.cli.parser import build_parser, load_options
 from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
+from airstream.cli.values import DTYPES, parse_memory
+from airstream.config import LoadOptions
 from tests.conftest import WriteTiny, stream
 from tests.tiny_models import tiny_tokenizer
 
@@ -140,6 +143,14 @@ def test_memory_by_name() -> None:
         parse_memory(["4GiB", "8GiB"])
 
 
+def test_the_dtypes_named_are_those_that_models_compute_in() -> None:
+    for name in DTYPES:
+        LoadOptions(dtype=name)
+    assert {str(each).removeprefix("torch.") for each in vars(torch).values() if isinstance(each, torch.dtype)} & {
+        *DTYPES
+    } == {"bfloat16", "float16", "float32", "float64"}
+
+
 def test_every_loading_argument_reaches_from_pretrained() -> None:
     words = "generate m p --max-memory 1GiB --dtype float16 --max-context 7 --max-batch-size 2 --layers-per-batch 3"
     words += " --prefetch-batches auto --no-page-cache --attn-implementation eager --revision r --token t"
@@ -203,7 +214,7 @@ def test_how_tokens_are_chosen(
 @pytest.mark.parametrize("words", ["--temperature 0 --top-p 0.9", "--greedy --min-p 0.1", "--temperature 0 --sample"])
 def test_what_has_no_effect_is_refused(words: str) -> None:
     with pytest.raises(ArgumentError, match="leave one of them out"):
-        options_of(*words.split())
+        check_sampling(build_parser().parse_args(["generate", "m", "p", *words.split()]))
 
 
 MISTAKES = [
@@ -220,9 +231,19 @@ MISTAKES = [
     ("--seed -1", "at least 0"),
     (f"--seed {1 << 64}", "at most"),
     ("--greedy --sample", "not allowed with"),
-    ("--layers-per-batch many", 'must be a whole number or "auto"'),
-    ("--max-context x", "invalid int"),
+    ("--layers-per-batch many", "must be a whole number at least 1, or auto"),
+    ("--layers-per-batch 0", "must be a whole number at least 1, or auto"),
+    ("--prefetch-batches -1", "must be a whole number at least 0, or auto"),
+    ("--max-context x", "must be a whole number at least 1"),
+    ("--max-batch-size 0", "must be a whole number at least 1"),
     ("--nope", "unrecognized"),
+    ("--dtype int8", "'int8' is not a type that models compute in"),
+    ("--dtype bfloat", "not a type that models compute in"),
+    ("--max-memory 4GX", "'4GX' is not a size"),
+    ("--max-memory cpu=4GX", "'4GX' is not a size"),
+    ("--max-memory 4", 'did you mean "4GiB"?'),
+    ("--max-memory gpu=4GiB", "the memory is called cpu, or 0"),
+    ("--device cuda:x", "'cuda:x' is not a device"),
 ]
 
 
@@ -233,6 +254,82 @@ def test_a_mistake_is_one_line(words: str, said: str, capsys: pytest.CaptureFixt
     err = capsys.readouterr().err
     assert said in err
     assert err.count("\n") == 1
+
+
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+
+sys.modules["torch"] = sys.modules["transformers"] = None  # whoever imports them fails
+from airstream.cli import main
+
+told = []
+for words in json.load(sys.stdin):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            status = main(words)
+        except SystemExit as exit:
+            status = exit.code
+    told.append([status, err.getvalue()])
+print(json.dumps(told))
+"""
+
+AT_ONCE = [
+    ("", 2, "the following arguments are required: COMMAND"),
+    ("generat m p", 2, "invalid choice: 'generat'"),
+    *((f"generate m p {words}", 2, said) for words, said in MISTAKES),
+    *((f"chat m {words}", 2, said) for words, said in MISTAKES),
+    ("generate m", 1, "give one prompt"),
+    ("generate m p -f x", 1, "give one prompt"),
+    ("generate m -f ./not/there", 1, "No such file"),
+    ("generate ./not/there p", 1, "there is no folder './not/there'"),
+    ("chat ~/not/there.gguf", 1, "there is no file '~/not/there.gguf'"),
+    ("generate m p --greedy --temperature 0.7", 1, "leave one of them out"),
+    ("chat m --greedy --temperature 0.7", 1, "leave one of them out"),
+    ("chat m --temperature 0 --top-k 3", 1, "leave one of them out"),
+    ("chat m --max-memory 4GiB --max-memory 5GiB", 1, "say which is which"),
+    ("plan m --max-memory cpu=4GiB cpu=5GiB", 1, "cpu has 4GiB already"),
+    ("plan m --max-memory 0=4GiB --device cpu", 1, "is of an accelerator"),
+    ("generate m p --trace not/there/run.json", 1, "there is no folder"),
+    ("generate m p --plot not/there/run.png", 1, "there is no folder"),
+    ("generate m p --plot run.txt", 1, "no kind of picture"),
+    ("plan m --plot run.txt", 1, "no kind of picture"),
+    ("plan m n", 1, "--table"),
+    ("plan m --gpu 3090,4090", 1, "--table"),
+    ("plan m --table --plot x.png", 1, "no effect on a table"),
+    ("plan m --format csv", 1, "no effect on one plan"),
+    ("plan m --gpu 4O90", 1, "did you mean"),
+    ("plan m --table --gpu 3090,4O90", 1, "did you mean"),
+    ("plan m --gpu 3090 --device cpu", 1, "both name what computes"),
+    ("plan m --ram much", 2, "'much' is not a size"),
+    ("plan m --disk-gbps 0", 2, "must be a number above 0"),
+    ("plan m --prompt-tokens 0", 2, "at least 1"),
+    ("plan m --prompt-tokens 9 --max-context 8", 1, "do not fit into --max-context 8"),
+    ("plan ./not/there", 1, "there is no folder"),
+    ("verify ./not/there", 1, "there is no folder"),
+    ("verify m --deep --quick", 1, "leave one of them out"),
+    ("repack ./not/there out", 1, "there is no folder"),
+    ("repack m out --layers 5", 2, "names no layers"),
+    ("repack m out --layers 5:5", 2, "names no layers"),
+    ("repack m out --shard-size big", 2, "'big' is not a size"),
+    ("demo --max-memory lots", 2, "'lots' is not a size"),
+    ("demo --max-memory 200", 2, 'did you mean "200GiB"?'),
+]
+"""What the command line alone shows to be wrong."""
+
+
+def test_mistakes_are_told_before_torch_is_imported() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input=json.dumps([words.split() for words, _, _ in AT_ONCE]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for (words, status, said), (got, err) in zip(AT_ONCE, json.loads(told.stdout), strict=True):
+        assert said in err, words
+        assert got == status, words
+        assert err.count("\n") == 1, words
 
 
 def test_no_prompt_is_told_before_anything_is_loaded(
@@ -251,7 +348,7 @@ def test_no_prompt_is_told_before_anything_is_loaded(
         (["-f", tmp_path / "bytes"], "not UTF-8"),
         (["-f", tmp_path / "empty"], "the prompt is empty"),
     ):
-        assert run("generate", "./not/there", *words) == 1
+        assert run("generate", "not-there", *words) == 1
         err = capsys.readouterr().err
         assert said in err
         assert err.count("\n") == 1
@@ -352,6 +449,15 @@ def test_the_demo_says_honestly_whether_it_was_compared(
     plan: Any = types.SimpleNamespace(device=device)
     assert demo._check(plan, Path("m.gguf"), torch.tensor([[5, 6, 7, 8]]), prompt_tokens=2) == status
     assert said in capsys.readouterr().err
+
+
+def test_a_folder_without_tokenizer_says_what_to_copy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert run("generate", folder, "w5") == 1
+    err = capsys.readouterr().err
+    assert f"{folder} has no tokenizer beside its weights: copy tokenizer.json" in err
+    assert err.count("\n") == 1
 
 
 def test_python_dash_m_is_the_same_program() -> None:

@@ -510,7 +510,7 @@ def test_a_budget_that_is_too_small(checkpoint: Path, expected: torch.Tensor, mo
 
 def test_a_workload_that_is_too_large_for_the_budget(checkpoint: Path) -> None:
     budget = AutoModel.plan(checkpoint, device="cpu", max_context=64).peak_bytes["cpu"]
-    refused(checkpoint, BudgetError, "64 x 4096 tokens", max_memory=budget, max_context=4096, max_batch_size=64)
+    refused(checkpoint, BudgetError, "64 x 4,096 tokens", max_memory=budget, max_context=4096, max_batch_size=64)
 
 
 def test_a_prompt_beyond_the_budget_is_refused_before_it_runs(checkpoint: Path, expected: torch.Tensor) -> None:

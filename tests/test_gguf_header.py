@@ -105,7 +105,7 @@ def test_split_files_are_one_checkpoint(tmp_path: Path) -> None:
     [
         (((1, 2, 4), (1, 2, 4)), "file 2 of 2, its name that it is file 1 of 2"),
         (((0, 3, 4), (1, 3, 4)), "file 1 of 3"),
-        (((0, 2, 5), (1, 2, 5)), "promises 5 tensors in all, its files have 4"),
+        (((0, 2, 5), (1, 2, 5)), "promises 5 tensors, its files have 4"),
     ],
 )
 def test_split_files_must_belong_together(tmp_path: Path, splits: Any, message: str) -> None:
@@ -160,7 +160,7 @@ BROKEN = {
     ),
     "too many": (
         header([ARCHITECTURE], [], counts=(70_000, 1)) + bytes(36 * 70_000),
-        "claims 70,000 tensors; no model has more than 65,536",
+        "claims 70,000 tensors; no file has more than 65,536",
     ),
     "nothing": (header([], []), "does not say what kind of model"),
 }

@@ -187,7 +187,7 @@ def test_a_failure_leaves_nothing_on_the_terminal(folder: Path, monkeypatch: pyt
 
 def test_text_and_status_share_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = use_terminal(monkeypatch)
-    monkeypatch.setattr(status.shutil, "get_terminal_size", lambda: types.SimpleNamespace(columns=40))
+    monkeypatch.setenv("COLUMNS", "40")
     said = ["1 token"]
     line = StatusLine(lambda: said[0])
     printer = Printer(tokenizer=None, line=line)

@@ -125,7 +125,7 @@ def test_plan_for_another_machine(configs: dict[str, Path], capsys: pytest.Captu
     assert run(*words, "--batch", 2, "--prompt-tokens", 100) == 0
     printed = capsys.readouterr().out
     assert "on cuda:0" in printed
-    assert "2 sequence(s) of 2,048 tokens" in printed
+    assert "2 sequences of 2,048 tokens" in printed
     assert "first token of 100 after" in printed
     assert "would help" in printed
 
@@ -142,8 +142,7 @@ def test_table_on_the_command_line(configs: dict[str, Path], capsys: pytest.Capt
     [
         (["--gpu", "RTX 3091"], "RTX 3090"),
         (["--gpu", "3090,4090"], "--table"),
-        (["--ram", "many"], "ram='many'"),
-        (["--prompt-tokens", "5000", "--context", "100"], "does not fit into max_context"),
+        (["--prompt-tokens", "5000", "--context", "100"], "do not fit into --max-context 100"),
     ],
 )
 def test_mistakes_are_told(

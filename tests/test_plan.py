@@ -459,7 +459,7 @@ def test_fewer_bits_are_fewer_bytes_in_the_layers_only() -> None:
 
 
 def test_a_context_that_is_asked_for_is_not_shortened() -> None:
-    with pytest.raises(BudgetError, match="x 4096 tokens"):
+    with pytest.raises(BudgetError, match="x 4,096 tokens"):
         make_plan(facts_of(), on_cpu(2 * GIB, max_context=4096))
     assert make_plan(facts_of(), on_cpu(2 * GIB)).max_context < 4096
 
@@ -571,7 +571,7 @@ def test_a_printed_plan_fits_the_screen_and_says_everything(where: Request) -> N
         plan.dtype,
         plan.device,
         plan.head,
-        "16 sequence(s) of 128 tokens",
+        "16 sequences of 128 tokens",
         *plan.rows_from_disk,
     ):
         assert expected in text

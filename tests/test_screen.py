@@ -40,18 +40,20 @@ def folder(tiny: WriteTiny, tmp_path: Path) -> Path:
 
 
 def environment(**others: str) -> dict[str, str]:
-    return {**os.environ, "TERM": "xterm-256color", "COLUMNS": "200", "LINES": "50", "HF_HUB_OFFLINE": "1", **others}
+    inherited = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    return {**inherited, "TERM": "xterm-256color", "COLUMNS": "200", "LINES": "50", "HF_HUB_OFFLINE": "1", **others}
 
 
-def on_a_terminal(code: str, *words: str, interrupt_at: str | None = None) -> tuple[int, str]:
+def on_a_terminal(code: str, *words: str, interrupt_at: str | None = None, **others: str) -> tuple[int, str]:
     """Run Python `code` on a terminal. Returns its exit status and all that it wrote there.
 
     Args:
         interrupt_at: press Ctrl-C once this has been written.
+        others: variables of its environment.
     """
     child, terminal = pty.fork()
     if not child:
-        os.execve(sys.executable, [sys.executable, "-c", code, *words], environment())
+        os.execve(sys.executable, [sys.executable, "-c", code, *words], environment(**others))
     written, is_interrupted = b"", False
     while True:
         try:
@@ -68,6 +70,55 @@ def on_a_terminal(code: str, *words: str, interrupt_at: str | None = None) -> tu
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), written.decode()
 
 
+SPEAKS = """
+import fcntl, os, struct, sys, termios
+from airstream.status import showing
+
+fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 50, int(sys.argv[1]), 0, 0))
+sys.stdout = open(os.devnull, "w")
+with showing(lambda: "x" * 500):
+    pass
+"""
+
+
+@pytest.mark.parametrize(
+    ("columns", "others", "shown"),
+    [
+        ("200", {}, f"\x1b[2m{'x' * 199}\x1b[0m"),
+        ("40", {"COLUMNS": "200"}, f"\x1b[2m{'x' * 39}\x1b[0m"),
+        ("200", {"COLUMNS": "40"}, f"\x1b[2m{'x' * 39}\x1b[0m"),
+        ("0", {"COLUMNS": ""}, f"\x1b[2m{'x' * 79}\x1b[0m"),
+        ("0", {"COLUMNS": "wide"}, f"\x1b[2m{'x' * 79}\x1b[0m"),
+        ("2", {}, "\x1b[2mx\x1b[0m"),
+        ("200", {"NO_COLOR": "1"}, "x" * 199),
+        ("200", {"NO_COLOR": ""}, f"\x1b[2m{'x' * 199}\x1b[0m"),
+        ("200", {"TERM": "dumb"}, None),
+        ("200", {"TERM": "dumb", "FORCE_COLOR": "1"}, None),
+    ],
+)
+def test_the_line_is_as_wide_and_as_plain_as_the_terminal_wants_it(
+    columns: str, others: dict[str, str], shown: str | None
+) -> None:
+    status, written = on_a_terminal(SPEAKS, columns, **others)
+    assert status == 0
+    if shown is None:
+        assert written == ""
+    else:
+        before, _, after = written.partition(shown)
+        assert after, written
+        assert "x" not in before + after
+        assert ("\x1b[2m" in written) is ("\x1b[2m" in shown)
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "CLICOLOR_FORCE"])
+def test_what_is_no_terminal_gets_no_escape_sequences(name: str) -> None:
+    code = "from airstream.status import showing\nwith showing(lambda: 'x'): print('y')"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment(**{name: "1"}), check=True
+    )
+    assert (result.stdout, result.stderr) == ("y\n", "")
+
+
 def test_a_command_speaks_before_it_imports_and_leaves_nothing_but_the_answer(folder: Path) -> None:
     words = ("generate", str(folder), "w5 w6", "--max-new-tokens", "2", "--device", "cpu", "--max-memory", "200MiB")
     status, written = on_a_terminal(WATCHED, *words)
@@ -78,6 +129,17 @@ def test_a_command_speaks_before_it_imports_and_leaves_nothing_but_the_answer(fo
     lines = screen(written.replace("<torch>", "").replace("<transformers>", ""))
     assert len(lines) == 2
     assert lines[1] == "(greedy; stopped at 2 tokens: --max-new-tokens allows more)"
+
+
+def test_importing_the_model_class_shows_that_it_takes_a_while() -> None:
+    code = WATCHED.replace(
+        "from airstream.cli import main\nsys.exit(main(sys.argv[1:]))", "from airstream import AutoModel"
+    )
+    assert "import main" not in code
+    status, written = on_a_terminal(code)
+    assert status == 0
+    assert 0 <= written.index("importing torch and transformers") < written.index("<torch>")
+    assert not screen(written.replace("<torch>", "").replace("<transformers>", "").replace("\n", ""))
 
 
 @pytest.mark.parametrize("moment", ["importing", "<transformers>"])

@@ -226,7 +226,7 @@ def test_table_as_json_and_markdown(configs: dict[str, Path], capsys: pytest.Cap
     ],
 )
 def test_what_has_no_effect_is_refused(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("plan", "./not/there", *words) == 1
+    assert run("plan", "not/there", *words) == 1
     printed = capsys.readouterr()
     assert said in printed.err
     assert printed.err.count("\n") == 1
@@ -293,6 +293,37 @@ def test_a_picture_is_written_and_no_text_is_over_another(
     assert len(axes.texts) >= (5 if device == "map" else 1)
     assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
     assert any("8 GiB: " in text.get_text() for text in axes.texts), "the mark says what the machine gives"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "ram", "marker", "said"),
+    [
+        (None, "1.35GiB", "*", "1.35 GiB: does not fit"),
+        (None, "256MiB", "<", "256 MiB: does not fit"),
+        (None, "12GiB", "*", "12 GiB: "),
+        (None, "512GiB", ">", "512 GiB: "),
+        ("RTX 3060 12GB", "512GiB", "^", "12 GiB + 512 GiB: "),
+        ("A100 PCIe 80GB", "16GiB", ">", "80 GiB + 16 GiB: "),
+        ("A100 PCIe 80GB", "512GiB", ">", "80 GiB + 512 GiB: "),
+        ("RTX 3060 12GB", "256MiB", "v", "12 GiB + 256 MiB: does not fit"),
+    ],
+)
+def test_the_machine_is_on_every_picture(
+    configs: dict[str, Path], gpu: str | None, ram: str, marker: str, said: str
+) -> None:
+    machine = Machine(gpu=gpu, ram=ram, disk_gbps=3.5)
+    options = {} if gpu else {"device": "cpu"}
+    figure = plot_plan(configs["llama-8b"], machine=machine, max_context=1024, **options)
+    figure.canvas.draw()
+    axes = figure.axes[0]
+    (mark,) = [line for line in axes.lines if line.get_marker() not in ("None", "", None)]
+    (text,) = [text for text in axes.texts if text.get_text().startswith(said)]
+    assert mark.get_marker() == marker
+    inside, place = axes.get_window_extent(), text.get_window_extent()
+    assert inside.x0 <= place.x0 < place.x1 <= inside.x1
+    assert inside.y0 <= place.y0 < place.y1 <= inside.y1
+    boxes = [each.get_window_extent() for each in axes.texts]
+    assert not [(a, b) for a, b in itertools.combinations(boxes, 2) if a.overlaps(b)]
 
 
 @pytest.mark.parametrize("ram", ["6GiB", "12GiB"])

@@ -136,7 +136,7 @@ def test_values_that_are_no_numbers(copy: Copy, monkeypatch: pytest.MonkeyPatch)
     assert faults_of(folder) == ()
     faults = faults_of(folder, deep=True)
     assert len(faults) == 2
-    assert "'model.norm.weight' has 1 values" in " ".join(faults)
+    assert "'model.norm.weight' has 1 value that is NaN" in " ".join(faults)
     assert "'lm_head.weight' has 82 values" in " ".join(faults)
 
 
@@ -159,7 +159,7 @@ def test_nan_of_every_type(tmp_path: Path, dtype: torch.dtype) -> None:
     file = tmp_path / "w.safetensors"
     save_file({"w": torch.tensor([0.0, 1.0, torch.nan]).to(dtype), "i": torch.full((3,), -1)}, file)
     (fault,) = reading.check_file(file, None, read_header(file), lambda _: None)
-    assert "'w' has 1 values" in fault
+    assert "'w' has 1 value that is" in fault
 
 
 @pytest.mark.parametrize(

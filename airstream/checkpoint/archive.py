@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from airstream.errors import CheckpointError
+from airstream.units import counted
 
 MAX_DIRECTORY_BYTES = 4 << 20
 """Of the list of records at the end of the file: about 100 bytes each, or 46, which take 700 of memory."""
@@ -66,7 +67,7 @@ class _Bounded:
         self._stream.seek(place)
         count = left if count < 0 else min(count, left)
         if count > MAX_DIRECTORY_BYTES:
-            raise ValueError(f"its directory has {count:,} bytes")
+            raise ValueError(f"its directory has {counted(count, 'byte')}")
         return self._stream.read(count)
 
 

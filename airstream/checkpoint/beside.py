@@ -14,6 +14,7 @@ from airstream.checkpoint.foreign import open_regular, read_regular
 from airstream.checkpoint.foreign_json import CONFIG, Kind, check_json
 from airstream.checkpoint.impostors import HEAD_BYTES, LFS_POINTER, complaint
 from airstream.errors import CheckpointError
+from airstream.units import counted
 
 VOCABULARY = Kind("a tokenizer", 640 << 20)
 """The largest has 33 MB, 262,000 entries and twice as many merges. transformers' own reader takes as much."""
@@ -64,7 +65,7 @@ def _check_other(file: Path) -> None:
     size = file.stat().st_size
     if size > MAX_BYTES:
         raise CheckpointError(
-            f"{file} has {size:,} bytes: it is nothing of a tokenizer, which has {MAX_BYTES:,} at most"
+            f"{file} has {counted(size, 'byte')}: it is nothing of a tokenizer, which has {MAX_BYTES:,} at most"
         )
     with open_regular(file) as stream:
         head = stream.read(HEAD_BYTES)

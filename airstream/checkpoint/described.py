@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from airstream.checkpoint.index import ITEM_BYTES
+from airstream.units import counted
 
 MAX_DIMENSIONS = 64
 
@@ -72,7 +73,7 @@ def described_storage(kind: Any, cls: Any, key: Any, _: Any, elements: Any, *vie
         _, first, count = view[0]
     _check_whole((elements, first, count))
     if first + count > elements:
-        raise ValueError(f"a view of {count:,} elements from {first:,} of {elements:,}")
+        raise ValueError(f"a view of {counted(count, 'element')} from {first:,} of {elements:,}")
     return PickledStorage(key, dtype, elements, first * item_bytes, count * item_bytes)
 
 

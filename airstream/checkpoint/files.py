@@ -17,6 +17,7 @@ from pathlib import Path
 
 from airstream.checkpoint.descriptors import Descriptors
 from airstream.errors import AirstreamError, BudgetError, CheckpointError, CheckpointNotFoundError, ReadError
+from airstream.units import counted
 
 PAGE_BYTES = 4096
 """What direct reads want offsets, lengths and addresses to be multiples of."""
@@ -182,7 +183,7 @@ class WeightFile:
         return len(data)
 
     def _range(self, offset: int, nbytes: int) -> str:
-        return f"reading {nbytes:,} bytes at {offset:,} of {self.path}"
+        return f"reading {counted(nbytes, 'byte')} at {offset:,} of {self.path}"
 
 
 class EdgePages:

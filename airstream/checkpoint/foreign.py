@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from airstream.checkpoint.impostors import complaint
 from airstream.errors import CheckpointError, CheckpointNotFoundError
+from airstream.units import counted
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 
@@ -58,7 +59,9 @@ def read_regular(file: Path, max_bytes: int, what: str) -> bytes:
     with open_regular(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > max_bytes:
-            raise CheckpointError(f"{file} has {size:,} bytes: it is not {what}, which has {max_bytes:,} at most")
+            raise CheckpointError(
+                f"{file} has {counted(size, 'byte')}: it is not {what}, which has {max_bytes:,} at most"
+            )
         try:
             return stream.read(max_bytes)
         except OSError as error:

@@ -19,6 +19,7 @@ from typing import Any
 from airstream.checkpoint.foreign import read_regular
 from airstream.checkpoint.impostors import HEAD_BYTES, complaint
 from airstream.errors import CheckpointError
+from airstream.units import counted
 
 MAX_DEPTH = 32
 """Of lists and objects in each other. Configs have eight or so."""
@@ -106,7 +107,9 @@ def check_json(raw: bytes, kind: Kind) -> None:
     for bare in _outside_strings(raw):
         values += bare.count(b",") + bare.count(b"[") + bare.count(b"{")
         if text_bytes + values * VALUE_BYTES > kind.parsed_bytes:
-            raise ValueError(f"it has {len(raw):,} bytes and {values:,} values or more, above what {kind.name} has")
+            raise ValueError(
+                f"it has {counted(len(raw), 'byte')} and {counted(values, 'value')} or more, above what {kind.name} has"
+            )
         tail = (tail[-MAX_DIGITS:] + bare).translate(_DIGITS_ALIKE)
         if _LONG_NUMBER in tail:
             raise ValueError(f"it has a number of more than {MAX_DIGITS} digits")

@@ -22,7 +22,7 @@ from airstream.checkpoint.impostors import HEAD_BYTES, complaint
 from airstream.checkpoint.index import ITEM_BYTES, CheckpointIndex, StoredTensor
 from airstream.codecs import BLOCK_TYPES
 from airstream.errors import CheckpointError, UnsupportedError
-from airstream.units import format_bytes, round_up
+from airstream.units import counted, format_bytes, round_up
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -110,7 +110,7 @@ class GgufIndex(CheckpointIndex):
             raise CheckpointError(f"{files[0]} does not say what kind of model it holds (general.architecture)")
         promised = headers[0].metadata.get("split.tensors.count", len(tensors))
         if promised != len(tensors):
-            raise CheckpointError(f"{files[0]} promises {promised} tensors in all, its files have {len(tensors)}")
+            raise CheckpointError(f"{files[0]} promises {counted(promised, 'tensor')}, its files have {len(tensors)}")
         return cls(tensors, files[0], architecture)
 
 
@@ -143,7 +143,7 @@ class _Parser:
         metadata, entries = self._metadata(num_entries)
         self._check_count(num_tensors, 8 + 4 + 8 + 4 + 8, "tensors")
         if num_tensors > MAX_TENSORS:
-            raise self._fault(f"it claims {num_tensors:,} tensors; no model has more than {MAX_TENSORS:,} in one file")
+            raise self._fault(f"it claims {counted(num_tensors, 'tensor')}; no file has more than {MAX_TENSORS:,}")
         table = [self._entry() for _ in range(num_tensors)]
         return GgufHeader(self._file, metadata, self._placed(table, metadata), entries)
 
@@ -172,7 +172,7 @@ class _Parser:
         name = self._name()
         num_dimensions = self._number("<I")
         if not 1 <= num_dimensions <= MAX_DIMENSIONS:
-            raise self._fault(f"tensor {name!r} has {num_dimensions} dimensions")
+            raise self._fault(f"tensor {name!r} has {counted(num_dimensions, 'dimension')}")
         shape = tuple(self._number("<Q") for _ in range(num_dimensions))[::-1]
         number, offset = self._number("<I"), self._number("<Q")
         if number not in TYPES:
@@ -217,8 +217,8 @@ class _Parser:
             end, previous = tensor.end, tensor.name
         if end > self._size:
             raise CheckpointError(
-                f"{self._file} is truncated: its header describes {end:,} bytes ({format_bytes(end)}), the file has "
-                f"{self._size:,}. Download it again"
+                f"{self._file} is truncated: its header describes {counted(end, 'byte')} ({format_bytes(end)}), the "
+                f"file has {self._size:,}. Download it again"
             )
 
     def _skip(self, kind: int, depth: int) -> int:
@@ -249,7 +249,7 @@ class _Parser:
     def _name(self) -> str:
         length = self._number("<Q")
         if length > MAX_NAME_BYTES:
-            raise self._fault(f"a name at byte {self._position:,} claims {length:,} bytes")
+            raise self._fault(f"a name at byte {self._position:,} claims {counted(length, 'byte')}")
         self._spend(length // 16)
         try:
             return self._take(length).decode()
@@ -274,7 +274,7 @@ class _Parser:
     def _check_count(self, count: int, least_bytes: int, what: str) -> None:
         """`count` things of at least `least_bytes` each must fit into the rest of the file."""
         if count * least_bytes > self._size - self._position:
-            raise self._fault(f"it claims {count:,} {what}, more than its {self._size:,} bytes can hold")
+            raise self._fault(f"it claims {count:,} {what}, more than its {counted(self._size, 'byte')} can hold")
 
     def _spend(self, work: int) -> None:
         self._work_left -= work

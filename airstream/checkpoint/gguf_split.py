@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from airstream.errors import CheckpointError, CheckpointNotFoundError
+from airstream.units import counted
 
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
@@ -20,7 +21,7 @@ def split_files(file: Path) -> list[Path]:
     files = [file.with_name(name) for name in split_names(file.name)]
     if missing := [part.name for part in files if not part.is_file()]:
         raise CheckpointNotFoundError(
-            f"{file.parent} lacks {len(missing)} of the {len(files)} files of this GGUF checkpoint: "
+            f"{file.parent} lacks {len(missing)} of the {counted(len(files), 'file')} of this GGUF checkpoint: "
             f"{', '.join(missing[:3])}. Download it again"
         )
     return files
@@ -33,5 +34,7 @@ def split_names(name: str) -> list[str]:
         return [name]
     count = int(match["count"])
     if not 1 <= int(match["number"]) <= count:
-        raise CheckpointError(f"{name!r} is not one of {count} files: the name of a GGUF file says which of how many")
+        raise CheckpointError(
+            f"{name!r} is not one of {counted(count, 'file')}: the name of a GGUF file says which of how many"
+        )
     return [f"{match['stem']}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]

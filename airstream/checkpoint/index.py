@@ -18,7 +18,7 @@ from airstream.checkpoint.foreign import open_regular
 from airstream.checkpoint.foreign_json import HEADER, INDEX, parse_json, read_json
 from airstream.checkpoint.impostors import HEAD_BYTES, complaint
 from airstream.errors import CheckpointError, CheckpointNotFoundError
-from airstream.units import format_bytes
+from airstream.units import counted, format_bytes
 
 MAX_HEADER_BYTES = HEADER.max_bytes
 """Of text. The safetensors library reads up to 100 MB, which no checkpoint has: 45,000 tensors take 6."""
@@ -144,7 +144,7 @@ def read_header(file: Path) -> list[StoredTensor]:
         end, previous = tensor.end, tensor.name
     if end > file_bytes:
         raise CheckpointError(
-            f"{file} is truncated: its header describes {end:,} bytes ({format_bytes(end)}), the file has "
+            f"{file} is truncated: its header describes {counted(end, 'byte')} ({format_bytes(end)}), the file has "
             f"{file_bytes:,}. Download it again"
         )
     return tensors
@@ -181,29 +181,29 @@ def _check_head(file: Path, head: bytes, file_bytes: int) -> None:
         raise CheckpointError(said)
     if MAX_HEADER_BYTES < header_bytes <= file_bytes - 8:
         raise CheckpointError(
-            f"{file}: its header claims {header_bytes:,} bytes, more than the {MAX_HEADER_BYTES:,} that any checkpoint "
-            "needs. If it is sound, save it in several files"
+            f"{file}: its header claims {counted(header_bytes, 'byte')}, more than the {MAX_HEADER_BYTES:,} that any "
+            "checkpoint needs. If it is sound, save it in several files"
         )
     raise CheckpointError(
-        f"{file} is not a complete safetensors file: its header claims {header_bytes:,} bytes, "
+        f"{file} is not a complete safetensors file: its header claims {counted(header_bytes, 'byte')}, "
         f"the file has {file_bytes:,}. Download it again"
     )
 
 
 def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
     if len(name) > MAX_NAME_CHARACTERS:
-        raise CheckpointError(f"{file}: the name of tensor {name[:80]!r}... has {len(name):,} characters")
+        raise CheckpointError(f"{file}: the name of tensor {name[:80]!r}... has {counted(len(name), 'character')}")
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         if len(shape) > MAX_DIMENSIONS:
-            raise ValueError(f"it has {len(shape):,} dimensions")
+            raise ValueError(f"it has {counted(len(shape), 'dimension')}")
         if dtype not in ITEM_BYTES:
             raise ValueError(f"its type is {str(dtype)[:40]!r}")
         item_bytes = ITEM_BYTES[dtype]
         if not all(type(value) is int and 0 <= value < 1 << 63 for value in (*shape, begin, end)):
             raise ValueError("sizes and offsets must be non-negative integers of 64 bits")
         if math.prod(shape) * item_bytes != end - begin:
-            raise ValueError(f"{dtype} {shape} does not take {end - begin} bytes")
+            raise ValueError(f"{dtype} {shape} does not take {counted(end - begin, 'byte')}")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: the header's entry of tensor {name!r} is malformed ({error!r})") from None
     return StoredTensor(name, file, data_start + begin, end - begin, dtype, tuple(shape))

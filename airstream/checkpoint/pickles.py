@@ -24,6 +24,7 @@ from airstream.checkpoint.impostors import HEAD_BYTES, complaint
 from airstream.checkpoint.index import ITEM_BYTES, StoredTensor
 from airstream.checkpoint.unpickle import MAX_PICKLE_BYTES, SMALL_WORK, unpickle
 from airstream.errors import CheckpointError
+from airstream.units import counted
 
 ZIP_SIGNATURE = b"PK\x03\x04"
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
@@ -99,7 +100,9 @@ def _read_archive(stream: BinaryIO, file: Path) -> _Contents:
     records = read_records(stream, file)
     described = records["data.pkl"]
     if described.nbytes > MAX_PICKLE_BYTES:
-        raise CheckpointError(f"{file}: its data.pkl has {described.nbytes:,} bytes, more than any list of tensors")
+        raise CheckpointError(
+            f"{file}: its data.pkl has {counted(described.nbytes, 'byte')}, more than any list of tensors"
+        )
     order = records.get("byteorder")
     is_big_endian = False
     if order is not None:
@@ -141,7 +144,9 @@ def _read_legacy(stream: BinaryIO, file: Path) -> _Contents:
         storages[key] = Record(offset + 8, count * ITEM_BYTES[mentioned[key].dtype])
         offset += 8 + storages[key].nbytes
     if offset > end:
-        raise CheckpointError(f"{file} is truncated: it describes {offset:,} bytes and has {end:,}. Download it again")
+        raise CheckpointError(
+            f"{file} is truncated: it describes {counted(offset, 'byte')} and has {end:,}. Download it again"
+        )
     return _Contents(pickled, storages, is_big_endian, is_mapped=False)
 
 
@@ -162,18 +167,18 @@ def _place(name: str, tensor: PickledTensor, contents: _Contents, file: Path) ->
     storage, item_bytes = tensor.storage, ITEM_BYTES[tensor.dtype]
     record = contents.storages.get(storage.key)
     if record is None or record.nbytes != storage.total_elements * ITEM_BYTES[storage.dtype]:
-        there = "is not in the file" if record is None else f"has {record.nbytes:,} bytes in the file"
+        there = "is not in the file" if record is None else f"has {counted(record.nbytes, 'byte')} in the file"
         raise CheckpointError(
-            f"{file}: tensor {name!r} belongs to a storage of {storage.total_elements:,} elements, which {there}. "
-            "Download it again"
+            f"{file}: tensor {name!r} belongs to a storage of {counted(storage.total_elements, 'element')}, which "
+            f"{there}. Download it again"
         )
     count = math.prod(tensor.shape)
     steps = zip(tensor.shape, tensor.stride, strict=True)
     span = 1 + sum((size - 1) * stride for size, stride in steps) if count else 0
     if (tensor.offset + span) * item_bytes > storage.nbytes or count * item_bytes > storage.nbytes:
         raise CheckpointError(
-            f"{file}: tensor {name!r} {list(tensor.shape)} does not fit into its storage of {storage.nbytes:,} bytes: "
-            "the file is corrupt"
+            f"{file}: tensor {name!r} {list(tensor.shape)} does not fit into its storage of "
+            f"{counted(storage.nbytes, 'byte')}: the file is corrupt"
         )
     start = storage.start + tensor.offset * item_bytes
     offset = record.offset + start

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 from airstream.checkpoint.described import KNOWN_NAMES, PickledStorage, described_storage, make
 from airstream.errors import CheckpointError
+from airstream.units import counted
 
 MAX_PICKLE_BYTES = 8 << 20
 MAX_WORK = 1_000_000
@@ -103,7 +104,7 @@ class _Machine:
     def _text(self, form: str) -> str:
         count = self._number(form)
         if count > MAX_TEXT_BYTES:
-            raise ValueError(f"a text of {count:,} bytes")
+            raise ValueError(f"a text of {counted(count, 'byte')}")
         self._spend(count // TEXT_BYTES)
         return self._take(count).decode("utf-8")
 

@@ -14,6 +14,7 @@ from airstream.cli.reading import typed
 from airstream.cli.sampling import choose
 from airstream.cli.session import check_chat, load, note, printing
 from airstream.errors import AirstreamError, ArgumentError, ClosedError
+from airstream.units import counted
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
                 else:
                     _answer(conversation, text.removeprefix("/"), show)
                     if not conversation.is_complete:
-                        note(f"(stopped at {arguments.max_new_tokens} tokens: --max-new-tokens allows more)")
+                        note(f"(stopped at {counted(arguments.max_new_tokens, 'token')}: --max-new-tokens allows more)")
             except ClosedError:
                 raise
             except AirstreamError as error:  # of this turn: the conversation can go on
@@ -85,7 +86,7 @@ def _save(conversation: Conversation, name: str) -> bool:
     if not name:
         raise ArgumentError("/save needs a file: /save talk.json")
     conversation.save(Path(name).expanduser())
-    note(f"({len(conversation.messages)} messages in {name})")
+    note(f"({counted(len(conversation.messages), 'message')} in {name})")
     return True
 
 

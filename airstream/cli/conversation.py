@@ -18,6 +18,7 @@ from airstream.cli.session import encode_chat
 from airstream.cli.stopping import StopAt, cut, has_ended
 from airstream.compat import cache_keyword, cut_back
 from airstream.errors import ArgumentError
+from airstream.units import counted
 
 
 class Conversation:
@@ -104,8 +105,8 @@ class Conversation:
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(positions, int) and num_tokens >= positions:
             raise ArgumentError(
-                f"the conversation has {num_tokens:,} tokens by now, the model takes {positions:,}: /reset begins a "
-                "new one"
+                f"the conversation has {counted(num_tokens, 'token')} by now, the model takes {positions:,}: /reset "
+                "begins a new one"
             )
 
     def _keep(self, cache: DynamicCache, seen: torch.Tensor, is_whole: bool) -> None:

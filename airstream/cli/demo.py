@@ -16,7 +16,7 @@ from airstream.demo.model import prepare_gguf
 from airstream.plan import Plan
 from airstream.report import Meter, RunReport
 from airstream.status import status
-from airstream.units import format_bytes
+from airstream.units import counted, format_bytes
 
 MAX_NEW_TOKENS = 64
 
@@ -74,7 +74,7 @@ def _check(plan: Plan, file: Path, output: torch.Tensor, prompt_tokens: int) -> 
         return 0
     same = theirs == ids
     note(
-        f"The same {len(ids)} tokens as transformers with all weights in memory (checked just now)."
+        f"The same {counted(len(ids), 'token')} as transformers with all weights in memory (checked just now)."
         if same
         else f"NOT the tokens of transformers with all weights in memory, which are {theirs}: please report this."
     )

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 from airstream.cli.sampling import choose
 from airstream.cli.session import encode, encode_chat, load, note, printing
 from airstream.cli.stopping import StopAt, cut, has_ended
-from airstream.errors import ArgumentError
-from airstream.figures import check_file, check_folder, new_figure
 from airstream.profiling import Profile
 from airstream.report import Meter
+from airstream.units import counted
 
 STOPPED, CUT_OFF = "stop", "length"
 """Why a generation ended: the model, or a text of --stop, ended it; or there were as many tokens as were allowed."""
@@ -23,11 +19,7 @@ STOPPED, CUT_OFF = "stop", "length"
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the continuation as it comes, or one JSON object with it and its costs."""
-    if arguments.trace:
-        check_folder(Path(arguments.trace))
-    if arguments.plot:
-        check_file(new_figure(), Path(arguments.plot))
-    prompt = _prompt(arguments)
+    prompt = arguments.prompt
     meter = Meter()
     is_profiling = bool(arguments.profile or arguments.trace or arguments.plot)
     with load(arguments, profiling_mode=is_profiling) as model:
@@ -48,37 +40,16 @@ def run(arguments: argparse.Namespace) -> None:
             found |= {"prompt_token_ids": inputs["input_ids"][0].tolist(), "token_ids": ids, "choice": choice.words}
             print(json.dumps({**found, **report.to_dict(), **profile}))
         else:
-            end = f"stopped at {len(ids)} tokens: --max-new-tokens allows more" if reason == CUT_OFF else "complete"
+            end = (
+                f"stopped at {counted(len(ids), 'token')}: --max-new-tokens allows more"
+                if reason == CUT_OFF
+                else "complete"
+            )
             note(f"({choice.words}; {end})")
         if arguments.stats:
             note(str(report))
         if is_profiling:
             _show(arguments, model.last_profile)
-
-
-def _prompt(arguments: argparse.Namespace) -> str:
-    """The text to continue, wherever it comes from."""
-    if (arguments.prompt is None) == (arguments.file is None):
-        raise ArgumentError("give one prompt: a text, -f FILE, or - for standard input")
-    if arguments.file is not None:
-        try:
-            prompt = Path(arguments.file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise ArgumentError(f"-f {arguments.file} cannot be read: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise ArgumentError(f"-f {arguments.file} is not UTF-8 text: {error}") from error
-        prompt = prompt.removesuffix("\n")  # what editors end files with is no part of the text
-    elif arguments.prompt == "-":
-        if sys.stdin is None:
-            raise ArgumentError("there is no standard input to read the prompt from")
-        if sys.stdin.isatty():
-            note("(the prompt, please; Ctrl-D on a line of its own ends it)")
-        prompt = sys.stdin.read()
-    else:  # where the locale knows no more than ASCII, Python has kept the bytes that it could not read
-        prompt = os.fsencode(arguments.prompt).decode("utf-8", "replace")
-    if not prompt:
-        raise ArgumentError("the prompt is empty: give some text to continue")
-    return prompt
 
 
 def _encode(arguments: argparse.Namespace, model: Any, prompt: str) -> dict[str, Any]:

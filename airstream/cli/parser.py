@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from airstream import __version__
-from airstream.cli.numbers import number
-from airstream.errors import ArgumentError
+from airstream.cli import mistakes, values
+from airstream.cli.values import number, parse_memory
 from airstream.importing import quiet_imports
 from airstream.status import status
 
@@ -18,8 +18,12 @@ Command = Callable[[argparse.Namespace], int | None]
 """Returns the exit status, if it is not 0."""
 
 
+COUNT = number(int, at_least=1)
+
 MAX_SEED = (1 << 63) - 1
 NAMED_SIZE = re.compile(r"[\w:]+=[\w.]+")
+
+DEVICE = "device that computes (default: the accelerator if there is one, else cpu)"
 
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
 
@@ -75,17 +79,22 @@ def build_parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what would be resident, what streamed, the predicted peak and seconds")
     plan.add_argument("models", nargs="+", metavar="MODEL", help="folder or hub id; its config is enough")
     plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.add_argument("--prompt-tokens", type=int, metavar="N", help="of the prompt whose first token is predicted")
+    plan.add_argument(
+        "--prompt-tokens",
+        type=number(int, at_least=1),
+        metavar="N",
+        help="of the prompt whose first token is predicted",
+    )
     plan.add_argument("--table", action="store_true", help="models x precisions x cards: what fits, what streams")
     plan.add_argument("--format", choices=("text", "markdown", "csv", "json"), help="of the table (default: text)")
     plan.add_argument("--plot", metavar="FILE", help="draw seconds per token over sizes of memory: plan.png")
     _add_machine(plan)
     _add_loading(plan)
-    plan.set_defaults(run=_command("plan"))
+    plan.set_defaults(run=_command("plan", mistakes.check_plan))
 
     hardware = commands.add_parser("hardware", help="what this machine's disk, memory and processors can do")
     hardware.add_argument("path", nargs="?", default=".", help="a folder on the disk to measure (default: this one)")
-    hardware.add_argument("--device", help="device that computes (default: the accelerator if there is one, else cpu)")
+    hardware.add_argument("--device", type=values.device, help=DEVICE)
     hardware.add_argument("--refresh", action="store_true", help="measure again, whatever is known already")
     hardware.add_argument("--json", action="store_true", help="print the rates as JSON")
     hardware.set_defaults(run=_command("hardware"))
@@ -98,9 +107,13 @@ def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="a small real model answers a question in less memory than it has weights")
     demo.add_argument("question", nargs="?", default="What is the capital of Italy, and what is it known for?")
     demo.add_argument(
-        "--max-memory", default="200MiB", help="budget of the device that computes (default: %(default)s)"
+        "--max-memory",
+        type=values.budget,
+        default="200MiB",
+        metavar="SIZE",
+        help="budget of the device that computes (default: %(default)s)",
     )
-    demo.add_argument("--device", help="device that computes (default: the accelerator if there is one, else cpu)")
+    demo.add_argument("--device", type=values.device, help=DEVICE)
     demo.add_argument(
         "--no-check",
         action="store_true",
@@ -123,7 +136,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--plot", metavar="FILE", help="draw where the time went: run.png")
     _add_generation(generate, "the most likely token is taken, unless an option below asks for sampling")
     _add_loading(generate)
-    generate.set_defaults(run=_command("generate"))
+    generate.set_defaults(run=_command("generate", mistakes.check_generate))
 
 
 def _add_chat(commands: Any) -> None:
@@ -137,19 +150,25 @@ def _add_chat(commands: Any) -> None:
     )
     _add_generation(chat, "sampling as the checkpoint's generation_config.json says, unless an option below differs")
     _add_loading(chat)
-    chat.set_defaults(run=_command("chat"))
+    chat.set_defaults(run=_command("chat", mistakes.check_chat))
 
 
 def _add_files(commands: Any) -> None:
     repack = commands.add_parser("repack", help="write a checkpoint anew, each layer in one piece; or some layers only")
     repack.add_argument("model", help="folder or hub id of a checkpoint, which is only read")
     repack.add_argument("out", help="folder to write, new or empty; a run that was killed goes on where it was")
-    repack.add_argument("--layers", metavar="5:15", help="only layers 5 to 14, for a machine that runs only these")
     repack.add_argument(
-        "--shard-size", default="4GiB", metavar="SIZE", help="of a file, at most (default: %(default)s)"
+        "--layers", type=values.layers, metavar="5:15", help="only layers 5 to 14, for a machine that runs only these"
+    )
+    repack.add_argument(
+        "--shard-size",
+        type=values.size,
+        default="4GiB",
+        metavar="SIZE",
+        help="of a file, at most (default: %(default)s)",
     )
     _add_hub(repack.add_argument_group("source (as in AutoModel.from_pretrained)"))
-    repack.set_defaults(run=_command("repack"))
+    repack.set_defaults(run=_command("repack", mistakes.check_files))
 
     verify = commands.add_parser("verify", help="prove a checkpoint complete and uncorrupted, or name what is not")
     verify.add_argument("model", help="folder or hub id of a checkpoint")
@@ -157,7 +176,7 @@ def _add_files(commands: Any) -> None:
     verify.add_argument("--quick", action="store_true", help="names, shapes and sizes only: read no weights")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     _add_hub(verify.add_argument_group("source (as in AutoModel.from_pretrained)"))
-    verify.set_defaults(run=_command("verify"))
+    verify.set_defaults(run=_command("verify", mistakes.check_verify))
 
 
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -178,37 +197,41 @@ def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given if value is not None}
 
 
-def parse_memory(sizes: list[str]) -> str | dict[int | str, str]:
-    """`["4GiB"]` is one size; `["0=4GiB", "cpu=8GiB"]` names the memory each is for."""
-    if len(sizes) == 1 and "=" not in sizes[0]:
-        return sizes[0]
-    budgets: dict[int | str, str] = {}
-    for item in sizes:
-        name, equals, size = item.partition("=")
-        if not equals:
-            raise ArgumentError(f"--max-memory {item}: with several, say which is which: --max-memory 0=4GiB cpu=8GiB")
-        budgets[int(name) if name.isdigit() else name] = size
-    return budgets
-
-
 def _add_machine(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("another machine (what is not given is as here)")
     group.add_argument("--gpu", metavar="CARD", help='"RTX 3090", which need not be here; "3090,4090" with --table')
-    group.add_argument("--ram", metavar="SIZE", help="all memory of the host: 64GiB")
-    group.add_argument("--disk-gbps", type=float, metavar="GB/S", help="of the disk that the checkpoint lies on")
+    group.add_argument("--ram", type=values.size, metavar="SIZE", help="all memory of the host: 64GiB")
+    group.add_argument(
+        "--disk-gbps", type=number(float, above=0), metavar="GB/S", help="of the disk that the checkpoint lies on"
+    )
 
 
 def _add_loading(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("loading (as in AutoModel.from_pretrained)")
     group.add_argument(
-        "--max-memory", action="append", metavar="SIZE", help="4GiB, or 0=4GiB cpu=8GiB; default: most of it"
+        "--max-memory",
+        action="append",
+        type=values.memory,
+        metavar="SIZE",
+        help="4GiB, or 0=4GiB cpu=8GiB; default: most of it",
     )
-    group.add_argument("--device", help="device that computes (default: the accelerator if there is one, else cpu)")
-    group.add_argument("--dtype", help='of the weights (default: "auto", the checkpoint\'s own)')
-    group.add_argument("--max-context", "--context", type=int, metavar="TOKENS", help="tokens per sequence to plan for")
-    group.add_argument("--max-batch-size", "--batch", type=int, metavar="N", help="sequences to plan for (default: 1)")
-    group.add_argument("--layers-per-batch", type=_int_or_auto, metavar="N", help="layers moved as one unit")
-    group.add_argument("--prefetch-batches", type=_int_or_auto, metavar="N", help="layer batches read ahead; 0: none")
+    group.add_argument("--device", type=values.device, help=DEVICE)
+    group.add_argument("--dtype", type=values.dtype, help='of the weights (default: "auto", the checkpoint\'s own)')
+    group.add_argument(
+        "--max-context", "--context", type=COUNT, metavar="TOKENS", help="tokens per sequence to plan for"
+    )
+    group.add_argument(
+        "--max-batch-size", "--batch", type=COUNT, metavar="N", help="sequences to plan for (default: 1)"
+    )
+    group.add_argument(
+        "--layers-per-batch", type=number(int, at_least=1, word="auto"), metavar="N", help="layers moved as one unit"
+    )
+    group.add_argument(
+        "--prefetch-batches",
+        type=number(int, at_least=0, word="auto"),
+        metavar="N",
+        help="layer batches read ahead; 0: none",
+    )
     group.add_argument(
         "--page-cache", action=argparse.BooleanOptionalAction, help="read through the page cache (default: if it fits)"
     )
@@ -229,9 +252,7 @@ def _add_hub(group: Any) -> None:
 
 def _add_generation(parser: argparse.ArgumentParser, default: str) -> None:
     group = parser.add_argument_group("generation", f"By default: {default}.")
-    group.add_argument(
-        "--max-new-tokens", type=number(int, at_least=1), default=256, metavar="N", help="(default: %(default)s)"
-    )
+    group.add_argument("--max-new-tokens", type=COUNT, default=256, metavar="N", help="(default: %(default)s)")
     choice = group.add_mutually_exclusive_group()
     choice.add_argument("--greedy", action="store_true", help="take the most likely token")
     choice.add_argument("--sample", action="store_true", help="sample as the checkpoint says")
@@ -252,26 +273,17 @@ def _add_generation(parser: argparse.ArgumentParser, default: str) -> None:
         "--repetition-penalty", type=number(float, above=0), metavar="R", help="above 1: what was there is less likely"
     )
     group.add_argument(
-        "--stop", action="append", type=_text, metavar="TEXT", help="end before this text; or one of several"
+        "--stop", action="append", type=values.text, metavar="TEXT", help="end before this text; or one of several"
     )
     group.add_argument("--seed", type=number(int, at_least=0, at_most=MAX_SEED), metavar="N", help="of sampling")
 
 
-def _text(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("the text is empty")
-    return text
+def _command(name: str, check: Callable[[argparse.Namespace], None] | None = None) -> Command:
+    """What runs the module of that name, once `check` has found nothing wrong."""
 
-
-def _int_or_auto(text: str) -> int | str:
-    try:
-        return text if text == "auto" else int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f'{text!r} must be a whole number or "auto"') from None
-
-
-def _command(name: str) -> Command:
     def run(arguments: argparse.Namespace) -> int | None:
+        if check is not None:
+            check(arguments)
         with status("starting: importing torch and transformers"), quiet_imports():
             module = importlib.import_module(f"airstream.cli.{name}")
         exit_status: int | None = module.run(arguments)

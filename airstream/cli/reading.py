@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
+
+from airstream.errors import ArgumentError
 
 QUOTES, CONTINUED = '"""', "\\"
 PROMPT, MORE = "> ", ". "
@@ -61,3 +65,39 @@ def _next_line(_: str) -> str:
     if not line:
         raise EOFError
     return line.removesuffix("\n").removesuffix("\r")
+
+
+def prompt_of(words: str | None, file: str | None) -> str:
+    """The text to continue: `words`, standard input for "-", or what is in `file`.
+
+    Raises:
+        ArgumentError: none is given, or both, or there is no text in it.
+    """
+    if (words is None) == (file is None):
+        raise ArgumentError("give one prompt: a text, -f FILE, or - for standard input")
+    if file is not None:
+        prompt = _read(file)
+    elif words == "-":
+        prompt = _piped()
+    else:  # where the locale knows no more than ASCII, Python has kept the bytes that it could not read
+        prompt = os.fsencode(words or "").decode("utf-8", "replace")
+    if not prompt:
+        raise ArgumentError("the prompt is empty: give some text to continue")
+    return prompt
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8").removesuffix("\n")  # what editors end files with is no text
+    except OSError as error:
+        raise ArgumentError(f"-f {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"-f {file} is not UTF-8 text: {error}") from error
+
+
+def _piped() -> str:
+    if sys.stdin is None:
+        raise ArgumentError("there is no standard input to read the prompt from")
+    if sys.stdin.isatty():
+        print("(the prompt, please; Ctrl-D on a line of its own ends it)", file=sys.stderr, flush=True)
+    return sys.stdin.read()

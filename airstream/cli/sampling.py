@@ -8,10 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from airstream.errors import ArgumentError
-
-FOR_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
-"""Options that mean something only where tokens are drawn."""
+from airstream.cli.mistakes import FOR_SAMPLING, drawn_by, is_greedy
 
 EVER = "repetition_penalty"
 
@@ -31,18 +28,10 @@ def choose(arguments: argparse.Namespace, checkpoint: Any, samples_by_default: b
 
     Args:
         samples_by_default: do as the checkpoint suggests; else the most likely token is taken unless asked otherwise.
-
-    Raises:
-        ArgumentError: one option makes another one meaningless.
     """
-    given = {name: value for name in FOR_SAMPLING if (value := getattr(arguments, name)) is not None}
-    greedy = "--greedy" if arguments.greedy else "--temperature 0" if given.get("temperature") == 0 else None
-    idle = [name for name in given if greedy and (name, given[name]) != ("temperature", 0)]
-    if idle or (greedy and arguments.sample):
-        other = f"--{idle[0].replace('_', '-')} {given[idle[0]]}" if idle else "--sample"
-        raise ArgumentError(f"{greedy} takes the most likely token, so {other} has no effect: leave one of them out")
+    given = drawn_by(arguments)
     suggested = bool(getattr(checkpoint, "do_sample", False))
-    samples = not greedy and bool(given or arguments.sample or (samples_by_default and suggested))
+    samples = not is_greedy(arguments) and bool(given or arguments.sample or (samples_by_default and suggested))
     options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": samples, "num_beams": 1}
     options |= {"num_return_sequences": 1}  # text is printed as it comes, which is one text
     if samples:

@@ -6,14 +6,17 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from airstream import AutoModel
 from airstream.cli.parser import load_options
 from airstream.cli.screen import Printer
-from airstream.errors import ArgumentError, UnsupportedError
+from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.live import LiveLine
 from airstream.status import showing, status
+
+TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf", "*.py")
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> Any:
@@ -22,10 +25,23 @@ def load(arguments: argparse.Namespace, **options: Any) -> Any:
     try:
         with status("loading the tokenizer"):
             model.tokenizer  # noqa: B018 - a checkpoint without one is refused before anybody has typed anything
+    except CheckpointNotFoundError as error:
+        model.close()
+        raise _without_tokenizer(Path(arguments.model)) or error from error
     except BaseException:
         model.close()
         raise
     return model
+
+
+def _without_tokenizer(folder: Path) -> CheckpointNotFoundError | None:
+    """What to say of a folder in which nothing is of a tokenizer; None if there is, and something else is wrong."""
+    if not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        return None
+    return CheckpointNotFoundError(
+        f"{folder} has no tokenizer beside its weights: copy tokenizer.json and tokenizer_config.json into it from "
+        "where the model comes from, or save one with tokenizer.save_pretrained(...)"
+    )
 
 
 def encode(model: Any, prompt: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from airstream.checkpoint.index import CheckpointIndex
 from airstream.compat.quantizers import Quantizer
 from airstream.compat.weights import KeyConversion
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.units import counted
 
 OUTPUT = "output.weight"
 """The weight of the lm_head. A file without it ties the head to the embeddings."""
@@ -63,7 +64,9 @@ def gguf_config(index: GgufIndex) -> PreTrainedConfig:
     check_numbers(index.first, config.to_dict())
     layers = config.get_text_config(decoder=True).num_hidden_layers
     if not isinstance(layers, int) or not 0 < layers <= len(index):
-        raise CheckpointError(f"{index.first} claims {layers} layers, and has {len(index)} tensors: it is not sound")
+        raise CheckpointError(
+            f"{index.first} claims {counted(layers, 'layer')}, and has {counted(len(index), 'tensor')}: it is not sound"
+        )
     return config
 
 

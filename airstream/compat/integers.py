@@ -149,7 +149,7 @@ def _scale_into(
 def _group_of_input(g_idx: torch.Tensor | None, inputs: int, groups: int) -> torch.Tensor | None:
     """The group of each input; None if groups are equally long runs. On a GPU, finding that out would wait for it."""
     if inputs % groups and g_idx is None:
-        raise ValueError(f"{inputs} inputs cannot be {groups} groups of one length")
+        raise ValueError(f"{inputs} numbers cannot be {groups} groups of one length")
     if g_idx is None or (
         g_idx.device.type == "cpu"
         and inputs % groups == 0

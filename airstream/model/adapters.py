@@ -22,6 +22,7 @@ from airstream.importing import quiet_imports
 from airstream.model.adapter_source import Source
 from airstream.model.engine import Engine  # transformers evaluates the annotations
 from airstream.model.wrappers import cast_copies, costs, freeze, refuse_merging, strangers
+from airstream.units import counted
 
 
 class WithAdapters:
@@ -193,8 +194,9 @@ class WithAdapters:
             if lacking or result.unexpected_keys:
                 more, less = len(result.unexpected_keys), len(lacking)
                 raise CheckpointError(
-                    f"the adapter has {more} tensors that the model has no place for, and lacks {less} that its own "
-                    f"config asks for, such as {(result.unexpected_keys or lacking)[0]!r}: it belongs to another model"
+                    f"the adapter has {counted(more, 'tensor')} that the model has no place for, and lacks {less} that "
+                    f"its own config asks for, such as {(result.unexpected_keys or lacking)[0]!r}: it belongs to "
+                    "another model"
                 )
             cast_copies(strangers(self, self._engine.modules))
             freeze(strangers(self, self._engine.modules))

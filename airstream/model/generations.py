@@ -18,7 +18,7 @@ from airstream.compat import kept_state
 from airstream.errors import AirstreamError, BudgetError, UnsupportedError
 from airstream.model.gate import Gate
 from airstream.plan import Workload
-from airstream.units import format_bytes
+from airstream.units import counted, format_bytes
 
 PATIENCE_SECONDS = 30.0
 """How long a call waits for generations that make no pass: they may be waiting for it."""
@@ -168,9 +168,10 @@ class Generations:
             return None
         need = self._room.kv_bytes(together)
         return BudgetError(
-            f"{work.batch_size} x {work.context:,} tokens need a KV cache of {format_bytes(need - beside_bytes)} "
-            f"beside {format_bytes(beside_bytes)} of generations under way that cannot end before this call: too much "
-            "for max_memory. Raise it, generate fewer tokens, or call the model when they have ended"
+            f"{work.batch_size} x {counted(work.context, 'token')} need a KV cache of "
+            f"{format_bytes(need - beside_bytes)} beside {format_bytes(beside_bytes)} of generations under way that "
+            "cannot end before this call: too much for max_memory. Raise it, generate fewer tokens, or call the model "
+            "when they have ended"
         )
 
     def _wait(self, mine: Generation | None, others: list[Generation], obstacle: AirstreamError) -> None:

@@ -15,6 +15,7 @@ from airstream.errors import ArgumentError, UnsupportedError
 from airstream.model.absent import Absent
 from airstream.model.residency import Hook
 from airstream.model.stored import FetchRows
+from airstream.units import counted
 
 FetchTable = Callable[[], torch.Tensor | None]
 """The whole table, if it is in memory by now."""
@@ -66,7 +67,9 @@ def _embedding(
     different, positions = torch.unique(ids, return_inverse=True)
     numbers = different.tolist()
     if numbers and not 0 <= numbers[0] <= numbers[-1] < weight.shape[0]:
-        raise IndexError(f"token ids from {numbers[0]} to {numbers[-1]} are not in the table of {weight.shape[0]} rows")
+        raise IndexError(
+            f"token ids from {numbers[0]} to {numbers[-1]} are not in the table of {counted(weight.shape[0], 'row')}"
+        )
     return F.embedding(positions, weight._rows(numbers))
 
 

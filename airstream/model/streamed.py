@@ -26,6 +26,7 @@ from airstream.model.inputs import check_ids, check_inputs
 from airstream.model.moving import changes_nothing, refuse_moving
 from airstream.model.refusals import LOAD, TRAIN, Refusing, refuse, refuse_tracing
 from airstream.plan import Workload  # likewise
+from airstream.units import counted
 
 if TYPE_CHECKING:
     from airstream.plan import Plan
@@ -131,7 +132,7 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
         result = type(result)([name for name in result.missing_keys if name not in known], result.unexpected_keys)
         if strict and (result.missing_keys or result.unexpected_keys):
             raise UnsupportedError(
-                f"the state dict lacks {len(result.missing_keys)} tensors of the model, and has "
+                f"the state dict lacks {counted(len(result.missing_keys), 'tensor')} of the model, and has "
                 f"{len(result.unexpected_keys)} that it has no place for, such as "
                 f"{[*result.missing_keys, *result.unexpected_keys][0]!r}: strict=False allows that"
             )

@@ -9,7 +9,7 @@ from airstream.errors import ArgumentError
 from airstream.footprint import Footprint
 from airstream.plan.facts import ModelFacts
 from airstream.plan.request import Workload
-from airstream.units import format_bytes
+from airstream.units import counted, format_bytes
 
 MIN_CHUNK = 16
 """Tokens of a piece of a prompt: in smaller ones, the passes over all layers cost more than anybody waits for."""
@@ -19,10 +19,14 @@ def too_much(work: Workload, need: Footprint, left: int) -> str:
     """The message for work that does not fit into `left` bytes, the most that the budgets leave for it."""
     new = f"{work.tokens:,} of them new" if not work.prompt else f"a prompt of {work.prompt:,}"
     images = ", images" if work.pixel_values else ""
-    beyond = "" if work.context <= need.max_position else f". The model was made for {need.max_position:,} positions"
+    beyond = (
+        ""
+        if work.context <= need.max_position
+        else f". The model was made for {counted(need.max_position, 'position')}"
+    )
     remedies = ["raise max_memory", *remedies_for(work, need, left)]
     return (
-        f"{work.batch_size} x {work.context:,} tokens ({new}, logits of {work.logits:,}{images}) need "
+        f"{work.batch_size} x {counted(work.context, 'token')} ({new}, logits of {work.logits:,}{images}) need "
         f"{format_bytes(work.bytes(need))} for KV cache and activations, max_memory leaves {format_bytes(left)}{beyond}"
         f". What would help: {'; '.join(remedies)}"
     )
@@ -41,8 +45,8 @@ def check_positions(facts: ModelFacts, work: Workload) -> None:
         return
     answer = f" ({work.prompt:,} of the prompt, {work.context - work.prompt:,} new)" if work.prompt else ""
     raise ArgumentError(
-        f"{work.context:,} tokens{answer} are more than {facts.name} has positions for: its table has {limit:,}. "
-        "Shorten the prompt or max_new_tokens, whatever max_memory is"
+        f"{counted(work.context, 'token')}{answer} are more than {facts.name} has positions for: its table has "
+        f"{limit:,}. Shorten the prompt or max_new_tokens, whatever max_memory is"
     )
 
 
@@ -60,7 +64,7 @@ def remedies_for(work: Workload, need: Footprint, left: int) -> Iterator[str]:
     answer = max(work.context - work.prompt, 0) if work.prompt else 0
     fits = largest(lambda count: of_length(work, count, answer), work.prompt or work.context)
     if fits:
-        yield f"{fits:,} tokens would fit"
+        yield f"{counted(fits, 'token')} would fit"
     chunk = largest(lambda count: replace(work, tokens=count, logits=1), work.tokens - 1)
     if chunk >= MIN_CHUNK:
         yield f"generate(..., prefill_chunk_size={chunk}) reads a prompt of this length in pieces that fit"

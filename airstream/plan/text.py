@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from airstream.plan.request import HOST
-from airstream.units import MIB, format_bytes, format_seconds
+from airstream.units import MIB, counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from airstream.plan.plan import Plan
@@ -27,7 +27,7 @@ def _model_lines(plan: Plan) -> Iterator[str]:
     yield f"  lm_head      {plan.head}"
     for name, nbytes in plan.rows_from_disk.items():
         yield f"  rows only    {name} ({format_bytes(nbytes)} on disk)"
-    yield f"  workload     up to {plan.max_batch_size} sequence(s) of {plan.max_context:,} tokens"
+    yield f"  workload     up to {counted(plan.max_batch_size, 'sequence')} of {counted(plan.max_context, 'token')}"
 
 
 def _time_lines(plan: Plan) -> Iterator[str]:
@@ -35,7 +35,7 @@ def _time_lines(plan: Plan) -> Iterator[str]:
     if expected is None:
         return
     rates = "measured rates" if not expected.assumed else f"not measured: {', '.join(expected.assumed)}"
-    sequences = f" for {expected.batch_size} sequences" if expected.batch_size > 1 else ""
+    sequences = f" for {counted(expected.batch_size, 'sequence')}" if expected.batch_size > 1 else ""
     yield (
         f"  expected     {format_seconds(expected.decode_seconds)} a token{sequences}, bound by {expected.bottleneck} "
         f"({rates})"
@@ -53,7 +53,10 @@ def _time_lines(plan: Plan) -> Iterator[str]:
 def _resident(plan: Plan) -> str:
     whole = sum(batch.nbytes == 0 for batch in plan.batches)
     partial = sum(bool(batch.resident) and batch.nbytes > 0 for batch in plan.batches)
-    parts = [f"{whole} of {len(plan.batches)} batches" if whole else "", f"parts of {partial}" if partial else ""]
+    parts = [
+        f"{whole} of {counted(len(plan.batches), 'batch')}" if whole else "",
+        f"parts of {partial}" if partial else "",
+    ]
     return f"{format_bytes(plan.resident_bytes)}: {', '.join(filter(None, parts)) or 'nothing'}"
 
 
@@ -64,8 +67,8 @@ def _streamed(plan: Plan) -> str:
     reads = "around the page cache" if plan.direct_io else "through the page cache"
     ahead = f"{plan.prefetch_batches} ahead" if plan.prefetch_batches else "none ahead"
     return (
-        f"{count} batches of {plan.layers_per_batch} layer(s), {format_bytes(plan.streamed_bytes)} a pass, "
-        f"{ahead}, {reads}"
+        f"{counted(count, 'batch')} of {counted(plan.layers_per_batch, 'layer')}, "
+        f"{format_bytes(plan.streamed_bytes)} a pass, {ahead}, {reads}"
     )
 
 
@@ -113,7 +116,7 @@ def too_small(plan: Plan, shorter: int = 0) -> str:
     return (
         f"{plan.model} does not fit: {'; '.join(needs)}. {instead}The largest layer batch is {largest!r} with "
         f"{format_bytes(nbytes)}; the smallest budget that would do, for batches of {plan.max_batch_size} x "
-        f"{plan.max_context} tokens, is max_memory={{{remedy}}}"
+        f"{counted(plan.max_context, 'token')}, is max_memory={{{remedy}}}"
     )
 
 

@@ -36,6 +36,8 @@ HATCHES = {ROWS: "....", SCHEDULING: "xxxx"}
 
 EDGE = "#333333"
 
+WAITS = "hatched or dotted: computation waits, for the link of that colour if it has one"
+
 MIN_SHARE = 0.002
 """Of a bar: what is smaller cannot be seen, and is left out of the legend."""
 
@@ -121,7 +123,15 @@ def _draw_seconds(axes: Any, profile: Profile) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("where each second went")
     if labelled:
-        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.45), ncols=5, fontsize=8, frameon=False)
+        axes.legend(
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.45),
+            ncols=5,
+            fontsize=8,
+            frameon=False,
+            title=WAITS,
+            title_fontsize=8,
+        )
 
 
 def _parts(costs: Costs) -> Sequence[tuple[str, float, dict[str, Any]]]:

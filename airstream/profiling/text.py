@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from airstream.probe import DISK, LINKS
 from airstream.profiling.costs import Costs
-from airstream.units import format_bytes, format_seconds
+from airstream.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from airstream.profiling.profile import LayerProfile, Profile
@@ -37,7 +37,7 @@ def _title(profile: Profile) -> str:
 
 def _times(profile: Profile) -> Iterator[str]:
     decode, prefill = profile.decode, profile.prefill
-    tokens = [f"{profile.new_tokens} new tokens"] if profile.new_tokens else []
+    tokens = [f"{counted(profile.new_tokens, 'new token')}"] if profile.new_tokens else []
     if profile.ttft_seconds:
         tokens.append(f"first after {format_seconds(profile.ttft_seconds[-1])}")
     if profile.seconds_per_token is not None:
@@ -97,14 +97,15 @@ def _late(profile: Profile) -> Iterator[str]:
     if not late:
         return
     yield ""
-    yield f"{len(late)} of {len(profile.layers)} layers were late; most of all"
+    verb = "was" if len(late) == 1 else "were"
+    yield f"{len(late)} of {counted(len(profile.layers), 'layer')} {verb} late; most of all"
     yield from (_late_line(layer) for layer in late[:MAX_LATE_LAYERS])
 
 
 def _late_line(layer: LayerProfile) -> str:
     cause = max(layer.stalls, key=layer.stalls.__getitem__)
     text = (
-        f"{layer.late} of {layer.passes} times, {format_seconds(layer.stall_seconds / layer.late)} each, "
+        f"{layer.late} of {counted(layer.passes, 'time')}, {format_seconds(layer.stall_seconds / layer.late)} each, "
         f"waiting for {cause}"
     )
     return f"  {layer.name[-(WIDTH - len(text) - 4) :]}: {text}"

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from airstream.units import GIB
+from airstream.units import GIB, counted
 
 __all__ = ["OtherLoad", "machine_name", "usable_cores"]
 
@@ -21,7 +21,7 @@ _BUSY = ("user", "nice", "system", "irq", "softirq", "steal")
 
 def machine_name(device: torch.device) -> str:
     """Processor, cores, memory and `device`: the same as long as the machine is. No host name."""
-    host = f"{_processor()}, {usable_cores()} cores, {round(psutil.virtual_memory().total / GIB)} GiB"
+    host = f"{_processor()}, {counted(usable_cores(), 'core')}, {round(psutil.virtual_memory().total / GIB)} GiB"
     return host if device.type == "cpu" else f"{host}, {_device_name(device)}"
 
 

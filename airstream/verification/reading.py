@@ -15,7 +15,7 @@ from airstream.checkpoint.files import PAGE_BYTES, WeightFile, failure_of
 from airstream.checkpoint.index import ITEM_BYTES, StoredTensor
 from airstream.errors import BudgetError, CheckpointError, ReadError
 from airstream.pieces import TORCH_DTYPES
-from airstream.units import round_up
+from airstream.units import counted, round_up
 from airstream.verification.checksums import Checksum
 
 CHUNK_BYTES = 8 << 20
@@ -100,4 +100,5 @@ class _Scan:
     def fault(self) -> str | None:
         if not self._count:
             return None
-        return f"{self._tensor.file}: tensor {self._tensor.name!r} has {self._count:,} values that are NaN or infinite"
+        found = f"{counted(self._count, 'value')} that {'is' if self._count == 1 else 'are'} NaN or infinite"
+        return f"{self._tensor.file}: tensor {self._tensor.name!r} has {found}"

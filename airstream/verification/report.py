@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from airstream.units import format_bytes, format_seconds
+from airstream.units import counted, format_bytes, format_seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +45,10 @@ class VerifyReport:
         return json.dumps({"is_sound": self.is_sound, **asdict(self), "folder": str(self.folder)}, indent=2)
 
     def __str__(self) -> str:
-        verdict = "sound" if self.is_sound else f"{len(self.faults)} fault{'s' * (len(self.faults) > 1)}"
+        verdict = "sound" if self.is_sound else counted(len(self.faults), "fault")
         summary = (
-            f"{self.folder}: {verdict}; {self.num_tensors} tensors in {self.num_files} files, "
-            f"{self.checked_files} checksums compared, {format_bytes(self.read_bytes)} read"
+            f"{self.folder}: {verdict}; {counted(self.num_tensors, 'tensor')} in {counted(self.num_files, 'file')}, "
+            f"{counted(self.checked_files, 'checksum')} compared, {format_bytes(self.read_bytes)} read"
             f"{', every value looked at' if self.values_scanned else ''} in {format_seconds(self.seconds)}"
         )
         return "\n".join([*self.faults, *(f"note: {note}" for note in self.notes), summary])

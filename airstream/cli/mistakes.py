@@ -1,0 +1,129 @@
+"""What is wrong with a command whatever the model: told at once, not after the seconds in which torch is imported.
+
+Knows what the arguments say together, and the files and cards that they name; what one says alone, `values` knows.
+Refuses to know models and devices: what only they can tell is told when they are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from airstream.cli.reading import prompt_of
+from airstream.cli.values import parse_memory
+from airstream.errors import ArgumentError, CheckpointNotFoundError
+from airstream.figures import check_file, check_folder, new_figure
+from airstream.rates.cards import find_card
+from airstream.status import status
+
+FOR_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
+"""Options that mean something only where tokens are drawn."""
+
+
+def check_generate(arguments: argparse.Namespace) -> None:
+    """Besides, read the prompt, wherever it comes from: it is `arguments.prompt` then."""
+    _check_loading(arguments)
+    check_sampling(arguments)
+    if arguments.trace:
+        check_folder(Path(arguments.trace))
+    _check_picture(arguments.plot)
+    arguments.prompt = prompt_of(arguments.prompt, arguments.file)
+
+
+def check_chat(arguments: argparse.Namespace) -> None:
+    _check_loading(arguments)
+    check_sampling(arguments)
+
+
+def check_files(arguments: argparse.Namespace) -> None:
+    """Of what only reads a checkpoint."""
+    _check_model(arguments.model)
+
+
+def check_verify(arguments: argparse.Namespace) -> None:
+    _check_model(arguments.model)
+    if arguments.deep and arguments.quick:
+        raise ArgumentError("--deep reads all weights and --quick reads none: leave one of them out")
+
+
+def check_plan(arguments: argparse.Namespace) -> None:
+    for model in arguments.models:
+        _check_model(model)
+    _check_memory(arguments)
+    _refuse_idle(arguments)
+    if not arguments.table and (len(arguments.models) > 1 or "," in (arguments.gpu or "")):
+        raise ArgumentError("several models or cards are for --table: add it, or name one")
+    for card in arguments.gpu.split(",") if arguments.gpu else ():
+        find_card(card)
+    if arguments.gpu and arguments.device:
+        raise ArgumentError("--device and --gpu both name what computes: leave one of them out")
+    if arguments.prompt_tokens and arguments.prompt_tokens > (arguments.max_context or arguments.prompt_tokens):
+        raise ArgumentError(
+            f"--prompt-tokens {arguments.prompt_tokens} do not fit into --max-context {arguments.max_context}"
+        )
+    _check_picture(arguments.plot)
+
+
+def _refuse_idle(arguments: argparse.Namespace) -> None:
+    """Raise for what would have no effect."""
+    if arguments.table:
+        kind = "a table"
+        idle = {"--plot": arguments.plot, "--json beside --format": arguments.json and arguments.format}
+    elif arguments.plot is not None:
+        kind = "a picture"
+        idle = {"--json": arguments.json, "--format": arguments.format, "--prompt-tokens": arguments.prompt_tokens}
+    else:
+        kind, idle = "one plan", {"--format": arguments.format}
+    for name, given in idle.items():
+        if given:
+            raise ArgumentError(f"{name} has no effect on {kind}: leave it out")
+
+
+def drawn_by(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Options that say how tokens are drawn, as far as they are given."""
+    return {name: value for name in FOR_SAMPLING if (value := getattr(arguments, name)) is not None}
+
+
+def is_greedy(arguments: argparse.Namespace) -> bool:
+    """Whether the most likely token is asked for, in so many words or by the temperature."""
+    return bool(arguments.greedy or arguments.temperature == 0)
+
+
+def check_sampling(arguments: argparse.Namespace) -> None:
+    """Raise if one option makes another one meaningless."""
+    if not is_greedy(arguments):
+        return
+    given = drawn_by(arguments)
+    idle = [name for name in given if (name, given[name]) != ("temperature", 0)]
+    if idle or arguments.sample:
+        greedy = "--greedy" if arguments.greedy else "--temperature 0"
+        other = f"--{idle[0].replace('_', '-')} {given[idle[0]]}" if idle else "--sample"
+        raise ArgumentError(f"{greedy} takes the most likely token, so {other} has no effect: leave one of them out")
+
+
+def _check_loading(arguments: argparse.Namespace) -> None:
+    _check_model(arguments.model)
+    _check_memory(arguments)
+
+
+def _check_memory(arguments: argparse.Namespace) -> None:
+    sizes = parse_memory(arguments.max_memory or [])
+    others = [name for name in sizes if name != "cpu"] if isinstance(sizes, dict) else []
+    if arguments.device == "cpu" and others:
+        raise ArgumentError(f"--max-memory {others[0]}=... is of an accelerator, and --device cpu uses none")
+
+
+def _check_model(name: str) -> None:
+    """Raise for what is plainly a path and leads nowhere. What may be a hub id is left to the hub."""
+    if not name:
+        raise ArgumentError("the model's name is empty: name a folder or a hub id")
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        kind = "file" if name.endswith(".gguf") else "folder"
+        raise CheckpointNotFoundError(f"there is no {kind} {name!r}")
+
+
+def _check_picture(file: str | None) -> None:
+    if file is not None:
+        with status("starting: importing matplotlib"):
+            check_file(new_figure(), Path(file))
