@@ -45,12 +45,15 @@ def bar(share: float) -> str:
 class StatusLine:
     """A line below the cursor of standard error, which stays where it is: what is written meanwhile is not disturbed.
 
+    It stays on the stream that was standard error when it began: others may be silenced meanwhile by another one.
+
     Args:
         text: asked for what the line says whenever it is drawn; on the thread that draws.
     """
 
     def __init__(self, text: Callable[[], str]) -> None:
         self._text = text
+        self._stream = sys.stderr
         self._shown = ""
         self._lock = threading.Lock()
 
@@ -60,13 +63,13 @@ class StatusLine:
         with self._lock:
             if text != self._shown:
                 self._shown = text
-                _send(f"{ERASE}{MAKE_ROOM}{SAVE}{BELOW}{DIM}{text}{PLAIN}{RESTORE}")
+                self._send(f"{ERASE}{MAKE_ROOM}{SAVE}{BELOW}{DIM}{text}{PLAIN}{RESTORE}")
 
     def erase(self) -> None:
         with self._lock:
             if self._shown:
                 self._shown = ""
-                _send(ERASE)
+                self._send(ERASE)
 
     def write(self, text: str) -> None:
         """Let `text` go to standard output, where the cursor is."""
@@ -75,6 +78,13 @@ class StatusLine:
             sys.stdout.write(text)
             sys.stdout.flush()
         self.draw()
+
+    def _send(self, codes: str) -> None:
+        try:
+            self._stream.write(codes)
+            self._stream.flush()
+        except (OSError, ValueError):  # the terminal went away; whoever has something to say will be told
+            pass
 
 
 @contextmanager
@@ -155,11 +165,3 @@ def fit(text: str, columns: int) -> str:
             break
         shown.append(character)
     return "".join(shown)
-
-
-def _send(codes: str) -> None:
-    try:
-        sys.stderr.write(codes)
-        sys.stderr.flush()
-    except (OSError, ValueError):  # the terminal went away; whoever has something to say will be told
-        pass
