@@ -426,3 +426,12 @@ def test_output_that_cannot_be_written_is_told() -> None:
         )
     assert result.returncode == 1
     assert result.stderr == "airstream: standard output cannot be written: No space left on device\n"
+
+
+def test_a_demo_without_a_question_and_rates_of_a_file_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for words, said in ((["demo", " "], "question is empty"), (["hardware", tmp_path / "file"], "is a file")):
+        assert run(*words) == 1
+        assert said in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """Whether an answer is the one that transformers gives, by letting transformers give it: all weights in memory.
 
-The weights come from the same GGUF file by another road than those that were streamed: the package gguf decodes them, and
-nothing that streams has a hand in it. transformers' own reading of the file gives the same weights to the bit, and takes
-three times as long.
+The weights come from the same GGUF file by another road than those that were streamed: the package gguf decodes them,
+and nothing that streams has a hand in it. transformers' own reading of the file gives the same weights to the bit, and
+takes about twice as long.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from airstream.hardware import available_host_bytes
 from airstream.units import GIB
 
 NEEDED_BYTES = 3 * GIB // 2
-"""What it takes to decode the demo's file, and transformers to hold its weights twice for a while, with room to spare."""
+"""What it takes to decode the demo's file, and for transformers to hold its weights, with room to spare."""
 
 
 def has_room() -> bool:
