@@ -61,12 +61,15 @@ def bar(share: float) -> str:
 class StatusLine:
     """A line below the cursor of standard error, which stays where it is: what is written meanwhile is not disturbed.
 
+    It stays on the stream that was standard error when it began: others may be silenced meanwhile by another one.
+
     Args:
         text: asked for what the line says whenever it is drawn; on the thread that draws.
     """
 
     def __init__(self, text: Callable[[], str]) -> None:
         self._text = text
+        self._stream = sys.stderr
         self._shown = ""
         self._lock = threading.Lock()
 
@@ -77,13 +80,13 @@ class StatusLine:
             if text != self._shown:
                 self._shown = text
                 shown = text if os.environ.get("NO_COLOR") else f"{DIM}{text}{PLAIN}"
-                _send(f"{ERASE}{MAKE_ROOM}{SAVE}{BELOW}{shown}{RESTORE}")
+                self._send(f"{ERASE}{MAKE_ROOM}{SAVE}{BELOW}{shown}{RESTORE}")
 
     def erase(self) -> None:
         with self._lock:
             if self._shown:
                 self._shown = ""
-                _send(ERASE)
+                self._send(ERASE)
 
     def write(self, text: str) -> None:
         """Let `text` go to standard output, where the cursor is."""
@@ -92,6 +95,13 @@ class StatusLine:
             sys.stdout.write(text)
             sys.stdout.flush()
         self.draw()
+
+    def _send(self, codes: str) -> None:
+        try:
+            self._stream.write(codes)
+            self._stream.flush()
+        except (OSError, ValueError):  # the terminal went away; whoever has something to say will be told
+            pass
 
 
 @contextmanager
@@ -172,11 +182,3 @@ def fit(text: str, columns: int) -> str:
             break
         shown.append(character)
     return "".join(shown)
-
-
-def _send(codes: str) -> None:
-    try:
-        sys.stderr.write(codes)
-        sys.stderr.flush()
-    except (OSError, ValueError):  # the terminal went away; whoever has something to say will be told
-        pass

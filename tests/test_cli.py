@@ -6,6 +6,7 @@ import argparse
 import io
 import itertools
 import json
+import os
 import subprocess
 import sys
 import types
@@ -23,6 +24,7 @@ from airstream.cli.parser import build_parser, load_options
 from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
 from airstream.cli.values import DTYPES, parse_memory
+from airstream.cli.wording import as_options
 from airstream.config import LoadOptions
 from tests.conftest import WriteTiny, stream
 from tests.tiny_models import tiny_tokenizer
@@ -488,3 +490,54 @@ def test_a_prompt_without_quotes_is_told_to_have_some(capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit):
         build_parser().parse_args(["generate", "MODEL", "Once", "upon", "a", "time"])
     assert "upon a time: a prompt of several words stands in quotes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ('is max_memory={"cpu": "192MiB"}', "is --max-memory 192MiB"),
+        ('max_memory={0: "4GiB", "cpu": "8GiB"}', "--max-memory 0=4GiB cpu=8GiB"),
+        ('a smaller max_memory={"cpu": ...}, below', "a smaller --max-memory cpu=..., below"),
+        ("from_pretrained(..., max_batch_size=...) plans", "--max-batch-size ... plans"),
+        ("device='cuda:9' is not there", "--device cuda:9 is not there"),
+        ("pass trust_remote_code=True if", "pass --trust-remote-code if"),
+        ("which subfolder= names", "which --subfolder names"),
+        ("max_memory gives 200 MiB", "--max-memory gives 200 MiB"),
+        ("/data/max_memory/x", "/data/max_memory/x"),
+    ],
+)
+def test_errors_are_in_the_words_of_the_command_line(message: str, said: str) -> None:
+    assert as_options(message) == said
+
+
+def test_a_budget_that_is_too_small_names_the_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", folder, "w5", "--max-memory", "1MiB") == 1
+    err = capsys.readouterr().err
+    assert "that would do" in err
+    assert " is --max-memory " in err
+    assert "max_memory" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_output_that_cannot_be_written_is_told() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "airstream", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=environment,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "airstream: standard output cannot be written: No space left on device\n"
+
+
+def test_a_demo_without_a_question_and_rates_of_a_file_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for words, said in ((["demo", " "], "question is empty"), (["hardware", tmp_path / "file"], "is a file")):
+        assert run(*words) == 1
+        assert said in capsys.readouterr().err

@@ -239,3 +239,14 @@ def test_a_status_only_where_a_terminal_can_show_one(
     assert status.can_draw() is expected
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     assert not status.can_draw()
+
+
+def test_a_line_stays_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others are silenced meanwhile, by another standard error."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", began := Terminal())
+    line = status.StatusLine(lambda: "working")
+    monkeypatch.setattr("sys.stderr", other := Terminal())
+    line.draw()
+    assert "working" in began.getvalue()
+    assert other.getvalue() == ""

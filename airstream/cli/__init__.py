@@ -7,7 +7,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from airstream.cli.output import finish, is_lost
 from airstream.cli.parser import build_parser
+from airstream.cli.wording import as_options
 from airstream.errors import AirstreamError
 
 __all__ = ["main"]
@@ -22,6 +24,16 @@ MAX_ERROR = 500
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for an error, which is told in one line, 130 after Ctrl-C."""
+    try:
+        exit_status = _run(argv)
+    except SystemExit:  # the parser has printed something
+        if not finish():
+            return 1
+        raise
+    return exit_status if finish() else 1
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = build_parser().parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)  # before they are imported: that is when they look
@@ -31,15 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore")
             return arguments.run(arguments) or 0
     except AirstreamError as error:
-        print(f"airstream: {error}", file=sys.stderr)
+        print(f"airstream: {as_options(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output went away: `airstream generate ... | head`
-        sys.stderr.close()
-        return 1
     except Exception as error:  # whatever the libraries below raise is a line, too
+        if isinstance(error, BrokenPipeError) or (isinstance(error, OSError) and is_lost()):
+            return 1  # `finish` tells
         if arguments.traceback:
             raise
         said = " ".join(str(error).split()) or "no message"

@@ -13,6 +13,7 @@ from airstream.cli.conversation import Conversation
 from airstream.cli.reading import typed
 from airstream.cli.sampling import choose
 from airstream.cli.session import check_chat, load, note, printing
+from airstream.cli.wording import as_options
 from airstream.errors import AirstreamError, ArgumentError, ClosedError
 from airstream.units import counted
 
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
             except ClosedError:
                 raise
             except AirstreamError as error:  # of this turn: the conversation can go on
-                note(f"airstream: {error}")
+                note(f"airstream: {as_options(str(error))}")
 
 
 def _answer(conversation: Conversation, question: str, show: Callable[[], AbstractContextManager[Any]]) -> None:

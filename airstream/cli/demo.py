@@ -13,6 +13,7 @@ import torch
 from airstream.cli.session import encode_chat, load, note, printing
 from airstream.demo.check import answer_of_transformers, has_room
 from airstream.demo.model import prepare_gguf
+from airstream.errors import ArgumentError
 from airstream.plan import Plan
 from airstream.report import Meter, RunReport
 from airstream.status import status
@@ -23,6 +24,8 @@ MAX_NEW_TOKENS = 64
 
 def run(arguments: argparse.Namespace) -> int:
     """Fetch the model if need be, answer, say what that took, and whether transformers answers the same."""
+    if not arguments.question.strip():
+        raise ArgumentError("the question is empty: give some text to answer")
     file = prepare_gguf()
     loading = argparse.Namespace(
         model=file, dtype="bfloat16", max_memory=[arguments.max_memory], device=arguments.device

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from airstream.config import resolve_device
+from airstream.errors import ArgumentError
 from airstream.rates import store
 from airstream.rates.facts import HardwareFacts
 
@@ -16,6 +17,8 @@ from airstream.rates.facts import HardwareFacts
 def run(arguments: argparse.Namespace) -> None:
     """Print the rates and where each comes from; measure them first if nobody has, or if asked to."""
     folder, device = Path(arguments.path), resolve_device(arguments.device)
+    if folder.is_file():
+        raise ArgumentError(f"{folder} is a file: name a folder on the disk to measure")
     facts = None if arguments.refresh else store.stored(folder, device)
     where = f"kept in {store.store_file()}; --refresh measures again"
     if facts is None:

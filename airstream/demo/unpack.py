@@ -22,7 +22,7 @@ from airstream.errors import CheckpointError
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-__all__ = ["unpack"]
+__all__ = ["dense_model", "unpack"]
 
 _NAMES = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 _LAYER_NAMES = {
@@ -37,6 +37,21 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _CONTROL_TOKEN = 3  # in `tokenizer.ggml.token_type`
+
+
+def dense_model(gguf_file: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config of the tied llama model in `gguf_file`, as config.json has it, and its dense weights in bf16.
+
+    Holds the dense weights once in host memory, and the largest tensor twice more in float32.
+
+    Raises:
+        CheckpointError: the file holds a tensor that such a model does not have.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(gguf_file)
+    small = {name: field.contents() for name, field in reader.fields.items() if len(field.data) <= 1}  # no token lists
+    return _config(small), _dense_tensors(reader, small)
 
 
 def unpack(gguf_file: Path, folder: Path) -> None:
