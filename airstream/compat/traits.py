@@ -19,6 +19,9 @@ CACHE_KEYWORDS = ("cache", "past_key_values")
 POSITION_TABLES = ("wpe", "embed_positions", "position_embeddings", "position_embedding", "positions_embed")
 """What models call a table with a row for every position."""
 
+TOWERS = ("vision", "visual", "image", "audio")
+"""What is in the names of parts whose positions are patches or frames, not tokens."""
+
 FEW, MANY = 2, 4
 """Tokens of the passes that measure a cache: what they differ by grows with every token, the rest does not."""
 
@@ -81,6 +84,8 @@ def position_limit(model: PreTrainedModel) -> int | None:
 def _rows_for_positions(name: str, module: nn.Module) -> int:
     """Rows of a table of positions after those that stand for padding; 0 if `module` is none."""
     if not isinstance(module, nn.Embedding) or name.rpartition(".")[2] not in POSITION_TABLES:
+        return 0
+    if any(word in name for word in TOWERS):
         return 0
     padding = 0 if module.padding_idx is None else module.padding_idx + 1
     return module.num_embeddings - (getattr(module, "offset", 0) or padding)
