@@ -22,10 +22,12 @@ from airstream.compat import Consequences, blamed_on, finish_loading, gguf_token
 from airstream.config import LoadOptions, MaxMemory
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.foreign import adopt
+from airstream.forks import is_forked
 from airstream.hardware import process_bytes
 from airstream.live import progress
 from airstream.machine import THIS_MACHINE, Machine
 from airstream.model.engine import Engine
+from airstream.model.forked import compute_on_one_thread
 from airstream.model.shortage import explained
 from airstream.model.streamed import StreamedModel, make_streamed
 from airstream.plan import Plan, Workload, make_plan, with_advice
@@ -132,6 +134,8 @@ class AutoModel:
 
 def _load(name: str | os.PathLike[str], options: LoadOptions, host_bytes: int) -> StreamedModel:
     check_name(name)
+    if is_forked():
+        compute_on_one_thread()
     # Without the time at first: where something is downloaded, the hub draws bars.
     activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
     plan: Plan | None = None

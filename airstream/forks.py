@@ -9,10 +9,18 @@ import os
 import threading
 from collections.abc import Callable
 
+BORN_AS = os.getpid()
+"""The process in which airstream was imported: a fork of it has another number."""
+
 FORKED_INSIDE = (
     "this process was forked in the middle of a pass of the model, whose other half is in the parent: fork between two "
     "calls, load the model in the child, or start it with multiprocessing's 'spawn'"
 )
+
+
+def is_forked() -> bool:
+    """Whether this process is a fork of one that had imported airstream, and may have computed."""
+    return os.getpid() != BORN_AS
 
 
 class Forks:

@@ -647,6 +647,7 @@ if __name__ == "__main__":
     seen["going on with a pass"] = exit_code(seen.pop("pid"))
     seen["parent behind its children"] = tokens(model)
     model.close()
+    seen["loaded in a child of a parent that has computed"] = child(loaded_here)
     seen["spawn"] = child(loaded_here, SPAWN)
     print(json.dumps(seen))
 """
@@ -678,6 +679,7 @@ def test_a_forked_child_computes_what_its_parent_does(folder: Path, tmp_path: Pa
         "inside a pass": f"UnsupportedError: {FORKED_INSIDE}",
         "going on with a pass": 3,
         "parent behind its children": expected,
+        "loaded in a child of a parent that has computed": expected,
         "spawn": expected,
     }
 

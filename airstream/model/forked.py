@@ -34,11 +34,16 @@ def begin_anew(
     turns.after_fork()
     generations.after_fork()
     observer.after_fork()
+    compute_on_one_thread()
+    if executor is not None:
+        executor.after_fork()
+
+
+def compute_on_one_thread() -> None:
+    """Keep torch from waiting for threads that only the parent has."""
     if torch.get_num_threads() > 1:
         logger.warning(
             "a forked process: the threads that torch computes with are not here, and it would wait for them for ever. "
             "It computes on one thread; torch.set_num_threads() makes it more, if the parent has computed nothing"
         )
         torch.set_num_threads(1)
-    if executor is not None:
-        executor.after_fork()
