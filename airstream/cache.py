@@ -5,6 +5,7 @@ Knows folders, locks, manifests and free space. Refuses to know what the folders
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
@@ -21,12 +22,15 @@ from filelock import FileLock, Timeout
 from airstream.checkpoint.foreign_json import MANIFEST as MANIFEST_KIND
 from airstream.checkpoint.foreign_json import read_json
 from airstream.disk_space import check_free_space, named_when_full
-from airstream.errors import CheckpointError
+from airstream.errors import CheckpointError, DiskSpaceError
 
 __all__ = ["cache_folder", "is_complete", "make_once", "sync"]
 
 MANIFEST = "airstream-manifest.json"
 ELSEWHERE = "Free some, or set AIRSTREAM_CACHE to a folder on another disk."
+
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+"""What systems say of a folder in which nothing can be made: of another user, read-only, or a file."""
 
 _MAKING = "-making-"
 _WORK_FOLDER = re.compile(rf"\.(?P<folder>.+){_MAKING}[^-]+")
@@ -54,10 +58,18 @@ def make_once(folder: Path, recipe: str, build: Callable[[Path, Path], None], pe
         peak_bytes: the most that `made` and `scratch` hold together.
 
     Raises:
-        DiskSpaceError: fewer than `peak_bytes` are free, or the disk filled up meanwhile.
+        DiskSpaceError: fewer than `peak_bytes` are free, the disk filled up meanwhile, or nothing can be written there.
     """
     with named_when_full(folder, lambda: peak_bytes, f"making {folder}", ELSEWHERE):
-        made = _make_once(folder, recipe, build, peak_bytes)
+        try:
+            made = _make_once(folder, recipe, build, peak_bytes)
+        except OSError as error:
+            if error.errno not in UNWRITABLE:
+                raise
+            raise DiskSpaceError(
+                f"{folder.parent}, where {folder.name} would be kept, cannot be written ({error.strerror}): set "
+                "AIRSTREAM_CACHE to a folder that can be"
+            ) from error
         _sweep(folder.parent)
     return made
 

@@ -541,3 +541,20 @@ def test_a_demo_without_a_question_and_rates_of_a_file_are_refused(
     for words, said in ((["demo", " "], "question is empty"), (["hardware", tmp_path / "file"], "is a file")):
         assert run(*words) == 1
         assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("called", "is_found", "typed"),
+    [
+        (".venv/bin/airstream", False, ".venv/bin/airstream"),
+        (".venv/bin/airstream", True, "airstream"),
+        ("somewhere/airstream/__main__.py", False, "airstream"),
+    ],
+)
+def test_what_to_type_next_can_be_typed(
+    called: str, is_found: bool, typed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the environment is not activated, as after the first command of the README."""
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setattr("shutil.which", lambda _: "/bin/airstream" if is_found else None)
+    assert demo.program() == typed

@@ -438,3 +438,10 @@ def test_the_real_tokenizer_splits_as_llama_cpp_does(smollm2_folder: Path) -> No
     llama_cpp = "104 256 37 284 333 33 34 216 16738 294 2756 31394 216 18645 250 48392 138 47526 8866 253 339 5248"
     assert tokenizer(text).input_ids == [int(token) for token in llama_cpp.split()]
     assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_a_cache_folder_that_cannot_be_is_told_with_the_remedy(tmp_path: Path) -> None:
+    """As one of another user is, or one on a read-only disk; here a file is in its place, which stops root, too."""
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DiskSpaceError, match=r"cannot be written \(.*\): set AIRSTREAM_CACHE to a folder that can be"):
+        cache.make_once(tmp_path / "cache" / "made", "recipe", lambda *_: None, 1)

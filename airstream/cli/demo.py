@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,8 +43,14 @@ def run(arguments: argparse.Namespace) -> int:
         report = meter.report(plan, model.stats)
     note(f"\n{_cost(plan, report, file)}\n{report}\n")
     status_code = 0 if arguments.no_check else _check(plan, file, output.cpu(), report.prompt_tokens)
-    note(f"Next, talk to it:\n  airstream {shlex.join(next_command(file))}")
+    note(f"Next, talk to it:\n  {shlex.join([program(), *next_command(file)])}")
     return status_code
+
+
+def program() -> str:
+    """What to type for airstream here: its name where a shell finds it, or the file that was called."""
+    called = sys.argv[0]
+    return "airstream" if shutil.which("airstream") or Path(called).stem != "airstream" else called
 
 
 def next_command(file: Path) -> list[str]:
