@@ -558,3 +558,36 @@ def test_what_to_type_next_can_be_typed(
     monkeypatch.setattr(sys, "argv", [called])
     monkeypatch.setattr("shutil.which", lambda _: "/bin/airstream" if is_found else None)
     assert demo.program() == typed
+
+
+ROOT = Path(__file__).parent.parent
+
+READ = """
+import sys
+from airstream.cli.reading import prompt_of, typed
+from airstream.errors import ArgumentError
+try:
+    print(ascii((prompt_of(sys.argv[1], None), list(typed()))))
+except ArgumentError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes files")
+@pytest.mark.parametrize(
+    ("words", "stdin", "read"),
+    [
+        ("-", "<&-", "there is no standard input to read the prompt from"),
+        ("hi", "<&-", "('hi', [])"),
+        ("-", "</dev/null", "the prompt is empty: give some text to continue"),
+        ("Größe", "</dev/null", ascii(("Größe", []))),
+    ],
+)
+def test_prompts_without_standard_input_and_of_a_locale_that_knows_ascii_alone(
+    words: str, stdin: str, read: str
+) -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
+    environment = plain | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    shell = ["sh", "-c", f'exec "$0" "$@" {stdin}', sys.executable, "-c", READ, words]
+    result = subprocess.run(shell, env=environment, capture_output=True, check=True)
+    assert result.stdout.decode() == f"{read}\n"
