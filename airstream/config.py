@@ -66,6 +66,9 @@ class LoadOptions:
             raise ArgumentError(f'page_cache={self.page_cache!r}: use True, False or "auto"')
         if self.progress not in ("auto", True, False):
             raise ArgumentError(f'progress={self.progress!r}: use True, False or "auto"')
+        for name in ("trust_remote_code", "local_files_only", "profiling_mode"):
+            if getattr(self, name) not in (None, True, False):  # any text would be true
+                raise ArgumentError(f"{name}={getattr(self, name)!r}: use True or False")
         named = named_dtype(self.dtype)
         if self.dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
             raise ArgumentError(

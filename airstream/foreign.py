@@ -52,7 +52,7 @@ HONOURED: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
     "prefetching": ("prefetch_batches", _batches_ahead),
     "max_seq_len": ("max_context", _same),
     "max_model_len": ("max_context", _same),
-    "n_ctx": ("max_context", _same),
+    "n_ctx": ("max_context", lambda _, tokens: tokens or DEFAULT),  # 0: as the model says
     "gpu_batch_size": ("max_batch_size", _same),
 }
 """Arguments that mean what one of ours means: its name, and what gives its value."""
@@ -102,6 +102,7 @@ REFUSED: Mapping[str, str] = {
     "percent": BUDGET,
     "tensor_parallel_size": ONE_DEVICE,
     "tp_plan": ONE_DEVICE,
+    "no_split_module_classes": ONE_DEVICE,
     "tp_size": ONE_DEVICE,
     "device_mesh": ONE_DEVICE,
     "n_threads": "call torch.set_num_threads(...) before",

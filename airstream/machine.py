@@ -140,7 +140,7 @@ def request_for(question: Question, facts: ModelFacts) -> Request:
     memory = machine.memory(device, given)
     budgets = {name: int(AUTO_SHARE * nbytes) for name, (nbytes, _) in memory.items()} | given
     shares = {name: f"{AUTO_SHARE:.0%} of {words}, the rest is head-room" for name, (_, words) in memory.items()}
-    notes = shares | dict.fromkeys(given, "given")
+    notes = shares | {name: _given(nbytes, *memory.get(name, (nbytes, ""))) for name, nbytes in given.items()}
     total = memory[HOST][0]
     return Request(
         device=str(device),
@@ -172,6 +172,11 @@ def _direct_io(facts: ModelFacts, left_over: int, options: LoadOptions) -> bool:
     if options.page_cache == "auto":
         return facts.checkpoint_bytes > PAGE_CACHE_SHARE * left_over
     return not options.page_cache
+
+
+def _given(budget: int, there: int, words: str) -> str:
+    """What is said of a budget that the user gave, which may be more than `there` is."""
+    return f"given, more than {words}" if budget > there else "given"
 
 
 def _available(nbytes: int) -> tuple[int, str]:

@@ -234,3 +234,11 @@ def test_a_device_by_another_name_is_told_its_own(device: str, meant: str) -> No
 def test_an_accelerators_budget_where_the_cpu_computes() -> None:
     with pytest.raises(ArgumentError, match=r'max_memory=\{"cpu": \'4GiB\'\} .*device="cuda"'):
         parse_max_memory({0: "4GiB"}, CPU)
+
+
+@pytest.mark.parametrize("name", ["trust_remote_code", "local_files_only", "profiling_mode"])
+@pytest.mark.parametrize("value", ["no", "yes", 3])
+def test_what_is_true_or_false_is_no_text(name: str, value: object) -> None:
+    """`trust_remote_code="no"` would run what the checkpoint brings."""
+    with pytest.raises(ArgumentError, match=rf"^{name}={value!r}: use True or False"):
+        LoadOptions(**{name: value})

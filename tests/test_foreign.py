@@ -39,6 +39,7 @@ HONOURED_AS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"max_seq_len": 512}, {"max_context": 512}),
     ({"max_model_len": 512}, {"max_context": 512}),
     ({"n_ctx": 512}, {"max_context": 512}),
+    ({"n_ctx": 0}, {}),
     ({"gpu_batch_size": 4}, {"max_batch_size": 4}),
 ]
 

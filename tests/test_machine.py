@@ -150,3 +150,10 @@ def test_mistakes_are_told(
 ) -> None:
     assert run("plan", configs["llama-3-8b"], *words) == 1
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("budget", "note"), [("8GiB", "given"), ("1TiB", "given, more than the 64.00 GiB of RAM")])
+def test_a_budget_larger_than_the_machine_is_told(configs: dict[str, Path], budget: str, note: str) -> None:
+    machine = Machine(ram="64GiB")
+    plan = AutoModel.plan(configs["llama-3-8b"], machine=machine, max_memory=budget, device="cpu", max_context=128)
+    assert plan.tiers["cpu"].budget_note == note
