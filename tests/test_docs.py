@@ -92,7 +92,7 @@ def test_commands_are_understood(words: list[str]) -> None:
 def test_the_readme_shows_the_two_commands() -> None:
     readme = (ROOT / "README.md").read_text()
     chained = [line for line in readme.splitlines() if line.startswith("python3 -m venv .venv && ")]
-    assert [line.split()[-2:] for line in chained] == [[".venv/bin/airstream", "demo"], ["pytest", "-q"]]
+    assert [line.split()[-2:] for line in chained] == [[".venv/bin/airstream", "demo"], ["-n", "auto"]]
 
 
 def test_ci_runs_the_command_of_the_readme() -> None:

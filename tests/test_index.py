@@ -150,7 +150,7 @@ def test_an_absurd_header_length(file: Path, claimed: int) -> None:
     raw = bytearray(raw_header(VALID) + bytes(32))
     raw[:8] = struct.pack("<Q", claimed)
     file.write_bytes(raw)
-    refused(file, f"claims {claimed:,} bytes")
+    refused(file, f"claims {claimed:,} byte")
 
 
 def test_a_header_above_the_limit_is_not_read(file: Path) -> None:

@@ -23,7 +23,7 @@ from airstream.checkpoint import files
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.jobs import Job, ReadCancelled
 from airstream.checkpoint.reader import Cast, Piece, Reader, split
-from airstream.errors import CheckpointError, CheckpointNotFoundError, ClosedError, ReadError
+from airstream.errors import BudgetError, CheckpointError, CheckpointNotFoundError, ClosedError, ReadError
 
 FILE_BYTES = 200_001  # ends neither on a page nor on a sector
 CONTENT = random.Random(0).randbytes(FILE_BYTES)
@@ -374,8 +374,9 @@ def test_an_error_of_the_landing_reaches_whoever_waits(file: Path) -> None:
     gate = Gate(error=MemoryError("no room"))
     gate.opened.set()
     with Reader([file], direct=False) as reader:
-        with pytest.raises(MemoryError, match="no room"):
+        with pytest.raises(BudgetError, match="has no memory left") as caught:
             reader.read(whole(file), gate)
+        assert str(caught.value.__cause__) == "no room"
         assert read_bytes(reader, whole(file), FILE_BYTES) == CONTENT
 
 
@@ -419,7 +420,9 @@ def test_after_an_error_the_rest_of_the_job_is_not_read(file: Path) -> None:
     with Reader([file], direct=False, num_workers=1, chunk_bytes=4096) as reader:
         _, calls = submit_behind(reader, file, gate, num_jobs=1)
         gate.opened.set()
-        assert str(calls[0].only()) == "first"
+        error = calls[0].only()
+        assert isinstance(error, ReadError)
+        assert str(error.__cause__) == "first"
         assert reader.bytes_read == 0
 
 

@@ -21,6 +21,7 @@ from airstream.codecs import BLOCK_TYPES
 from airstream.errors import AirstreamError, ClosedError, UnsupportedError
 from airstream.forks import Forks
 from airstream.probe import DISK, PAGE_CACHE, Probe
+from airstream.units import counted
 
 CHUNK_BYTES = 8 << 20
 """The largest single read. 4-16 MiB on a few threads keep an NVMe drive busy; larger ones only drain unevenly."""
@@ -262,7 +263,7 @@ class Reader:
         except AirstreamError:
             raise
         except (OSError, MemoryError) as error:  # as its file's errors are, those of the memory around it
-            what = f"reading {piece.nbytes:,} bytes at {piece.offset:,} of {piece.file}"
+            what = f"reading {counted(piece.nbytes, 'byte')} at {piece.offset:,} of {piece.file}"
             raise failure_of(what, error) from error
         with self._wake:
             self.bytes_read += piece.nbytes

@@ -70,8 +70,13 @@ def _refusing(convert: Callable[..., torch.Tensor]) -> Callable[..., torch.Tenso
 
 
 def _is_applied() -> bool:
-    """Whether a module is moving or casting its tensors now, on this thread."""
+    """Whether a module is moving or casting its tensors now, on this thread, but not in the middle of a pass.
+
+    There it is the model's own code, as that of routers which compute in float32: it does so in every pass.
+    """
     frame: FrameType | None = sys._getframe(2)
-    while frame is not None and frame.f_code is not nn.Module._apply.__code__:
+    is_applied = False
+    while frame is not None and frame.f_code is not torch.nn.Module._call_impl.__code__:
+        is_applied |= frame.f_code is nn.Module._apply.__code__
         frame = frame.f_back
-    return frame is not None
+    return is_applied and frame is None

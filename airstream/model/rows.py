@@ -107,9 +107,10 @@ def _check_tokens(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     if ids.device.type != "cpu" and ids.shape[-1] == 1:
         return
     low, high = (int(bound) for bound in ids.aminmax())
-    if low < 0 or high >= int(module.num_embeddings):  # type: ignore[arg-type]  # it is an embedding's
+    rows = int(module.num_embeddings)  # type: ignore[arg-type]  # it is an embedding's
+    if low < 0 or high >= rows:
         raise ArgumentError(
-            f"ids of tokens from {low:,} to {high:,} are not all in the vocabulary of {module.num_embeddings:,} tokens "
+            f"ids of tokens from {low:,} to {high:,} are not all in the vocabulary of {counted(rows, 'token')} "
             f"({name}): use the model's own tokenizer, model.tokenizer"
         )
 

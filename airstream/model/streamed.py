@@ -208,8 +208,8 @@ class StreamedModel(WithAdapters, GuardedModule):
         self.close()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_inputs("model", args, kwargs)
         refuse_tracing()
+        self._check_inputs("model", args, kwargs)
         refuse_gradients(self, args, kwargs)
         work = workload.of_pass(args, kwargs, self.config)
         with self._engine.one_pass(work, workload.has_cache(kwargs), self._heed_adapters):
