@@ -133,5 +133,13 @@ def _check_complete(
         names = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of the {counted(len(targets), 'tensor')} of {type(model).__name__}: "
-            f"{names}. Download it again, or check that config.json belongs to it"
+            f"{names}. {_remedy(model)}"
         )
+
+
+def _remedy(model: PreTrainedModel) -> str:
+    """What to do about weights that a checkpoint has not: it may be whole, and another model's."""
+    saved = model.config.architectures or []
+    if saved and type(model).__name__ not in saved:
+        return f"It was saved from {', '.join(map(str, saved))}: leave model_class= out, or name that"
+    return "Download it again, or check that config.json belongs to it"

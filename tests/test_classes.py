@@ -22,10 +22,10 @@ from transformers import (
     pipeline,
 )
 
-from airstream import ArgumentError, AutoModel, UnsupportedError
+from airstream import ArgumentError, AutoModel, CheckpointError, UnsupportedError
 from airstream.compat import choose_class
 from airstream.model.rows import RowTable
-from tests.conftest import stream
+from tests.conftest import WriteTiny, stream
 from tests.matrix.cases import IMAGE_TEXT_TO_TEXT, SEQ2SEQ_LM
 from tests.matrix.configs import tiny_config
 from tests.matrix.examine import tensors_of, write
@@ -283,3 +283,9 @@ def test_text_with_an_image_by_the_processor(written: Write) -> None:
         assert (inputs.input_ids == 5).sum() == 16
         tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False)
         assert torch.equal(tokens, reference.generate(**inputs, max_new_tokens=5, do_sample=False))
+
+
+def test_another_class_than_the_saved_one_is_named(tiny: WriteTiny) -> None:
+    """Nothing is wrong with the download then."""
+    with pytest.raises(CheckpointError, match=r"saved from LlamaForCausalLM: leave model_class= out, or name that"):
+        AutoModel.from_pretrained(tiny("llama", FP32), model_class="AutoModelForSequenceClassification", device="cpu")

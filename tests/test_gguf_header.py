@@ -60,7 +60,7 @@ def write_some(file: Path, split: tuple[int, int, int] | None = None, names: tup
     writer.add_float32("a.float", 0.5)
     if split is not None:
         number, count, total = split
-        writer.add_uint16("split.no", number)
+        (writer.add_string if isinstance(number, str) else writer.add_uint16)("split.no", number)
         writer.add_uint16("split.count", count)
         writer.add_int32("split.tensors.count", total)
     for name in names:
@@ -105,7 +105,8 @@ def test_split_files_are_one_checkpoint(tmp_path: Path) -> None:
     [
         (((1, 2, 4), (1, 2, 4)), "file 2 of 2, its name that it is file 1 of 2"),
         (((0, 3, 4), (1, 3, 4)), "file 1 of 3"),
-        (((0, 2, 5), (1, 2, 5)), "promises 5 tensors, its files have 4"),
+        (((0, 2, 5), (1, 2, 5)), "promises 5 as its number of tensors, and has 4"),
+        ((("one", 2, 4), (1, 2, 4)), "split.no is 'one'"),
     ],
 )
 def test_split_files_must_belong_together(tmp_path: Path, splits: Any, message: str) -> None:

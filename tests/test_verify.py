@@ -179,6 +179,15 @@ def test_a_config_that_is_none(copy: Copy, config: str | None, said: str) -> Non
     assert said in fault
 
 
+def test_small_files_that_cannot_be_used(copy: Copy) -> None:
+    """A checkpoint without its tokenizer answers nothing, however sound its weights are."""
+    folder = copy("llama")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+    (folder / "tokenizer.json").write_text(pointer)
+    (fault,) = faults_of(folder)
+    assert "tokenizer.json is a pointer that git-lfs left in place of the file" in fault
+
+
 def test_no_checkpoint_at_all(tiny: WriteTiny, tmp_path: Path) -> None:
     shutil.copy(tiny("llama", BF16) / "config.json", tmp_path)
     assert any("has no checkpoint" in fault for fault in faults_of(tmp_path))

@@ -110,7 +110,7 @@ class GgufIndex(CheckpointIndex):
             raise CheckpointError(f"{files[0]} does not say what kind of model it holds (general.architecture)")
         promised = headers[0].metadata.get("split.tensors.count", len(tensors))
         if promised != len(tensors):
-            raise CheckpointError(f"{files[0]} promises {counted(promised, 'tensor')}, its files have {len(tensors)}")
+            raise CheckpointError(f"{files[0]} promises {promised!r} as its number of tensors, and has {len(tensors)}")
         return cls(tensors, files[0], architecture)
 
 
@@ -290,6 +290,8 @@ def _check_split(header: GgufHeader, number: int, count: int) -> None:
     claimed, own = header.metadata.get("split.count", count), header.metadata.get("split.no", number)
     if claimed in (0, count) and (count == 1 or own == number):
         return
+    if not isinstance(own, int):
+        raise CheckpointError(f"{header.file} is not a sound GGUF file: split.no is {own!r}. Download it again")
     raise CheckpointError(
         f"{header.file} says that it is file {own + 1} of {claimed}, its name that it is file {number + 1} of {count}: "
         "give the files the names that they were published with"

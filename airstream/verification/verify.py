@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from airstream.checkpoint.beside import check_small_files
 from airstream.checkpoint.hub import resolve
 from airstream.checkpoint.index import CheckpointIndex
 from airstream.config import LoadOptions
@@ -58,6 +59,10 @@ def verify(
     manifest: Mapping[str, Any] | None = None
     try:
         manifest = read_manifest(folder)
+    except CheckpointError as error:
+        faults.append(str(error))
+    try:
+        check_small_files(folder)
     except CheckpointError as error:
         faults.append(str(error))
     layers = (manifest or {}).get("layers")
