@@ -179,13 +179,13 @@ def test_a_config_that_is_none(copy: Copy, config: str | None, said: str) -> Non
     assert said in fault
 
 
-def test_small_files_that_cannot_be_used(copy: Copy) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "preprocessor_config.json", "config.json"])
+def test_small_files_that_cannot_be_used(copy: Copy, name: str) -> None:
     """A checkpoint without its tokenizer answers nothing, however sound its weights are."""
     folder = copy("llama")
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
-    (folder / "tokenizer.json").write_text(pointer)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n")
     (fault,) = faults_of(folder)
-    assert "tokenizer.json is a pointer that git-lfs left in place of the file" in fault
+    assert f"{name} is a pointer that git-lfs left in place of the file" in fault
 
 
 def test_no_checkpoint_at_all(tiny: WriteTiny, tmp_path: Path) -> None:

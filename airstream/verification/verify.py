@@ -77,7 +77,7 @@ def verify(
     wrong, read_bytes = _read_files(contents, checksums, deep, progress) if read else ([], 0)
     return VerifyReport(
         folder,
-        tuple(faults + wrong),
+        tuple(dict.fromkeys(faults + wrong)),  # what two looks find is told once
         tuple(notes),
         num_files=len(contents.files),
         num_tensors=len(contents.tensors),
