@@ -24,7 +24,7 @@ def check_trust(config: Mapping[str, Any], folder: Path, trust_remote_code: bool
     raise UnsupportedError(
         f"{folder} is of type {config.get('model_type')!r}, which this transformers version does not know, and brings "
         f"its own code: {', '.join(_files(own))}. Nothing of it has been run. Read it, and if you trust it, pass "
-        "trust_remote_code=True (airstream: --trust-remote-code)"
+        "trust_remote_code=True"
     )
 
 
