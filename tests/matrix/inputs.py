@@ -111,7 +111,7 @@ def _size(model: Any) -> tuple[int, int]:
 
 def seen(model: Any, images: Inputs) -> Inputs:
     """A prompt with as many image tokens as the model makes of `images`."""
-    count = _count(features_of(model)(**images))
+    count = _count(features_of(model)(**in_dtype(images, model.dtype)))
     token = next(value for name in IMAGE_TOKENS if (value := getattr(model.config, name, None)) is not None)
     ids = random_ids(1, 12)
     ids = torch.cat([ids[:, :4], torch.full((1, count), token), ids[:, 4:]], dim=1)
@@ -123,6 +123,15 @@ def seen(model: Any, images: Inputs) -> Inputs:
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = random_ids(1, 5, seed=3)
     return inputs
+
+
+def in_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """What a model of `dtype` is given: `value`, the floating-point numbers in it rounded."""
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Mapping):
+        return {key: in_dtype(each, dtype) for key, each in value.items()}
+    return tuple(in_dtype(each, dtype) for each in value) if isinstance(value, tuple) else value
 
 
 def features_of(model: Any) -> Callable[..., Any]:
