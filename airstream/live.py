@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 from airstream.model.observer import Observer
+from airstream.notebook import in_notebook
 from airstream.probe import DISK, H2D, HOST_MEMORY, now
 from airstream.stats import StreamStats
 from airstream.status import bar, can_draw, repeating, showing
@@ -162,10 +163,3 @@ def _tqdm(observer: Observer, stats: StreamStats, max_tokens: int | None) -> Ite
         line = LiveLine(observer, stats, on_pass)
         with line.following(), repeating(before_the_first_token):
             yield
-
-
-def in_notebook() -> bool:
-    """Whether this runs in a Jupyter kernel."""
-    ipython = sys.modules.get("IPython")
-    shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and shell.__class__.__name__ in ("ZMQInteractiveShell", "Shell")  # the latter is Colab's

@@ -1,6 +1,6 @@
 """One line on a terminal that says what goes on, for as long as it goes on: redrawn by a thread, erased at the end.
 
-Knows terminals and nothing else, so that it is there before torch has been imported. Refuses to know what it says.
+Knows terminals, and nothing that takes time to import. Refuses to know what the line says.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+from airstream.notebook import CellLine, in_notebook
 
 MAKE_ROOM = "\x1bD\x1b[A"
 """One line down and up again: scrolls where the text has reached the bottom. The column stays."""
@@ -153,21 +155,24 @@ class Activity:
 
 @contextmanager
 def status(what: str, is_wanted: bool = True, is_timed: bool = True) -> Iterator[None]:
-    """Show what is being done for as long as this lasts, on a terminal; elsewhere, nothing."""
+    """Show what is being done for as long as this lasts, on a terminal or in a notebook; elsewhere, nothing."""
     with showing(Activity(what, is_timed=is_timed).text, is_wanted):
         yield
 
 
 @contextmanager
 def showing(text: Callable[[], str], is_wanted: bool = True) -> Iterator[StatusLine | None]:
-    """A line that says what `text` gives; None where there is no terminal to show it. Erased however this ends."""
-    if not (is_wanted and can_draw()):
+    """A line that says what `text` gives, on a terminal or in a notebook. Erased however this ends.
+
+    Gives the terminal's, for who writes beside it; None elsewhere.
+    """
+    if not is_wanted or not (in_notebook() or can_draw()):
         yield None
         return
-    line = StatusLine(text)
+    line = CellLine(text) if in_notebook() else StatusLine(text)
     try:
         with repeating(line.draw):
-            yield line
+            yield line if isinstance(line, StatusLine) else None
     finally:
         line.erase()
 

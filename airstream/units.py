@@ -12,6 +12,9 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 LEAST_BUDGET = MIB
 """Bytes that no model does with: a number below is one whose unit was forgotten."""
 
+LEAST_SHARD = MIB
+"""Bytes of a file that it pays to begin: a number below is one whose unit was forgotten."""
+
 _SUFFIXES = {"": 1, "b": 1} | {
     prefix + ending: base**power
     for power, prefix in enumerate("kmgt", start=1)
@@ -50,6 +53,19 @@ def parse_budget(size: int | float | str, name: str = "size") -> int:
     text = str(size).strip()
     guess = f'; did you mean "{text}{"GiB" if nbytes < KIB else "MiB"}"?' if text.isdigit() else ""
     raise ArgumentError(f"{name}={size!r} is {format_bytes(nbytes)}, in which no model runs{guess}")
+
+
+def parse_shard_size(size: int | float | str, name: str = "shard_size") -> int:
+    """As `parse_bytes`, of what a file of weights should not be larger than: one that no file keeps to is refused."""
+    nbytes = parse_bytes(size, name)
+    if nbytes >= LEAST_SHARD:
+        return nbytes
+    text = str(size).strip()
+    guess = f'; did you mean "{text}{"GiB" if nbytes < KIB else "MiB"}"?' if text.isdigit() else ""
+    raise ArgumentError(
+        f"{name}={size!r} is {format_bytes(nbytes)}, and layers, which are not cut, are larger: name "
+        f"{format_bytes(LEAST_SHARD)} at least{guess}"
+    )
 
 
 def counted(number: int, noun: str) -> str:

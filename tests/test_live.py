@@ -15,7 +15,8 @@ import torch
 
 from airstream import ArgumentError, AutoModel, CheckpointNotFoundError, live, status
 from airstream.cli.screen import Printer
-from airstream.live import LiveLine, in_notebook
+from airstream.live import LiveLine
+from airstream.notebook import in_notebook
 from airstream.status import Activity, StatusLine
 from tests.conftest import WriteTiny, stream
 from tests.terminal import Terminal

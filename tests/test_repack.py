@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -25,12 +26,14 @@ from transformers import AutoModelForCausalLM
 
 import airstream
 from airstream import AirstreamError, ArgumentError, CheckpointError, DiskSpaceError
+from airstream import units as units_module
 from airstream.backend import packing_of
 from airstream.checkpoint.files import PAGE_BYTES
 from airstream.checkpoint.index import CheckpointIndex, StoredTensor
 from airstream.cli import main
 from airstream.config import LoadOptions
 from airstream.prepare import prepare
+from airstream.repacking import plan as plan_module
 from airstream.repacking import repack as repack_module
 from airstream.repacking import write as write_module
 from airstream.repacking.manifest import JOURNAL, MANIFEST, read_manifest
@@ -172,7 +175,9 @@ def test_the_last_layers_bring_what_the_head_is_tied_to(tiny: WriteTiny, tmp_pat
 
 @pytest.mark.parametrize("layers", ["3:2", "2:2", "0:5", "-1:2", "a:b", "5", "", "1:2:3", 7, range(0, 4, 2), (1,)])
 def test_layers_that_are_not_there(layers: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"has layers 0 to 3"):
+    with pytest.raises(
+        ArgumentError, match=r'has layers 0 to 3; "2:4" would be layers 2 to 3, "0:2" would be layers 0 to'
+    ):
         parse_layers(layers, 4)
 
 
@@ -228,10 +233,83 @@ def test_an_empty_folder_may_be_there_and_a_second_run_changes_nothing(tiny: Wri
     before = state_of(out)
     airstream.repack(tiny("llama", BF16), out, progress=False)
     assert state_of(out) == before
-    with pytest.raises(ArgumentError, match="nor a repack of the same"):
-        airstream.repack(tiny("llama", BF16), out, layers="0:2", progress=False)
-    with pytest.raises(ArgumentError, match="nor a repack of the same"):
-        airstream.repack(tiny("llama", FP32), out, progress=False)
+    for source, options, said in (
+        (tiny("llama", BF16), {"layers": "0:2"}, "same checkpoint with all layers, not with layers 0 to 1: use it"),
+        (tiny("llama", BF16), {"shard_size": "1GiB"}, None),
+        (tiny("llama", FP32), {}, "is a repack of another checkpoint, or of this one before it was changed: use"),
+    ):
+        if said is None:
+            airstream.repack(source, out, progress=False, **options)  # makes the same files
+            continue
+        with pytest.raises(ArgumentError, match=said):
+            airstream.repack(source, out, progress=False, **options)
+    assert state_of(out) == before
+
+
+def test_files_of_other_sizes_are_told_as_that(
+    tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units_module, "LEAST_SHARD", 1)
+    monkeypatch.setattr(plan_module, "PAGE_BYTES", 1)  # so that one file may hold layers of these sizes
+    airstream.repack(tiny("llama", BF16), tmp_path / "out", progress=False)
+    with pytest.raises(
+        ArgumentError, match=r"same checkpoint already, in files of other sizes \(shard_size=...\): use"
+    ):
+        airstream.repack(tiny("llama", BF16), tmp_path / "out", shard_size=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        (1, '1 B, .*name 1.0 MiB at least; did you mean "1GiB"'),
+        ("4096", 'did you mean "4096MiB"'),
+        ("512KiB", "at least$"),
+    ],
+)
+def test_a_size_of_files_that_none_can_keep_to(tmp_path: Path, size: int | str, said: str) -> None:
+    with pytest.raises(ArgumentError, match=said):
+        airstream.repack("not/looked/for", tmp_path / "out", shard_size=size)
+
+
+REFUSALS = [
+    (errno.ENOSPC, r"the disk of \S+ is full: repacking needs .* KiB more, .* are free\. Free some"),
+    (errno.EDQUOT, r"your quota on the disk of \S+ is used up: .*\. Free some"),
+    (errno.EFBIG, r"a file in \S+ may not become so large \(the file system .*\): .*\. Name another disk"),
+]
+
+
+@pytest.mark.parametrize(("code", "said"), REFUSALS, ids=[errno.errorcode[code] for code, _ in REFUSALS])
+@pytest.mark.parametrize("number", [0, 1, 3, 9, 30])
+def test_a_disk_that_refuses_says_why(tiny: WriteTiny, tmp_path: Path, code: int, said: str, number: int) -> None:
+    """And a hidden folder is left only if another run can go on from it."""
+    with pytest.MonkeyPatch.context() as patch:
+        full_at(number, patch, code)
+        with pytest.raises(DiskSpaceError, match=said):
+            airstream.repack(tiny("llama", BF16), tmp_path / "out", progress=False)
+    left = [path.name for path in tmp_path.iterdir()]
+    assert left == ([".out-repacking"] if list((tmp_path / ".out-repacking").glob("*.safetensors")) else [])
+
+
+LIMITED = """
+import resource, sys
+from airstream.cli import main
+
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+sys.exit(main(["repack", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs `ulimit -f`")
+def test_a_limit_of_file_sizes_is_told_before_anything_is_written(tiny: WriteTiny, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LIMITED, str(tiny("llama", BF16)), str(tmp_path / "out")]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert re.search(
+        r"repacking writes a file of [0-9.]+ KiB, and this process may write none above 19.5 KiB", run.stderr
+    )
+    assert "ulimit -f unlimited" in run.stderr
+    assert "--shard-size" in run.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_disk_that_is_too_small(tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,8 +348,10 @@ def test_it_goes_on_where_it_was(tiny: WriteTiny, tmp_path: Path, monkeypatch: p
     assert len(finished) == 3
     finished[1].write_bytes(finished[1].read_bytes()[:-1] + b"\xff")  # what a power cut may leave
     begun = failing_at(99, KeyboardInterrupt, monkeypatch)
-    airstream.repack(source, out, progress=False)
+    report = repack_module.repack_and_report(source, out, progress=False)
     assert begun == [finished[1].name, "model-00004-of-00005.safetensors", "model-00005-of-00005.safetensors"]
+    assert report.kept_files == 2
+    assert str(report).endswith("; 2 of them a run before had finished")
     assert {name: data for name, (_, data) in state_of(out).items()} == {
         name: data for name, (_, data) in expected.items()
     }
@@ -334,7 +414,7 @@ def test_a_disk_that_is_full_at_any_write(tiny: WriteTiny, tmp_path: Path, monke
             assert {name: data for name, (_, data) in made.items()} == {n: data for n, (_, data) in expected.items()}
 
 
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EFBIG, errno.EIO])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.EIO])
 def test_a_folder_that_cannot_be_written(tiny: WriteTiny, tmp_path: Path, code: int) -> None:
     source = tiny("llama", BF16)
     for number in (0, 1, 7, 20):
@@ -403,7 +483,12 @@ def test_an_incomplete_checkpoint_is_not_repacked(tiny: WriteTiny, tmp_path: Pat
 def test_the_command_line(tiny: WriteTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(["repack", str(tiny("llama", BF16)), str(out), "--layers", "1:3", "--shard-size", "1GiB"]) == 0
-    assert capsys.readouterr().out.strip() == str(out)
+    out_text, err = capsys.readouterr()
+    assert out_text.strip() == str(out)
+    assert re.match(r"2 files of weights, [0-9.]+ KiB, in [0-9.]+ m?s\nNext, prove it whole:\n", err), err
+    assert err.endswith(f" verify {out}\n")
+    assert main(["repack", str(tiny("llama", BF16)), str(out), "--layers", "1:3"]) == 0
+    assert f"{out} is this repack already (2 files of weights, " in capsys.readouterr().err
     assert len(load_file(next(out.glob("model*.safetensors")))) == 9
     assert main(["repack", str(tiny("llama", BF16)), str(out), "--layers", "9:"]) == 1
     assert "has layers 0 to 3" in capsys.readouterr().err

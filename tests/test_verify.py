@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from airstream.verification import reading
 from tests.conftest import WriteTiny
 from tests.test_exactness import BF16, FP32
 from tests.test_pickles import Save, save, transposed  # noqa: F401 - `save` is a fixture
+from tests.tiny_gguf import write_tiny_gguf
 
 Copy = Callable[[str], Path]
 
@@ -280,3 +282,47 @@ def test_the_exit_status(copy: Copy, capsys: pytest.CaptureFixture[str]) -> None
     assert main(["verify", str(folder), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["faults"]
     assert main(["verify", str(folder / "nowhere")]) == 1
+
+
+# ------------------------------------------------------------------------------------ where the checkpoint comes from
+
+
+def test_a_missing_tokenizer_is_noted_and_is_no_fault(copy: Copy) -> None:
+    folder = copy("llama")
+    assert not any("tokenizer" in note for note in airstream.verify(folder, progress=False).notes)
+    for file in folder.glob("token*"):
+        file.unlink()
+    report = airstream.verify(folder, progress=False)
+    assert report.is_sound
+    assert any("no tokenizer: copy tokenizer.json" in note for note in report.notes)
+
+
+def test_a_variant_in_a_subfolder(copy: Copy, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = copy("llama-sharded")
+    for file in shards_of(folder):
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    index = folder / "model.safetensors.index.json"
+    text = index.read_text().replace(".safetensors", ".fp16.safetensors")
+    index.unlink()
+    (folder / "model.safetensors.index.fp16.json").write_text(text)
+    options = ["--subfolder", folder.name, "--variant", "fp16"]
+    assert main(["verify", str(folder.parent), *options]) == 0
+    assert "sound; 39 tensors" in capsys.readouterr().out
+    assert main(["repack", str(folder.parent), str(tmp_path / "out"), *options]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0, "the result has files of the usual names"
+    assert main(["verify", str(folder.parent), "--subfolder", folder.name, "--variant", "int8"]) == 1
+    assert "no checkpoint of variant='int8'" in capsys.readouterr().out
+
+
+def test_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gguf").mkdir()
+    file = write_tiny_gguf("llama", tmp_path / "gguf" / "m.gguf", quant="Q4_0")
+    for words in ([str(file)], [str(file.parent)], [str(file.parent), "--gguf-file", file.name]):
+        assert main(["verify", *words, "--deep"]) == 0
+        assert re.search(r": sound; \d+ tensors in 1 file, ", capsys.readouterr().out)
+    assert main(["repack", str(file), str(tmp_path / "out")]) == 1
+    assert "is GGUF, which safetensors cannot hold" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    file.write_bytes(file.read_bytes()[:-100])
+    assert main(["verify", str(file)]) == 1
+    assert "m.gguf" in capsys.readouterr().out

@@ -31,8 +31,16 @@ KINDS: Mapping[re.Pattern[str], Kind] = {
 OTHERS = (".model", ".txt", ".jinja", ".tiktoken", ".spm", ".bpe")
 """How the names of its other files end."""
 
+OF_TOKENIZERS = ("*token*", "vocab*", "*.model", "*.gguf", "*.py")
+"""One of these is there where a tokenizer is."""
+
 MAX_BYTES = 64 << 20
 """Of these."""
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether there is anything in `folder` of which a tokenizer could be made."""
+    return any(any(folder.glob(pattern)) for pattern in OF_TOKENIZERS)
 
 
 def check_small_files(folder: Path) -> None:

@@ -79,15 +79,17 @@ def has_weights(folder: Path, variant: str | None = None) -> bool:
     return all(file.is_file() for file in files) if files else has_safetensors(folder, variant)
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The files of the checkpoint in `folder`, by name: some of them may be missing."""
-    _, files = _pickles(folder)
+    _, files = _pickles(folder, variant)
     if files:
         return files
-    expected = read_weight_map(folder / SHARD_INDEX) if (folder / SHARD_INDEX).is_file() else None
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    return [folder / shard for shard in sorted(set((expected or {}).values()))] or sorted(folder.glob("*.safetensors"))
+    single, index = folder / file_name(SINGLE_FILE, variant), folder / file_name(SHARD_INDEX, variant)
+    if single.is_file():
+        return [single]
+    expected = read_weight_map(index) if index.is_file() else {}
+    named = [folder / shard for shard in sorted(set(expected.values()))]
+    return named or sorted(folder.glob(file_name("*.safetensors", variant)))
 
 
 def _tensors(files: list[Path]) -> Iterator[StoredTensor | ScatteredTensor]:

@@ -6,7 +6,6 @@ most of them that a file is not in its cache: the cause is what is told here. Re
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Iterator
 
 from huggingface_hub import constants, get_token
@@ -20,6 +19,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from airstream.disk_space import FULL
 from airstream.errors import AirstreamError, CheckpointNotFoundError, DiskSpaceError
 
 OFFLINE = (
@@ -58,10 +58,10 @@ def explain(error: Exception, name: str, revision: str | None, token: str | bool
             return CheckpointNotFoundError(f"{name!r} {OFFLINE}")
         if isinstance(cause, HfHubHTTPError):
             return CheckpointNotFoundError(_of_status(cause, name))
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(cause, OSError) and cause.errno in FULL:
             return DiskSpaceError(
-                f"downloading {name!r} failed: {_first_line(cause)}. Make room, or name a folder on another disk with "
-                "cache_dir=..., or HF_HOME"
+                f"downloading {name!r} failed: {_first_line(cause)}. Make room (a file that is too large: "
+                "`ulimit -f unlimited`), or name a folder on another disk with cache_dir=..., or HF_HOME"
             )
     if isinstance(error, LocalEntryNotFoundError) and len(causes) == 1:
         return CheckpointNotFoundError(f"{name!r} {OFFLINE}")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
-from airstream.cli.session import encode_chat, load, note, printing
+from airstream.cli.session import encode_chat, load, note, printing, program
 from airstream.demo.check import answer_of_transformers, has_room
 from airstream.demo.model import prepare_gguf
 from airstream.errors import ArgumentError
@@ -45,12 +44,6 @@ def run(arguments: argparse.Namespace) -> int:
     status_code = 0 if arguments.no_check else _check(plan, file, output.cpu(), report.prompt_tokens)
     note(f"Next, talk to it:\n  {shlex.join([program(), *next_command(file)])}")
     return status_code
-
-
-def program() -> str:
-    """What to type for airstream here: its name where a shell finds it, or the file that was called."""
-    called = sys.argv[0]
-    return "airstream" if shutil.which("airstream") or Path(called).stem != "airstream" else called
 
 
 def next_command(file: Path) -> list[str]:

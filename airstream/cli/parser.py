@@ -25,7 +25,9 @@ NAMED_SIZE = re.compile(r"[\w:]+=[\w.]+")
 
 DEVICE = "device that computes (default: the accelerator if there is one, else cpu)"
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+SOURCE_OPTIONS = (
+    "gguf_file", "subfolder", "variant", "revision", "token", "cache_dir", "local_files_only", "trust_remote_code",
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -162,20 +164,20 @@ def _add_files(commands: Any) -> None:
     )
     repack.add_argument(
         "--shard-size",
-        type=values.size,
+        type=values.shard_size,
         default="4GiB",
         metavar="SIZE",
         help="of a file, at most (default: %(default)s)",
     )
-    _add_hub(repack.add_argument_group("source (as in AutoModel.from_pretrained)"))
+    _add_source(repack.add_argument_group("source (as in AutoModel.from_pretrained)"))
     repack.set_defaults(run=_command("repack", mistakes.check_files))
 
     verify = commands.add_parser("verify", help="prove a checkpoint complete and uncorrupted, or name what is not")
-    verify.add_argument("model", help="folder or hub id of a checkpoint")
+    verify.add_argument("model", help="folder or hub id of a checkpoint, or a .gguf file")
     verify.add_argument("--deep", action="store_true", help="look for NaN and infinite values too")
     verify.add_argument("--quick", action="store_true", help="names, shapes and sizes only: read no weights")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_hub(verify.add_argument_group("source (as in AutoModel.from_pretrained)"))
+    _add_source(verify.add_argument_group("source (as in AutoModel.from_pretrained)"))
     verify.set_defaults(run=_command("verify", mistakes.check_verify))
 
 
@@ -183,7 +185,7 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `from_pretrained` among those of the command line; those not given are left to its defaults."""
     names = (
         "dtype", "device", "max_context", "max_batch_size", "layers_per_batch", "prefetch_batches", "page_cache",
-        "attn_implementation", "gguf_file", "subfolder", "variant", *HUB_OPTIONS,
+        "attn_implementation", *SOURCE_OPTIONS,
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     if arguments.max_memory:
@@ -191,9 +193,9 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     return options
 
 
-def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
+def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Where a checkpoint comes from, among the arguments of the command line."""
-    given = ((name, getattr(arguments, name)) for name in HUB_OPTIONS)
+    given = ((name, getattr(arguments, name)) for name in SOURCE_OPTIONS)
     return {name: value for name, value in given if value is not None}
 
 
@@ -236,13 +238,13 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         "--page-cache", action=argparse.BooleanOptionalAction, help="read through the page cache (default: if it fits)"
     )
     group.add_argument("--attn-implementation", help="as in transformers")
+    _add_source(group)
+
+
+def _add_source(group: Any) -> None:
     group.add_argument("--gguf-file", metavar="FILE", help="the GGUF file to use, of a folder or hub repository")
     group.add_argument("--subfolder", metavar="FOLDER", help="of the folder or repository, where the checkpoint lies")
     group.add_argument("--variant", help="of the weights: fp16 names model.fp16.safetensors")
-    _add_hub(group)
-
-
-def _add_hub(group: Any) -> None:
     group.add_argument("--revision", help="of the hub repository")
     group.add_argument("--token", help="of the hub")
     group.add_argument("--cache-dir", help="of the hub")

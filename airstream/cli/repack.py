@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 
-from airstream import repack
-from airstream.cli.parser import hub_options
+from airstream.cli.parser import source_options
+from airstream.cli.session import note, program
+from airstream.repacking.repack import repack_and_report
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Repack, and print where the result is."""
-    options = hub_options(arguments)
-    print(repack(arguments.model, arguments.out, layers=arguments.layers, shard_size=arguments.shard_size, **options))
+    """Repack, print where the result is, and say what was written and what to type next."""
+    sizes = {"layers": arguments.layers, "shard_size": arguments.shard_size}
+    report = repack_and_report(arguments.model, arguments.out, **sizes, **source_options(arguments))
+    print(report.folder)
+    note(f"{report}\nNext, prove it whole:\n  {shlex.join([program(), 'verify', str(report.folder)])}")

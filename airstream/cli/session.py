@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from airstream import AutoModel
+from airstream.checkpoint.beside import has_tokenizer
 from airstream.cli.parser import load_options
 from airstream.cli.screen import Printer
 from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.live import LiveLine
 from airstream.status import showing, status
-
-TOKENIZER_FILES = ("*token*", "vocab*", "*.model", "*.gguf", "*.py")
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> Any:
@@ -36,7 +36,7 @@ def load(arguments: argparse.Namespace, **options: Any) -> Any:
 
 def _without_tokenizer(folder: Path) -> CheckpointNotFoundError | None:
     """What to say of a folder in which nothing is of a tokenizer; None if there is, and something else is wrong."""
-    if not folder.is_dir() or any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+    if not folder.is_dir() or has_tokenizer(folder):
         return None
     return CheckpointNotFoundError(
         f"{folder} has no tokenizer beside its weights: copy tokenizer.json and tokenizer_config.json into it from "
@@ -80,6 +80,12 @@ def printing(
     live = LiveLine(engine.observer, engine.stats, max_tokens=max_tokens)
     with live.following(), showing(live.text) as line:
         yield None if is_quiet else Printer(model.tokenizer, stops, line)
+
+
+def program() -> str:
+    """What to type for airstream here: its name where a shell finds it, or the file that was called."""
+    called = sys.argv[0]
+    return "airstream" if shutil.which("airstream") or Path(called).stem != "airstream" else called
 
 
 def note(text: str) -> None:

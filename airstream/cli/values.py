@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from airstream.errors import ArgumentError
-from airstream.units import parse_budget, parse_bytes
+from airstream.units import parse_budget, parse_bytes, parse_shard_size
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64", "bf16", "fp16", "fp32", "half", "float", "double")
 """Types that models compute in, by all their names."""
@@ -111,12 +111,32 @@ def parse_memory(sizes: Sequence[str]) -> str | dict[int | str, str]:
     return budgets
 
 
+def shard_size(given: str) -> str:
+    """`"4GiB"`: of a file, which holds one layer at least."""
+    return _checked(given, parse_shard_size)
+
+
 def layers(given: str) -> str:
     """`"5:15"`, `"5:"`, `":15"`: how many there are, the checkpoint knows."""
     found = LAYERS.fullmatch(given)
     if not found or (found[2] and int(found[1] or 0) >= int(found[2])):
-        raise argparse.ArgumentTypeError(f"{given!r} names no layers: 5:15 are layers 5 to 14, 5: all from 5 on")
+        raise argparse.ArgumentTypeError(f"{given!r} names no layers: {_meant_layers(given)}")
     return given
+
+
+def _meant_layers(given: str) -> str:
+    """What to write for the layers that `given` may mean, as far as it names any; they are counted from 0."""
+    if re.fullmatch(r"\d{1,9}", given):
+        return (
+            f"{given}:{int(given) + 1} is layer {given} alone, {given}: all from {given} on, and :{given} those before"
+        )
+    if re.fullmatch(r"\d{1,9}(-|:|\.\.|,)\d{1,9}", given):
+        first, last = sorted(int(number) for number in re.findall(r"\d+", given))
+        if first == last:
+            return f"{first}:{first + 1} is layer {first}"
+        end = last if ":" in given else last + 1
+        return f"{first}:{end} are layers {first} to {end - 1}"
+    return "5:15 are layers 5 to 14, 5: all from 5 on"
 
 
 def _checked(given: str, parse: Callable[[str, str], int]) -> str:

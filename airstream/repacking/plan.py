@@ -107,8 +107,18 @@ def parse_layers(layers: str | range | tuple[int, int] | None, count: int) -> tu
     except (ValueError, TypeError):
         bounds = (-1, -1)
     if not 0 <= bounds[0] < bounds[1] <= count:
-        raise ArgumentError(f'layers={layers!r}: the model has layers 0 to {count - 1}; write "5:15" for 5 to 14')
+        first = count // 2
+        raise ArgumentError(
+            f"layers={layers!r}: the model has layers 0 to {count - 1}; {_example(first, count)}, "
+            f"{_example(0, first or count)}"
+        )
     return bounds
+
+
+def _example(first: int, end: int) -> str:
+    """`'"2:4" would be layers 2 to 3'`."""
+    what = f"layers {first} to {end - 1}" if end - first > 1 else f"layer {first} alone"
+    return f'"{first}:{end}" would be {what}'
 
 
 def _groups(members: Sequence[Member], order: Order) -> list[Group]:

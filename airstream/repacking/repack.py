@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from airstream.cache import sync
+from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.index import ITEM_BYTES, SHARD_INDEX, CheckpointIndex
 from airstream.compat import KeyConversion, natural_order, tied_names
 from airstream.config import LoadOptions
-from airstream.disk_space import check_free_space, named_when_full
+from airstream.disk_space import check_file_size, check_free_space, named_when_full
 from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
 from airstream.model.units import find_units
 from airstream.prepare import Prepared, prepare
@@ -30,13 +33,14 @@ from airstream.repacking.manifest import (
     digest_of,
     fingerprint,
     read_journal,
-    read_manifest,
     write_json,
 )
 from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
+from airstream.repacking.report import RepackReport
+from airstream.repacking.target import check_target, is_done
 from airstream.repacking.write import copy_small, header_of, sha256_of, write_shard
 from airstream.status import status
-from airstream.units import parse_bytes
+from airstream.units import parse_shard_size
 
 NOT_COPIED = re.compile(
     r"\..*|.*\.(safetensors|bin|pth|pt|gguf|h5|msgpack|onnx|ot|tflite|index\.json)|" + re.escape(MANIFEST)
@@ -69,20 +73,39 @@ def repack(
             (embeddings) goes with the first layer, what comes behind them (norm, lm_head) with the last.
         shard_size: what a file should not be larger than; a layer is never cut.
         progress: show a bar on standard error, if that is a terminal.
-        options: revision, token, cache_dir, local_files_only, trust_remote_code as in `AutoModel.from_pretrained`.
+        options: subfolder, variant, revision, token, cache_dir, local_files_only, trust_remote_code as in
+            `AutoModel.from_pretrained`.
 
     Raises:
         ArgumentError: `out` is in use for something else, or `layers` are not there.
         CheckpointError: the checkpoint is incomplete or corrupt.
         DiskSpaceError: the disk has not enough room; the message has the numbers. What is finished is kept.
+        UnsupportedError: the checkpoint is a GGUF file.
     """
+    return repack_and_report(model, out, layers=layers, shard_size=shard_size, progress=progress, **options).folder
+
+
+def repack_and_report(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    layers: str | range | tuple[int, int] | None = None,
+    shard_size: int | str = "4GiB",
+    progress: bool = True,
+    **options: Any,
+) -> RepackReport:
+    """As `repack`, which see; gives what was done, too."""
+    started = time.monotonic()
     check_name(model)
     target = Path(out).expanduser().absolute()
-    shard_bytes = parse_bytes(shard_size, "shard_size")
+    shard_bytes = parse_shard_size(shard_size)
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
         prepared = prepare(model, LoadOptions(device="cpu", **options))
-    _check_target(target, prepared.folder)
+    check_target(target, prepared.folder)
     shards, chosen = _planned(prepared, layers, shard_bytes)
+    largest = max(shards, key=lambda shard: shard.nbytes)
+    smaller = ", or name a smaller shard_size=... (a layer is never cut)"
+    check_file_size(len(header_of(largest)) + largest.nbytes, "repacking", smaller)
     recipe = {
         "format": FORMAT,
         "source": fingerprint(prepared.index.files),
@@ -91,12 +114,22 @@ def repack(
     }
     known = digest_of(recipe)
     facts = {"recipe": known} | {name: recipe[name] for name in recipe if name != "shards"}
-    _write(target, prepared.folder, shards, facts, progress)
-    return target
+    kept = _write(target, prepared.folder, shards, facts, progress)
+    return RepackReport(
+        target,
+        num_files=len(shards),
+        num_bytes=sum((target / shard.file).stat().st_size for shard in shards),
+        kept_files=len(shards) if kept is None else kept,
+        is_old=kept is None,
+        seconds=time.monotonic() - started,
+    )
 
 
-def _write(target: Path, source: Path, shards: Sequence[Shard], facts: Mapping[str, Any], progress: bool) -> None:
-    """Fill the folder beside `target` that takes its name when it is complete."""
+def _write(target: Path, source: Path, shards: Sequence[Shard], facts: Mapping[str, Any], progress: bool) -> int | None:
+    """Fill the folder beside `target` that takes its name when it is complete.
+
+    Returns how many files of weights were kept from a run before; None if all is there and nothing was to be done.
+    """
     lock = target.with_name(f".{target.name}-repacking.lock")
     work = target.with_name(f".{target.name}-repacking")
     job = _Repack(work, source, shards, facts, progress)
@@ -104,10 +137,16 @@ def _write(target: Path, source: Path, shards: Sequence[Shard], facts: Mapping[s
         with named_when_full(work, job.missing_bytes, "repacking", GOES_ON):
             target.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(lock, timeout=0):
-                if not _is_done(target, facts["recipe"]):
-                    job.fill()
-                    _give_name(work, target)
-                lock.unlink(missing_ok=True)
+                is_complete = is_done(target, facts)
+                try:
+                    if not is_complete:
+                        job.fill()
+                        _give_name(work, target)
+                finally:
+                    if not job.has_finished_any():  # there is nothing to go on from
+                        shutil.rmtree(work, ignore_errors=True)
+                    lock.unlink(missing_ok=True)
+        return None if is_complete else job.num_kept
     except Timeout:
         raise ArgumentError(f"another process is repacking into {target}") from None
     except AirstreamError:
@@ -115,15 +154,8 @@ def _write(target: Path, source: Path, shards: Sequence[Shard], facts: Mapping[s
     except OSError as error:
         raise ArgumentError(
             f"{target} cannot be written ({error.filename or work}: {error.strerror or error}): name another folder"
+            f"{f', and remove {work}, which has what was finished' if job.has_finished_any() else ''}"
         ) from error
-
-
-def _is_done(target: Path, recipe: str) -> bool:
-    if not target.exists() or not any(target.iterdir()):
-        return False
-    if (read_manifest(target) or {}).get("recipe") == recipe:
-        return True
-    raise ArgumentError(f"{target} is not empty, nor a repack of the same checkpoint: name another folder")
 
 
 def _give_name(work: Path, target: Path) -> None:
@@ -135,20 +167,14 @@ def _give_name(work: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def _check_target(target: Path, folder: Path) -> None:
-    real, source = target.resolve(), folder.resolve()
-    if real == source or source in real.parents:
-        raise ArgumentError(
-            f"{target} is inside the checkpoint {folder}, which is never written to: name another folder"
-        )
-    if target.exists() and not target.is_dir():
-        raise ArgumentError(f"{target} is a file: name a folder")
-
-
 def _planned(
     prepared: Prepared, layers: str | range | tuple[int, int] | None, shard_bytes: int
 ) -> tuple[list[Shard], tuple[int, int] | None]:
     model, index = prepared.model, prepared.index
+    if isinstance(index, GgufIndex):
+        raise UnsupportedError(
+            f"{index.first} is GGUF, which safetensors cannot hold: airstream reads it as it lies, name it as the model"
+        )
     unknown = next((tensor for tensor in index.values() if tensor.dtype not in ITEM_BYTES), None)
     if unknown is not None:
         raise UnsupportedError(
@@ -180,6 +206,11 @@ class _Repack:
         self._facts = dict(facts)
         self._progress = progress
         self._done: dict[str, dict[str, Any]] = {}
+        self.num_kept = 0
+
+    def has_finished_any(self) -> bool:
+        """Whether a file of weights is there, of this run or one before, so that another one can go on."""
+        return any(self._work.glob("*.safetensors"))
 
     def missing_bytes(self) -> int:
         """What is still to be written."""
@@ -220,6 +251,7 @@ class _Repack:
             file = self._work / name
             if name in shards and file.is_file() and sha256_of(file) == entry["sha256"]:
                 self._done[name] = entry
+                self.num_kept += 1
                 on_bytes(shards[name].nbytes)
         for file in self._work.iterdir():
             if file.name not in self._done:

@@ -6,8 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from airstream.checkpoint.formats import PICKLE_INDEX, weight_files
-from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE, StoredTensor, read_header, read_weight_map
+from airstream.checkpoint.formats import PICKLE_FILE, PICKLE_INDEX, weight_files
+from airstream.checkpoint.gguf import GgufIndex
+from airstream.checkpoint.index import (
+    SHARD_INDEX,
+    SINGLE_FILE,
+    CheckpointIndex,
+    StoredTensor,
+    file_name,
+    read_header,
+    read_weight_map,
+)
 from airstream.checkpoint.pickles import read_pickle
 from airstream.errors import CheckpointError
 
@@ -28,15 +37,17 @@ class Contents:
     is_whole: bool = True
 
 
-def read_contents(folder: Path) -> Contents:
+def read_contents(folder: Path, variant: str | None = None) -> Contents:
     """The headers of everything in `folder`. Reads no weights."""
     contents = Contents()
     try:
-        expected, files = _expected(folder), weight_files(folder)
+        expected, files = _expected(folder, variant), weight_files(folder, variant)
     except CheckpointError as error:
         return Contents(faults=[str(error)], is_whole=False)
     if not files:
-        return Contents(faults=[f"{folder} has no checkpoint: neither safetensors nor pickles"], is_whole=False)
+        of_variant = f" of variant={variant!r}" if variant else ""
+        fault = f"{folder} has no checkpoint{of_variant}: neither safetensors nor pickles"
+        return Contents(faults=[fault], is_whole=False)
     for file in files:
         read = read_header if file.suffix == ".safetensors" else _read_pickle
         _add(contents, file, read, expected)
@@ -45,6 +56,15 @@ def read_contents(folder: Path) -> Contents:
         if name not in contents.tensors and shard not in unread:
             contents.faults.append(f"{folder / shard}: tensor {name!r} is missing, though the index places it there")
     return contents
+
+
+def read_gguf_contents(file: Path) -> tuple[CheckpointIndex | None, Contents]:
+    """The headers of a GGUF `file`, or of all that it is split in; what says of itself what model it holds."""
+    try:
+        index = GgufIndex.open(file)
+    except CheckpointError as error:
+        return None, Contents(faults=[str(error)], is_whole=False)
+    return index, Contents(dict(index.items()), list(index.files))
 
 
 def _add(
@@ -69,9 +89,9 @@ def _add(
         contents.tensors[tensor.name] = tensor
 
 
-def _expected(folder: Path) -> dict[str, str] | None:
-    names = {SHARD_INDEX: SINGLE_FILE, PICKLE_INDEX: "pytorch_model.bin"}
-    for index, single in names.items():
+def _expected(folder: Path, variant: str | None) -> dict[str, str] | None:
+    for names in ((SHARD_INDEX, SINGLE_FILE), (PICKLE_INDEX, PICKLE_FILE)):
+        index, single = (file_name(name, variant) for name in names)
         if (folder / single).is_file():
             return None
         if (folder / index).is_file():

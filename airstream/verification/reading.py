@@ -32,7 +32,7 @@ def check_file(file: Path, checksum: Checksum | None, tensors: Sequence[StoredTe
     Raises:
         BudgetError: there is not so much memory.
     """
-    scans = [_Scan(tensor) for tensor in tensors if TORCH_DTYPES[tensor.dtype].is_floating_point]
+    scans = [_Scan(tensor) for tensor in tensors if _has_fractions(tensor)]
     try:
         size = file.stat().st_size
         digest = checksum.digest(size) if checksum is not None else None
@@ -61,6 +61,12 @@ def check_file(file: Path, checksum: Checksum | None, tensors: Sequence[StoredTe
             f"{checksum.hexadecimal}. Make or download it again",
         )
     return faults
+
+
+def _has_fractions(tensor: StoredTensor) -> bool:
+    """Whether its values may be NaN: not those of blocks of packed weights, which are whole numbers beside a scale."""
+    dtype = TORCH_DTYPES.get(tensor.dtype)
+    return dtype is not None and dtype.is_floating_point
 
 
 def _chunks(file: Path, size: int) -> Iterator[tuple[int, memoryview]]:

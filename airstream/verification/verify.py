@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from airstream.checkpoint.beside import check_small_files
-from airstream.checkpoint.hub import resolve
+from airstream.checkpoint.beside import check_small_files, has_tokenizer
 from airstream.checkpoint.index import CheckpointIndex
+from airstream.checkpoint.locate import Location, locate
 from airstream.config import LoadOptions
 from airstream.errors import AirstreamError, CheckpointError, UnsupportedError
 from airstream.layout import read_specs
@@ -21,7 +21,7 @@ from airstream.prepare import build_model
 from airstream.repacking.manifest import read_manifest
 from airstream.status import status
 from airstream.verification.checksums import Checksum, known_checksums
-from airstream.verification.contents import Contents, read_contents
+from airstream.verification.contents import Contents, read_contents, read_gguf_contents
 from airstream.verification.reading import check_file
 from airstream.verification.report import VerifyReport
 
@@ -39,22 +39,21 @@ def verify(
     files. All weights are read once, at the speed of the disk, so that what the disk cannot give back is found too.
 
     Args:
-        model: a folder or hub id.
+        model: a folder, a hub id or a GGUF file.
         deep: look for NaN and infinite values too.
         read: False leaves out everything that reads weights.
         progress: show a bar on standard error, if that is a terminal.
-        options: revision, token, cache_dir, local_files_only, trust_remote_code as in `AutoModel.from_pretrained`.
+        options: gguf_file, subfolder, variant, revision, token, cache_dir, local_files_only, trust_remote_code as in
+            `AutoModel.from_pretrained`.
 
     Raises:
         CheckpointNotFoundError: there is no such folder or repository.
     """
     started = time.monotonic()
     known = LoadOptions(device="cpu", **options)
-    folder = resolve(
-        model, known.revision, known.token, known.cache_dir, known.local_files_only, with_code=known.trust_remote_code
-    )
-    with status(f"reading the headers of {folder.name}", progress):
-        contents = read_contents(folder)
+    folder, gguf = _locate(model, known)
+    with status(f"reading the headers of {(gguf or folder).name}", progress):
+        index, contents = read_gguf_contents(gguf) if gguf else _read_folder(folder, known.variant)
     faults, notes = list(contents.faults), list[str]()
     manifest: Mapping[str, Any] | None = None
     try:
@@ -66,9 +65,10 @@ def verify(
     except CheckpointError as error:
         faults.append(str(error))
     layers = (manifest or {}).get("layers")
-    unfit, unchecked = _compare_with_model(folder, known, contents, is_part=layers is not None)
-    faults += unfit
-    notes += unchecked
+    if index is not None:  # a GGUF file that cannot be read does not say what model it holds
+        unfit, unchecked = _compare_with_model(folder, known, contents, index, is_part=layers is not None)
+        faults += unfit
+        notes += unchecked
     if layers is not None:
         notes.append(f"it has layers {layers[0]} to {layers[1] - 1} only: other tensors are not expected")
     checksums = known_checksums(folder, manifest)
@@ -88,11 +88,29 @@ def verify(
     )
 
 
+def _read_folder(folder: Path, variant: str | None) -> tuple[CheckpointIndex, Contents]:
+    contents = read_contents(folder, variant)
+    return CheckpointIndex(contents.tensors), contents
+
+
+def _locate(model: str | os.PathLike[str], options: LoadOptions) -> Location:
+    return locate(
+        model,
+        options.gguf_file,
+        subfolder=options.subfolder,
+        variant=options.variant,
+        revision=options.revision,
+        token=options.token,
+        cache_dir=options.cache_dir,
+        local_files_only=options.local_files_only,
+        with_code=options.trust_remote_code,
+    )
+
+
 def _compare_with_model(
-    folder: Path, options: LoadOptions, contents: Contents, is_part: bool
+    folder: Path, options: LoadOptions, contents: Contents, index: CheckpointIndex, is_part: bool
 ) -> tuple[list[str], list[str]]:
-    """What the model needs and the tensors do not give, and what could not be found out."""
-    index = CheckpointIndex(contents.tensors)
+    """What the model needs and the tensors do not give, and what could not be found out or is odd."""
     try:
         built = build_model(folder, options, torch.device("cpu"), index)
     except UnsupportedError as error:
@@ -103,6 +121,8 @@ def _compare_with_model(
     may_lack = is_part or not contents.is_whole
     read_specs(built.model, index, built.dtype, built.quantizer, faults=faults, may_lack=may_lack)
     notes = [] if contents.is_whole else ["files are missing or corrupt: the tensors in them are not named one by one"]
+    if not has_tokenizer(folder) and built.model.main_input_name == "input_ids":
+        notes.append("it has no tokenizer: copy tokenizer.json and tokenizer_config.json into it to use it with text")
     return [str(fault) for fault in faults], notes
 
 
