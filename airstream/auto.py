@@ -21,7 +21,7 @@ from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
 from airstream.compat import Consequences, blamed_on, finish_loading, gguf_tokenizer, load_generation_config
 from airstream.config import LoadOptions, MaxMemory
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
-from airstream.foreign import adopt
+from airstream.foreign import adopt, refuse_unnamed
 from airstream.forks import is_forked
 from airstream.hardware import process_bytes
 from airstream.live import progress
@@ -51,7 +51,7 @@ class AutoModel:
     def from_pretrained(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
+        *unnamed: Any,
         dtype: str | torch.dtype = "auto",
         device: str | int | torch.device | None = None,
         max_memory: MaxMemory = None,
@@ -97,15 +97,15 @@ class AutoModel:
             attn_implementation, ...: the others are as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
             progress: a live line about loading, prompt and tokens; "auto" shows it in notebooks and on terminals.
+            unnamed: nothing: what stands without a name is refused, and told its name.
             foreign: other libraries' arguments: honoured, let pass if they change nothing, or refused with a remedy.
-
-        Blocks until the first layers are being read; the download, if there is one, included.
 
         Raises:
             ArgumentError: an argument is unknown, malformed, or contradicts another.
             CheckpointNotFoundError, CheckpointError: there is no such checkpoint, or it is incomplete or corrupt.
             BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do.
         """
+        refuse_unnamed(unnamed)
         known = {name: value for name, value in locals().items() if name in DEFAULTS}
         return _load(pretrained_model_name_or_path, LoadOptions(**adopt(foreign, known, DEFAULTS)), process_bytes())
 
@@ -113,7 +113,7 @@ class AutoModel:
     def plan(
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
-        *,
+        *unnamed: Any,
         machine: Machine = THIS_MACHINE,
         prompt_tokens: int | None = None,
         **options: Any,
@@ -128,6 +128,7 @@ class AutoModel:
                 given.
             options: as `from_pretrained`.
         """
+        refuse_unnamed(unnamed)
         prepared = ask(pretrained_model_name_or_path, options, machine, prompt_tokens)
         return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
 

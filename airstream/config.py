@@ -121,6 +121,11 @@ def parse_max_memory(max_memory: MaxMemory, device: torch.device) -> dict[str, i
         return {}
     if not isinstance(max_memory, Mapping):
         return {compute: parse_budget(max_memory, "max_memory")}
+    if not max_memory:
+        raise ArgumentError(
+            f"max_memory={max_memory!r} names no memory: write max_memory={_example(compute)}, or leave it out to use "
+            "most of what is free"
+        )
     budgets: dict[str, int] = {}
     for key, size in max_memory.items():
         name = compute if str(key) == str(device) else str(key)
@@ -131,12 +136,17 @@ def parse_max_memory(max_memory: MaxMemory, device: torch.device) -> dict[str, i
                     f'max_memory={{"cpu": {size!r}}} for that of this machine, or choose a device="cuda" that is here'
                 )
             raise ArgumentError(
-                f"max_memory names {key!r}, but the model runs on {device}: use the keys "
-                f"{', '.join(sorted({'cpu', compute}))}, or choose another device="
+                f"max_memory names {key!r}, but the model runs on {device}: write "
+                f"max_memory={_example(compute)}, or choose another device="
             )
         if size != "auto":
             budgets[name] = parse_budget(size, f"max_memory[{key!r}]")
     return budgets
+
+
+def _example(compute: str) -> str:
+    """Budgets of a model that computes in the memory `compute`."""
+    return '{"cpu": "4GiB"}' if compute == "cpu" else f'{{{compute}: "4GiB", "cpu": "8GiB"}}'
 
 
 def check_count(name: str, value: object, at_least: int) -> None:

@@ -76,7 +76,7 @@ def named_when_full(folder: Path, needed: Callable[[], int], what: str, remedy: 
             raise
         there = next(path for path in (folder, *folder.parents) if path.exists())
         free = f"{what} needs {format_bytes(needed())} more, {format_bytes(shutil.disk_usage(there).free)} are free"
-        raise DiskSpaceError(f"{_refusal(error, there)}: {free}. {_help(error, remedy)}") from error
+        raise DiskSpaceError(f"{_refusal(error, there)}: {free}. {remedy_for(error.errno or 0, remedy)}") from error
 
 
 def _refusal(error: OSError, there: Path) -> str:
@@ -89,7 +89,8 @@ def _refusal(error: OSError, there: Path) -> str:
     return f"the disk of {there} is full"
 
 
-def _help(error: OSError, remedy: str) -> str:
-    if error.errno != errno.EFBIG:
+def remedy_for(code: int, remedy: str) -> str:
+    """What helps against an error `code` of `FULL`: `remedy`, unless it is one file that is too large."""
+    if code != errno.EFBIG:
         return remedy
     return f"{RAISE_LIMIT}, or name a folder on another disk" if file_limit() is not None else "Name another disk"

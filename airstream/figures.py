@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from airstream.errors import ArgumentError, UnsupportedError
+from airstream.extras import install
 
 
 def new_figure(width: float = 8, height: float = 5.4) -> Any:
@@ -18,7 +19,7 @@ def new_figure(width: float = 8, height: float = 5.4) -> Any:
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, nothing that the whole process shares
     except ImportError:
-        raise UnsupportedError("drawing needs matplotlib: pip install matplotlib") from None
+        raise UnsupportedError(f"drawing needs matplotlib: {install('matplotlib', 'plot')}") from None
 
     class Picture(Figure):
         def _repr_png_(self) -> bytes:

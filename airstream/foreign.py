@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from airstream.errors import ArgumentError
@@ -20,6 +21,12 @@ logger = logging.getLogger(__name__)
 
 DEFAULT = object()
 """What an argument comes to that asks for what happens anyway."""
+
+
+SIZE = re.compile(r"\d[\d.]*(e\+?\d+)?\s*([kmgt]?i?b?)?", re.IGNORECASE)
+DEVICE = re.compile(r"(cpu|cuda|mps|xpu|gpu)(:\d+)?")
+DTYPES = ("float16", "bfloat16", "float32", "float64", "fp16", "bf16", "fp32", "half")
+"""What an argument without a name was meant for, by what it looks like."""
 
 
 def _same(_: str, value: Any) -> Any:
@@ -149,6 +156,23 @@ def adopt(foreign: Mapping[str, Any], given: Mapping[str, Any], defaults: Mappin
     if idle:
         logger.warning("these arguments change nothing in airstream: %s", ", ".join(idle))
     return options
+
+
+def refuse_unnamed(values: Sequence[Any]) -> None:
+    """Raise for what is given without a name behind the model's, with the name that it may have been meant for."""
+    if not values:
+        return
+    value = values[0]
+    text = str(value).strip()
+    if isinstance(value, Mapping) or SIZE.fullmatch(text):
+        meant = f"max_memory={value!r}"
+    elif text.startswith("torch.") or text in DTYPES:
+        meant = f"dtype={value!r}"
+    elif DEVICE.fullmatch(text):
+        meant = f"device={text!r}"
+    else:
+        meant = 'max_memory="4GiB"'
+    raise ArgumentError(f"{value!r} has no name: behind the model's, every argument is named, as in {meant}")
 
 
 def _set(options: dict[str, Any], ours: str, value: Any, defaults: Mapping[str, Any], typed: str) -> None:

@@ -17,7 +17,7 @@ import airstream
 ROOT = Path(airstream.__file__).parent
 
 FLOORS: list[list[str]] = [
-    ["errors"],
+    ["errors", "extras"],
     [
         "units",
         "foreign",

@@ -79,6 +79,18 @@ def test_every_line_is_answered(
     assert err.count("stopped at 3 tokens") == 2
 
 
+@pytest.mark.parametrize("word", ["quit", "exit", "bye", "Exit", "quit()", "Bye!"])
+def test_a_bare_farewell_is_answered_with_how_to_leave(
+    folder: Path, word: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_chat(folder, f"{word}\n", monkeypatch) == 0
+    out, err = capsys.readouterr()
+    assert out == "", "the model was not asked"
+    assert f"(/exit or Ctrl-D ends the chat; {word} once more is said to the model)" in err
+    assert run_chat(folder, f"{word}\n{word}\n/bye\nw5\n", monkeypatch) == 0
+    assert capsys.readouterr().out.count("\n") == 1, "it was asked once"
+
+
 def test_chat_samples_as_the_checkpoint_says(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,7 +262,8 @@ def test_commands(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert obey(conversation, "/help")
     listed = capsys.readouterr().err
     assert all(name in listed for name in COMMANDS)
-    assert not obey(conversation, "/exit")
+    for name in ("/exit", "/quit", "/bye"):
+        assert not obey(conversation, name)
     for wrong in ("/nope", "/save", f"/save {tmp_path / 'missing' / 'talk.json'}", f"/save {tmp_path}"):
         with pytest.raises(ArgumentError):
             obey(conversation, wrong)

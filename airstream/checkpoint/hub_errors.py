@@ -19,13 +19,15 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from airstream.disk_space import FULL
+from airstream.disk_space import FULL, remedy_for
 from airstream.errors import AirstreamError, CheckpointNotFoundError, DiskSpaceError
 
 OFFLINE = (
     "is neither a local folder nor complete in the hub's cache, and the hub may not be asked (offline: "
     "local_files_only=True, or HF_HUB_OFFLINE is set). Connect once to download it, or name a local folder"
 )
+
+MAKE_ROOM = "Make room, or name a folder on another disk with cache_dir=..., or HF_HOME"
 
 CONNECTION: tuple[tuple[tuple[str, ...], str], ...] = (
     (("name or service not known", "name resolution", "getaddrinfo", "nodename nor servname"),
@@ -60,8 +62,7 @@ def explain(error: Exception, name: str, revision: str | None, token: str | bool
             return CheckpointNotFoundError(_of_status(cause, name))
         if isinstance(cause, OSError) and cause.errno in FULL:
             return DiskSpaceError(
-                f"downloading {name!r} failed: {_first_line(cause)}. Make room (a file that is too large: "
-                "`ulimit -f unlimited`), or name a folder on another disk with cache_dir=..., or HF_HOME"
+                f"downloading {name!r} failed: {_first_line(cause)}. {remedy_for(cause.errno or 0, MAKE_ROOM)}"
             )
     if isinstance(error, LocalEntryNotFoundError) and len(causes) == 1:
         return CheckpointNotFoundError(f"{name!r} {OFFLINE}")

@@ -27,9 +27,13 @@ def run(arguments: argparse.Namespace) -> None:
         conversation = Conversation(model, arguments.system, choice.options, stops, reuses=not arguments.no_reuse)
         note(f"{Path(arguments.model).absolute().name} is ready ({choice.words}). /help says what else can be typed.")
         show = partial(printing, model, stops, arguments.max_new_tokens)
+        is_told = False
         for text in typed():
             try:
-                if text.startswith("/") and not text.startswith("//"):
+                if text.lower().rstrip("().!;") in FAREWELLS and not is_told:
+                    is_told = True
+                    note(f"(/exit or Ctrl-D ends the chat; {text} once more is said to the model)")
+                elif text.startswith("/") and not text.startswith("//"):
                     if not obey(conversation, text):
                         break
                 else:
@@ -56,6 +60,7 @@ def _answer(conversation: Conversation, question: str, show: Callable[[], Abstra
 def obey(conversation: Conversation, text: str) -> bool:
     """Do what a line that begins with "/" says. False to end the chat."""
     name, _, argument = text.partition(" ")
+    name = ALSO.get(name, name)
     if name not in COMMANDS:
         raise ArgumentError(f"there is no {name}: /help lists what there is, // begins a text with /")
     return COMMANDS[name][1](conversation, argument.strip())
@@ -100,5 +105,11 @@ COMMANDS: dict[str, tuple[str, Callable[[Conversation, str], bool]]] = {
     "/system": ("TEXT  the system message from now on; alone, say what it is", _system),
     "/reset": ("        begin a new conversation with the same system message", _reset),
     "/save": ("FILE    write the messages to a file, as JSON", _save),
-    "/exit": ("        end the chat, as Ctrl-D does", _exit),
+    "/exit": ("        end the chat, as /quit, /bye and Ctrl-D do", _exit),
 }
+
+ALSO = {"/quit": "/exit", "/bye": "/exit", "/q": "/exit", "/clear": "/reset", "/?": "/help"}
+"""What the same is called elsewhere."""
+
+FAREWELLS = ("quit", "exit", "bye")
+"""What ends other programs. It may be meant for the model, which may take minutes: the first time, a hint is given."""

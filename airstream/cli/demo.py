@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from airstream.cli.session import encode_chat, load, note, printing, program
+from airstream.cli.session import encode_chat, load, note, printing, program, tell
 from airstream.demo.check import answer_of_transformers, has_room
 from airstream.demo.model import prepare_gguf
 from airstream.errors import ArgumentError
@@ -21,12 +21,16 @@ from airstream.units import counted, format_bytes
 
 MAX_NEW_TOKENS = 64
 
+READING_SECONDS = 10
+"""About what the check takes before it answers, which takes it about as long as it took here."""
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Fetch the model if need be, answer, say what that took, and whether transformers answers the same."""
     if not arguments.question.strip():
         raise ArgumentError("the question is empty: give some text to answer")
     file = prepare_gguf()
+    tell("loading SmolLM2-135M")
     loading = argparse.Namespace(
         model=file, dtype="bfloat16", max_memory=[arguments.max_memory], device=arguments.device
     )
@@ -41,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
             output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, streamer=meter)
         report = meter.report(plan, model.stats)
     note(f"\n{_cost(plan, report, file)}\n{report}\n")
-    status_code = 0 if arguments.no_check else _check(plan, file, output.cpu(), report.prompt_tokens)
+    status_code = 0 if arguments.no_check else _check(plan, file, output.cpu(), report)
     note(f"Next, talk to it:\n  {shlex.join([program(), *next_command(file)])}")
     return status_code
 
@@ -59,7 +63,7 @@ def _cost(plan: Plan, report: RunReport, file: Path) -> str:
     )
 
 
-def _check(plan: Plan, file: Path, output: torch.Tensor, prompt_tokens: int) -> int:
+def _check(plan: Plan, file: Path, output: torch.Tensor, report: RunReport) -> int:
     """Compare the answer with transformers', and tell. Returns the exit status: 1 if there is a difference."""
     if plan.device != "cpu":
         note(f"Not compared with transformers: that would be on the CPU, which rounds otherwise than {plan.device}.")
@@ -67,9 +71,12 @@ def _check(plan: Plan, file: Path, output: torch.Tensor, prompt_tokens: int) -> 
     if not has_room():
         note("Not compared with transformers: there is not enough free memory for it to hold all weights.")
         return 0
-    prompt_ids, ids = output[:, :prompt_tokens], output[0, prompt_tokens:].tolist()
+    prompt_ids, ids = output[:, : report.prompt_tokens], output[0, report.prompt_tokens :].tolist()
+    seconds = READING_SECONDS + round(report.total_seconds)
+    doing = f"checking, about {seconds} s: transformers answers with all weights in memory (Ctrl-C: leave that out)"
+    tell(doing)
     try:
-        with status("checking: transformers answers with all weights in memory (Ctrl-C: leave that out)"):
+        with status(doing):
             theirs = answer_of_transformers(file, prompt_ids, MAX_NEW_TOKENS)
     except KeyboardInterrupt:
         print(file=sys.stderr)

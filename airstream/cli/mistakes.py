@@ -7,6 +7,8 @@ Refuses to know models and devices: what only they can tell is told when they ar
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,16 @@ from airstream.figures import check_file, check_folder, new_figure
 from airstream.rates.cards import find_card
 from airstream.status import status
 
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+"""What a model on a hub may be called; also many a word, and many a folder that is not there yet."""
+
 FOR_SAMPLING = ("temperature", "top_p", "top_k", "min_p")
 """Options that mean something only where tokens are drawn."""
 
 
 def check_generate(arguments: argparse.Namespace) -> None:
     """Besides, read the prompt, wherever it comes from: it is `arguments.prompt` then."""
+    _check_order("generate", arguments.model, arguments.prompt)
     _check_loading(arguments)
     check_sampling(arguments)
     if arguments.trace:
@@ -36,9 +42,11 @@ def check_chat(arguments: argparse.Namespace) -> None:
     check_sampling(arguments)
 
 
-def check_files(arguments: argparse.Namespace) -> None:
-    """Of what only reads a checkpoint."""
+def check_repack(arguments: argparse.Namespace) -> None:
+    _check_order("repack", arguments.model, arguments.out)
     _check_model(arguments.model)
+    if not arguments.out:
+        raise ArgumentError("the folder to write has no name: name a new one")
 
 
 def check_verify(arguments: argparse.Namespace) -> None:
@@ -102,6 +110,32 @@ def check_sampling(arguments: argparse.Namespace) -> None:
         raise ArgumentError(f"{greedy} takes the most likely token, so {other} has no effect: leave one of them out")
 
 
+def _check_order(command: str, model: str, other: str | None) -> None:
+    """Raise if what stands in the model's place can be none, and what stands behind it is one."""
+    if other is None or _exists(model) or HUB_ID.fullmatch(model):
+        return
+    if _is_checkpoint(other) or (HUB_ID.fullmatch(other) and "/" in other):
+        raise ArgumentError(
+            f"{model!r} is no model, and {other!r} looks like one: the model comes first, as in "
+            f"`airstream {command} {shlex.join([other, model])}`"
+        )
+
+
+def _is_checkpoint(name: str) -> bool:
+    if not _exists(name):
+        return False
+    path = Path(name).expanduser()
+    return path.suffix == ".gguf" or (path / "config.json").is_file() or any(path.glob("*.gguf"))
+
+
+def _exists(name: str) -> bool:
+    """Whether `name` leads to something; a long text is the name of nothing."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, has a zero byte, of a home that is nowhere
+        return False
+
+
 def _check_loading(arguments: argparse.Namespace) -> None:
     _check_model(arguments.model)
     _check_memory(arguments)
@@ -118,7 +152,7 @@ def _check_model(name: str) -> None:
     """Raise for what is plainly a path and leads nowhere. What may be a hub id is left to the hub."""
     if not name:
         raise ArgumentError("the model's name is empty: name a folder or a hub id")
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+    if name.startswith((".", "/", "~")) and not _exists(name):
         kind = "file" if name.endswith(".gguf") else "folder"
         raise CheckpointNotFoundError(f"there is no {kind} {name!r}")
 

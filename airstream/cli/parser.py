@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -12,7 +13,7 @@ from airstream import __version__
 from airstream.cli import mistakes, values
 from airstream.cli.values import number, parse_memory
 from airstream.importing import quiet_imports
-from airstream.status import status
+from airstream.status import can_draw, status
 
 Command = Callable[[argparse.Namespace], int | None]
 """Returns the exit status, if it is not 0."""
@@ -170,7 +171,7 @@ def _add_files(commands: Any) -> None:
         help="of a file, at most (default: %(default)s)",
     )
     _add_source(repack.add_argument_group("source (as in AutoModel.from_pretrained)"))
-    repack.set_defaults(run=_command("repack", mistakes.check_files))
+    repack.set_defaults(run=_command("repack", mistakes.check_repack))
 
     verify = commands.add_parser("verify", help="prove a checkpoint complete and uncorrupted, or name what is not")
     verify.add_argument("model", help="folder or hub id of a checkpoint, or a .gguf file")
@@ -286,6 +287,8 @@ def _command(name: str, check: Callable[[argparse.Namespace], None] | None = Non
     def run(arguments: argparse.Namespace) -> int | None:
         if check is not None:
             check(arguments)
+        if name == "demo" and not can_draw():  # a newcomer's first command should never be silent
+            print("airstream: starting: importing torch and transformers", file=sys.stderr, flush=True)
         with status("starting: importing torch and transformers"), quiet_imports():
             module = importlib.import_module(f"airstream.cli.{name}")
         exit_status: int | None = module.run(arguments)

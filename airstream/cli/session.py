@@ -16,7 +16,7 @@ from airstream.cli.parser import load_options
 from airstream.cli.screen import Printer
 from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.live import LiveLine
-from airstream.status import showing, status
+from airstream.status import can_draw, showing, status
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> Any:
@@ -86,6 +86,12 @@ def program() -> str:
     """What to type for airstream here: its name where a shell finds it, or the file that was called."""
     called = sys.argv[0]
     return "airstream" if shutil.which("airstream") or Path(called).stem != "airstream" else called
+
+
+def tell(doing: str) -> None:
+    """Say what is being done where no line can show it, in a line that stays."""
+    if not can_draw():
+        note(f"airstream: {doing}")
 
 
 def note(text: str) -> None:

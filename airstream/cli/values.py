@@ -127,9 +127,7 @@ def layers(given: str) -> str:
 def _meant_layers(given: str) -> str:
     """What to write for the layers that `given` may mean, as far as it names any; they are counted from 0."""
     if re.fullmatch(r"\d{1,9}", given):
-        return (
-            f"{given}:{int(given) + 1} is layer {given} alone, {given}: all from {given} on, and :{given} those before"
-        )
+        return f"{given}:{int(given) + 1} is layer {given} alone, {given}: all from {given} on, :{given} those before"
     if re.fullmatch(r"\d{1,9}(-|:|\.\.|,)\d{1,9}", given):
         first, last = sorted(int(number) for number in re.findall(r"\d+", given))
         if first == last:

@@ -13,6 +13,7 @@ import torch
 
 from airstream.codecs.words import Unpacked
 from airstream.errors import UnsupportedError
+from airstream.extras import install
 
 GRID_TYPES = ("IQ1_", "IQ2_", "IQ3_")
 """Begins of the names of types that look numbers up."""
@@ -34,7 +35,7 @@ def by_gguf(name: str) -> Callable[[torch.Tensor], Unpacked]:
 
     def unpack(blocks: torch.Tensor) -> Unpacked:
         if importlib.util.find_spec("gguf") is None:
-            raise UnsupportedError(f"weights of type {name} need the package gguf: pip install gguf")
+            raise UnsupportedError(f"weights of type {name} need the package gguf: {install('gguf', 'gguf')}")
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 

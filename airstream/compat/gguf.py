@@ -28,6 +28,7 @@ from airstream.checkpoint.index import CheckpointIndex
 from airstream.compat.quantizers import Quantizer
 from airstream.compat.weights import KeyConversion
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.extras import install
 from airstream.units import counted
 
 OUTPUT = "output.weight"
@@ -251,7 +252,7 @@ def _table_of_mappings() -> Mapping[str, Any]:
 
 def _need_gguf() -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise UnsupportedError("GGUF files need the package gguf: pip install gguf")
+        raise UnsupportedError(f"GGUF files need the package gguf: {install('gguf', 'gguf')}")
 
 
 def _line(error: BaseException) -> str:

@@ -180,7 +180,8 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
     except ImportError as error:
         package = PACKAGES.get(method, method)
         raise UnsupportedError(
-            f'the checkpoint is quantised with {method}: pip install "{package}" accelerate ({_first_line(error)})'
+            f'the checkpoint is quantised with {method}: pip install "{package}" accelerate ({_first_line(error)}; '
+            'airstream\'s extra "quant" has what most checkpoints need)'
         ) from error
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise UnsupportedError(

