@@ -24,6 +24,9 @@ ERASE = "\x1b[J"
 
 SAVE, RESTORE, BELOW, DIM, PLAIN = "\x1b7", "\x1b8", "\x1b[B\r", "\x1b[2m", "\x1b[0m"
 
+UNDERSTANDS_CODES = 4
+"""The mode of a Windows console that does (ENABLE_VIRTUAL_TERMINAL_PROCESSING)."""
+
 SECONDS = 0.2
 """From one drawing to the next."""
 
@@ -37,7 +40,20 @@ def can_draw(stream: Any = None) -> bool:
     """Whether `stream`, standard error by default, is a terminal that understands escape sequences."""
     stream = sys.stderr if stream is None else stream
     is_terminal = stream is not None and not stream.closed and stream.isatty()
-    return is_terminal and sys.platform != "win32" and os.environ.get("TERM", "dumb") != "dumb"
+    if not is_terminal or os.environ.get("TERM") == "dumb":
+        return False
+    return _agrees(stream) if sys.platform == "win32" else bool(os.environ.get("TERM"))
+
+
+def _agrees(stream: Any) -> bool:
+    """Whether the Windows console behind `stream` agrees to understand escape sequences: it has to be asked."""
+    import ctypes
+    import msvcrt
+
+    kernel: Any = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
+    handle, mode = msvcrt.get_osfhandle(stream.fileno()), ctypes.c_ulong()  # type: ignore[attr-defined,unused-ignore]
+    is_console = kernel.GetConsoleMode(handle, ctypes.byref(mode))
+    return bool(is_console and kernel.SetConsoleMode(handle, mode.value | UNDERSTANDS_CODES))
 
 
 def columns_of(stream: Any) -> int:

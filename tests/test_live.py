@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import itertools
 import re
@@ -251,3 +252,33 @@ def test_a_line_stays_where_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
     line.draw()
     assert "working" in began.getvalue()
     assert other.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("is_console", "agrees", "term", "expected"),
+    [(1, 1, None, True), (1, 0, None, False), (0, 1, None, False), (1, 1, "dumb", False)],
+)
+def test_a_windows_console_is_asked_whether_it_understands(
+    is_console: int, agrees: int, term: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a console that is imagined: what a real one draws is not known here."""
+    modes: list[int] = []
+
+    def get(handle: int, mode: Any) -> int:
+        mode._obj.value = 3
+        return is_console
+
+    def set_mode(handle: int, mode: int) -> int:
+        modes.append(mode)
+        return agrees
+
+    kernel = types.SimpleNamespace(GetConsoleMode=get, SetConsoleMode=set_mode)
+    monkeypatch.setattr(ctypes, "windll", types.SimpleNamespace(kernel32=kernel), raising=False)
+    monkeypatch.setitem(sys.modules, "msvcrt", types.SimpleNamespace(get_osfhandle=lambda number: number))
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delenv("TERM", raising=False)
+    if term is not None:
+        monkeypatch.setenv("TERM", term)
+    console: Any = types.SimpleNamespace(closed=False, isatty=lambda: True, fileno=lambda: 2)
+    assert status.can_draw(console) is expected
+    assert modes in ([], [3 | 4])

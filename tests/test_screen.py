@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -215,6 +216,44 @@ def test_the_library_says_nothing(before: str, tiny: WriteTiny) -> None:
     result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
     assert result.stderr == ""
     assert ("3 tokens" in result.stdout) is bool(before), "the bar of notebooks goes to the cell's output"
+
+
+IN_A_CELL = (
+    NOTEBOOK
+    + """
+import json, time
+shown = []
+shell.display_pub = types.SimpleNamespace(publish=lambda data, **others: shown.append((data, others)))
+
+class Watch:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            shown.append("torch is imported")
+
+sys.meta_path.insert(0, Watch())
+from airstream import AutoModel
+count = len(shown)
+AutoModel.from_pretrained(sys.argv[1], device="cpu", max_memory="300MiB", progress=json.loads(sys.argv[2])).close()
+print(json.dumps([shown[:count], shown[count:]]))
+"""
+)
+"""What is published to a notebook's cell while the class is imported, and while a model is loaded."""
+
+
+@pytest.mark.parametrize("progress", ["auto", False])
+def test_a_notebook_is_told_what_goes_on_and_left_clean(progress: object, tiny: WriteTiny) -> None:
+    command = [sys.executable, "-c", IN_A_CELL, str(tiny("llama", torch.float32)), json.dumps(progress)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
+    importing, loading = json.loads(result.stdout)
+    assert importing[0][0] == {"text/plain": "importing torch and transformers ..."}, "before torch is"
+    assert importing[1] == "torch is imported"
+    assert bool(loading) is bool(progress)
+    for line in (importing, loading):
+        updates = [each for each in line if each != "torch is imported"]
+        assert len({each[1]["transient"]["display_id"] for each in updates}) <= 1, "all in one place"
+        assert [each[1]["update"] for each in updates] == [False, *[True] * (len(updates) - 1)][: len(updates)]
+        assert not updates or updates[-1][0] == {"text/plain": ""}
+    assert result.stderr == ""
 
 
 def test_a_pipe_that_closes_early_is_no_error(folder: Path) -> None:
