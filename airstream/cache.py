@@ -78,6 +78,7 @@ def _make_once(folder: Path, recipe: str, build: Callable[[Path, Path], None], p
     if is_complete(folder, recipe):
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _try_to_write(folder.parent)
     with FileLock(folder.parent / f".{folder.name}.lock"):
         if is_complete(folder, recipe):  # another process made it while this one waited for the lock
             return folder
@@ -96,6 +97,15 @@ def _make_once(folder: Path, recipe: str, build: Callable[[Path, Path], None], p
             made.replace(folder)
         sync(folder.parent)
     return folder
+
+
+def _try_to_write(folder: Path) -> None:
+    """Raise where no file can be made: a lock there would be waited for without end."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except FileNotFoundError as error:  # what some file systems of the kernel say
+        raise PermissionError(errno.EACCES, "no file can be made there") from error
 
 
 def _sweep(parent: Path) -> None:

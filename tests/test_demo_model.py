@@ -476,3 +476,10 @@ def test_a_cache_folder_that_cannot_be_is_told_with_the_remedy(tmp_path: Path) -
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(DiskSpaceError, match=r"cannot be written \(.*\): set AIRSTREAM_CACHE to a folder that can be"):
         cache.make_once(tmp_path / "cache" / "made", "recipe", lambda *_: None, 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no files")
+def test_a_cache_folder_that_takes_no_files_is_told_and_not_waited_for(without_pip: Callable[[], None]) -> None:
+    without_pip()
+    with pytest.raises(DiskSpaceError, match=r"no file can be made there.*AIRSTREAM_CACHE"):
+        demo_model.prepare_gguf(Path("/proc"))

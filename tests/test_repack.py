@@ -290,6 +290,12 @@ def test_a_disk_that_refuses_says_why(tiny: WriteTiny, tmp_path: Path, code: int
     assert left == ([".out-repacking"] if list((tmp_path / ".out-repacking").glob("*.safetensors")) else [])
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that takes no files")
+def test_where_no_file_can_be_made_nobody_else_is_blamed(tiny: WriteTiny) -> None:
+    with pytest.raises(ArgumentError, match="/proc/out cannot be written"):
+        airstream.repack(tiny("llama", BF16), "/proc/out", progress=False)
+
+
 LIMITED = """
 import resource, sys
 from airstream.cli import main

@@ -10,6 +10,7 @@ import torch
 
 from airstream.config import resolve_device
 from airstream.errors import ArgumentError
+from airstream.importing import quiet_imports
 from airstream.rates import store
 from airstream.rates.facts import HardwareFacts
 
@@ -32,7 +33,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _measure(folder: Path, device: torch.device) -> HardwareFacts:
-    from airstream.rates.measure import measure  # brings transformers, which showing what is stored can do without
+    with quiet_imports():  # it brings transformers, which showing what is stored can do without
+        from airstream.rates.measure import measure
 
     return measure(folder, device, progress=lambda what: print(f"measuring {what} ...", file=sys.stderr))
 

@@ -148,6 +148,10 @@ def _write(target: Path, source: Path, shards: Sequence[Shard], facts: Mapping[s
                     lock.unlink(missing_ok=True)
         return None if is_complete else job.num_kept
     except Timeout:
+        if not lock.exists():  # some file systems refuse to make a file as if it were in use
+            raise ArgumentError(
+                f"{target} cannot be written (no file can be made there): name another folder"
+            ) from None
         raise ArgumentError(f"another process is repacking into {target}") from None
     except AirstreamError:
         raise
