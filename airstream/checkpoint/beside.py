@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from airstream.checkpoint.config_file import check_types
 from airstream.checkpoint.foreign import open_regular, read_regular
-from airstream.checkpoint.foreign_json import CONFIG, Kind, check_json
+from airstream.checkpoint.foreign_json import CONFIG, Kind, check_json, read_json
 from airstream.checkpoint.impostors import HEAD_BYTES, LFS_POINTER, complaint
 from airstream.errors import CheckpointError
 from airstream.units import counted
@@ -27,6 +28,8 @@ KINDS: Mapping[re.Pattern[str], Kind] = {
     re.compile(r".*(token|processor|template|config).*\.json"): SETTINGS,
 }
 """Files of JSON that transformers reads, by their names; the first that fits counts."""
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 OTHERS = (".model", ".txt", ".jinja", ".tiktoken", ".spm", ".bpe")
 """How the names of its other files end."""
@@ -47,6 +50,8 @@ def check_small_files(folder: Path) -> None:
             continue  # transformers does not read it either
         if kind is not None:
             _check_json(file, kind)
+            if file.name == TOKENIZER_CONFIG:
+                _check_length(file)
         elif file.suffix in OTHERS:
             _check_other(file)
 
@@ -59,6 +64,13 @@ def _check_json(file: Path, kind: Kind) -> None:
         check_json(raw, kind)
     except ValueError as error:
         raise CheckpointError(f"{file} is not {kind.name}: {error}. Download it again") from None
+
+
+def _check_length(file: Path) -> None:
+    """A tokenizer compares the length of every text with it, whatever it is."""
+    values = read_json(file, SETTINGS)
+    if isinstance(values, dict):
+        check_types(file, values, {"model_max_length": (int, float)})
 
 
 def _check_other(file: Path) -> None:

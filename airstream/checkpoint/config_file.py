@@ -32,8 +32,11 @@ AT_LEAST = dict.fromkeys(("hidden_size", "d_model", "n_embd", "vocab_size"), 1) 
 
 TYPES: Mapping[str, tuple[type, ...]] = dict.fromkeys(("sliding_window", "attention_chunk_size"), (int, list)) | (
     dict.fromkeys(("output_hidden_states", "output_attentions", "use_cache", "return_dict"), (bool, int))
+    | dict.fromkeys(("model_type", "dtype", "torch_dtype"), (str,))
+    | {"architectures": (list,), "id2label": (dict,), "is_encoder_decoder": (bool,)}
 )
-"""What a value is where transformers looks at it in the middle of a pass only; null may be anywhere."""
+"""What a value is where transformers looks at it in the middle of a pass only, or says nothing of it; null may be
+anywhere."""
 
 CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields that may name code of others on the hub, which transformers would fetch and run."""
@@ -77,6 +80,8 @@ def check_numbers(file: Path, values: Mapping[str, Any]) -> None:
         CheckpointError: the message names the field.
     """
     for name, value in _numbers(values):
+        if value != value:
+            raise CheckpointError(f"{file}: {name} is NaN, no number")
         for pattern, most in AT_MOST:
             if value > most and pattern.search(name):
                 raise CheckpointError(f"{file}: {name} is {value:,}; no model has more than {most:,}")
@@ -95,15 +100,15 @@ def check_types(file: Path, values: Mapping[str, Any], types: Mapping[str, tuple
             )
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Every whole number with the name it has, however deep."""
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every whole number with the name it has, however deep, and what is no number where one should be."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _numbers(inner, key)
     elif isinstance(value, list):
         for inner in value:
             yield from _numbers(inner, name)
-    elif type(value) is int:
+    elif type(value) is int or value != value:
         yield name, value
 
 
