@@ -12,14 +12,15 @@ Knows nothing of devices, budgets or the order of execution.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from airstream.checkpoint.index import CheckpointIndex
+from airstream.checkpoint.index import CheckpointIndex, StoredTensor
 from airstream.compat import (
     DtypePlan,
     Quantizer,
@@ -67,6 +68,7 @@ def read_specs(
     specs: dict[str, TensorSpec] = {}
     conversion = conversion_for(model, index, quantizer)
     converted: dict[str, list[tuple[str, str]]] = {}
+    sizes = cache(lambda: tuple(_sizes(model.config.to_dict())))  # once: all tensors may be of another model
     for key in natural_order(index):
         name, pattern = conversion.rename(key)
         if name not in targets:
@@ -74,7 +76,7 @@ def read_specs(
         if pattern is None:
             stored = index[key]
             with _noting(faults):
-                _check_shape(name, stored.shape, tuple(targets[name].shape), key)
+                _check_shape(name, stored, tuple(targets[name].shape), sizes)
             specs[name] = plain_spec(name, stored, conversion.source_dtype(None, dtype_of(stored), wanted[name]))
         else:
             converted.setdefault(name, []).append((key, pattern))
@@ -85,7 +87,7 @@ def read_specs(
                 specs[spec.name] = spec
     _resolve_ties(model, specs, targets)
     if not may_lack:
-        _check_complete(model, specs, targets, faults)
+        _check_complete(model, specs, targets, faults, index)
     return specs
 
 
@@ -99,12 +101,29 @@ def _noting(faults: list[CheckpointError] | None) -> Iterator[None]:
         faults.append(error)
 
 
-def _check_shape(name: str, stored: Sequence[int], expected: Sequence[int], key: str) -> None:
-    if tuple(stored) != tuple(expected):
-        raise CheckpointError(
-            f"tensor {key!r} has shape {list(stored)}, the model's {name!r} needs {list(expected)}: "
-            "config.json and the weights do not belong together"
-        )
+def _check_shape(
+    name: str,
+    stored: StoredTensor,
+    expected: tuple[int, ...],
+    sizes: Callable[[], Sequence[tuple[str, int]]],
+) -> None:
+    if stored.shape == expected:
+        return
+    wrong = {size for size, own in zip(expected, stored.shape, strict=False) if size != own} or set(expected)
+    said = ", ".join(f"{field}={size}" for field, size in sizes() if size in wrong)
+    raise CheckpointError(
+        f"{stored.file}: tensor {stored.name!r} has shape {list(stored.shape)}, the model's {name!r} needs "
+        f"{list(expected)}: config.json{f' ({said[:200]})' if said else ''} and the weights do not belong together"
+    )
+
+
+def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every number of a config that a tensor may have its size from, with its name."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _sizes(value)
+        elif type(value) is int and not name.endswith("_id"):
+            yield name, value
 
 
 def _resolve_ties(model: PreTrainedModel, specs: dict[str, TensorSpec], targets: Mapping[str, torch.Tensor]) -> None:
@@ -124,16 +143,18 @@ def _check_complete(
     specs: Mapping[str, TensorSpec],
     targets: Mapping[str, torch.Tensor],
     faults: list[CheckpointError] | None,
+    index: CheckpointIndex,
 ) -> None:
     optional = [re.compile(pattern) for pattern in may_be_missing(model)]
     missing = [name for name in targets if name not in specs and not any(p.search(name) for p in optional)]
     if faults is not None:
         faults += [CheckpointError(f"tensor {name!r} {list(targets[name].shape)} is missing") for name in missing]
     elif missing:
+        where = next((f" in {tensor.file.parent}" for tensor in index.values()), "")
         names = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} of the {counted(len(targets), 'tensor')} of {type(model).__name__}: "
-            f"{names}. {_remedy(model)}"
+            f"the checkpoint{where} lacks {len(missing)} of the {counted(len(targets), 'tensor')} of "
+            f"{type(model).__name__}: {names}. {_remedy(model)}"
         )
 
 

@@ -42,7 +42,7 @@ from airstream.compat import (
     names_a_field,
 )
 from airstream.config import LoadOptions, check_count, named_dtype, parse_max_memory
-from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.foreign import adopt
 from airstream.growth import PassGrowth
 from airstream.layout import read_specs
@@ -142,6 +142,8 @@ def prepare(
     else:
         has_any = with_weights or has_weights(folder, options.variant)
         index = open_checkpoint(folder, variant=options.variant) if has_any else None
+    if index is not None and not index:
+        raise CheckpointError(f"{gguf or folder} has no tensors: its files of weights are empty. Download it again")
     begin(STEPS[2])
     model, dtype, quantizer, cache, passes = build_model(folder, options, device, index)
     begin(STEPS[3])

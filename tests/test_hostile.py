@@ -193,6 +193,11 @@ NAMED: list[tuple[str, str, Any]] = [
     ("qwen3_moe", "moe_intermediate_size", -1),
     ("qwen3_moe", "decoder_sparse_step", 0),
     ("qwen3_moe", "num_key_value_heads", 0),
+    ("qwen3_moe", "num_experts_per_tok", -1),
+    ("llama", "vocab_size", 3),
+    ("llama", "intermediate_size", 10**9),
+    ("gpt2", "n_positions", 3),
+    ("gpt2", "n_inner", 3),
 ]
 """What transformers says of each names none of them, or nothing is said until the model computes."""
 
@@ -265,6 +270,16 @@ def test_absurd_generation_configs(tiny: WriteTiny, tmp_path: Path, field: str, 
     file = folder / "generation_config.json"
     file.write_text(json.dumps({field: value}))
     refused(lambda: AutoModel.from_pretrained(folder, device="cpu", max_memory="1GiB", max_context=32), file)
+
+
+@pytest.mark.parametrize("value", ["x", {}, ["x"], []], ids=str)
+def test_ids_that_are_none_in_a_config_that_speaks_of_generation(tiny: WriteTiny, tmp_path: Path, value: Any) -> None:
+    source = tiny("llama", torch.bfloat16)
+    config = json.loads((source / "config.json").read_text()) | {"decoder_start_token_id": value}
+    folder = with_config(source, tmp_path / "m", json.dumps(config))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r"config\.json: decoder_start_token_id is "):
+        AutoModel.from_pretrained(folder, device="cpu", max_memory="1GiB", max_context=32)
 
 
 @pytest.mark.parametrize(("field", "value"), GENERATION, ids=str)

@@ -6,6 +6,7 @@ them would cost more than it ever does.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -46,8 +47,8 @@ def check_small_files(folder: Path) -> None:
     """
     for file in sorted(folder.iterdir()):
         kind = next((kind for pattern, kind in KINDS.items() if pattern.fullmatch(file.name)), None)
-        if not file.is_file():
-            continue  # transformers does not read it either
+        if file.is_dir() and file.suffix != ".json":
+            continue
         if kind is not None:
             _check_json(file, kind)
             if file.name == TOKENIZER_CONFIG:
@@ -74,12 +75,12 @@ def _check_length(file: Path) -> None:
 
 
 def _check_other(file: Path) -> None:
-    size = file.stat().st_size
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        head = stream.read(HEAD_BYTES)
     if size > MAX_BYTES:
         raise CheckpointError(
             f"{file} has {counted(size, 'byte')}: it is nothing of a tokenizer, which has {MAX_BYTES:,} at most"
         )
-    with open_regular(file) as stream:
-        head = stream.read(HEAD_BYTES)
     if head.startswith(LFS_POINTER):  # all else may be what it should be: text
         raise CheckpointError(str(complaint(file, head, "")))

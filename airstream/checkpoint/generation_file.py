@@ -14,6 +14,10 @@ from airstream.checkpoint.config_file import check_types, read_object
 from airstream.errors import CheckpointError
 
 _WHOLE, _NUMBER, _FLAG, _IDS = (int,), (int, float), (bool, int), (int, list)
+IDS = (
+    "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id",
+    "forced_eos_token_id",
+)  # fmt: skip
 GENERATION: Mapping[str, tuple[type, ...]] = {
     **dict.fromkeys(
         (
@@ -40,13 +44,7 @@ GENERATION: Mapping[str, tuple[type, ...]] = {
         ),
         _FLAG,
     ),
-    **dict.fromkeys(
-        (
-            "pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id", "forced_bos_token_id",
-            "forced_eos_token_id",
-        ),
-        _IDS,
-    ),
+    **dict.fromkeys(IDS, _IDS),
     **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias"), (list,)),
     "exponential_decay_length_penalty": (list,),
     **dict.fromkeys(("cache_implementation", "num_assistant_tokens_schedule"), (str,)),
@@ -127,11 +125,25 @@ def read_generation_file(file: Path) -> dict[str, Any]:
         CheckpointNotFoundError, CheckpointError: as `read_config_file`.
     """
     config = read_object(file)
+    _check(file, config)
+    return config
+
+
+def check_ids(file: Path) -> None:
+    """Refuse a config.json, which says of generation what another file does not, if its ids of tokens are none.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointError: as `read_config_file`.
+    """
+    config = read_object(file)
+    _check(file, {name: config[name] for name in config.keys() & set(IDS)})
+
+
+def _check(file: Path, config: Mapping[str, Any]) -> None:
     check_types(file, config, GENERATION)
     for name, value in config.items():
         if value is not None and (expected := _unmet(name, value)):
             raise CheckpointError(f"{file}: {name} is {str(value)[:100]}; {expected} was expected")
-    return config
 
 
 def _unmet(name: str, value: Any) -> str:

@@ -92,6 +92,12 @@ def check_name(model: object) -> None:
         raise ArgumentError(f"the model's name is {model!r}: name a folder, a GGUF file or a hub id")
     if not name:
         raise ArgumentError("the model's name is empty: name a folder or a hub id")
+    try:
+        Path(name).expanduser().is_file()
+    except (OSError, RuntimeError) as error:  # too long; "~" and the name of nobody
+        reason = getattr(error, "strerror", None) or str(error)
+        shown = name if len(name) <= 100 else f"{name[:100]}..."
+        raise ArgumentError(f"{shown!r} cannot be the name of a folder or a file: {reason}") from None
     if address := ADDRESS.match(name):
         repository, revision = address["repository"], address["revision"]
         meant = f'"{repository}"' if repository else 'the repository alone, as in "organisation/model"'

@@ -35,6 +35,10 @@ FILES = (
 
 def small_file_at_fault(folder: Path, load: Callable[[Path], object], _: str) -> str:
     """Words that name the file and the field that the error of `load(folder)` comes of; "" if none is found."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:  # tokenizers takes no other paths
+        return " - which comes of the folder's name, which is not UTF-8: rename it"
     if fault := _fault_of_vocabulary(folder / VOCABULARY):
         return fault
     for file in (folder / name for name in FILES):

@@ -48,6 +48,8 @@ def _suspects(
     paths = sorted(_paths(values), key=lambda path: _is_likely(_at(values, path), _at(defaults, path)), reverse=True)
     found: list[Path] = []
     with quiet_transformers():
+        if _works(attempt, dict(values)):
+            return []  # it is not what they say that has failed
         for path in paths:
             if time.monotonic() > ends or len(found) == MAX_NAMED:
                 break
