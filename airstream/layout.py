@@ -24,7 +24,9 @@ from airstream.checkpoint.index import CheckpointIndex, StoredTensor
 from airstream.compat import (
     DtypePlan,
     Quantizer,
+    blamed_on,
     conversion_for,
+    is_packed_alone,
     may_be_missing,
     natural_order,
     tied_names,
@@ -62,6 +64,19 @@ def read_specs(
     Raises:
         CheckpointError: a tensor is missing or has another shape than the model.
     """
+    where = next((str(tensor.file.parent) for tensor in index.values()), "the checkpoint")
+    with blamed_on(f"the tensors of {where} cannot be converted as its config.json says"):
+        return _read_specs(model, index, dtype, quantizer, faults, may_lack)
+
+
+def _read_specs(
+    model: PreTrainedModel,
+    index: CheckpointIndex,
+    dtype: torch.dtype,
+    quantizer: Quantizer | None,
+    faults: list[CheckpointError] | None,
+    may_lack: bool,
+) -> dict[str, TensorSpec]:
     targets = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     dtype_plan = DtypePlan(model, dtype)
     wanted = {name: dtype_plan(name, tensor.dtype) for name, tensor in targets.items()}
@@ -85,6 +100,9 @@ def read_specs(
         with _noting(faults):
             for spec in trace(conversion, name, sources, index, targets, wanted, known):
                 specs[spec.name] = spec
+    if quantizer is not None:
+        with _noting(faults):
+            _check_packed(model, specs)
     _resolve_ties(model, specs, targets)
     if not may_lack:
         _check_complete(model, specs, targets, faults, index)
@@ -115,6 +133,16 @@ def _check_shape(
         f"{stored.file}: tensor {stored.name!r} has shape {list(stored.shape)}, the model's {name!r} needs "
         f"{list(expected)}: config.json{f' ({said[:200]})' if said else ''} and the weights do not belong together"
     )
+
+
+def _check_packed(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse weights that are stored as they are where the config says that they are packed."""
+    for name, parameter in model.named_parameters():
+        if name in specs and specs[name].made_by is None and is_packed_alone(parameter):
+            raise CheckpointError(
+                f"{specs[name].pieces[0].file}: tensor {name!r} is not packed, and quantization_config in config.json "
+                "does not list it among those that are not (llm_int8_skip_modules)"
+            )
 
 
 def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -6,7 +6,7 @@ same calls work from 5.17 on; the test matrix runs the oldest and the newest sup
 """
 
 from airstream.compat.activations import measure_passes
-from airstream.compat.assembled import Assembled
+from airstream.compat.assembled import Assembled, is_packed_alone
 from airstream.compat.blame import Consequences, blamed_on, no_advice
 from airstream.compat.building import build_on_meta, finish_loading, load_generation_config
 from airstream.compat.classes import choose_class
@@ -63,6 +63,7 @@ __all__ = [
     "gguf_config",
     "gguf_dtype",
     "gguf_tokenizer",
+    "is_packed_alone",
     "kept_state",
     "load_generation_config",
     "may_be_missing",
