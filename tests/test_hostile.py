@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import time
@@ -21,6 +22,7 @@ from airstream.checkpoint.config_file import check_numbers, read_config_file
 from airstream.checkpoint.foreign_json import CONFIG
 from airstream.checkpoint.formats import PICKLE_INDEX, open_checkpoint
 from airstream.checkpoint.generation_file import read_generation_file
+from airstream.compat import suspects
 from airstream.compat.suspects import advice
 from tests.conftest import WriteTiny
 from tests.limits import GENEROUS, MAX_BYTES, MAX_SECONDS
@@ -203,7 +205,10 @@ NAMED: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("name", "path", "value"), NAMED, ids=str)
-def test_the_field_is_named(tiny: WriteTiny, tmp_path: Path, name: str, path: str, value: Any) -> None:
+def test_the_field_is_named(
+    tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, path: str, value: Any
+) -> None:
+    monkeypatch.setattr(suspects, "MAX_SECONDS", MAX_SECONDS * GENEROUS)
     source = tiny(name, torch.bfloat16)
     config = json.loads((source / "config.json").read_text())
     *outer, field = path.split(".")
@@ -213,17 +218,26 @@ def test_the_field_is_named(tiny: WriteTiny, tmp_path: Path, name: str, path: st
         AutoModel.from_pretrained(folder, device="cpu", max_memory="1GiB", max_context=32)
 
 
-def test_a_search_for_the_field_is_bounded() -> None:
+@pytest.mark.parametrize(("seconds", "fields"), [(0.0, []), (GENEROUS * MAX_SECONDS, ["b", "d", "e"])])
+def test_a_search_for_the_field_is_bounded(monkeypatch: pytest.MonkeyPatch, seconds: float, fields: list[str]) -> None:
     """However many there are, and however long it takes to try one."""
+    monkeypatch.setattr(suspects, "MAX_SECONDS", seconds)
+    values = dict.fromkeys("ab", 1) | dict.fromkeys("cdefg", "x") | {"n": {"inner": 2}}
     tried: list[dict[str, Any]] = []
 
-    def attempt(values: dict[str, Any]) -> None:
-        tried.append(values)
-        time.sleep(MAX_SECONDS / 8)
-        raise ValueError("no")
+    def attempt(others: dict[str, Any]) -> None:
+        tried.append(others)
+        if not values.keys() - others.keys() & set("bdefg"):
+            raise ValueError("no")
 
-    assert advice({f"field_{number}": number for number in range(10_000)}, {}, attempt) == ""
-    assert 1 <= len(tried) <= 9
+    said = advice(values, {}, attempt)
+    assert re.findall(r"(\w+) \(", said) == fields
+    assert len(tried) <= (1 if not fields else 12)
+
+
+def test_what_fails_for_another_reason_is_no_field_s_fault() -> None:
+    """What is tried again as it was, and works, has not failed because of a field."""
+    assert advice({"a": 1}, {}, lambda _: None) == ""
 
 
 GENERATION: list[tuple[str, Any]] = [
@@ -420,8 +434,9 @@ NO_TOKENIZER: list[tuple[str, str, Any]] = [
 
 @pytest.mark.parametrize(("name", "field", "value"), NO_TOKENIZER, ids=str)
 def test_the_file_of_a_tokenizer_that_is_wrong_is_named(
-    tiny: WriteTiny, tmp_path: Path, name: str, field: str, value: Any
+    tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, field: str, value: Any
 ) -> None:
+    monkeypatch.setattr(suspects, "MAX_SECONDS", MAX_SECONDS * GENEROUS)
     folder = with_config(tiny("llama", torch.bfloat16), tmp_path / "m", None)
     old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
     (folder / name).write_text(json.dumps(old | {field: value}))

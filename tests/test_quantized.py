@@ -22,7 +22,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 from airstream import AutoModel, CheckpointError, UnsupportedError, verify
 from airstream.allocations import Allocations
 from airstream.checkpoint.index import CheckpointIndex
-from airstream.compat import KeyConversion, build_on_meta, choose_class, find_quantizer
+from airstream.compat import KeyConversion, build_on_meta, choose_class, find_quantizer, suspects
 from airstream.compat.integers import AWQ, CUTS_FUSED_WEIGHTS, GPTQ, Layout, with_unpacking
 from airstream.config import LoadOptions
 from airstream.layout import read_specs
@@ -362,6 +362,17 @@ def test_what_a_config_says_of_the_machine_that_saved_it_changes_nothing(tmp_pat
     ids = torch.tensor([[3, 4, 5]])
     with stream(tmp_path / "saved") as saved, stream(other) as model:
         assert torch.equal(model(ids).logits, saved(ids).logits)
+
+
+@pytest.mark.parametrize("value", [7, True, 1.5], ids=str)
+def test_the_field_of_a_quantisation_that_makes_no_sense_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    monkeypatch.setattr(suspects, "MAX_SECONDS", 10.0)
+    write_fp8("llama", tmp_path / "saved")
+    folder = respelled(tmp_path / "saved", tmp_path / "other", modules_to_not_convert=value)
+    with pytest.raises(CheckpointError, match=r"config\.json.*quantization_config\.modules_to_not_convert \("):
+        stream(folder)
 
 
 @needs_bitsandbytes

@@ -2,7 +2,7 @@
 
 transformers says "division by zero" where a config says that there are no heads. What is left out has its default,
 which may not go with the rest; a number may be 1 instead. If either mends it, the field is named. Costs nothing where
-all is well, and little else: it stops after a second.
+all is well, and little else: it stops after a second of work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 from airstream.compat.quiet import quiet_transformers
 
 MAX_SECONDS = 1.0
-"""After which no further field is left out: a model of hundreds of layers takes as long to build once."""
+"""Of this thread's work, after which no further field is left out: a model of hundreds of layers takes as long to build
+once."""
 
 MAX_NAMED = 3
 
@@ -44,14 +45,14 @@ def advice(values: Mapping[str, Any], defaults: Mapping[str, Any], attempt: Call
 def _suspects(
     values: Mapping[str, Any], defaults: Mapping[str, Any], attempt: Callable[[dict[str, Any]], object]
 ) -> list[Path]:
-    ends = time.monotonic() + MAX_SECONDS
+    ends = time.thread_time() + MAX_SECONDS
     paths = sorted(_paths(values), key=lambda path: _is_likely(_at(values, path), _at(defaults, path)), reverse=True)
     found: list[Path] = []
     with quiet_transformers():
         if _works(attempt, dict(values)):
             return []  # it is not what they say that has failed
         for path in paths:
-            if time.monotonic() > ends or len(found) == MAX_NAMED:
+            if time.thread_time() > ends or len(found) == MAX_NAMED:
                 break
             if path[:1] not in found and any(_works(attempt, others) for others in _mended(values, path)):
                 found.append(path)
@@ -67,10 +68,12 @@ def _paths(values: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def _is_likely(value: Any, default: Any) -> int:
-    """How little `value` is like what is written there: of another type, or a number that counts nothing."""
+    """How little `value` is like what is written there: of another type, or in most files not there, or a number that
+    counts nothing.
+    """
     alike = isinstance(value, type(default)) or value is None or default is None
     odd = isinstance(value, int | float) and not isinstance(value, bool) and not value > 0
-    return 2 * (not alike) + odd
+    return 3 * (not alike) + 2 * (default is None and value is not None) + odd
 
 
 def _works(attempt: Callable[[dict[str, Any]], object], values: dict[str, Any]) -> bool:
