@@ -18,7 +18,15 @@ from airstream.checkpoint.beside import check_small_files
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
-from airstream.compat import Consequences, blamed_on, finish_loading, gguf_tokenizer, load_generation_config
+from airstream.compat import (
+    Consequences,
+    blamed_on,
+    finish_loading,
+    gguf_tokenizer,
+    load_generation_config,
+    no_advice,
+    small_file_at_fault,
+)
 from airstream.config import LoadOptions, MaxMemory
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.foreign import adopt, refuse_unnamed
@@ -220,8 +228,10 @@ def load_beside(folder: Path, trust_remote_code: bool, what: Beside) -> Any:
     # Looked up here: what loads processors of images takes memory that a text model has no use for.
     auto_class = transformers.AutoTokenizer if what == "tokenizer" else transformers.AutoProcessor
     check_small_files(folder)
-    with blamed_on(f"{folder} has no {what} that transformers can load", _NOT_THERE):
-        return auto_class.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    load = partial(auto_class.from_pretrained, trust_remote_code=trust_remote_code)
+    find = no_advice if trust_remote_code else partial(small_file_at_fault, folder, load)  # lest code is run once more
+    with blamed_on(f"{folder} has no {what} that transformers can load", _NOT_THERE, find):
+        return load(folder)
 
 
 _NOT_THERE: Consequences = (((ImportError,), UnsupportedError), ((OSError, ValueError), CheckpointNotFoundError))

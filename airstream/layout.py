@@ -12,18 +12,21 @@ Knows nothing of devices, budgets or the order of execution.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from airstream.checkpoint.index import CheckpointIndex
+from airstream.checkpoint.index import CheckpointIndex, StoredTensor
 from airstream.compat import (
     DtypePlan,
     Quantizer,
+    blamed_on,
     conversion_for,
+    is_packed_alone,
     may_be_missing,
     natural_order,
     tied_names,
@@ -61,12 +64,26 @@ def read_specs(
     Raises:
         CheckpointError: a tensor is missing or has another shape than the model.
     """
+    where = next((str(tensor.file.parent) for tensor in index.values()), "the checkpoint")
+    with blamed_on(f"the tensors of {where} cannot be converted as its config.json says"):
+        return _read_specs(model, index, dtype, quantizer, faults, may_lack)
+
+
+def _read_specs(
+    model: PreTrainedModel,
+    index: CheckpointIndex,
+    dtype: torch.dtype,
+    quantizer: Quantizer | None,
+    faults: list[CheckpointError] | None,
+    may_lack: bool,
+) -> dict[str, TensorSpec]:
     targets = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, torch.Tensor)}
     dtype_plan = DtypePlan(model, dtype)
     wanted = {name: dtype_plan(name, tensor.dtype) for name, tensor in targets.items()}
     specs: dict[str, TensorSpec] = {}
     conversion = conversion_for(model, index, quantizer)
     converted: dict[str, list[tuple[str, str]]] = {}
+    sizes = cache(lambda: tuple(_sizes(model.config.to_dict())))  # once: all tensors may be of another model
     for key in natural_order(index):
         name, pattern = conversion.rename(key)
         if name not in targets:
@@ -74,7 +91,7 @@ def read_specs(
         if pattern is None:
             stored = index[key]
             with _noting(faults):
-                _check_shape(name, stored.shape, tuple(targets[name].shape), key)
+                _check_shape(name, stored, tuple(targets[name].shape), sizes)
             specs[name] = plain_spec(name, stored, conversion.source_dtype(None, dtype_of(stored), wanted[name]))
         else:
             converted.setdefault(name, []).append((key, pattern))
@@ -83,9 +100,12 @@ def read_specs(
         with _noting(faults):
             for spec in trace(conversion, name, sources, index, targets, wanted, known):
                 specs[spec.name] = spec
+    if quantizer is not None:
+        with _noting(faults):
+            _check_packed(model, specs)
     _resolve_ties(model, specs, targets)
     if not may_lack:
-        _check_complete(model, specs, targets, faults)
+        _check_complete(model, specs, targets, faults, index)
     return specs
 
 
@@ -99,12 +119,39 @@ def _noting(faults: list[CheckpointError] | None) -> Iterator[None]:
         faults.append(error)
 
 
-def _check_shape(name: str, stored: Sequence[int], expected: Sequence[int], key: str) -> None:
-    if tuple(stored) != tuple(expected):
-        raise CheckpointError(
-            f"tensor {key!r} has shape {list(stored)}, the model's {name!r} needs {list(expected)}: "
-            "config.json and the weights do not belong together"
-        )
+def _check_shape(
+    name: str,
+    stored: StoredTensor,
+    expected: tuple[int, ...],
+    sizes: Callable[[], Sequence[tuple[str, int]]],
+) -> None:
+    if stored.shape == expected:
+        return
+    wrong = {size for size, own in zip(expected, stored.shape, strict=False) if size != own} or set(expected)
+    said = ", ".join(f"{field}={size}" for field, size in sizes() if size in wrong)
+    raise CheckpointError(
+        f"{stored.file}: tensor {stored.name!r} has shape {list(stored.shape)}, the model's {name!r} needs "
+        f"{list(expected)}: config.json{f' ({said[:200]})' if said else ''} and the weights do not belong together"
+    )
+
+
+def _check_packed(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> None:
+    """Refuse weights that are stored as they are where the config says that they are packed."""
+    for name, parameter in model.named_parameters():
+        if name in specs and specs[name].made_by is None and is_packed_alone(parameter):
+            raise CheckpointError(
+                f"{specs[name].pieces[0].file}: tensor {name!r} is not packed, and quantization_config in config.json "
+                "does not list it among those that are not (llm_int8_skip_modules)"
+            )
+
+
+def _sizes(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """Every number of a config that a tensor may have its size from, with its name."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _sizes(value)
+        elif type(value) is int and not name.endswith("_id"):
+            yield name, value
 
 
 def _resolve_ties(model: PreTrainedModel, specs: dict[str, TensorSpec], targets: Mapping[str, torch.Tensor]) -> None:
@@ -124,16 +171,18 @@ def _check_complete(
     specs: Mapping[str, TensorSpec],
     targets: Mapping[str, torch.Tensor],
     faults: list[CheckpointError] | None,
+    index: CheckpointIndex,
 ) -> None:
     optional = [re.compile(pattern) for pattern in may_be_missing(model)]
     missing = [name for name in targets if name not in specs and not any(p.search(name) for p in optional)]
     if faults is not None:
         faults += [CheckpointError(f"tensor {name!r} {list(targets[name].shape)} is missing") for name in missing]
     elif missing:
+        where = next((f" in {tensor.file.parent}" for tensor in index.values()), "")
         names = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(
-            f"the checkpoint lacks {len(missing)} of the {counted(len(targets), 'tensor')} of {type(model).__name__}: "
-            f"{names}. {_remedy(model)}"
+            f"the checkpoint{where} lacks {len(missing)} of the {counted(len(targets), 'tensor')} of "
+            f"{type(model).__name__}: {names}. {_remedy(model)}"
         )
 
 

@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from airstream.backend import packing_of
 from airstream.checkpoint.config_file import read_config_file
@@ -28,6 +29,7 @@ from airstream.compat import (
     CacheSize,
     Consequences,
     Quantizer,
+    advice,
     blamed_on,
     build_on_meta,
     check_trust,
@@ -37,9 +39,10 @@ from airstream.compat import (
     gguf_dtype,
     measure_cache,
     measure_passes,
+    names_a_field,
 )
 from airstream.config import LoadOptions, check_count, named_dtype, parse_max_memory
-from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.foreign import adopt
 from airstream.growth import PassGrowth
 from airstream.layout import read_specs
@@ -139,6 +142,8 @@ def prepare(
     else:
         has_any = with_weights or has_weights(folder, options.variant)
         index = open_checkpoint(folder, variant=options.variant) if has_any else None
+    if index is not None and not index:
+        raise CheckpointError(f"{gguf or folder} has no tensors: its files of weights are empty. Download it again")
     begin(STEPS[2])
     model, dtype, quantizer, cache, passes = build_model(folder, options, device, index)
     begin(STEPS[3])
@@ -182,20 +187,42 @@ class Built(NamedTuple):
 
 def build_model(folder: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None) -> Built:
     """The model that the config in `folder` describes, with the modules that compute with its weights on `device`."""
-    config = gguf_config(index) if isinstance(index, GgufIndex) else _load_config(folder, options)
-    source = index.first if isinstance(index, GgufIndex) else folder / "config.json"
-    with blamed_on(f"no model can be built from {source}"):
-        quantizer = find_quantizer(config, device)
-        dtype = _resolve_dtype(options.dtype, config, index)
-        dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
-        model_cls, config = choose_class(config, folder, options.trust_remote_code, options.model_class)
-        with _attention(options.attn_implementation, source):
-            model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
-        cache, passes = measure_cache(model), measure_passes(model, device)  # while its modules compute on any device
-        if quantizer is not None:
-            _check_planned_from_headers(index, quantizer)
-            quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
+    if isinstance(index, GgufIndex):
+        config = gguf_config(index)
+        with blamed_on(f"no model can be built from {index.first}"):
+            return _build(config, index.first, options, device, index)
+    file = folder / "config.json"
+    values = _read_config(folder, options)
+    find = partial(_find_fault, values, lambda config: _build(config, file, options, device, index))
+    with blamed_on(f"transformers cannot read {file}", _READING, find):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    with blamed_on(f"no model can be built from {file}", advice=find):
+        return _build(config, file, options, device, index)
+
+
+def _build(
+    config: PreTrainedConfig, source: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None
+) -> Built:
+    quantizer = find_quantizer(config, device)
+    dtype = _resolve_dtype(options.dtype, config, index)
+    dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
+    model_cls, config = choose_class(config, source.parent, options.trust_remote_code, options.model_class)
+    with _attention(options.attn_implementation, source):
+        model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    cache, passes = measure_cache(model), measure_passes(model, device)  # while its modules compute on any device
+    if quantizer is not None:
+        _check_planned_from_headers(index, quantizer)
+        quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
     return Built(model, dtype, quantizer, cache, passes)
+
+
+def _find_fault(values: Mapping[str, Any], build: Callable[[PreTrainedConfig], Built], said: str) -> str:
+    """Which field of a config no model can be built with, which fails with the words `said`."""
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING or names_a_field(said, values):
+        return ""
+    cls = CONFIG_MAPPING[model_type]
+    return advice(values, cls().to_dict(), lambda others: build(cls.from_dict(others)))
 
 
 @contextmanager
@@ -224,16 +251,16 @@ _READING: Consequences = (((OSError, ValueError, KeyError, ImportError), Unsuppo
 """A type of model that transformers does not know is one of these."""
 
 
-def _load_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
+def _read_config(folder: Path, options: LoadOptions) -> dict[str, Any]:
     file = folder / "config.json"
     if (folder / "adapter_config.json").is_file() and not file.is_file():
         raise CheckpointNotFoundError(
             f"{folder} is an adapter, not a model: load the model that it was trained with, and then "
             f"model.load_adapter({os.fspath(folder)!r})"
         )
-    check_trust(read_config_file(file), folder, options.trust_remote_code)
-    with blamed_on(f"transformers cannot read {file}", _READING):
-        return AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    values = read_config_file(file)
+    check_trust(values, folder, options.trust_remote_code)
+    return values
 
 
 def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: CheckpointIndex | None) -> torch.dtype:

@@ -67,7 +67,7 @@ def trace(
     if expansion is None or any(_shape_of(targets, output) != shape for output, shape in expansion.shapes.items()):
         listed = ", ".join(f"{tensor.name!r} {list(tensor.shape)}" for tensor in stored[:3])
         raise CheckpointError(
-            f"the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's "
+            f"{stored[0].file}: the model's {name!r} {list(targets[name].shape)} cannot be made of the checkpoint's "
             f"{counted(len(stored), 'tensor')} ({listed}, ...): one of them is missing or has the wrong shape"
         )
     patterns, raw = _raw_specs(conversion, sources, stored, wanted[name])

@@ -6,10 +6,13 @@ import gzip
 import json
 import os
 import random
+import re
+import shutil
 import socket
 import struct
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from airstream import AutoModel, CheckpointError, CheckpointNotFoundError
+from airstream import ArgumentError, AutoModel, CheckpointError, CheckpointNotFoundError, verify
+from airstream.auto import load_beside
 from airstream.checkpoint import foreign_json
 from airstream.checkpoint.foreign import open_regular
 from airstream.checkpoint.foreign_json import (
@@ -36,6 +40,7 @@ from airstream.checkpoint.foreign_json import (
 from airstream.checkpoint.formats import PICKLE_FILE, has_weights, open_checkpoint
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.index import MAX_HEADER_BYTES, SHARD_INDEX, SINGLE_FILE, CheckpointIndex, read_header
+from tests.conftest import WriteTiny
 from tests.limits import limited
 
 ROOM = HEADER.parsed_bytes
@@ -288,6 +293,47 @@ def test_no_file_of_a_checkpoint_is_waited_for(tmp_path: Path, name: str, make: 
     make(tmp_path / name)
     with pytest.raises(CheckpointError):
         AutoModel.from_pretrained(tmp_path, device="cpu")
+
+
+def a_link_to_nothing(path: Path) -> None:
+    path.symlink_to("gone")
+
+
+@pytest.mark.parametrize("make", [*NO_FILES, a_link_to_nothing], ids=lambda make: make.__name__)
+@pytest.mark.parametrize("name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json", "x.jinja"])
+def test_no_small_file_is_passed_over(tiny: WriteTiny, tmp_path: Path, name: str, make: Callable[[Path], None]) -> None:
+    """Where transformers would do without what it says."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny("llama", torch.float32), folder)
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    if name == "x.jinja" and make is Path.mkdir:  # a folder of templates, as some repositories have
+        return
+    load = partial(load_beside, folder, False, "tokenizer")
+    if name == "generation_config.json":
+        load = partial(AutoModel.from_pretrained, folder, device="cpu", max_memory="1GiB", max_context=32)
+    with pytest.raises(CheckpointError, match=re.escape(name)):
+        load()
+    assert any(name in fault for fault in verify(folder, progress=False).faults)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/" + "x/" * 5000, "~nobody_of_this_name/m"])
+def test_models_of_names_that_no_system_has(name: str) -> None:
+    for use in (lambda: AutoModel.from_pretrained(name, device="cpu"), lambda: verify(name, progress=False)):
+        with pytest.raises(ArgumentError, match="cannot be the name"):
+            use()
+
+
+def test_a_folder_whose_name_is_not_text(tiny: WriteTiny, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/m\xff"))
+    try:
+        shutil.copytree(tiny("llama", torch.float32), folder)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    with AutoModel.from_pretrained(folder, device="cpu", max_memory="1GiB", max_context=32) as model:
+        model(torch.tensor([[3, 4]]))
+        with pytest.raises(CheckpointError, match="the folder's name"):
+            _ = model.tokenizer
 
 
 def test_names_that_no_system_has(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import time
@@ -21,6 +22,8 @@ from airstream.checkpoint.config_file import check_numbers, read_config_file
 from airstream.checkpoint.foreign_json import CONFIG
 from airstream.checkpoint.formats import PICKLE_INDEX, open_checkpoint
 from airstream.checkpoint.generation_file import read_generation_file
+from airstream.compat import suspects
+from airstream.compat.suspects import advice
 from tests.conftest import WriteTiny
 from tests.limits import GENEROUS, MAX_BYTES, MAX_SECONDS
 
@@ -168,6 +171,75 @@ def test_odd_values_are_refused_by_name_or_do_no_harm(tiny: WriteTiny, tmp_path:
             model(torch.tensor([[3, 4]]))
 
 
+NAMED: list[tuple[str, str, Any]] = [
+    *(("llama", "dtype", value) for value in ("x", 7, [1], {}, True)),
+    *(("llama", "architectures", value) for value in (7, [1], True)),
+    *(("llama", "id2label", value) for value in (7, [1], "x", {"a": 1})),
+    *(("llama", "model_type", value) for value in (7, [1], {"a": 1})),
+    *(("llama", "is_encoder_decoder", value) for value in ("x", 7)),
+    ("llama", "num_attention_heads", 0),
+    ("llama", "num_attention_heads", 3),
+    ("llama", "hidden_size", 3),
+    ("llama", "hidden_act", "x"),
+    ("llama", "rms_norm_eps", float("nan")),
+    ("llama", "rope_parameters.rope_type", "x"),
+    ("llama", "rope_parameters.rope_theta", None),
+    ("gpt2", "n_head", 0),
+    ("gpt2", "n_head", 3),
+    ("gpt2", "n_embd", 3),
+    ("gpt2", "n_positions", -1),
+    ("gpt2", "n_inner", -1),
+    ("gpt2", "activation_function", "x"),
+    ("gpt2", "attn_pdrop", 1.5),
+    ("gpt2", "embd_pdrop", float("nan")),
+    ("qwen3_moe", "moe_intermediate_size", -1),
+    ("qwen3_moe", "decoder_sparse_step", 0),
+    ("qwen3_moe", "num_key_value_heads", 0),
+    ("qwen3_moe", "num_experts_per_tok", -1),
+    ("llama", "vocab_size", 3),
+    ("llama", "intermediate_size", 10**9),
+    ("gpt2", "n_positions", 3),
+    ("gpt2", "n_inner", 3),
+]
+"""What transformers says of each names none of them, or nothing is said until the model computes."""
+
+
+@pytest.mark.parametrize(("name", "path", "value"), NAMED, ids=str)
+def test_the_field_is_named(
+    tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, path: str, value: Any
+) -> None:
+    monkeypatch.setattr(suspects, "MAX_SECONDS", MAX_SECONDS * GENEROUS)
+    source = tiny(name, torch.bfloat16)
+    config = json.loads((source / "config.json").read_text())
+    *outer, field = path.split(".")
+    (config[outer[0]] if outer else config)[field] = value
+    folder = with_config(source, tmp_path / "m", json.dumps(config))
+    with pytest.raises(AirstreamError, match=rf"config\.json.*{field}\W"):
+        AutoModel.from_pretrained(folder, device="cpu", max_memory="1GiB", max_context=32)
+
+
+@pytest.mark.parametrize(("seconds", "fields"), [(0.0, []), (GENEROUS * MAX_SECONDS, ["b", "d", "e"])])
+def test_a_search_for_the_field_is_bounded(monkeypatch: pytest.MonkeyPatch, seconds: float, fields: list[str]) -> None:
+    """However many there are, and however long it takes to try one."""
+    monkeypatch.setattr(suspects, "MAX_SECONDS", seconds)
+    values = dict.fromkeys("ab", 1) | dict.fromkeys("cdefg", "x") | {"n": {"inner": 2}}
+    tried: list[dict[str, Any]] = []
+
+    def attempt(others: dict[str, Any]) -> None:
+        tried.append(others)
+        if not values.keys() - others.keys() & set("bdefg"):
+            raise ValueError("no")
+
+    said = advice(values, {}, attempt)
+    assert re.findall(r"(\w+) \(", said) == fields
+    assert len(tried) <= (1 if not fields else 12)
+
+
+def test_what_fails_for_another_reason_is_no_field_s_fault() -> None:
+    """What is tried again as it was, and works, has not failed because of a field."""
+    assert advice({"a": 1}, {}, lambda _: None) == ""
+
+
 GENERATION: list[tuple[str, Any]] = [
     *(
         (name, value)
@@ -187,6 +259,22 @@ GENERATION: list[tuple[str, Any]] = [
     ("max_new_tokens", -1),
     ("compile_config", 7),
     ("num_return_sequences", 5),
+    *(("num_beams", value) for value in (0, -1)),
+    *(("prefill_chunk_size", value) for value in (0, -1, 10**30)),
+    *(("prompt_lookup_num_tokens", value) for value in (0, -1, 10**30)),
+    *((f"{name}repetition_penalty", value) for name in ("", "encoder_") for value in (0, -1.0, 3, float("nan"))),
+    *(("bad_words_ids", value) for value in ([], [1], ["x"], [[[]]], [[-1]], {"a": 1})),
+    *(("sequence_bias", value) for value in ([], [1], [[[1]]], [[[1], "x"]], [[[1], 1]], {"a": 1})),
+    *((f"{begin}suppress_tokens", value) for begin in ("", "begin_") for value in (["x"], [None], {"a": 1})),
+    *(("exponential_decay_length_penalty", value) for value in (7, [], [1], ["x", "y"], {"a": 1})),
+    *((name, 1) for name in ("constraints", "force_words_ids", "dola_layers", "is_assistant")),
+    ("encoder_no_repeat_ngram_size", 10**9),
+    *(("assistant_early_exit", value) for value in (-1, 10**9)),
+    *(("forced_eos_token_id", value) for value in (-1, [])),
+    ("eos_token_id", []),
+    ("guidance_scale", 10**30),
+    ("stop_strings", [1]),
+    ("use_mtp", "x"),
 ]
 
 
@@ -196,6 +284,34 @@ def test_absurd_generation_configs(tiny: WriteTiny, tmp_path: Path, field: str, 
     file = folder / "generation_config.json"
     file.write_text(json.dumps({field: value}))
     refused(lambda: AutoModel.from_pretrained(folder, device="cpu", max_memory="1GiB", max_context=32), file)
+
+
+@pytest.mark.parametrize("value", ["x", {}, ["x"], []], ids=str)
+def test_ids_that_are_none_in_a_config_that_speaks_of_generation(tiny: WriteTiny, tmp_path: Path, value: Any) -> None:
+    source = tiny("llama", torch.bfloat16)
+    config = json.loads((source / "config.json").read_text()) | {"decoder_start_token_id": value}
+    folder = with_config(source, tmp_path / "m", json.dumps(config))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r"config\.json: decoder_start_token_id is "):
+        AutoModel.from_pretrained(folder, device="cpu", max_memory="1GiB", max_context=32)
+
+
+@pytest.mark.parametrize(("field", "value"), GENERATION, ids=str)
+def test_absurd_generation_configs_name_the_field(tmp_path: Path, field: str, value: Any) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({field: value}))
+    try:
+        read_generation_file(tmp_path / "generation_config.json")
+    except CheckpointError as error:
+        assert f" {field} is " in str(error)  # noqa: PT017 - the rest is for transformers to refuse
+    else:
+        assert field in LEFT_TO_TRANSFORMERS
+
+
+LEFT_TO_TRANSFORMERS = (
+    "cache_implementation", "eos_token_id", "watermarking_config", "max_new_tokens", "compile_config",
+    "num_return_sequences",
+)  # fmt: skip
+"""Which says in its own words what goes with what."""
 
 
 @pytest.mark.parametrize(
@@ -210,6 +326,13 @@ def test_absurd_generation_configs(tiny: WriteTiny, tmp_path: Path, field: str, 
             "guidance_scale": 3,
             "lang_to_id": {},
         },
+        {
+            "bad_words_ids": [[1, 2], [3]],
+            "sequence_bias": [[[1], -2.5]],
+            "repetition_penalty": 1,
+            "is_assistant": False,
+        },
+        {"begin_suppress_tokens": [220, -1], "suppress_tokens": [], "exponential_decay_length_penalty": [5, 1.1]},
         {"transformers_version": "4.40.0", "_from_model_config": True, "bos_token_id": 1, "stop_strings": ["a"]},
     ],
 )
@@ -290,6 +413,40 @@ TOKENIZERS: list[tuple[str, Any]] = [
     ),
     ("tokenizer.json", {"added_tokens": 7}),
 ]
+
+NO_TOKENIZER: list[tuple[str, str, Any]] = [
+    ("tokenizer_config.json", "padding_side", "x"),
+    ("tokenizer_config.json", "additional_special_tokens", 7),
+    ("tokenizer_config.json", "added_tokens_decoder", 7),
+    ("tokenizer_config.json", "eos_token", 7),
+    ("tokenizer_config.json", "tokenizer_class", 7),
+    ("tokenizer_config.json", "chat_template", [1]),
+    ("tokenizer_config.json", "model_input_names", 7),
+    ("tokenizer_config.json", "model_max_length", "x"),
+    ("tokenizer_config.json", "split_special_tokens", 7),
+    ("special_tokens_map.json", "eos_token", 7),
+    ("special_tokens_map.json", "additional_special_tokens", {"a": 1}),
+    ("added_tokens.json", "<s>", "x"),
+    ("tokenizer.json", "added_tokens", 7),
+    ("tokenizer.json", "version", 7),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), NO_TOKENIZER, ids=str)
+def test_the_file_of_a_tokenizer_that_is_wrong_is_named(
+    tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, field: str, value: Any
+) -> None:
+    monkeypatch.setattr(suspects, "MAX_SECONDS", MAX_SECONDS * GENEROUS)
+    folder = with_config(tiny("llama", torch.bfloat16), tmp_path / "m", None)
+    old = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps(old | {field: value}))
+    before = sorted(folder.iterdir())
+    with pytest.raises(CheckpointError) as caught:
+        load_beside(folder, False, "tokenizer")
+    where = "line 1" if name == "tokenizer.json" else field  # which has an entry for every word
+    assert name in str(caught.value)
+    assert where in str(caught.value)
+    assert sorted(folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", BESIDE)

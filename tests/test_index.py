@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
+import shutil
 import struct
 import tracemalloc
 from pathlib import Path
@@ -15,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from airstream import AutoModel
 from airstream.checkpoint import index as index_module
 from airstream.checkpoint.index import MAX_HEADER_BYTES, SHARD_INDEX, SINGLE_FILE, CheckpointIndex, read_header
 from airstream.errors import CheckpointError, CheckpointNotFoundError
+from tests.conftest import WriteTiny
 
 Header = dict[str, Any]
 
@@ -429,3 +433,18 @@ def test_mutated_files(scratch: Path, data: st.DataObject) -> None:
         raw[place : place + cut] = data.draw(st.binary(max_size=4))
     scratch.write_bytes(raw)
     read_or_refuse(scratch)
+
+
+@pytest.mark.parametrize("contents", ["{}", '{"__metadata__": {"format": "pt"}}', "an index"])
+def test_a_checkpoint_of_no_tensors_is_refused(tiny: WriteTiny, tmp_path: Path, contents: str) -> None:
+    """What weights would be is imagined only where there are none."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny("llama", torch.float32), folder)
+    if contents == "an index":
+        (folder / SINGLE_FILE).unlink()
+        (folder / SHARD_INDEX).write_text('{"weight_map": {}}')
+    else:
+        (folder / SINGLE_FILE).write_bytes(struct.pack("<Q", len(contents)) + contents.encode())
+    for use in (AutoModel.from_pretrained, AutoModel.plan):
+        with pytest.raises(CheckpointError, match=rf"{re.escape(str(folder))}.* has no (weight_map of )?tensors"):
+            use(folder, device="cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 
-from airstream import AutoModel, CheckpointError, UnsupportedError
+from airstream import AutoModel, CheckpointError, UnsupportedError, verify
 from airstream.allocations import Allocations
 from airstream.checkpoint.index import CheckpointIndex
-from airstream.compat import KeyConversion, build_on_meta, choose_class, find_quantizer
+from airstream.compat import KeyConversion, build_on_meta, choose_class, find_quantizer, suspects
 from airstream.compat.integers import AWQ, CUTS_FUSED_WEIGHTS, GPTQ, Layout, with_unpacking
 from airstream.config import LoadOptions
 from airstream.layout import read_specs
@@ -341,6 +342,58 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("airstream.compat.quantizers.get_hf_quantizer", missing)
     with pytest.raises(UnsupportedError, match=f"quantised with {method}: pip install .*requires {package}"):
         AutoModel.plan(folder, device="cpu")
+
+
+def respelled(folder: Path, copy: Path, **settings: Any) -> Path:
+    """A copy of the checkpoint in `folder` whose config says other things of how it is quantised."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_what_a_config_says_of_the_machine_that_saved_it_changes_nothing(tmp_path: Path, name: str) -> None:
+    """transformers packs nothing on a processor if the config allows that, and weights that are packed do not fit."""
+    write_bitsandbytes("llama", tmp_path / "saved", name)
+    other = respelled(tmp_path / "saved", tmp_path / "other", llm_int8_enable_fp32_cpu_offload=True)
+    ids = torch.tensor([[3, 4, 5]])
+    with stream(tmp_path / "saved") as saved, stream(other) as model:
+        assert torch.equal(model(ids).logits, saved(ids).logits)
+
+
+@pytest.mark.parametrize("value", [7, True, 1.5], ids=str)
+def test_the_field_of_a_quantisation_that_makes_no_sense_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    monkeypatch.setattr(suspects, "MAX_SECONDS", 10.0)
+    write_fp8("llama", tmp_path / "saved")
+    folder = respelled(tmp_path / "saved", tmp_path / "other", modules_to_not_convert=value)
+    with pytest.raises(CheckpointError, match=r"config\.json.*quantization_config\.modules_to_not_convert \("):
+        stream(folder)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("listed", [[], ["x"]], ids=str)
+def test_a_weight_that_is_not_packed_where_it_should_be(tmp_path: Path, listed: list[str]) -> None:
+    write_bitsandbytes("llama", tmp_path / "saved", "nf4")
+    folder = respelled(tmp_path / "saved", tmp_path / "other", llm_int8_skip_modules=listed)
+    with pytest.raises(CheckpointError, match=r"safetensors: tensor 'lm_head\.weight' .*llm_int8_skip_modules"):
+        stream(folder)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors")
+@pytest.mark.parametrize("groups", [None, {}], ids=str)
+def test_a_config_that_no_tensor_can_be_converted_by(tmp_path: Path, groups: Any) -> None:
+    write_compressed(tmp_path / "saved", 4)
+    folder = respelled(tmp_path / "saved", tmp_path / "other", config_groups=groups)
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(str(folder))} cannot be converted as its config\.json says"
+    ):
+        stream(folder)
+    assert any(str(folder) in fault for fault in verify(folder, progress=False).faults)
 
 
 def test_a_config_without_weights_is_not_enough(quantized: Quantized, tmp_path: Path) -> None:

@@ -6,12 +6,14 @@ them would cost more than it ever does.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from airstream.checkpoint.config_file import check_types
 from airstream.checkpoint.foreign import open_regular, read_regular
-from airstream.checkpoint.foreign_json import CONFIG, Kind, check_json
+from airstream.checkpoint.foreign_json import CONFIG, Kind, check_json, read_json
 from airstream.checkpoint.impostors import HEAD_BYTES, LFS_POINTER, complaint
 from airstream.errors import CheckpointError
 from airstream.units import counted
@@ -27,6 +29,8 @@ KINDS: Mapping[re.Pattern[str], Kind] = {
     re.compile(r".*(token|processor|template|config).*\.json"): SETTINGS,
 }
 """Files of JSON that transformers reads, by their names; the first that fits counts."""
+
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 OTHERS = (".model", ".txt", ".jinja", ".tiktoken", ".spm", ".bpe")
 """How the names of its other files end."""
@@ -51,10 +55,12 @@ def check_small_files(folder: Path) -> None:
     """
     for file in sorted(folder.iterdir()):
         kind = next((kind for pattern, kind in KINDS.items() if pattern.fullmatch(file.name)), None)
-        if not file.is_file():
-            continue  # transformers does not read it either
+        if file.is_dir() and file.suffix != ".json":
+            continue
         if kind is not None:
             _check_json(file, kind)
+            if file.name == TOKENIZER_CONFIG:
+                _check_length(file)
         elif file.suffix in OTHERS:
             _check_other(file)
 
@@ -69,13 +75,20 @@ def _check_json(file: Path, kind: Kind) -> None:
         raise CheckpointError(f"{file} is not {kind.name}: {error}. Download it again") from None
 
 
+def _check_length(file: Path) -> None:
+    """A tokenizer compares the length of every text with it, whatever it is."""
+    values = read_json(file, SETTINGS)
+    if isinstance(values, dict):
+        check_types(file, values, {"model_max_length": (int, float)})
+
+
 def _check_other(file: Path) -> None:
-    size = file.stat().st_size
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        head = stream.read(HEAD_BYTES)
     if size > MAX_BYTES:
         raise CheckpointError(
             f"{file} has {counted(size, 'byte')}: it is nothing of a tokenizer, which has {MAX_BYTES:,} at most"
         )
-    with open_regular(file) as stream:
-        head = stream.read(HEAD_BYTES)
     if head.startswith(LFS_POINTER):  # all else may be what it should be: text
         raise CheckpointError(str(complaint(file, head, "")))

@@ -6,6 +6,7 @@ is refused here, where that costs nothing; what no model can be built from is fo
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,25 +16,35 @@ from airstream.checkpoint.foreign_json import CONFIG, read_json
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 
 _STAGES = "layer|block|stage|group|stack|level|repeat|flow|network|conv|loop|passe"
+COUNT = re.compile(r"^(num|n)_(?!.*(param|token|position|ctx|embd|sample|step|word))")
+"""How the names of counts begin."""
+
 AT_MOST: tuple[tuple[re.Pattern[str], int], ...] = (
     (re.compile(rf"({_STAGES})s?(_num)?$|(^|_)depths?$"), 1_000),
     (re.compile(r"(expert|head|codebook|quantizer)s?$|(^|_)(labels|classes)$"), 100_000),
     (re.compile(r"_token_ids?$|_token_index$"), 100_000_000),
-    (re.compile(r"^(num|n)_(?!.*(param|token|position|ctx|embd|sample|step|word))"), 1_000_000),
+    (COUNT, 1_000_000),
 )
 """How the names of numbers begin or end, and what they are never above: stages that data goes through, each of which is
 built, the largest models having a few hundred; experts and heads, which one type has 16,384 of, and names of labels;
 places in a vocabulary; all other counts but of what it was trained on."""
 
-AT_LEAST = dict.fromkeys(("hidden_size", "d_model", "n_embd", "vocab_size"), 1) | dict.fromkeys(
-    ("intermediate_size", "d_ff", "head_dim", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 0
+AT_LEAST = (
+    dict.fromkeys(("hidden_size", "d_model", "n_embd", "vocab_size"), 1)
+    | dict.fromkeys(
+        ("intermediate_size", "d_ff", "head_dim", "num_hidden_layers", "n_layer", "num_attention_heads", "n_head"), 0
+    )
+    | {"num_images": -1}
 )
-"""What sizes are never below."""
+"""What sizes are never below. No count is below 0."""
 
 TYPES: Mapping[str, tuple[type, ...]] = dict.fromkeys(("sliding_window", "attention_chunk_size"), (int, list)) | (
     dict.fromkeys(("output_hidden_states", "output_attentions", "use_cache", "return_dict"), (bool, int))
+    | dict.fromkeys(("model_type", "dtype", "torch_dtype"), (str,))
+    | {"architectures": (list,), "id2label": (dict,), "is_encoder_decoder": (bool,)}
 )
-"""What a value is where transformers looks at it in the middle of a pass only; null may be anywhere."""
+"""What a value is where transformers looks at it in the middle of a pass only, or says nothing of it; null may be
+anywhere."""
 
 CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields that may name code of others on the hub, which transformers would fetch and run."""
@@ -46,7 +57,7 @@ def read_config_file(file: Path) -> dict[str, Any]:
         CheckpointNotFoundError: there is no such file.
         CheckpointError: the message names the field.
     """
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise CheckpointNotFoundError(f"{file.parent} has no config.json: it is not the folder of a transformers model")
     config = read_object(file)
     for part in (config, config.get("text_config")):
@@ -77,11 +88,14 @@ def check_numbers(file: Path, values: Mapping[str, Any]) -> None:
         CheckpointError: the message names the field.
     """
     for name, value in _numbers(values):
+        if value != value:
+            raise CheckpointError(f"{file}: {name} is NaN, no number")
         for pattern, most in AT_MOST:
             if value > most and pattern.search(name):
                 raise CheckpointError(f"{file}: {name} is {value:,}; no model has more than {most:,}")
-        if value < AT_LEAST.get(name, value):
-            raise CheckpointError(f"{file}: {name} is {value:,}; it cannot be less than {AT_LEAST[name]}")
+        least = AT_LEAST.get(name, 0 if COUNT.search(name) else value)
+        if value < least:
+            raise CheckpointError(f"{file}: {name} is {value:,}; it cannot be less than {least}")
 
 
 def check_types(file: Path, values: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
@@ -95,15 +109,15 @@ def check_types(file: Path, values: Mapping[str, Any], types: Mapping[str, tuple
             )
 
 
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """Every whole number with the name it has, however deep."""
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+    """Every whole number with the name it has, however deep, and what is no number where one should be."""
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _numbers(inner, key)
+            yield from _numbers(inner, str(key))
     elif isinstance(value, list):
         for inner in value:
             yield from _numbers(inner, name)
-    elif type(value) is int:
+    elif type(value) is int or value != value:
         yield name, value
 
 

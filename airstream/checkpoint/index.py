@@ -225,8 +225,8 @@ def read_weight_map(index: Path) -> dict[str, str]:
     """
     contents = read_json(index, INDEX, unique=True)
     weight_map = contents.get("weight_map") if isinstance(contents, dict) else None
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{index} is not a shard index: it has no weight_map. Download it again")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is not a shard index: it has no weight_map of tensors. Download it again")
     for name, shard in weight_map.items():
         if not _is_file_name(shard):
             raise CheckpointError(

@@ -70,6 +70,11 @@ def assemble(model: PreTrainedModel, name: str, build: Callable[[], torch.Tensor
     return Assembled(tensor, module)
 
 
+def is_packed_alone(parameter: torch.Tensor) -> bool:
+    """Whether the module of `parameter` computes with packed weights, and with no others."""
+    return type(parameter).__name__ == "Params4bit"
+
+
 def expansion_bytes(model: PreTrainedModel, name: str) -> int:
     """What a forward pass with the packed parameter `name` takes besides, for a moment."""
     module = model.get_submodule(name.rpartition(".")[0])

@@ -7,8 +7,8 @@ is what comes of each kind of failure. What Python itself wants to pass (Ctrl-C,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 from airstream.errors import AirstreamError, CheckpointError, UnsupportedError
 
@@ -24,12 +24,20 @@ PANIC = "PanicException"
 """The name of what code in Rust raises where it did not expect to fail. It is not an Exception."""
 
 
+def no_advice(_: str) -> str:
+    """Where there is nothing to add."""
+    return ""
+
+
 @contextmanager
-def blamed_on(said: str, consequences: Consequences = NO_PACKAGE) -> Iterator[None]:
+def blamed_on(
+    said: str, consequences: Consequences = NO_PACKAGE, advice: Callable[[str], str] = no_advice
+) -> Iterator[None]:
     """Whatever fails inside does so because of what some file says.
 
     Args:
         said: what the message begins with, the file in it.
+        advice: what it ends with, given what transformers says.
     """
     try:
         yield
@@ -39,7 +47,10 @@ def blamed_on(said: str, consequences: Consequences = NO_PACKAGE) -> Iterator[No
         if not isinstance(error, Exception) and type(error).__name__ != PANIC:
             raise
         kind = next((ours for theirs, ours in consequences if isinstance(error, theirs)), CheckpointError)
-        raise kind(f"{said}: {told(error)}") from error
+        words = told(error)
+        with suppress(Exception):  # looking for a cause may fail as well, and says nothing then
+            words += advice(words)
+        raise kind(f"{said}: {words}") from error
 
 
 def told(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
-from airstream.checkpoint.generation_file import read_generation_file
+from airstream.checkpoint.generation_file import check_ids, read_generation_file
 from airstream.compat.blame import blamed_on
 from airstream.compat.quiet import quiet_transformers
 from airstream.compat.remote import with_generation
@@ -30,12 +31,14 @@ def load_generation_config(model: PreTrainedModel, folder: str) -> None:
     if not model.can_generate():
         return
     own = Path(folder, "generation_config.json")
-    if own.is_file():
+    if os.path.lexists(own):  # where it is a link to nothing, transformers would do without what it said
         read_generation_file(own)
         with blamed_on(f"transformers cannot read {own}"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
         return
     config = own.with_name("config.json")
+    if config.is_file():
+        check_ids(config)
     with blamed_on(f"{config} says something of generation that cannot be"):
         model.generation_config = GenerationConfig.from_pretrained(
             folder, config_file_name="config.json", _from_model_config=True

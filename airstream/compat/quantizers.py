@@ -173,6 +173,8 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
     _check_settings(settings)
     if method in DEQUANTIZED or (method in DEQUANTIZED_ON_CPU and device.type == "cpu"):
         owner.quantization_config = {**settings, "dequantize": True}
+    if settings.get("llm_int8_enable_fp32_cpu_offload"):  # of the machine that saved it: nothing would be packed here
+        owner.quantization_config = {**settings, "llm_int8_enable_fp32_cpu_offload": False}
     _refuse_quantised_activations(settings, method)
     try:
         with quiet_transformers():

@@ -119,7 +119,10 @@ def _compare_with_model(
         return [str(error)], []
     faults: list[CheckpointError] = []
     may_lack = is_part or not contents.is_whole
-    read_specs(built.model, index, built.dtype, built.quantizer, faults=faults, may_lack=may_lack)
+    try:
+        read_specs(built.model, index, built.dtype, built.quantizer, faults=faults, may_lack=may_lack)
+    except CheckpointError as error:
+        faults.append(error)
     notes = [] if contents.is_whole else ["files are missing or corrupt: the tensors in them are not named one by one"]
     if not has_tokenizer(folder) and built.model.main_input_name == "input_ids":
         notes.append("it has no tokenizer: copy tokenizer.json and tokenizer_config.json into it to use it with text")
