@@ -8,6 +8,7 @@ import io
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -253,7 +254,7 @@ class Failing:
     put = end = __call__
 
 
-def call_hooked(model: Any, path: str, failing: Failing, is_before: bool) -> None:
+def call_hooked(model: Any, failing: Failing, path: str, is_before: bool) -> None:
     module = model.get_submodule(path)
     handle = (module.register_forward_pre_hook if is_before else module.register_forward_hook)(failing)
     try:
@@ -268,8 +269,8 @@ RAISED_BY: Mapping[str, Callable[[Any, Failing], Any]] = {
     "streamer": lambda model, f: model.generate(IDS, max_new_tokens=2, streamer=f),
     "prefix": lambda model, f: model.generate(IDS, max_new_tokens=2, prefix_allowed_tokens_fn=f),
     **{
-        f"hook {'before' if is_before else 'after'} {path or 'the model'}": (
-            lambda model, failing, path=path, is_before=is_before: call_hooked(model, path, failing, is_before)
+        f"hook {'before' if is_before else 'after'} {path or 'the model'}": partial(
+            call_hooked, path=path, is_before=is_before
         )
         for path in ("", "model.embed_tokens", "model.layers.1", "model.layers.1.mlp", "model.norm", "lm_head")
         for is_before in (True, False)

@@ -72,7 +72,8 @@ def refuse(call: str, remedy: str) -> NoReturn:
     raise UnsupportedError(f"a streamed model does not support {call}: {remedy}")
 
 
-@torch.compiler.disable  # else the error would be traced, too, and reach the user inside of torch's own
+# Else the error would be traced, too, and reach the user inside of torch's own.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _refuse_compiling() -> NoReturn:
     refuse("torch.compile()", REFUSED["compile"])
 
