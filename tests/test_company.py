@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
 from torch import nn
-from transformers import pipeline
+from transformers import LogitsProcessorList, StoppingCriteriaList, pipeline
 
 from airstream import UnsupportedError
 from tests.conftest import Resident, WriteTiny, stream
@@ -193,3 +195,102 @@ def test_tools_that_move_weights(model: Any, reference: Any, tmp_path: Path, too
     arguments = [tmp_path] if tool == "disk_offload" else []
     with pytest.raises(UnsupportedError, match=rf"such as accelerate's cpu_offload: .*{re.escape('max_memory=')}"):
         getattr(accelerate, tool)(model, *arguments)
+
+
+def through_a_function(module: nn.Module) -> Callable[..., Any]:
+    return torch.compile(lambda *args, **kwargs: module(*args, **kwargs))
+
+
+def by_the_module(module: nn.Module) -> Callable[..., Any]:
+    nn.Module.compile(module)
+    return module
+
+
+COMPILED: Mapping[str, Callable[[nn.Module], Callable[..., Any]]] = {
+    "torch.compile": torch.compile,
+    "of a function": through_a_function,
+    "compile()": by_the_module,
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's own, about what it compiles
+@pytest.mark.parametrize("path", ["", "model", "model.layers.1", "model.layers.1.mlp.up_proj"])
+@pytest.mark.parametrize("how", COMPILED)
+def test_compiling_is_refused_before_it_begins(tiny: WriteTiny, reference: Any, how: str, path: str) -> None:
+    """Not by torch's own error, after minutes."""
+    with stream(tiny("llama-tied", FP32)) as model:
+        given = torch.randn(1, 4, 64) if "layers" in path else IDS
+        with pytest.raises(UnsupportedError, match=r"does not support (torch\.)?compile\(\): .*without compiling"):
+            COMPILED[how](model.get_submodule(path))(given)
+        model.get_submodule(path)._compiled_call_impl = None
+        assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+TRANSFORMED: Mapping[str, Callable[[Any], Any]] = {
+    "vmap": lambda model: torch.func.vmap(lambda ids: model(ids[None]).logits)(IDS),
+    "grad": lambda model: torch.func.grad(lambda each: model(inputs_embeds=each).logits.sum())(torch.ones(1, 2, 64)),
+    "jvp": lambda model: torch.func.jvp(
+        lambda each: model(inputs_embeds=each).logits, (torch.ones(1, 2, 64),), (torch.ones(1, 2, 64),)
+    ),
+}
+
+
+@pytest.mark.parametrize("what", TRANSFORMED)
+def test_transforms_are_refused(model: Any, reference: Any, what: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"torch\.func.*: give it a batch"):
+        TRANSFORMED[what](model)
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+class Failing:
+    """A hook, a processor, a criterion and a streamer."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        raise self._error
+
+    put = end = __call__
+
+
+def call_hooked(model: Any, failing: Failing, path: str, is_before: bool) -> None:
+    module = model.get_submodule(path)
+    handle = (module.register_forward_pre_hook if is_before else module.register_forward_hook)(failing)
+    try:
+        model(IDS)
+    finally:
+        handle.remove()
+
+
+RAISED_BY: Mapping[str, Callable[[Any, Failing], Any]] = {
+    "processor": lambda model, f: model.generate(IDS, max_new_tokens=2, logits_processor=LogitsProcessorList([f])),
+    "criterion": lambda model, f: model.generate(IDS, max_new_tokens=2, stopping_criteria=StoppingCriteriaList([f])),
+    "streamer": lambda model, f: model.generate(IDS, max_new_tokens=2, streamer=f),
+    "prefix": lambda model, f: model.generate(IDS, max_new_tokens=2, prefix_allowed_tokens_fn=f),
+    **{
+        f"hook {'before' if is_before else 'after'} {path or 'the model'}": partial(
+            call_hooked, path=path, is_before=is_before
+        )
+        for path in ("", "model.embed_tokens", "model.layers.1", "model.layers.1.mlp", "model.norm", "lm_head")
+        for is_before in (True, False)
+    },
+}
+
+
+@pytest.mark.parametrize("where", RAISED_BY)
+def test_what_the_users_code_raises_is_theirs(model: Any, reference: Any, where: str) -> None:
+    """The same object, though its class may be one that tells of a shortage of memory."""
+    for error in (
+        MemoryError("theirs"),
+        OSError(errno.ENOMEM, "theirs"),
+        RuntimeError("out of memory: theirs"),
+        torch.OutOfMemoryError("theirs"),
+        KeyError("theirs"),
+        StopIteration("theirs"),
+        KeyboardInterrupt("theirs"),
+    ):
+        with pytest.raises(type(error)) as raised:
+            RAISED_BY[where](model, Failing(error))
+        assert raised.value is error
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)

@@ -22,6 +22,7 @@ from airstream.backend.landing import HostLanding
 from airstream.checkpoint import files
 from airstream.errors import AirstreamError, BudgetError, ReadError, UnsupportedError
 from tests.conftest import Resident, WriteTiny, simulated_accelerator, stream
+from tests.limits import fail_from_within
 from tests.sim import SimStream
 from tests.test_reader import reader_threads
 from tests.tiny_gguf import write_tiny_gguf
@@ -89,7 +90,7 @@ class Fault:
         def function(*args: Any, **kwargs: Any) -> Any:
             if self._error is not None and threading.current_thread() in reader_threads():
                 self.num_raised += 1
-                raise self._error
+                fail_from_within(self._error)
             return real(*args, **kwargs)
 
         self._monkeypatch.setattr(owner, name, function)

@@ -23,6 +23,7 @@ from airstream.checkpoint.files import PAGE_BYTES
 from airstream.errors import ReadError
 from airstream.units import parse_bytes
 from tests.conftest import STREAMING, WriteTiny, least_memory, simulated_accelerator, stream
+from tests.limits import fail_from_within
 from tests.sim import SimDevice, SimRuntime
 from tests.test_reader import descriptors
 
@@ -224,7 +225,7 @@ def test_what_tells_of_a_shortage(error: Exception, asked: str | None) -> None:
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")], ids=str)
 def test_memory_that_a_pass_does_not_get_is_the_same_error(tiny: WriteTiny, error: Exception) -> None:
     def fail(*_: object) -> None:
-        raise error
+        fail_from_within(error)
 
     with simulated_accelerator(), stream(tiny("llama", torch.bfloat16), "sim:0") as model:
         expected = model(IDS.to("sim:0")).logits

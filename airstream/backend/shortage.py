@@ -5,6 +5,7 @@ Knows how a refusal looks, how much was asked for, and of which memory. Refuses 
 
 from __future__ import annotations
 
+import dis
 import errno
 import re
 from collections.abc import Iterator
@@ -57,7 +58,7 @@ def shortage_in(error: BaseException) -> ShortageError | None:
     """The shortage that `error` tells of, if it does."""
     if isinstance(error, ShortageError):
         return error
-    if isinstance(error, AirstreamError):
+    if isinstance(error, AirstreamError) or _is_said_by_python(error):
         return None
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return ShortageError("some more", is_on_host=True)
@@ -69,3 +70,16 @@ def shortage_in(error: BaseException) -> ShortageError | None:
         asked = re.search(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)", str(error))
         return ShortageError(asked[1] if asked else "some more", is_on_host=False)
     return None
+
+
+def _is_said_by_python(error: BaseException) -> bool:
+    """Whether a `raise` statement has made `error`, in a hook or a processor of the user's: then it is theirs.
+
+    The system, torch and drivers refuse memory from within calls.
+    """
+    innermost = error.__traceback__
+    while innermost is not None and innermost.tb_next is not None:
+        innermost = innermost.tb_next
+    if innermost is None:
+        return False
+    return dis.opname[innermost.tb_frame.f_code.co_code[innermost.tb_lasti]] == "RAISE_VARARGS"

@@ -72,10 +72,23 @@ def refuse(call: str, remedy: str) -> NoReturn:
     raise UnsupportedError(f"a streamed model does not support {call}: {remedy}")
 
 
+# Else the error would be traced, too, and reach the user inside of torch's own.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_compiling() -> NoReturn:
+    refuse("torch.compile()", REFUSED["compile"])
+
+
 def refuse_tracing() -> None:
-    """Raise if torch is recording a program of what is computed: it would have the weights of one pass in it."""
+    """Raise if torch does not compute, but compiles, transforms or records a program of what is computed.
+
+    It would have the weights of one pass in it, or look into weights that are not there.
+    """
+    if torch.compiler.is_compiling():
+        _refuse_compiling()
     if torch._C._get_tracing_state() is not None:
         refuse("torch.jit.trace()", "trace the checkpoint loaded with transformers")
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        refuse("torch.func.vmap(), jvp() and other transforms", "give it a batch; for derivatives, use transformers")
 
 
 def _refusal(name: str, remedy: str) -> Callable[..., NoReturn]:

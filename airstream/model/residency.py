@@ -20,6 +20,7 @@ from airstream.fill import Fill, Kept
 from airstream.model.binding import Binding, Modules, Views
 from airstream.model.conversion import Converter
 from airstream.model.direct import Direct
+from airstream.model.refusals import refuse_tracing
 from airstream.model.stored import Stored
 from airstream.probe import Probe
 from airstream.streamer import Streamer
@@ -149,6 +150,7 @@ class Residency:
 
         def onload(called: nn.Module, args: tuple[object, ...]) -> None:
             nonlocal handled
+            refuse_tracing()
             stats.layers += 1
             if not self._direct.is_inside:
                 self._start_direct(called, args)
@@ -186,6 +188,7 @@ class Residency:
         bindings = [batch.streamed[position], *(kept for _, kept in batch.kept)]
 
         def onload(called: nn.Module, args: tuple[object, ...]) -> None:
+            refuse_tracing()
             if self._running == name and self._direct.is_inside:
                 return
             is_direct = not self._direct.is_inside
