@@ -79,8 +79,7 @@ class Engine:
         quantizer: Quantizer | None = None,
     ) -> None:
         self.plans = Plans(plan, facts, request, is_final, self._change)
-        self.folder = folder
-        self.device = backend.device
+        self.folder, self.device = folder, backend.device
         self.stats = StreamStats()
         self._kernel_limit = KernelLimit(model.dtype if self.device.type == "cpu" else None)
         modules = self.modules = OriginalModules(model)
