@@ -1,7 +1,7 @@
 """How many compiled kernels oneDNN keeps: few, so that what they take of memory can be planned.
 
-Where a processor computes in half precision with AVX-512, a linear layer has a kernel compiled for every number of rows,
-and two caches keep 1,024 of them: one of the process (oneDNN's own), and one of each thread (of the layer above it).
+Where a processor computes in half precision with AVX-512, a linear layer has a kernel for every number of rows,
+and two caches keep 1,024 of them: one of the process (oneDNN's), and one of each thread (of the layer above it).
 Either reads its limit from the environment when it is first used, and torch has no function for it. So they are made
 to be used while the environment names the limit. What the user has set stays; so does a cache that was in use before.
 Changes no bit: a kernel that was forgotten is compiled again. Knows nothing of models.
@@ -31,7 +31,7 @@ def kernel_bytes(dtype: torch.dtype) -> int:
 
 
 class KernelLimit:
-    """Sets the limit, once in each thread that computes in `dtype`; it holds if that thread made no product before."""
+    """Sets the limit, once in each thread that computes in `dtype`; it holds if the thread made no product before."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         self._dtype = dtype
