@@ -53,7 +53,7 @@ class KernelLimit:
 
 
 def _compiles_kernels(dtype: torch.dtype | None) -> bool:
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
