@@ -49,6 +49,7 @@ FLOORS: list[list[str]] = [
         "rates.facts",
         "row_numbers",
         "heap",
+        "kernels",
         "scales",
     ],
     ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],

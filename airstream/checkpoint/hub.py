@@ -99,7 +99,8 @@ def check_name(model: object) -> None:
         Path(name).expanduser().exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, not readable, of a home that is nowhere
         shown = name if len(name) < MAX_SHOWN else name[:MAX_SHOWN] + "..."
-        raise ArgumentError(f"{shown!r} cannot be the name of a folder or a file: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ArgumentError(f"{shown!r} cannot be the name of a folder or a file: {reason}") from error
     if address := ADDRESS.match(name):
         repository, revision = address["repository"], address["revision"]
         meant = f'"{repository}"' if repository else 'the repository alone, as in "organisation/model"'

@@ -20,6 +20,7 @@ from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.reader import Reader
 from airstream.compat import Quantizer, conversion_for, vocabulary_of
 from airstream.heap import giving_back
+from airstream.kernels import KernelLimit
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
 from airstream.model.direct import refuse_when_closed
@@ -78,9 +79,9 @@ class Engine:
         quantizer: Quantizer | None = None,
     ) -> None:
         self.plans = Plans(plan, facts, request, is_final, self._change)
-        self.folder = folder
-        self.device = backend.device
+        self.folder, self.device = folder, backend.device
         self.stats = StreamStats()
+        self._kernel_limit = KernelLimit(model.dtype if self.device.type == "cpu" else None)
         modules = self.modules = OriginalModules(model)
         self.head = model.get_submodule(parts.head[0]) if parts.head else None
         self._specs = parts.specs
@@ -160,6 +161,7 @@ class Engine:
             prepare()
             if beside is not None:
                 self.plans.admit(beside)
+            self._kernel_limit.set()
             gives_back = self.device.type == "cpu" and self.plans.activation_bytes(work) >= GIVEN_BACK_BYTES
             with giving_back(gives_back), self.observer.one_pass(lambda: work):
                 yield

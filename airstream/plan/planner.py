@@ -42,7 +42,10 @@ AHEAD_BYTES = 64 * MIB
 """To be read ahead, at least: twice what the reader has in flight, so that the disk never waits for room."""
 
 WORTH_A_STEP = 1.25
-"""How many times less has to be streamed for batches to be smaller, or for fewer of them to be read ahead."""
+"""How many times less has to be streamed for batches to be smaller, or for fewer of them to be read ahead.
+
+Chosen, not measured: it keeps plans from giving up room to read ahead for a small gain.
+"""
 
 MAX_AHEAD = 8
 """Batches read ahead, at most."""
@@ -241,6 +244,8 @@ def _tiers(
         "tokenizer": need.tokenizer_bytes if facts.has_tokenizer else 0,
         "runtime": HOST_RUNTIME_BYTES + TENSOR_BYTES * max(0, facts.num_tensors - INCLUDED_TENSORS),
     }
+    if facts.kernel_bytes:
+        host["kernels"] = facts.kernel_bytes
     if request.driver_bytes:
         host["device driver"] = request.driver_bytes
     decoding = {"decoding": request.decoding_bytes} if request.decoding_bytes else {}
