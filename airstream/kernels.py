@@ -1,4 +1,4 @@
-"""How many compiled kernels oneDNN keeps: few, so that what they take of memory can be planned.
+"""How many compiled kernels oneDNN keeps: few, so that they have room in what is planned for the runtime.
 
 Where a processor computes in half precision with AVX-512, a linear layer has a kernel for every number of rows,
 and two caches keep 1,024 of them: one of the process (oneDNN's), and one of each thread (of the layer above it).
@@ -14,20 +14,10 @@ import threading
 
 import torch
 
-from airstream.units import MIB
-
 CACHE_LIMITS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 
-KEPT_KERNELS = 16
-"""In either cache: more than the shapes of a layer. 64 took 40 MiB more for 16 experts, and were no faster."""
-
-KERNEL_BYTES = MIB
-"""Of one, in both caches: 0.95 MiB measured."""
-
-
-def kernel_bytes(dtype: torch.dtype) -> int:
-    """Memory of the kernels that are kept of products in `dtype` on this processor, with `KernelLimit`."""
-    return KEPT_KERNELS * KERNEL_BYTES if _compiles_kernels(dtype) else 0
+KEPT_KERNELS = 12
+"""Either cache keeps so many: more than a layer has shapes of weights. One takes 0.95 MiB in both of them together."""
 
 
 class KernelLimit:
@@ -39,6 +29,7 @@ class KernelLimit:
         self._threads = threading.local()
 
     def set(self) -> None:
+        """Set it in this thread, if that has not been done."""
         if not self._applies or hasattr(self._threads, "is_set"):
             return
         self._threads.is_set = True

@@ -45,7 +45,7 @@ from airstream.config import LoadOptions, check_count, named_dtype, parse_max_me
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.foreign import adopt
 from airstream.growth import PassGrowth
-from airstream.kernels import KernelLimit, kernel_bytes
+from airstream.kernels import KernelLimit
 from airstream.layout import read_specs
 from airstream.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
 from airstream.model.facts import gather_facts, needs_staging
@@ -121,8 +121,6 @@ def prepare(
 ) -> Prepared:
     """Find out everything about the model `name`. `begin` is told each of `STEPS` but the first."""
     device = machine.device(options.device)
-    if device.type == "cpu":
-        KernelLimit(torch.bfloat16).set()  # before any product: building a model may make some
     parse_max_memory(options.max_memory, device)  # a mistake in it is told before anything is downloaded
     folder, gguf = locate(
         name,
@@ -156,8 +154,7 @@ def prepare(
     facts = gather_facts(
         os.fspath(name), folder, model, parts, device, packing, options.layers_per_batch, cache, passes
     )
-    kernels = kernel_bytes(dtype) if device.type == "cpu" else 0
-    facts = replace(facts, num_tensors=len(index), kernel_bytes=kernels)
+    facts = replace(facts, num_tensors=len(index))
     staged = device.type != "cpu" or needs_staging(parts, packing)
     question = Question(options, machine, folder, device, staged, prompt_tokens)
     request = request_for(question, facts)
@@ -210,6 +207,8 @@ def _build(
     quantizer = find_quantizer(config, device)
     dtype = _resolve_dtype(options.dtype, config, index)
     dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
+    if device.type == "cpu":
+        KernelLimit(dtype).set()  # before any product: building a model may make some
     model_cls, config = choose_class(config, source.parent, options.trust_remote_code, options.model_class)
     with _attention(options.attn_implementation, source):
         model = build_on_meta(model_cls, config, dtype, options.attn_implementation)

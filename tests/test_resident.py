@@ -28,6 +28,7 @@ from tests.conftest import (
     simulated_accelerator,
     stream,
 )
+from tests.limits import fail_from_within
 from tests.sim import SimRuntime
 from tests.tiny_models import VOCAB_SIZE
 
@@ -303,7 +304,7 @@ def test_a_change_of_plan_that_fails_is_made_up_for(
     with stream(folder, **options, max_memory=memory) as model:
         logits(model, IDS)
         with monkeypatch.context() as patch:
-            patch.setattr("airstream.model.executor.Streamer", lambda *_: exec("raise MemoryError"))
+            patch.setattr("airstream.model.executor.Streamer", lambda *_: fail_from_within(MemoryError()))
             with pytest.raises(BudgetError, match="could not be allocated"):
                 model(long, logits_to_keep=1)
         stays = {name for batch in model.plan.batches for name in (*batch.resident, *batch.units)}

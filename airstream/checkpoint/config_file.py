@@ -100,11 +100,11 @@ def check_numbers(file: Path, values: Mapping[str, Any]) -> None:
 
 def check_types(file: Path, values: Mapping[str, Any], types: Mapping[str, tuple[type, ...]]) -> None:
     """Refuse the first of `values` that is not of the types that its name has in `types`."""
-    for name in values.keys() & types.keys():
+    for name in filter(values.__contains__, types):
         value, expected = values[name], types[name]
         if value is not None and (not isinstance(value, expected) or (value is True and bool not in expected)):
             raise CheckpointError(
-                f"{file}: {name} is {str(value)[:100]!r}, a {type(value).__name__}; "
+                f"{file}: {name} is {repr(value)[:100]}, of type {type(value).__name__}; "
                 f"{' or '.join(kind.__name__ for kind in expected)} was expected"
             )
 

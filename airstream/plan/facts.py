@@ -103,7 +103,6 @@ class ModelFacts:
         position_limit: tokens that no sequence can exceed; None if positions are computed.
         rotary_limit: tokens that such positions were trained for, beyond which answers get worse; None if unknown.
         num_tensors: of the checkpoint, as its headers count them.
-        kernel_bytes: of compiled kernels that are kept where the model computes on the CPU.
     """
 
     name: str
@@ -124,7 +123,6 @@ class ModelFacts:
     position_limit: int | None = None
     rotary_limit: int | None = None
     num_tensors: int = 0
-    kernel_bytes: int = 0
 
     def with_adapters(self, adapters: AdapterFacts) -> ModelFacts:
         """The sizes of the model with these adapters instead of those that it has."""

@@ -24,7 +24,10 @@ from airstream.ring import ring_bytes
 from airstream.units import MIB
 
 HOST_RUNTIME_BYTES = 46 * MIB
-"""What a first forward pass adds to the host process on its own: lazily imported code, thread stacks, kernel caches."""
+"""What a first forward pass adds to the host process on its own: lazily imported code, thread stacks, kernels.
+
+Up to 32 MiB in float32; in half precision, where kernels are kept (`kernels`), up to 44.
+"""
 
 INCLUDED_TENSORS, TENSOR_BYTES = 4_000, 1_300
 """The runtime has room for what the engine knows of so many tensors of a checkpoint; each further one takes this."""
@@ -244,8 +247,6 @@ def _tiers(
         "tokenizer": need.tokenizer_bytes if facts.has_tokenizer else 0,
         "runtime": HOST_RUNTIME_BYTES + TENSOR_BYTES * max(0, facts.num_tensors - INCLUDED_TENSORS),
     }
-    if facts.kernel_bytes:
-        host["kernels"] = facts.kernel_bytes
     if request.driver_bytes:
         host["device driver"] = request.driver_bytes
     decoding = {"decoding": request.decoding_bytes} if request.decoding_bytes else {}
