@@ -25,16 +25,16 @@ from airstream.errors import (
     ReadError,
     UnsupportedError,
 )
-from airstream.importing import quiet_imports
-from airstream.status import status as telling  # by that name it would hide its module
+from airstream.reporting.status import status as telling  # by that name it would hide its module
+from airstream.system.importing import quiet_imports
 
 if TYPE_CHECKING:
     from airstream.auto import AutoModel
-    from airstream.machine import Machine
-    from airstream.pictures import plot_plan
-    from airstream.plan import Plan
+    from airstream.capacity.map import plot_plan
+    from airstream.capacity.plan_table import plan_table
+    from airstream.loading.machine import Machine
+    from airstream.plan.plan import Plan
     from airstream.repacking.repack import repack
-    from airstream.table import plan_table
     from airstream.verification.verify import verify
 
 __version__ = "0.1.0"
@@ -86,19 +86,19 @@ def _look_up(name: str) -> Any:
 
         return AutoModel
     if name == "Machine":
-        from airstream.machine import Machine
+        from airstream.loading.machine import Machine
 
         return Machine
     if name == "Plan":
-        from airstream.plan import Plan
+        from airstream.plan.plan import Plan
 
         return Plan
     if name == "plan_table":
-        from airstream.table import plan_table
+        from airstream.capacity.plan_table import plan_table
 
         return plan_table
     if name == "plot_plan":
-        from airstream.pictures import plot_plan
+        from airstream.capacity.map import plot_plan
 
         return plot_plan
     if name == "repack":

@@ -13,35 +13,33 @@ from typing import Any, Literal
 import torch
 import transformers
 
-from airstream.backend import create_backend
 from airstream.checkpoint.beside import check_small_files
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
-from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS, Reader
-from airstream.compat import (
-    Consequences,
-    blamed_on,
-    finish_loading,
-    gguf_tokenizer,
-    load_generation_config,
-    no_advice,
-    small_file_at_fault,
-)
-from airstream.config import LoadOptions, MaxMemory
+from airstream.compat.blame import Consequences, blamed_on, no_advice
+from airstream.compat.building import finish_loading, load_generation_config
+from airstream.compat.gguf import gguf_tokenizer
+from airstream.compat.small_files import small_file_at_fault
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
-from airstream.foreign import adopt, refuse_unnamed
-from airstream.forks import is_forked
-from airstream.hardware import process_bytes
-from airstream.live import progress
-from airstream.machine import THIS_MACHINE, Machine
+from airstream.loading.arguments import adopt, refuse_unnamed
+from airstream.loading.machine import THIS_MACHINE, Machine
+from airstream.loading.options import LoadOptions, MaxMemory
+from airstream.loading.prepare import DEFAULTS, STEPS, Prepared, ask, prepare
 from airstream.model.engine import Engine
 from airstream.model.forked import compute_on_one_thread
 from airstream.model.shortage import explained
 from airstream.model.streamed import StreamedModel, make_streamed
-from airstream.plan import Plan, Workload, make_plan, with_advice
-from airstream.prepare import DEFAULTS, STEPS, Prepared, ask, prepare
-from airstream.probe import Probe
-from airstream.status import Activity, showing
+from airstream.plan.plan import Plan
+from airstream.plan.planner import make_plan
+from airstream.plan.request import Workload
+from airstream.plan.whatif import with_advice
+from airstream.profiling.live import progress
+from airstream.reporting.probe import Probe
+from airstream.reporting.status import Activity, showing
+from airstream.system.forks import is_forked
+from airstream.system.memory import process_bytes
+from airstream.transfer.backends import create_backend
+from airstream.transfer.reader import CHUNK_BYTES, NUM_WORKERS, Reader
 
 Beside = Literal["tokenizer", "processor"]
 """What lies beside a model's weights and makes its inputs."""

@@ -7,8 +7,7 @@ import time
 
 import torch
 
-from airstream.codecs import BLOCK_TYPES, decode_into
-from airstream.codecs.registry import decode_with_torch
+from airstream.codecs.registry import BLOCK_TYPES, decode_into, decode_with_torch
 
 ELEMENTS = 4 << 20
 SECONDS = 0.4

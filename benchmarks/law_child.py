@@ -90,7 +90,7 @@ def planned_pass_bytes(checkpoint: Path, max_context: int) -> Callable[[int], in
 def measure(request: Request) -> Measured:
     """One run, in this process: the raw link, generation, the raw link again."""
     from airstream import AutoModel
-    from airstream.hardware import PeakMemory
+    from airstream.system.memory import PeakMemory
 
     context = len(request.prompt) + request.num_tokens
     memory = PeakMemory()

@@ -92,8 +92,9 @@ def measure(call: Call, folder: Path, limit_bytes: int) -> dict[str, Any]:
     import torch
 
     from airstream import AutoModel
-    from airstream.hardware import PeakMemory
-    from airstream.plan import Workload, make_plan
+    from airstream.plan.planner import make_plan
+    from airstream.plan.request import Workload
+    from airstream.system.memory import PeakMemory
 
     torch.set_num_threads(call.threads)
     context = call.tokens + NEW_TOKENS
@@ -168,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    from airstream.units import parse_bytes
+    from airstream.reporting.units import parse_bytes
 
     def names(text: str) -> list[str]:
         return text.split(",")

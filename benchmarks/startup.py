@@ -71,7 +71,7 @@ def write_hole(shape: str, folder: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from airstream.checkpoint.imagined import imagine
+    from airstream.layout.imagined import imagine
 
     write_config(shape, folder, NARROWER.get(shape, 1))
     with torch.device("meta"):
@@ -131,7 +131,7 @@ def measure(what: str, source: str) -> dict[str, float]:
     import transformers
 
     from airstream import AutoModel
-    from airstream.machine import Machine
+    from airstream.loading.machine import Machine
 
     transformers.AutoConfig.for_model("llama")
     began, cpu = time.perf_counter(), time.process_time()

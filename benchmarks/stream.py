@@ -47,7 +47,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from airstream import AutoModel
-    from airstream.hardware import PeakMemory
+    from airstream.system.memory import PeakMemory
     from benchmarks.peers.measure import TokenClock
 
     options = {"max_memory": arguments.max_memory, "max_context": arguments.prompt_tokens + arguments.new_tokens}

@@ -23,11 +23,11 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from airstream import AutoModel, BudgetError
-from airstream.backend import RUNTIMES
-from airstream.compat import CACHE_KEYWORDS, cache_keyword
-from airstream.config import LoadOptions
-from airstream.plan import smallest_plan
-from airstream.prepare import prepare
+from airstream.compat.traits import CACHE_KEYWORDS, cache_keyword
+from airstream.loading.options import LoadOptions
+from airstream.loading.prepare import prepare
+from airstream.plan.planner import smallest_plan
+from airstream.transfer.backends import RUNTIMES
 from tests.realmodel import smollm2_folder  # noqa: F401 - a fixture
 from tests.sim import SimDevice, SimRuntime
 from tests.tiny_models import write_tiny

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from airstream.backend.accelerator import AcceleratorBackend
+from airstream.transfer.accelerator import AcceleratorBackend
 from tests.conftest import WriteTiny, simulated_accelerator, stream
 from tests.sim import RaceError, SimDevice
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from airstream import AutoModel, BudgetError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.model.absent import Absent
-from airstream.plan import smallest_plan
+from airstream.plan.planner import smallest_plan
 from tests.conftest import Resident, WriteTiny, on_accelerator, stream
 from tests.sim import SimDevice
 from tests.test_exactness import greedy, logits, prompts

@@ -1,9 +1,10 @@
-"""The floor plan holds: imports point down, what is private to transformers is touched once, nothing is long."""
+"""The house holds: imports point down, what is private to transformers is touched once, nothing is long."""
 
 from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -16,72 +17,36 @@ import airstream
 
 ROOT = Path(airstream.__file__).parent
 
-FLOORS: list[list[str]] = [
-    ["errors", "extras"],
-    [
-        "units",
-        "foreign",
-        "forks",
-        "importing",
-        "probe",
-        "figures",
-        "notebook",
-        "allocations",
-        "growth",
-        "codecs",
-        "codecs.*",
-        "checkpoint.impostors",
-    ],
-    ["checkpoint.foreign", "checkpoint.foreign_json", "disk_space", "stats", "status"],
-    [
-        "checkpoint.descriptors",
-        "checkpoint.jobs",
-        "checkpoint.files",
-        "checkpoint.gguf_split",
-        "checkpoint.index",
-        "checkpoint.config_file",
-        "checkpoint.hub_errors",
-        "checkpoint.generation_file",
-        "checkpoint.beside",
-        "cache",
-        "checkpoint",
-        "rates",
-        "rates.facts",
-        "row_numbers",
-        "heap",
-        "kernels",
-        "scales",
-    ],
-    ["checkpoint.described", "checkpoint.unpickle", "checkpoint.archive", "checkpoint.pickles", "checkpoint.write"],
-    ["checkpoint.gather", "checkpoint.formats", "checkpoint.gguf", "checkpoint.adapter_files"],
-    ["checkpoint.gguf_outline"],
-    ["checkpoint.reader", "checkpoint.hub", "rates.cards", "rates.machine", "rates.effort"],
-    ["checkpoint.locate"],
-    ["backend.base", "compat", "compat.*", "hardware", "rates.store", "pieces"],
-    ["backend.*", "tensors", "footprint", "ring", "order"],
-    ["expansion", "moves"],
-    ["tracing"],
-    ["layout"],
-    ["slab", "config", "rates.*", "predict", "checkpoint.imagined"],
-    ["plan", "plan.*", "fill", "turns", "region"],
-    ["streamer", "profiling", "profiling.*"],
-    ["model.*", "report", "machine"],
-    ["live", "prepare"],
-    ["auto", "demo.*", "landscape", "table_text", "repacking", "repacking.*"],
-    ["table", "verification", "verification.*"],
-    ["pictures"],
-    [""],  # the package itself: its public names, looked up when they are first asked for
-    ["cli.*"],
-    ["__main__"],
-]
-"""From the ground up. A module imports from lower floors, or from its own package on its own floor."""
+FLOORS = """
+    errors
+    reporting
+    system codecs
+    transfer demo
+    checkpoint rates
+    compat
+    footprint
+    layout
+    plan
+    streaming loading profiling
+    model capacity repacking
+    verification
+    auto
+    airstream
+    cli
+    __main__
+"""
+"""The folders of the house, from the ground up. A folder imports from lower floors and from itself; those on one floor
+never import each other. `airstream` is the package itself: its public names, looked up when they are first asked for.
+"""
+
+FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS.split("\n")) for folder in floor.split()}
 
 MAX_MODULE_LINES = 300
 MAX_FUNCTION_LINES = 60
 
 
 def name_of(file: Path) -> str:
-    """`checkpoint.reader` for airstream/checkpoint/reader.py; a package has the name of its folder."""
+    """`transfer.reader` for airstream/transfer/reader.py; a package has the name of its folder."""
     parts = file.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -92,37 +57,19 @@ TREES: Mapping[str, ast.Module] = {
 EVERY_MODULE = pytest.mark.parametrize("module", TREES, ids=lambda name: name or "airstream")
 
 
-def floor_of(module: str) -> int:
-    """The number of its floor: named itself, or with its package."""
-    package = module.partition(".")[0]
-    for pattern in (module, f"{package}.*"):
-        for number, patterns in enumerate(FLOORS):
-            if pattern in patterns:
-                return number
-    raise AssertionError(f"{module!r} has no floor: give it one in FLOORS")
+def folder_of(module: str) -> str:
+    return module.partition(".")[0] or "airstream"
 
 
 def is_type_checking(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 
 
-def statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node that can run; what is under `if TYPE_CHECKING:` never does."""
-    for node in ast.iter_child_nodes(tree):
-        yield node
-        if is_type_checking(node):
-            assert isinstance(node, ast.If)
-            for other in node.orelse:
-                yield from (other, *statements(other))
-        else:
-            yield from statements(node)
-
-
 @functools.cache
 def imports_of(module: str) -> frozenset[str]:
-    """The modules of airstream that `module` imports, at once or later."""
+    """The modules of airstream that `module` imports: at once, later, or only to name types."""
     found = set[str]()
-    for node in statements(TREES[module]):
+    for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -139,18 +86,18 @@ def imports_of(module: str) -> frozenset[str]:
 def test_the_scan_sees_imports() -> None:
     """Else the tests below would pass for the wrong reason."""
     assert len(TREES) > 30
-    assert {"checkpoint.reader", "fill", "order", "ring", "errors"} <= imports_of("streamer")
+    assert {"transfer.reader", "streaming.fill", "layout.ring", "errors"} <= imports_of("streaming.streamer")
     assert "auto" in imports_of(""), "an import in a function counts"
-    assert "cache" in imports_of("demo.model"), "`from airstream import cache` names a module"
-    assert "checkpoint.reader" not in imports_of("backend.base"), "an import for type checking only does not count"
+    assert "system.cache" in imports_of("demo.model"), "`from airstream.system import cache` names a module"
+    assert "streaming.fill" in imports_of("streaming.region"), "an import for type checking alone counts"
 
 
 @EVERY_MODULE
 def test_imports_point_down(module: str) -> None:
-    floor, package = floor_of(module), module.partition(".")[0]
+    folder = folder_of(module)
     for target in imports_of(module):
-        beside = target.partition(".")[0] == package and floor_of(target) == floor
-        assert floor_of(target) < floor or beside, f"{module} (floor {floor}) imports {target} ({floor_of(target)})"
+        beside = folder_of(target) == folder
+        assert beside or FLOOR_OF[folder_of(target)] < FLOOR_OF[folder], f"{module} imports {target}"
 
 
 def test_there_is_no_import_cycle() -> None:
@@ -158,9 +105,12 @@ def test_there_is_no_import_cycle() -> None:
     assert set(order) == set(TREES)
 
 
-def test_every_entry_of_the_floor_plan_exists() -> None:
-    for pattern in (pattern for patterns in FLOORS for pattern in patterns):
-        assert pattern in TREES or any(module.startswith(pattern[:-1]) for module in TREES), pattern
+def test_the_floors_are_the_folders_and_what_the_docs_draw() -> None:
+    assert set(FLOOR_OF) == {folder_of(module) for module in TREES}
+    design = (ROOT.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    (drawn,) = re.findall(r"^## Floors$.*?^```\n(.*?)^```$", design, re.MULTILINE | re.DOTALL)
+    floors = [re.split(r" {2,}", line)[0].split() for line in drawn.splitlines() if not line.startswith(" ")]
+    assert floors[::-1] == [floor.split() for floor in FLOORS.split("\n") if floor]
 
 
 # ------------------------------------------------------------------------------- what is private to transformers
@@ -253,7 +203,8 @@ def test_importing_the_package_is_silent_and_cheap() -> None:
 def test_importing_everything_is_silent() -> None:
     names = [f"airstream.{module}" for module in TREES if module not in ("", "__main__")]
     imports = f"    [importlib.import_module(name) for name in {names}]"
-    quietly = "import importlib, threading\nfrom airstream.importing import quiet_imports\nwith quiet_imports():\n"
+    modules = "import importlib, threading\nfrom airstream.system.importing import quiet_imports\n"
+    quietly = f"{modules}with quiet_imports():\n"
     assert run_python(f"{quietly}{imports}\nprint(threading.active_count())") == "1\n", "as the public names are"
 
 

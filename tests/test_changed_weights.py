@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from airstream import UnsupportedError
-from airstream.compat import build_on_meta
+from airstream.compat.building import build_on_meta
 from airstream.model.absent import Absent
 from airstream.model.weight import Weight
 from tests.conftest import STREAMING, Resident, WriteTiny, least_memory, stream
@@ -301,7 +301,7 @@ def test_a_model_with_such_a_table_is_not_loaded(
         model.model.embed_tokens.max_norm = 1.0
         return model
 
-    monkeypatch.setattr("airstream.prepare.build_on_meta", build)
+    monkeypatch.setattr("airstream.loading.prepare.build_on_meta", build)
     with pytest.raises(UnsupportedError, match=r"max_norm=1\.0 .*'model\.embed_tokens\.weight'"):
         stream(folder, **options)
 

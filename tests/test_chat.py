@@ -18,7 +18,7 @@ from airstream.cli import main
 from airstream.cli.chat import COMMANDS, obey
 from airstream.cli.conversation import Conversation
 from airstream.cli.reading import typed
-from airstream.compat import cut_back
+from airstream.compat.traits import cut_back
 from tests.conftest import WriteTiny, stream
 from tests.tiny_models import tiny_tokenizer
 

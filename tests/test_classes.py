@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from airstream import ArgumentError, AutoModel, CheckpointError, UnsupportedError
-from airstream.compat import choose_class
-from airstream.model.rows import RowTable
+from airstream.compat.classes import choose_class
+from airstream.model.row_table import RowTable
 from tests.conftest import WriteTiny, stream
 from tests.matrix.cases import IMAGE_TEXT_TO_TEXT, SEQ2SEQ_LM
 from tests.matrix.configs import tiny_config

@@ -26,7 +26,7 @@ from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
 from airstream.cli.values import DTYPES, parse_memory
 from airstream.cli.wording import as_options
-from airstream.config import LoadOptions
+from airstream.loading.options import LoadOptions
 from tests.conftest import WriteTiny, stream
 from tests.tiny_models import tiny_tokenizer
 

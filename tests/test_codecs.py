@@ -13,9 +13,16 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airstream.codecs import BLOCK_TYPES, DECODE_SCRATCH_BYTES, DEVICE_SLICE_ELEMENTS, BlockType, decode_into
 from airstream.codecs.native import kernel
-from airstream.codecs.registry import STEP_ELEMENTS, decode_with_torch
+from airstream.codecs.registry import (
+    BLOCK_TYPES,
+    DECODE_SCRATCH_BYTES,
+    DEVICE_SLICE_ELEMENTS,
+    STEP_ELEMENTS,
+    BlockType,
+    decode_into,
+    decode_with_torch,
+)
 from tests.sim import SimDevice
 
 EVERY_WAY = pytest.mark.parametrize("decode", [decode_into, decode_with_torch], ids=["compiled", "torch"])

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import airstream
-from airstream.backend import RUNTIMES
-from airstream.config import LoadOptions, MaxMemory, named_dtype, parse_max_memory, resolve_device
 from airstream.errors import ArgumentError
-from airstream.units import GIB, MIB
+from airstream.loading.options import LoadOptions, MaxMemory, named_dtype, parse_max_memory, resolve_device
+from airstream.reporting.units import GIB, MIB
+from airstream.transfer.backends import RUNTIMES
 
 CPU, ACCELERATOR = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -186,7 +186,7 @@ def test_resolve_device(device: str | torch.device, resolved: torch.device, monk
         asked.append(found)
         return True
 
-    monkeypatch.setattr("airstream.config.is_present", is_present)
+    monkeypatch.setattr("airstream.loading.options.is_present", is_present)
     assert resolve_device(device) == resolved
     assert resolve_device(device).index == resolved.index
     assert set(asked) == {resolved} - {CPU}
@@ -194,8 +194,8 @@ def test_resolve_device(device: str | torch.device, resolved: torch.device, monk
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu:0", ACCELERATOR], ids=str)
 def test_a_device_that_is_not_there_is_refused_with_what_is(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("airstream.config.is_present", lambda _: False)
-    monkeypatch.setattr("airstream.config.describe_devices", lambda: "a pocket calculator")
+    monkeypatch.setattr("airstream.loading.options.is_present", lambda _: False)
+    monkeypatch.setattr("airstream.loading.options.describe_devices", lambda: "a pocket calculator")
     with pytest.raises(ArgumentError) as caught:
         resolve_device(device)
     assert str(caught.value) == f"device={device!r} is not there: torch finds a pocket calculator"
@@ -208,7 +208,7 @@ def test_cuda_without_cuda_is_refused() -> None:
 
 
 def test_a_device_with_a_runtime_of_its_own_is_not_looked_for_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("airstream.config.is_present", lambda _: False)
+    monkeypatch.setattr("airstream.loading.options.is_present", lambda _: False)
     with pytest.raises(ArgumentError):
         resolve_device("privateuseone")
     monkeypatch.setitem(RUNTIMES, torch.device("privateuseone").type, lambda _: pytest.fail("it was started"))

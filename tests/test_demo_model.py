@@ -27,16 +27,10 @@ from gguf import GGMLQuantizationType as Packing
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from airstream import cache, disk_space
 from airstream.demo import model as demo_model
 from airstream.demo import unpack as demo_unpack
-from airstream.errors import (
-    AirstreamError,
-    CheckpointError,
-    CheckpointNotFoundError,
-    DiskSpaceError,
-    UnsupportedError,
-)
+from airstream.errors import AirstreamError, CheckpointError, CheckpointNotFoundError, DiskSpaceError, UnsupportedError
+from airstream.system import cache, disk_space
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS = 128, 192, 2, 4, 2
 CONTROL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -352,7 +346,7 @@ def test_without_gguf(
 MAKER = """
 import sys, time
 from pathlib import Path
-from airstream.cache import make_once
+from airstream.system.cache import make_once
 
 def build(made, scratch):
     with open(sys.argv[1] + ".log", "a") as log:
@@ -391,7 +385,7 @@ def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
 def test_what_a_maker_left_that_was_killed_at_the_end_is_swept(tmp_path: Path, other: bool) -> None:
     """Between giving the folder its name and deleting where it was made."""
     code = (
-        "import os, signal, sys; from pathlib import Path; from airstream import cache\n"
+        "import os, signal, sys; from pathlib import Path; from airstream.system import cache\n"
         "sync = cache.sync; real = Path.replace\n"
         "def replace(self, to):\n"
         "    real(self, to)\n"

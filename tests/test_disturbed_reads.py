@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from airstream.checkpoint import files
-from airstream.checkpoint.reader import Reader
 from airstream.errors import AirstreamError
+from airstream.transfer import files
+from airstream.transfer.reader import Reader
 from tests.conftest import simulated_accelerator, stream
 
 pytestmark = pytest.mark.skipif(not files.HAS_PREADV, reason="there is no preadv to disturb")

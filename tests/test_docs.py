@@ -14,10 +14,10 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from airstream import config
 from airstream.cli import main
 from airstream.cli.parser import build_parser
-from airstream.foreign import HARMLESS, HONOURED, REFUSED
+from airstream.loading import options as config
+from airstream.loading.arguments import HARMLESS, HONOURED, REFUSED
 from tests.conftest import WriteTiny
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from airstream import AutoModel, BudgetError, hardware
-from airstream.machine import Machine
-from airstream.plan import HOST
-from airstream.units import MIB
+from airstream import AutoModel, BudgetError
+from airstream.loading.machine import Machine
+from airstream.plan.request import HOST
+from airstream.reporting.units import MIB
+from airstream.system import memory as hardware
 from tests.conftest import WriteTiny, simulated_accelerator, stream
 
 LINE = "device driver"

@@ -20,7 +20,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import Chunk, Concatenate, Transpose, WeightConverter
 
 from airstream import AutoModel
-from airstream.model.rows import RowTable
+from airstream.model.row_table import RowTable
 from tests.conftest import Resident, WriteTiny, on_accelerator, simulated_accelerator, smallest_budget, stream
 from tests.sim import SimDevice
 from tests.tiny_models import LLAMA, TINY, VOCAB_SIZE, TinyModel, write_model

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from airstream import AutoModel
-from airstream.checkpoint import files
-from airstream.compat import finish_loading, weights
+from airstream.compat import weights
+from airstream.compat.building import finish_loading
 from airstream.errors import (
     AirstreamError,
     ArgumentError,
@@ -36,7 +36,10 @@ from airstream.errors import (
 )
 from airstream.model import engine
 from airstream.model.absent import Absent
-from airstream.plan import ModelFacts, Request, planner
+from airstream.plan import planner
+from airstream.plan.facts import ModelFacts
+from airstream.plan.request import Request
+from airstream.transfer import files
 from tests.conftest import STREAMING, least_memory
 from tests.limits import fail_from_within
 from tests.test_reader import descriptors, reader_threads

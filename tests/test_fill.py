@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from airstream.backend import CpuBackend
-from airstream.checkpoint.files import PAGE_BYTES, WeightFile
-from airstream.checkpoint.jobs import ReadCancelled
-from airstream.checkpoint.reader import Piece, Reader
 from airstream.errors import ReadError
-from airstream.fill import Fill, Filling, Kept
-from airstream.slab import Slab
-from airstream.streamer import Streamer
+from airstream.layout.slab import Slab
+from airstream.streaming.fill import Fill, Filling, Kept
+from airstream.streaming.streamer import Streamer
+from airstream.transfer.cpu import CpuBackend
+from airstream.transfer.files import PAGE_BYTES, WeightFile
+from airstream.transfer.jobs import ReadCancelled
+from airstream.transfer.reader import Piece, Reader
 
 CONTENT = random.Random(5).randbytes(12 * PAGE_BYTES)
 NOTHING = Slab(0, (), {}, ())

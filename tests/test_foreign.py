@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from airstream import ArgumentError, AutoModel, Machine, plan_table
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
-from airstream.foreign import HARMLESS, HONOURED, REFUSED, adopt
-from airstream.prepare import DEFAULTS
+from airstream.loading.arguments import HARMLESS, HONOURED, REFUSED, adopt
+from airstream.loading.prepare import DEFAULTS
 from tests.conftest import WriteTiny
 
 IDS = torch.tensor([[3, 4, 5, 6]])
@@ -209,7 +209,7 @@ def test_attention_without_its_package_is_one_error_with_a_remedy(
     def build_on_meta(*_: Any) -> None:
         raise ImportError("there is no package for it.")
 
-    monkeypatch.setattr("airstream.prepare.build_on_meta", build_on_meta)
+    monkeypatch.setattr("airstream.loading.prepare.build_on_meta", build_on_meta)
     with pytest.raises(UnsupportedError) as caught:
         AutoModel.from_pretrained(tiny("llama", torch.float32), attn_implementation=name)
     assert str(caught.value) == (

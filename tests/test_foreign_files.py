@@ -24,9 +24,12 @@ from safetensors.torch import save_file
 
 from airstream import ArgumentError, AutoModel, CheckpointError, CheckpointNotFoundError, verify
 from airstream.auto import load_beside
-from airstream.checkpoint import foreign_json
-from airstream.checkpoint.foreign import open_regular
-from airstream.checkpoint.foreign_json import (
+from airstream.checkpoint.formats import PICKLE_FILE, has_weights, open_checkpoint
+from airstream.checkpoint.gguf import GgufIndex
+from airstream.checkpoint.safetensors import MAX_HEADER_BYTES, SHARD_INDEX, SINGLE_FILE, CheckpointIndex, read_header
+from airstream.system import foreign_json
+from airstream.system.foreign_files import open_regular
+from airstream.system.foreign_json import (
     CONFIG,
     HEADER,
     INDEX,
@@ -37,9 +40,6 @@ from airstream.checkpoint.foreign_json import (
     parse_json,
     read_json,
 )
-from airstream.checkpoint.formats import PICKLE_FILE, has_weights, open_checkpoint
-from airstream.checkpoint.gguf import GgufIndex
-from airstream.checkpoint.index import MAX_HEADER_BYTES, SHARD_INDEX, SINGLE_FILE, CheckpointIndex, read_header
 from tests.conftest import WriteTiny
 from tests.limits import limited
 

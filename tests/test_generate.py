@@ -30,8 +30,8 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from airstream import ArgumentError, UnsupportedError
-from airstream.compat import CACHE_KEYWORDS
-from airstream.model import workload
+from airstream.compat.traits import CACHE_KEYWORDS
+from airstream.model import calls as workload
 from tests.conftest import Resident, WriteTiny, cache_in, cache_of, stream
 from tests.tiny_models import VOCAB_SIZE
 

@@ -18,13 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from airstream import AutoModel
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.gguf_outline import LONG, write_outline
-from airstream.checkpoint.reader import Cast
-from airstream.compat import gguf_config
-from airstream.config import LoadOptions
+from airstream.compat.gguf import gguf_config
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
-from airstream.plan.outlook import traffic_of
-from airstream.predict import predict
-from airstream.prepare import prepare
+from airstream.loading.options import LoadOptions
+from airstream.loading.prepare import prepare
+from airstream.plan.predict import predict
+from airstream.plan.traffic import traffic_of
+from airstream.transfer.reader import Cast
 from tests.conftest import least_memory, on_accelerator, stream
 from tests.sim import SimDevice
 from tests.test_exactness import assert_equal, logits, prompts

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from airstream.backend import packing_of
-from airstream.backend.base import Packing
-from airstream.checkpoint.reader import Cast, Piece
-from airstream.model.groups import Known, batch_facts
-from airstream.tensors import TensorSpec
+from airstream.layout.tensors import TensorSpec
+from airstream.plan.groups import Known, batch_facts
+from airstream.transfer.backends import packing_of
+from airstream.transfer.base import Packing
+from airstream.transfer.reader import Cast, Piece
 
 CPU = packing_of(torch.device("cpu"))
 FILE = Path("model.safetensors")

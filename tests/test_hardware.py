@@ -9,8 +9,8 @@ import psutil
 import pytest
 import torch
 
-from airstream import hardware
-from airstream.hardware import _cgroup_room, available_host_bytes, default_device, process_bytes
+from airstream.system import memory as hardware
+from airstream.system.memory import _cgroup_room, available_host_bytes, default_device, process_bytes
 
 V1_UNLIMITED = 9_223_372_036_854_771_712
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-import airstream.model.facts as facts_module
-import airstream.model.head as head_module
-from airstream.config import LoadOptions
-from airstream.model.head import Way, copies_weights, sequence_by_sequence, take_sequences_apart, way_of
-from airstream.prepare import prepare
+import airstream.footprint.lm_head as head_module
+import airstream.loading.gather as facts_module
+from airstream.footprint.lm_head import Way, copies_weights, sequence_by_sequence, take_sequences_apart, way_of
+from airstream.loading.options import LoadOptions
+from airstream.loading.prepare import prepare
 from tests.conftest import WriteTiny
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -89,7 +89,7 @@ SEQUENCES = 5
 
 MEASURE = """
 import sys, torch
-from airstream.model.head import take_sequences_apart
+from airstream.footprint.lm_head import take_sequences_apart
 
 def peak():  # of this program: what getrusage says begins with the peak of the one that started it
     lines = open("/proc/self/status").read().splitlines()

@@ -19,11 +19,11 @@ from transformers import CONFIG_MAPPING
 from airstream import AirstreamError, AutoModel, CheckpointError
 from airstream.auto import load_beside
 from airstream.checkpoint.config_file import check_numbers, read_config_file
-from airstream.checkpoint.foreign_json import CONFIG
 from airstream.checkpoint.formats import PICKLE_INDEX, open_checkpoint
 from airstream.checkpoint.generation_file import read_generation_file
 from airstream.compat import suspects
 from airstream.compat.suspects import advice
+from airstream.system.foreign_json import CONFIG
 from tests.conftest import WriteTiny
 from tests.limits import GENEROUS, MAX_BYTES, MAX_SECONDS
 

@@ -9,17 +9,21 @@ import pytest
 import torch
 from transformers import AutoConfig, DeepseekV3Config, FalconConfig, LlamaConfig, OPTConfig, PreTrainedConfig
 
-from airstream.backend import AcceleratorBackend, CpuBackend, Packing
-from airstream.checkpoint.imagined import IMAGINED_FOLDER, WRITING_ORDER, imagine
-from airstream.checkpoint.index import ITEM_BYTES, SINGLE_FILE, CheckpointIndex
-from airstream.compat import build_on_meta, choose_class, measure_cache
-from airstream.footprint import footprint
-from airstream.layout import read_specs
-from airstream.model.facts import gather_facts
-from airstream.model.units import Parts, divide
-from airstream.pieces import TORCH_DTYPES
-from airstream.slab import pack
-from airstream.units import GIB
+from airstream.checkpoint.safetensors import ITEM_BYTES, SINGLE_FILE, CheckpointIndex
+from airstream.compat.building import build_on_meta
+from airstream.compat.classes import choose_class
+from airstream.compat.traits import measure_cache
+from airstream.footprint.formulas import footprint
+from airstream.layout.byte_plan import read_specs
+from airstream.layout.imagined import IMAGINED_FOLDER, WRITING_ORDER, imagine
+from airstream.layout.parts import Parts, divide
+from airstream.layout.pieces import TORCH_DTYPES
+from airstream.layout.slab import pack
+from airstream.loading.gather import gather_facts
+from airstream.reporting.units import GIB
+from airstream.transfer.accelerator import AcceleratorBackend
+from airstream.transfer.base import Packing
+from airstream.transfer.cpu import CpuBackend
 from tests.conftest import WriteTiny
 from tests.tiny_models import TINY
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from airstream.importing import TALKATIVE, quiet_imports
+from airstream.system.importing import TALKATIVE, quiet_imports
 
 
 @pytest.mark.parametrize("name", [*TALKATIVE, "torchao.kernel.intmm"])

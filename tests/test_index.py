@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from airstream import AutoModel
-from airstream.checkpoint import index as index_module
-from airstream.checkpoint.index import MAX_HEADER_BYTES, SHARD_INDEX, SINGLE_FILE, CheckpointIndex, read_header
+from airstream.checkpoint import safetensors as index_module
+from airstream.checkpoint.safetensors import MAX_HEADER_BYTES, SHARD_INDEX, SINGLE_FILE, CheckpointIndex, read_header
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 from tests.conftest import WriteTiny
 

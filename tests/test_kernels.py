@@ -9,13 +9,13 @@ import sys
 import pytest
 import torch
 
-from airstream.kernels import CACHE_LIMITS, KernelLimit
+from airstream.system.kernels import CACHE_LIMITS, KernelLimit
 from tests.conftest import WriteTiny
 
 LENGTHS = """
 import sys, torch, transformers
 from airstream.auto import AutoModel
-from airstream.hardware import PeakMemory
+from airstream.system.memory import PeakMemory
 memory = PeakMemory()
 model = AutoModel.from_pretrained(sys.argv[1], device="cpu", max_memory="1GiB", max_context=256)
 for tokens in range(1, 200):

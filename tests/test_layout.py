@@ -27,18 +27,22 @@ from transformers import (
 )
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from airstream import slab as slab_module
-from airstream.backend import AcceleratorBackend, CpuBackend, Packing
-from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.index import CheckpointIndex, StoredTensor
-from airstream.checkpoint.reader import Cast, Piece, Reader
-from airstream.compat import KeyConversion, build_on_meta, weights
+from airstream.checkpoint.safetensors import CheckpointIndex, StoredTensor
+from airstream.compat import weights
+from airstream.compat.building import build_on_meta
+from airstream.compat.weights import KeyConversion
 from airstream.errors import CheckpointError
-from airstream.layout import read_specs
-from airstream.pieces import TORCH_DTYPES
-from airstream.slab import MAX_GAP_BYTES, Slab, pack
-from airstream.tensors import TensorSpec
-from airstream.tracing import Known, trace
+from airstream.layout import slab as slab_module
+from airstream.layout.byte_plan import read_specs
+from airstream.layout.pieces import TORCH_DTYPES
+from airstream.layout.slab import MAX_GAP_BYTES, Slab, pack
+from airstream.layout.tensors import TensorSpec
+from airstream.layout.tracing import Known, trace
+from airstream.transfer.accelerator import AcceleratorBackend
+from airstream.transfer.base import Packing
+from airstream.transfer.cpu import CpuBackend
+from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.reader import Cast, Piece, Reader
 
 BOTH = [CpuBackend.packing, AcceleratorBackend.packing]
 BOTH_PACKINGS = pytest.mark.parametrize("packing", BOTH, ids=["in place", "aligned"])
@@ -424,7 +428,7 @@ def test_an_odd_place_in_the_file_does_not_misalign_a_tensor() -> None:
 
 
 def test_every_stored_type_is_known_to_torch() -> None:
-    from airstream.checkpoint.index import ITEM_BYTES
+    from airstream.checkpoint.safetensors import ITEM_BYTES
 
     assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == ITEM_BYTES
 

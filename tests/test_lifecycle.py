@@ -26,11 +26,12 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.generation.streamers import BaseStreamer
 
 import airstream
-from airstream import AutoModel, BudgetError, CheckpointError, ClosedError, ReadError, UnsupportedError, streamer
-from airstream.checkpoint.files import WeightFile
+from airstream import AutoModel, BudgetError, CheckpointError, ClosedError, ReadError, UnsupportedError
 from airstream.model.absent import Absent
-from airstream.streamer import Streamer
-from airstream.turns import is_running
+from airstream.model.turns import is_running
+from airstream.streaming import streamer
+from airstream.streaming.streamer import Streamer
+from airstream.transfer.files import WeightFile
 from tests.conftest import Readers, Resident, WriteTiny, cache_in, cache_of, on_accelerator, smallest_budget, stream
 from tests.sim import SimDevice
 from tests.tiny_models import LLAMA, VOCAB_SIZE, TinyModel, write_model

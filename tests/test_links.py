@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from airstream import AutoModel, machine
-from airstream.checkpoint import files
-from airstream.live import LiveLine
-from airstream.probe import DISK, H2D
+from airstream import AutoModel
+from airstream.loading import machine
+from airstream.profiling.live import LiveLine
+from airstream.profiling.report import Meter
 from airstream.rates.facts import Rate, assumed
 from airstream.rates.links import measure_pinned
-from airstream.report import Meter
+from airstream.reporting.probe import DISK, H2D
+from airstream.transfer import files
 from tests.conftest import WriteTiny, simulated_accelerator, stream
 
 IDS = torch.arange(3, 12)[None]

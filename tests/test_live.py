@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from airstream import ArgumentError, AutoModel, CheckpointNotFoundError, live, status
+from airstream import ArgumentError, AutoModel, CheckpointNotFoundError
 from airstream.cli.screen import Printer
-from airstream.live import LiveLine
-from airstream.notebook import in_notebook
-from airstream.status import Activity, StatusLine
+from airstream.profiling import live
+from airstream.profiling.live import LiveLine
+from airstream.reporting import status
+from airstream.reporting.notebook import in_notebook
+from airstream.reporting.status import Activity, StatusLine
 from tests.conftest import WriteTiny, stream
 from tests.terminal import Terminal
 

@@ -13,7 +13,7 @@ import torch
 
 from airstream import ArgumentError, AutoModel, Machine
 from airstream.cli import main
-from airstream.units import GIB
+from airstream.reporting.units import GIB
 from tests.conftest import WriteTiny
 
 SHAPES: dict[str, dict[str, Any]] = {

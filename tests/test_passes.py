@@ -29,15 +29,16 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from airstream import allocations
-from airstream.allocations import Allocations, History, memory_of
-from airstream.compat import cache_keyword, measure_passes, position_limit
+from airstream.compat.traits import cache_keyword, position_limit
 from airstream.errors import ArgumentError, BudgetError
-from airstream.footprint import footprint
-from airstream.growth import CONTINUED_SIZES, FRESH_SIZES, Growth, Moment, PassGrowth, growth_of
-from airstream.plan import Workload, too_much
-from airstream.plan.refusal import remedies_for
-from airstream.units import MIB
+from airstream.footprint import allocations
+from airstream.footprint.activations import measure_passes
+from airstream.footprint.allocations import Allocations, History, memory_of
+from airstream.footprint.formulas import footprint
+from airstream.footprint.growth import CONTINUED_SIZES, FRESH_SIZES, Growth, Moment, PassGrowth, growth_of
+from airstream.plan.refusal import remedies_for, too_much
+from airstream.plan.request import Workload
+from airstream.reporting.units import MIB
 from tests.conftest import smallest_budget, stream
 
 WIDTH: dict[str, Any] = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -23,11 +23,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from airstream import AutoModel, CheckpointError, CheckpointNotFoundError
-from airstream.checkpoint import pickles
-from airstream.checkpoint import unpickle as unpickle_module
 from airstream.checkpoint.formats import PICKLE_FILE, PICKLE_INDEX, has_weights, open_checkpoint
-from airstream.checkpoint.pickles import ScatteredTensor, read_pickle
-from airstream.pieces import TORCH_DTYPES
+from airstream.checkpoint.pickles import tensors as pickles
+from airstream.checkpoint.pickles import unpickle as unpickle_module
+from airstream.checkpoint.pickles.tensors import ScatteredTensor, read_pickle
+from airstream.layout.pieces import TORCH_DTYPES
 from tests.conftest import WriteTiny, stream
 from tests.limits import limited
 from tests.test_exactness import BF16, FP16, FP32, assert_equal

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from airstream.backend.host_memory import HostBuffer
-from airstream.backend.pinning import Pinner, Pinning
-from airstream.probe import HOST_COPY
+from airstream.reporting.probe import HOST_COPY
+from airstream.transfer.host_memory import HostBuffer
+from airstream.transfer.pinning import Pinner, Pinning
 from tests.conftest import WriteTiny, simulated_accelerator, stream
 from tests.sim import SimDevice, SimRuntime
 

@@ -32,27 +32,18 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from airstream.checkpoint.files import PAGE_BYTES
 from airstream.errors import BudgetError
-from airstream.footprint import Footprint, footprint
-from airstream.plan import (
-    CONTEXTS,
-    MIN_OVERLAPPED_CONTEXT,
-    Arithmetic,
-    BatchFacts,
-    Group,
-    ModelFacts,
-    Plan,
-    Request,
-    change_of,
-    make_plan,
-    quantised,
-    with_advice,
-)
-from airstream.plan.planner import MAX_AHEAD, cost, enough_ahead
+from airstream.footprint.formulas import Footprint, footprint
+from airstream.layout.ring import ring_bytes
+from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
+from airstream.plan.plan import Plan
+from airstream.plan.planner import CONTEXTS, MAX_AHEAD, MIN_OVERLAPPED_CONTEXT, cost, enough_ahead, make_plan
+from airstream.plan.request import Request
+from airstream.plan.text import change_of
+from airstream.plan.whatif import quantised, with_advice
 from airstream.rates.facts import assumed
-from airstream.ring import ring_bytes
-from airstream.units import GIB, MIB, parse_bytes
+from airstream.reporting.units import GIB, MIB, parse_bytes
+from airstream.transfer.files import PAGE_BYTES
 from tests.conftest import cache_of
 
 LLAMA_7B = footprint(LlamaConfig(), item_bytes=2, eager_attention=False)

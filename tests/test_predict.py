@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airstream.errors import ArgumentError
-from airstream.predict import COMPUTE, DISK, H2D, HOST_COPY, MEMORY, Prediction, Traffic, predict
+from airstream.plan.predict import COMPUTE, DISK, H2D, HOST_COPY, MEMORY, Prediction, Traffic, predict
 from airstream.rates.facts import HardwareFacts, Rate
-from airstream.units import GIB
+from airstream.reporting.units import GIB
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 RATES = ("disk", "host_copy", "h2d", "h2d_pageable")

@@ -18,15 +18,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airstream import ArgumentError, UnsupportedError
-from airstream import probe as probe_module
-from airstream.backend import CpuBackend
-from airstream.probe import CONVERT, DISK, H2D, HOST_COPY, LINKS, Probe, Span
-from airstream.profiling import Costs, LinkUse, MemoryUse, PassProfile, Profile
 from airstream.profiling import profile as profile_module
+from airstream.profiling.costs import Costs, LinkUse
 from airstream.profiling.intervals import blame, merge, total, within
 from airstream.profiling.plot import _latest
+from airstream.profiling.profile import Profile
+from airstream.profiling.profile_data import MemoryUse, PassProfile
 from airstream.profiling.recorder import Recorder
 from airstream.rates.facts import Rate
+from airstream.reporting import probe as probe_module
+from airstream.reporting.probe import CONVERT, DISK, H2D, HOST_COPY, LINKS, Probe, Span
+from airstream.transfer.cpu import CpuBackend
 from tests.conftest import WriteTiny, simulated_accelerator, stream
 from tests.sim import SimDevice, StillClock
 

@@ -20,15 +20,19 @@ from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from airstream import AutoModel, CheckpointError, UnsupportedError, verify
-from airstream.allocations import Allocations
-from airstream.checkpoint.index import CheckpointIndex
-from airstream.compat import KeyConversion, build_on_meta, choose_class, find_quantizer, suspects
+from airstream.checkpoint.safetensors import CheckpointIndex
+from airstream.compat import suspects
+from airstream.compat.building import build_on_meta
+from airstream.compat.classes import choose_class
 from airstream.compat.integers import AWQ, CUTS_FUSED_WEIGHTS, GPTQ, Layout, with_unpacking
-from airstream.config import LoadOptions
-from airstream.layout import read_specs
+from airstream.compat.quantizers import find_quantizer
+from airstream.compat.weights import KeyConversion
+from airstream.footprint.allocations import Allocations
+from airstream.layout.byte_plan import read_specs
+from airstream.layout.tensors import RAW_PREFIX
+from airstream.loading.options import LoadOptions
+from airstream.loading.prepare import prepare
 from airstream.model.absent import Absent
-from airstream.prepare import prepare
-from airstream.tensors import RAW_PREFIX
 from tests import formats
 from tests.conftest import least_memory, on_accelerator, smallest_budget, stream
 from tests.matrix.page import FORMAT_RESULTS

@@ -16,11 +16,10 @@ import torch
 
 import airstream
 from airstream import AutoModel
-from airstream.backend import host_memory
-from airstream.backend.cpu import CpuBackend
-from airstream.backend.landing import HostLanding
-from airstream.checkpoint import files
 from airstream.errors import AirstreamError, BudgetError, ReadError, UnsupportedError
+from airstream.transfer import files, host_memory
+from airstream.transfer.cpu import CpuBackend
+from airstream.transfer.landing import HostLanding
 from tests.conftest import Resident, WriteTiny, simulated_accelerator, stream
 from tests.limits import fail_from_within
 from tests.sim import SimStream

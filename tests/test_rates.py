@@ -20,11 +20,13 @@ from hypothesis import strategies as st
 
 from airstream import ArgumentError, BudgetError, DiskSpaceError, ReadError
 from airstream.cli import main
-from airstream.rates import arithmetic, disk, machine, measure, store
+from airstream.rates import arithmetic, disk, measure
+from airstream.rates import identity as machine
+from airstream.rates import saved as store
 from airstream.rates.cards import PCIE_X16_GBPS, Card, all_cards, card_facts, find_card
 from airstream.rates.effort import Effort, fastest_call, seconds_per_call
 from airstream.rates.facts import DTYPES, LINKS, HardwareFacts, Rate, assumed
-from airstream.units import GIB, KIB, MIB
+from airstream.reporting.units import GIB, KIB, MIB
 from tests.conftest import simulated_accelerator
 from tests.sim import SimDevice, SimRuntime
 
@@ -336,7 +338,7 @@ def test_what_the_disk_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: Any) -> None:
         raise ReadError("reading failed")
 
-    monkeypatch.setattr("airstream.checkpoint.files.WeightFile.read_into", fail)
+    monkeypatch.setattr("airstream.transfer.files.WeightFile.read_into", fail)
     with pytest.raises(ReadError, match="reading failed"):
         disk.measure_disk(tmp_path, TINY)
     assert list(tmp_path.iterdir()) == []
@@ -508,7 +510,8 @@ def test_a_write_that_breaks_off_leaves_the_old_file(
 
 
 KILLED = (
-    "import os, signal, sys, torch; from airstream.rates import store; from airstream.rates.facts import assumed\n"
+    "import os, signal, sys, torch; from airstream.rates import saved as store\n"
+    "from airstream.rates.facts import assumed\n"
     "os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)\n"
     "store.save(sys.argv[1], torch.device('cpu'), assumed('cpu'))"
 )

@@ -17,13 +17,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airstream.backend.host_memory import HostBuffer
-from airstream.backend.landing import HostLanding, Staging
-from airstream.checkpoint import files
-from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.jobs import Job, ReadCancelled
-from airstream.checkpoint.reader import Cast, Piece, Reader, split
 from airstream.errors import BudgetError, CheckpointError, CheckpointNotFoundError, ClosedError, ReadError
+from airstream.transfer import files
+from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.host_memory import HostBuffer
+from airstream.transfer.jobs import Job, ReadCancelled
+from airstream.transfer.landing import HostLanding, Staging
+from airstream.transfer.reader import Cast, Piece, Reader, split
 
 FILE_BYTES = 200_001  # ends neither on a page nor on a sector
 CONTENT = random.Random(0).randbytes(FILE_BYTES)

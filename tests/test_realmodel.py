@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from airstream.cli import demo, main
-from airstream.hardware import PeakMemory
+from airstream.system.memory import PeakMemory
 from tests.conftest import stream
 
 pytestmark = pytest.mark.realmodel

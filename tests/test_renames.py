@@ -14,8 +14,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from airstream.compat import natural_order
 from airstream.compat.renames import Renamed, Renames
+from airstream.compat.weights import natural_order
 
 KEYS = [
     f"{prefix}layers.{layer}.{rest}"

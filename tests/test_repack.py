@@ -26,19 +26,19 @@ from transformers import AutoModelForCausalLM
 
 import airstream
 from airstream import AirstreamError, ArgumentError, CheckpointError, DiskSpaceError
-from airstream import units as units_module
-from airstream.backend import packing_of
-from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.index import CheckpointIndex, StoredTensor
+from airstream.checkpoint.safetensors import CheckpointIndex, StoredTensor
 from airstream.cli import main
-from airstream.config import LoadOptions
-from airstream.prepare import prepare
+from airstream.layout.slab import pack
+from airstream.loading.options import LoadOptions
+from airstream.loading.prepare import prepare
 from airstream.repacking import plan as plan_module
 from airstream.repacking import repack as repack_module
 from airstream.repacking import write as write_module
 from airstream.repacking.manifest import JOURNAL, MANIFEST, read_manifest
 from airstream.repacking.plan import Member, Order, parse_layers, plan_shards
-from airstream.slab import pack
+from airstream.reporting import units as units_module
+from airstream.transfer.backends import packing_of
+from airstream.transfer.files import PAGE_BYTES
 from tests.conftest import WriteTiny, stream
 from tests.test_exactness import BF16, FP32, assert_equal
 from tests.test_pickles import Save, resident, save, transposed, weights_of  # noqa: F401 - `save` is a fixture

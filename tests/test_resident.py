@@ -14,10 +14,10 @@ from torch import nn
 from transformers import DynamicCache
 
 from airstream import BudgetError
-from airstream.checkpoint.reader import CHUNK_BYTES
 from airstream.model.absent import Absent
-from airstream.model.rows import RowTable
+from airstream.model.row_table import RowTable
 from airstream.plan.planner import DEVICE_RUNTIME_BYTES
+from airstream.transfer.reader import CHUNK_BYTES
 from tests.conftest import (
     STREAMING,
     Resident,

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from airstream.checkpoint.files import PAGE_BYTES
-from airstream.order import AccessOrder
-from airstream.ring import Ring, ring_bytes, room_sizes
-from airstream.units import round_up
+from airstream.layout.ring import Ring, ring_bytes, room_sizes
+from airstream.reporting.units import round_up
+from airstream.streaming.order import AccessOrder
+from airstream.transfer.files import PAGE_BYTES
 
 # ------------------------------------------------------------------------------------------------------------ the ring
 

@@ -74,7 +74,7 @@ def on_a_terminal(code: str, *words: str, interrupt_at: str | None = None, **oth
 
 SPEAKS = """
 import fcntl, os, struct, sys, termios
-from airstream.status import showing
+from airstream.reporting.status import showing
 
 fcntl.ioctl(2, termios.TIOCSWINSZ, struct.pack("HHHH", 50, int(sys.argv[1]), 0, 0))
 sys.stdout = open(os.devnull, "w")
@@ -114,7 +114,7 @@ def test_the_line_is_as_wide_and_as_plain_as_the_terminal_wants_it(
 
 @pytest.mark.parametrize("name", ["FORCE_COLOR", "CLICOLOR_FORCE"])
 def test_what_is_no_terminal_gets_no_escape_sequences(name: str) -> None:
-    code = "from airstream.status import showing\nwith showing(lambda: 'x'): print('y')"
+    code = "from airstream.reporting.status import showing\nwith showing(lambda: 'x'): print('y')"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment(**{name: "1"}), check=True
     )

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from airstream import AutoModel, BudgetError
-from airstream.backend import AcceleratorBackend, host_memory
-from airstream.backend.shortage import shortage_in
-from airstream.checkpoint.files import PAGE_BYTES
 from airstream.errors import ReadError
-from airstream.units import parse_bytes
+from airstream.reporting.units import parse_bytes
+from airstream.transfer import host_memory
+from airstream.transfer.accelerator import AcceleratorBackend
+from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.shortage import shortage_in
 from tests.conftest import STREAMING, WriteTiny, least_memory, simulated_accelerator, stream
 from tests.limits import fail_from_within
 from tests.sim import SimDevice, SimRuntime

@@ -25,7 +25,7 @@ from tests import sim as sim_module
 from tests.sim import Access, History, RaceError, SimDevice, SimEvent, SimRuntime, SimStream, SimTensor
 
 if TYPE_CHECKING:
-    from airstream.backend.base import Runtime
+    from airstream.transfer.base import Runtime
 
 NBYTES = 64  # of a slot
 

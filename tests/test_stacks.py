@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from airstream.model.units import find_units
+from airstream.layout.parts import find_units
 
 
 def linears(count: int) -> nn.ModuleList:

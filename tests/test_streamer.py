@@ -15,18 +15,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airstream.backend import CpuBackend
-from airstream.checkpoint import files
-from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.jobs import Job, ReadCancelled
-from airstream.checkpoint.reader import Landing, Piece, Reader
 from airstream.errors import ClosedError, ReadError
-from airstream.fill import Fill
-from airstream.probe import DISK
-from airstream.region import Region
-from airstream.ring import ring_bytes
-from airstream.slab import Slab
-from airstream.streamer import Streamer
+from airstream.layout.ring import ring_bytes
+from airstream.layout.slab import Slab
+from airstream.reporting.probe import DISK
+from airstream.streaming.fill import Fill
+from airstream.streaming.region import Region
+from airstream.streaming.streamer import Streamer
+from airstream.transfer import files
+from airstream.transfer.cpu import CpuBackend
+from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.jobs import Job, ReadCancelled
+from airstream.transfer.reader import Landing, Piece, Reader
 
 CHUNK_BYTES = 8192
 NUM_PAGES = 64

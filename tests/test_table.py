@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 
 from airstream import ArgumentError, AutoModel, BudgetError, Machine, UnsupportedError, plan_table, plot_plan
+from airstream.capacity.landscape import Landscape, Spot, survey
+from airstream.capacity.map import _apart
+from airstream.capacity.plan_table import CARDS
+from airstream.capacity.rows import Row
+from airstream.capacity.table import FORMATS, Table, as_markdown, as_text
 from airstream.cli import main
-from airstream.landscape import Landscape, Spot, survey
-from airstream.pictures import _apart
+from airstream.loading.prepare import ask
 from airstream.plan.whatif import FOUR_BIT
-from airstream.prepare import ask
-from airstream.table import CARDS, Row, Table
-from airstream.table_text import FORMATS, as_markdown, as_text
-from airstream.units import GIB, MIB
+from airstream.reporting.units import GIB, MIB
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

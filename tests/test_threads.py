@@ -21,12 +21,12 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 from airstream import BudgetError, ClosedError, UnsupportedError
-from airstream.compat import kept_state
-from airstream.forks import FORKED_INSIDE
+from airstream.compat.kept_state import kept_state
 from airstream.model import generations
 from airstream.model.absent import Absent
-from airstream.plan import Workload
-from airstream.turns import Turns, is_running
+from airstream.model.turns import Turns, is_running
+from airstream.plan.request import Workload
+from airstream.system.forks import FORKED_INSIDE
 from tests.conftest import STREAMING, Readers, Resident, WriteTiny, least_memory, smallest_budget, stream
 from tests.sim import SimDevice
 from tests.tiny_models import VOCAB_SIZE

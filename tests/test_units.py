@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from airstream.errors import ArgumentError
-from airstream.units import GIB, KIB, MIB, format_bytes, format_seconds, parse_bytes, round_up
+from airstream.reporting.units import GIB, KIB, MIB, format_bytes, format_seconds, parse_bytes, round_up
 
 SIZES = {
     "4GiB": 4 * GIB,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import airstream
 from airstream import CheckpointNotFoundError
-from airstream.checkpoint.index import read_header
+from airstream.checkpoint.safetensors import read_header
 from airstream.cli import main
 from airstream.repacking.manifest import MANIFEST
 from airstream.verification import reading

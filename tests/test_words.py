@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import airstream
-from airstream.units import counted
+from airstream.reporting.units import counted
 
 ROOT = Path(airstream.__file__).parent
 

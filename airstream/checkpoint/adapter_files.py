@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from airstream.checkpoint.config_file import read_object
-from airstream.checkpoint.index import read_header
-from airstream.checkpoint.pickles import read_pickle
+from airstream.checkpoint.pickles.tensors import read_pickle
+from airstream.checkpoint.safetensors import read_header
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
 
 CONFIG = "adapter_config.json"

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from airstream.checkpoint.config_file import check_types
-from airstream.checkpoint.foreign import open_regular, read_regular
-from airstream.checkpoint.foreign_json import CONFIG, Kind, check_json, read_json
-from airstream.checkpoint.impostors import HEAD_BYTES, LFS_POINTER, complaint
 from airstream.errors import CheckpointError
-from airstream.units import counted
+from airstream.reporting.units import counted
+from airstream.system.foreign_files import open_regular, read_regular
+from airstream.system.foreign_json import CONFIG, Kind, check_json, read_json
+from airstream.system.impostors import HEAD_BYTES, LFS_POINTER, complaint
 
 VOCABULARY = Kind("a tokenizer", 640 << 20)
 """The largest has 33 MB, 262,000 entries and twice as many merges. transformers' own reader takes as much."""

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from airstream.checkpoint.foreign_json import CONFIG, read_json
 from airstream.errors import CheckpointError, CheckpointNotFoundError
+from airstream.system.foreign_json import CONFIG, read_json
 
 _STAGES = "layer|block|stage|group|stack|level|repeat|flow|network|conv|loop|passe"
 COUNT = re.compile(r"^(num|n)_(?!.*(param|token|position|ctx|embd|sample|step|word))")

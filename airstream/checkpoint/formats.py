@@ -9,8 +9,9 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from airstream.checkpoint.gather import gather
-from airstream.checkpoint.index import (
+from airstream.checkpoint.pickles.gather import gather
+from airstream.checkpoint.pickles.tensors import ScatteredTensor, read_pickle
+from airstream.checkpoint.safetensors import (
     SHARD_INDEX,
     SINGLE_FILE,
     CheckpointIndex,
@@ -18,8 +19,7 @@ from airstream.checkpoint.index import (
     file_name,
     read_weight_map,
 )
-from airstream.checkpoint.index import has_weights as has_safetensors
-from airstream.checkpoint.pickles import ScatteredTensor, read_pickle
+from airstream.checkpoint.safetensors import has_weights as has_safetensors
 from airstream.errors import CheckpointError
 
 PICKLE_FILE = "pytorch_model.bin"

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from airstream.checkpoint.foreign import mapped
 from airstream.checkpoint.gguf_split import split_files
-from airstream.checkpoint.impostors import HEAD_BYTES, complaint
-from airstream.checkpoint.index import ITEM_BYTES, CheckpointIndex, StoredTensor
-from airstream.codecs import BLOCK_TYPES
+from airstream.checkpoint.safetensors import ITEM_BYTES, CheckpointIndex, StoredTensor
+from airstream.codecs.registry import BLOCK_TYPES
 from airstream.errors import CheckpointError, UnsupportedError
-from airstream.units import counted, format_bytes, round_up
+from airstream.reporting.units import counted, format_bytes, round_up
+from airstream.system.foreign_files import mapped
+from airstream.system.impostors import HEAD_BYTES, complaint
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

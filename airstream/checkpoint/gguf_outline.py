@@ -11,8 +11,8 @@ import mmap
 import struct
 from pathlib import Path
 
-from airstream.checkpoint.foreign import mapped
 from airstream.checkpoint.gguf import ARRAY, MAGIC, STRING, GgufEntry, read_gguf_header
+from airstream.system.foreign_files import mapped
 
 LONG = 4096
 """Values from which on a list is left out. Lists that say something of every layer are shorter."""

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from airstream.errors import CheckpointError, CheckpointNotFoundError
-from airstream.units import counted
+from airstream.reporting.units import counted
 
 SPLIT_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from airstream.checkpoint.formats import PICKLE_FILE, PICKLE_INDEX
 from airstream.checkpoint.hub_errors import explain
-from airstream.checkpoint.index import SHARD_INDEX, SINGLE_FILE, file_name, read_weight_map
+from airstream.checkpoint.safetensors import SHARD_INDEX, SINGLE_FILE, file_name, read_weight_map
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]

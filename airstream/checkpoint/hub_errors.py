@@ -19,8 +19,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from airstream.disk_space import FULL, remedy_for
 from airstream.errors import AirstreamError, CheckpointNotFoundError, DiskSpaceError
+from airstream.system.disk_space import FULL, remedy_for
 
 OFFLINE = (
     "is neither a local folder nor complete in the hub's cache, and the hub may not be asked (offline: "

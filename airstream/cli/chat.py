@@ -15,7 +15,7 @@ from airstream.cli.sampling import choose
 from airstream.cli.session import check_chat, load, note, printing
 from airstream.cli.wording import as_options
 from airstream.errors import AirstreamError, ArgumentError, ClosedError
-from airstream.units import counted
+from airstream.reporting.units import counted
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -16,9 +16,9 @@ from transformers import DynamicCache
 
 from airstream.cli.session import encode_chat
 from airstream.cli.stopping import StopAt, cut, has_ended
-from airstream.compat import cache_keyword, cut_back
+from airstream.compat.traits import cache_keyword, cut_back
 from airstream.errors import ArgumentError
-from airstream.units import counted
+from airstream.reporting.units import counted
 
 
 class Conversation:

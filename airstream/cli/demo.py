@@ -14,10 +14,10 @@ from airstream.cli.session import encode_chat, load, note, printing, program, te
 from airstream.demo.check import answer_of_transformers, has_room
 from airstream.demo.model import prepare_gguf
 from airstream.errors import ArgumentError
-from airstream.plan import Plan
-from airstream.report import Meter, RunReport
-from airstream.status import status
-from airstream.units import counted, format_bytes
+from airstream.plan.plan import Plan
+from airstream.profiling.report import Meter, RunReport
+from airstream.reporting.status import status
+from airstream.reporting.units import counted, format_bytes
 
 MAX_NEW_TOKENS = 64
 

@@ -9,9 +9,9 @@ from typing import Any
 from airstream.cli.sampling import choose
 from airstream.cli.session import encode, encode_chat, load, note, printing
 from airstream.cli.stopping import StopAt, cut, has_ended
-from airstream.profiling import Profile
-from airstream.report import Meter
-from airstream.units import counted
+from airstream.profiling.profile import Profile
+from airstream.profiling.report import Meter
+from airstream.reporting.units import counted
 
 STOPPED, CUT_OFF = "stop", "length"
 """Why a generation ended: the model, or a text of --stop, ended it; or there were as many tokens as were allowed."""

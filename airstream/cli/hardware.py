@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from airstream.config import resolve_device
 from airstream.errors import ArgumentError
-from airstream.importing import quiet_imports
-from airstream.rates import store
+from airstream.loading.options import resolve_device
+from airstream.rates import saved as store
 from airstream.rates.facts import HardwareFacts
+from airstream.system.importing import quiet_imports
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 from airstream.cli.reading import prompt_of
 from airstream.cli.values import parse_memory
 from airstream.errors import ArgumentError, CheckpointNotFoundError
-from airstream.figures import check_file, check_folder, new_figure
 from airstream.rates.cards import find_card
-from airstream.status import status
+from airstream.reporting.figure import check_file, check_folder, new_figure
+from airstream.reporting.status import status
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """What a model on a hub may be called; also many a word, and many a folder that is not there yet."""

@@ -12,8 +12,8 @@ from typing import Any, NoReturn
 from airstream import __version__
 from airstream.cli import mistakes, values
 from airstream.cli.values import number, parse_memory
-from airstream.importing import quiet_imports
-from airstream.status import can_draw, status
+from airstream.reporting.status import can_draw, status
+from airstream.system.importing import quiet_imports
 
 Command = Callable[[argparse.Namespace], int | None]
 """Returns the exit status, if it is not 0."""

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from airstream import AutoModel, Machine, plan_table, plot_plan
+from airstream.capacity.plan_table import CARDS
+from airstream.capacity.table import FORMATS
 from airstream.cli.parser import load_options
 from airstream.cli.session import note
-from airstream.status import status
-from airstream.table import CARDS
-from airstream.table_text import FORMATS
-from airstream.units import counted
+from airstream.reporting.status import status
+from airstream.reporting.units import counted
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TextStreamer
 
 from airstream.cli.stopping import Holding
-from airstream.status import StatusLine
+from airstream.reporting.status import StatusLine
 
 
 class Printer(TextStreamer):  # type: ignore[misc]  # transformers has no types

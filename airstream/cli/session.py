@@ -15,8 +15,8 @@ from airstream.checkpoint.beside import has_tokenizer
 from airstream.cli.parser import load_options
 from airstream.cli.screen import Printer
 from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
-from airstream.live import LiveLine
-from airstream.status import can_draw, showing, status
+from airstream.profiling.live import LiveLine
+from airstream.reporting.status import can_draw, showing, status
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> Any:

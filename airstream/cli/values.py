@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from airstream.errors import ArgumentError
-from airstream.units import parse_budget, parse_bytes, parse_shard_size
+from airstream.reporting.units import parse_budget, parse_bytes, parse_shard_size
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64", "bf16", "fp16", "fp32", "half", "float", "double")
 """Types that models compute in, by all their names."""

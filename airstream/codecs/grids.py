@@ -13,7 +13,7 @@ import torch
 
 from airstream.codecs.words import Unpacked
 from airstream.errors import UnsupportedError
-from airstream.extras import install
+from airstream.reporting.extras import install
 
 GRID_TYPES = ("IQ1_", "IQ2_", "IQ3_")
 """Begins of the names of types that look numbers up."""

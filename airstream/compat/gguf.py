@@ -24,12 +24,12 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from airstream.checkpoint.config_file import check_numbers
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.gguf_outline import write_outline
-from airstream.checkpoint.index import CheckpointIndex
+from airstream.checkpoint.safetensors import CheckpointIndex
 from airstream.compat.quantizers import Quantizer
 from airstream.compat.weights import KeyConversion
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
-from airstream.extras import install
-from airstream.units import counted
+from airstream.reporting.extras import install
+from airstream.reporting.units import counted
 
 OUTPUT = "output.weight"
 """The weight of the lm_head. A file without it ties the head to the embeddings."""

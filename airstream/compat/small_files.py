@@ -16,10 +16,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from airstream.checkpoint.beside import SETTINGS
-from airstream.checkpoint.foreign_json import read_json
 from airstream.compat.blame import told
 from airstream.compat.suspects import advice
 from airstream.errors import CheckpointError
+from airstream.system.foreign_json import read_json
 
 VOCABULARY = "tokenizer.json"
 FILES = (

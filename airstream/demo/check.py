@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from airstream.demo.unpack import dense_model
-from airstream.hardware import available_host_bytes
-from airstream.units import GIB
+from airstream.reporting.units import GIB
+from airstream.system.memory import available_host_bytes
 
 NEEDED_BYTES = 3 * GIB // 2
 """What it takes to decode the demo's file, and for transformers to hold its weights, with room to spare."""

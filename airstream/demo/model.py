@@ -16,12 +16,12 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from airstream import cache
 from airstream.demo.unpack import unpack
-from airstream.disk_space import FULL, check_file_size, remedy_for
 from airstream.errors import CheckpointError, CheckpointNotFoundError, DiskSpaceError, UnsupportedError
-from airstream.extras import install
-from airstream.units import counted, format_bytes
+from airstream.reporting.extras import install
+from airstream.reporting.units import counted, format_bytes
+from airstream.system import cache
+from airstream.system.disk_space import FULL, check_file_size, remedy_for
 
 __all__ = ["prepare", "prepare_gguf"]
 
@@ -61,7 +61,7 @@ def prepare(cache_folder: Path | None = None, progress: bool = True) -> Path:
     return at once. Processes that call it together make it once.
 
     Args:
-        cache_folder: what to keep it in; by default `airstream.cache.cache_folder()`.
+        cache_folder: what to keep it in; by default `airstream.system.cache.cache_folder()`.
         progress: tell on stderr what goes on.
 
     Raises:

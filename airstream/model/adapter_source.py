@@ -25,10 +25,10 @@ from airstream.checkpoint.adapter_files import (
     read_adapter_config,
 )
 from airstream.checkpoint.hub import resolve
-from airstream.compat import blamed_on
+from airstream.compat.blame import blamed_on
 from airstream.errors import BudgetError, CheckpointError, CheckpointNotFoundError
-from airstream.hardware import available_host_bytes
-from airstream.units import format_bytes
+from airstream.reporting.units import format_bytes
+from airstream.system.memory import available_host_bytes
 
 DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
 """What users may say of a hub id."""

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from airstream.compat import blamed_on
+from airstream.compat.blame import blamed_on
 from airstream.errors import CheckpointError, UnsupportedError
-from airstream.extras import install
-from airstream.importing import quiet_imports
 from airstream.model.adapter_source import Source
 from airstream.model.engine import Engine  # transformers evaluates the annotations
 from airstream.model.wrappers import cast_copies, costs, freeze, refuse_merging, strangers
-from airstream.units import counted
+from airstream.reporting.extras import install
+from airstream.reporting.units import counted
+from airstream.system.importing import quiet_imports
 
 
 class WithAdapters:

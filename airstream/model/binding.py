@@ -18,12 +18,12 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from airstream.compat import Assembled
+from airstream.compat.assembled import Assembled
+from airstream.layout.tensors import TensorSpec
 from airstream.model.absent import Absent, refuse_change
 from airstream.model.conversion import Converter, view_of
 from airstream.model.stored import Stored
 from airstream.model.weight import Weight, weight_of
-from airstream.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,11 @@ from functools import partial
 
 import torch
 
-from airstream.compat import Assembled, KeyConversion
-from airstream.probe import CONVERT, Moment, Probe
-from airstream.slab import Slab
-from airstream.tensors import RAW_PREFIX, Conversion, TensorSpec
+from airstream.compat.assembled import Assembled
+from airstream.compat.weights import KeyConversion
+from airstream.layout.slab import Slab
+from airstream.layout.tensors import RAW_PREFIX, Conversion, TensorSpec
+from airstream.reporting.probe import CONVERT, Moment, Probe
 
 Source = tuple[str, str, torch.Tensor]
 """A raw tensor as converters of transformers take it: checkpoint key, pattern, values."""

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from airstream.backend import Backend
-from airstream.checkpoint.index import CheckpointIndex
-from airstream.checkpoint.reader import Reader
-from airstream.compat import Quantizer, conversion_for, vocabulary_of
-from airstream.heap import giving_back
-from airstream.kernels import KernelLimit
+from airstream.checkpoint.safetensors import CheckpointIndex
+from airstream.compat.gguf import conversion_for
+from airstream.compat.quantizers import Quantizer
+from airstream.compat.traits import vocabulary_of
+from airstream.footprint.lm_head import take_sequences_apart
+from airstream.layout.parts import Parts
 from airstream.model.binding import OriginalModules, take_out
 from airstream.model.conversion import convert_slab, converter_of
 from airstream.model.direct import refuse_when_closed
@@ -28,19 +28,23 @@ from airstream.model.executor import Executor
 from airstream.model.forked import begin_anew
 from airstream.model.gate import Gate
 from airstream.model.generations import Generations
-from airstream.model.head import take_sequences_apart
-from airstream.model.observer import Observer
 from airstream.model.plans import Plans
 from airstream.model.residents import bind_residents
-from airstream.model.rows import watch_tables
+from airstream.model.row_table import watch_tables
 from airstream.model.shortage import explained
-from airstream.model.store import Store
 from airstream.model.stored import all_stored
-from airstream.model.units import Parts
-from airstream.plan import AdapterFacts, ModelFacts, Plan, Request, Workload
-from airstream.probe import Probe
-from airstream.stats import MeasuredLink, StreamStats
-from airstream.units import MIB
+from airstream.plan.facts import AdapterFacts, ModelFacts
+from airstream.plan.plan import Plan
+from airstream.plan.request import Request, Workload
+from airstream.profiling.observer import Observer
+from airstream.reporting.probe import Probe
+from airstream.reporting.stats import MeasuredLink, StreamStats
+from airstream.reporting.units import MIB
+from airstream.streaming.store import Store
+from airstream.system.heap import giving_back
+from airstream.system.kernels import KernelLimit
+from airstream.transfer.base import Backend
+from airstream.transfer.reader import Reader
 
 GIVEN_BACK_BYTES = 8 * MIB
 """Of activations: from here on, giving memory back is worth its while. Those of a few tokens are smaller."""

@@ -7,23 +7,24 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate, chain
 
-from airstream.backend import Backend
-from airstream.checkpoint.reader import Reader
-from airstream.fill import Fill, Kept
+from airstream.layout.parts import Parts
+from airstream.layout.tensors import TensorSpec
 from airstream.model.binding import Modules
 from airstream.model.conversion import Converter
 from airstream.model.direct import Direct
 from airstream.model.gate import Gate
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_tables
-from airstream.model.store import Store
 from airstream.model.stored import Stored
-from airstream.model.units import Parts
-from airstream.plan import ModelFacts, Plan
-from airstream.probe import Probe
-from airstream.stats import StreamStats
-from airstream.streamer import Streamer
-from airstream.tensors import TensorSpec
+from airstream.plan.facts import ModelFacts
+from airstream.plan.plan import Plan
+from airstream.reporting.probe import Probe
+from airstream.reporting.stats import StreamStats
+from airstream.streaming.fill import Fill, Kept
+from airstream.streaming.store import Store
+from airstream.streaming.streamer import Streamer
+from airstream.transfer.base import Backend
+from airstream.transfer.reader import Reader
 
 
 class Executor:

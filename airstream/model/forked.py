@@ -7,11 +7,11 @@ import logging
 import torch
 
 from airstream.errors import UnsupportedError
-from airstream.forks import FORKED_INSIDE
 from airstream.model.executor import Executor
 from airstream.model.generations import Generations
-from airstream.model.observer import Observer
-from airstream.turns import Turns
+from airstream.model.turns import Turns
+from airstream.profiling.observer import Observer
+from airstream.system.forks import FORKED_INSIDE
 
 logger = logging.getLogger(__name__)
 

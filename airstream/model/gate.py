@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from airstream.errors import ClosedError
-from airstream.forks import Forks
-from airstream.turns import Turns, is_running
+from airstream.model.turns import Turns, is_running
+from airstream.system.forks import Forks
 
 REST_SECONDS = 5.0
 """How long the end of a process waits for threads that generate."""

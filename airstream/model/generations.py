@@ -14,11 +14,11 @@ from typing import Protocol
 
 from torch import nn
 
-from airstream.compat import kept_state
+from airstream.compat.kept_state import kept_state
 from airstream.errors import AirstreamError, BudgetError, UnsupportedError
 from airstream.model.gate import Gate
-from airstream.plan import Workload
-from airstream.units import counted, format_bytes
+from airstream.plan.request import Workload
+from airstream.reporting.units import counted, format_bytes
 
 PATIENCE_SECONDS = 30.0
 """How long a call waits for generations that make no pass: they may be waiting for it."""

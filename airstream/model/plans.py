@@ -11,19 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from airstream.errors import BudgetError
-from airstream.plan import (
-    AdapterFacts,
-    ModelFacts,
-    Plan,
-    Request,
-    Workload,
-    change_of,
-    check_positions,
-    make_plan,
-    smallest_plan,
-    too_much,
-)
-from airstream.units import format_bytes
+from airstream.plan.facts import AdapterFacts, ModelFacts
+from airstream.plan.plan import Plan
+from airstream.plan.planner import make_plan, smallest_plan
+from airstream.plan.refusal import check_positions, too_much
+from airstream.plan.request import Request, Workload
+from airstream.plan.text import change_of
+from airstream.reporting.units import format_bytes
 
 logger = logging.getLogger(__name__)
 

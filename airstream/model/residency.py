@@ -16,15 +16,15 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from airstream.errors import UnsupportedError
-from airstream.fill import Fill, Kept
+from airstream.layout.tensors import TensorSpec
 from airstream.model.binding import Binding, Modules, Views
 from airstream.model.conversion import Converter
 from airstream.model.direct import Direct
 from airstream.model.refusals import refuse_tracing
 from airstream.model.stored import Stored
-from airstream.probe import Probe
-from airstream.streamer import Streamer
-from airstream.tensors import TensorSpec
+from airstream.reporting.probe import Probe
+from airstream.streaming.fill import Fill, Kept
+from airstream.streaming.streamer import Streamer
 
 MAX_VIEWS_PER_BATCH = 16
 """Places in the ring for which a batch's views are kept ready."""

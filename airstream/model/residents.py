@@ -9,17 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from airstream.backend import Backend
-from airstream.checkpoint.reader import Reader
-from airstream.fill import Kept
+from airstream.layout.slab import Slab, distinct, pack
+from airstream.layout.tensors import TensorSpec
 from airstream.model.binding import Binding, Modules
 from airstream.model.conversion import Converter, view_of
 from airstream.model.residency import settle
-from airstream.model.rows import FetchTable, RowTable
+from airstream.model.row_table import FetchTable, RowTable
 from airstream.model.stored import Stored, row_fetcher
-from airstream.probe import Probe
-from airstream.slab import Slab, distinct, pack
-from airstream.tensors import TensorSpec
+from airstream.reporting.probe import Probe
+from airstream.streaming.fill import Kept
+from airstream.transfer.base import Backend
+from airstream.transfer.reader import Reader
 
 
 def bind_residents(

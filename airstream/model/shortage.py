@@ -6,11 +6,12 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from airstream.backend.shortage import ShortageError, shortage_in
 from airstream.errors import BudgetError
-from airstream.hardware import available_host_bytes
-from airstream.plan import HOST, Plan
-from airstream.units import format_bytes
+from airstream.plan.plan import Plan
+from airstream.plan.request import HOST
+from airstream.reporting.units import format_bytes
+from airstream.system.memory import available_host_bytes
+from airstream.transfer.shortage import ShortageError, shortage_in
 
 
 @contextmanager

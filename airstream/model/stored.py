@@ -9,16 +9,16 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from airstream.backend.landing import HostLanding, Staging
-from airstream.checkpoint.reader import Piece, Reader
 from airstream.errors import BudgetError, UnsupportedError
-from airstream.hardware import available_host_bytes
+from airstream.layout.slab import pack
+from airstream.layout.tensors import TensorSpec
 from airstream.model.conversion import Converter, view_of
-from airstream.model.groups import HOST_PACKING
-from airstream.probe import Probe
-from airstream.slab import pack
-from airstream.tensors import TensorSpec
-from airstream.units import MIB, format_bytes
+from airstream.plan.groups import HOST_PACKING
+from airstream.reporting.probe import Probe
+from airstream.reporting.units import MIB, format_bytes
+from airstream.system.memory import available_host_bytes
+from airstream.transfer.landing import HostLanding, Staging
+from airstream.transfer.reader import Piece, Reader
 
 FetchRows = Callable[[Sequence[int]], torch.Tensor]
 """Row numbers, ascending and different -> a tensor of those rows on the device that computes."""

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from airstream.compat.traits import attention_of
 from airstream.errors import UnsupportedError
-from airstream.model import workload
+from airstream.model import calls as workload
 from airstream.model.absent import refuse_change
 from airstream.model.adapters import WithAdapters
 from airstream.model.binding import holds
@@ -25,13 +25,13 @@ from airstream.model.gradients import refuse_gradients
 from airstream.model.inputs import check_ids, check_inputs
 from airstream.model.moving import changes_nothing, refuse_moving
 from airstream.model.refusals import LOAD, TRAIN, Refusing, refuse, refuse_tracing
-from airstream.plan import Workload  # likewise
-from airstream.units import counted
+from airstream.plan.request import Workload  # likewise
+from airstream.reporting.units import counted
 
 if TYPE_CHECKING:
-    from airstream.plan import Plan
-    from airstream.profiling import Profile
-    from airstream.stats import MeasuredLink, StreamStats
+    from airstream.plan.plan import Plan
+    from airstream.profiling.profile import Profile
+    from airstream.reporting.stats import MeasuredLink, StreamStats
 
 
 class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table

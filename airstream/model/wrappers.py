@@ -11,7 +11,7 @@ from torch import nn
 
 from airstream.errors import UnsupportedError
 from airstream.model.absent import Absent
-from airstream.plan import AdapterFacts
+from airstream.plan.facts import AdapterFacts
 
 ITEM_BYTES = 4
 """PEFT computes adapters of half precision in float32 unless told otherwise."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from airstream.footprint import Footprint
+from airstream.footprint.formulas import Footprint
 
 
 @dataclass(frozen=True, slots=True)

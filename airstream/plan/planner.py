@@ -13,15 +13,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from airstream.errors import BudgetError
+from airstream.layout.ring import ring_bytes
 from airstream.plan.facts import BatchFacts, ModelFacts
-from airstream.plan.outlook import with_prediction
 from airstream.plan.plan import ACTIVATIONS, KV_CACHE, Batch, Plan, Tier
 from airstream.plan.refusal import most
 from airstream.plan.request import HOST, Request, Workload
 from airstream.plan.spread import counts_after, resident_order
 from airstream.plan.text import too_small
-from airstream.ring import ring_bytes
-from airstream.units import MIB
+from airstream.plan.traffic import with_prediction
+from airstream.reporting.units import MIB
 
 HOST_RUNTIME_BYTES = 46 * MIB
 """What a first forward pass adds to the host process on its own: lazily imported code, thread stacks, kernels.

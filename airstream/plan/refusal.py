@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from airstream.errors import ArgumentError
-from airstream.footprint import Footprint
+from airstream.footprint.formulas import Footprint
 from airstream.plan.facts import ModelFacts
 from airstream.plan.request import Workload
-from airstream.units import counted, format_bytes
+from airstream.reporting.units import counted, format_bytes
 
 MIN_CHUNK = 16
 """Tokens of a piece of a prompt: in smaller ones, the passes over all layers cost more than anybody waits for."""

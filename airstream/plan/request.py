@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from airstream.footprint import Footprint
+from airstream.footprint.formulas import Footprint
 from airstream.rates.facts import HardwareFacts
 
 HOST = "cpu"

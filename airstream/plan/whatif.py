@@ -11,7 +11,7 @@ from airstream.plan.plan import Plan
 from airstream.plan.planner import make_plan
 from airstream.plan.request import HOST, Request
 from airstream.rates.facts import Rate
-from airstream.units import GIB
+from airstream.reporting.units import GIB
 
 MORE_BYTES = 8 * GIB
 FAST_DISK = Rate(7e9, "assumed: NVMe on PCIe 4")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from airstream.probe import LINKS
+from airstream.reporting.probe import LINKS
 
 
 @dataclass(slots=True)

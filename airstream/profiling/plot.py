@@ -6,16 +6,14 @@ import itertools
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from airstream.figures import check_file, new_figure
-from airstream.probe import LINKS, Span
 from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs
 from airstream.profiling.intervals import merge
-from airstream.units import format_seconds
-
-if TYPE_CHECKING:
-    from airstream.profiling.profile import PassProfile, Profile
+from airstream.profiling.profile_data import PassProfile, ProfileData
+from airstream.reporting.figure import check_file, new_figure
+from airstream.reporting.probe import LINKS, Span
+from airstream.reporting.units import format_seconds
 
 NUM_PASSES = 3
 """Passes in the swimlanes, the latest: of decoding, if there were any; beside a prompt's they could not be seen."""
@@ -42,7 +40,7 @@ MIN_SHARE = 0.002
 """Of a bar: what is smaller cannot be seen, and is left out of the legend."""
 
 
-def draw(profile: Profile, file: str | os.PathLike[str] | None = None) -> Any:
+def draw(profile: ProfileData, file: str | os.PathLike[str] | None = None) -> Any:
     """The picture, written to `file` if one is given. See `Profile.plot`."""
     figure = new_figure(9, 5.4)
     if file is not None:
@@ -56,7 +54,7 @@ def draw(profile: Profile, file: str | os.PathLike[str] | None = None) -> Any:
     return figure
 
 
-def _draw_lanes(axes: Any, profile: Profile) -> None:
+def _draw_lanes(axes: Any, profile: ProfileData) -> None:
     passes = _latest(profile.passes)
     begin = passes[0].start if passes else 0.0
     end = passes[-1].start + passes[-1].costs.wall_seconds if passes else 1.0
@@ -101,7 +99,7 @@ def _order(lane: str) -> tuple[int, str]:
     return (known.index(lane) if lane in known else len(known), lane)
 
 
-def _draw_seconds(axes: Any, profile: Profile) -> None:
+def _draw_seconds(axes: Any, profile: ProfileData) -> None:
     bars = [(name, costs) for name, costs in (("decode", profile.decode), ("prefill", profile.prefill)) if costs.passes]
     labelled: set[str] = set()
     for row, (_, costs) in enumerate(bars):

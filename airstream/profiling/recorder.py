@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from airstream.backend.base import Backend
-from airstream.plan import Workload
-from airstream.probe import LINKS, Moment, Span, now
+from airstream.plan.request import Workload
 from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs, LinkUse, add_causes
 from airstream.profiling.intervals import Interval, blame, merge, total
-from airstream.profiling.profile import MAX_SPANS, PassProfile, Profile
+from airstream.profiling.profile import Profile
+from airstream.profiling.profile_data import MAX_SPANS, PassProfile
+from airstream.reporting.probe import LINKS, Moment, Span, now
+from airstream.transfer.base import Backend
 
 MEMORY_SECONDS = 0.1
 """Memory is measured no more often than this: asking the system takes as long as a small layer."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-from airstream.probe import DISK, LINKS
 from airstream.profiling.costs import Costs
-from airstream.units import counted, format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from airstream.profiling.profile import LayerProfile, Profile
+from airstream.profiling.profile_data import LayerProfile, ProfileData
+from airstream.reporting.probe import DISK, LINKS
+from airstream.reporting.units import counted, format_bytes, format_seconds
 
 WIDTH = 80
 MAX_LATE_LAYERS = 3
@@ -20,7 +17,7 @@ PAGE_CACHE = "through page cache"
 """Why there is no saying how fast the disk is: what is read may be in memory already."""
 
 
-def describe(profile: Profile) -> str:
+def describe(profile: ProfileData) -> str:
     """The table; it ends without a newline."""
     if not profile.first_pass:
         return f"{_title(profile)}\n  nothing has run yet"
@@ -28,14 +25,14 @@ def describe(profile: Profile) -> str:
     return "\n".join([_title(profile), *(line for section in sections for line in section)])
 
 
-def _title(profile: Profile) -> str:
+def _title(profile: ProfileData) -> str:
     where = f" on {profile.device}, {profile.dtype}"
     room = WIDTH - len(where)
     name = profile.model if len(profile.model) <= room else f"...{profile.model[3 - room :]}"
     return f"{name}{where}"
 
 
-def _times(profile: Profile) -> Iterator[str]:
+def _times(profile: ProfileData) -> Iterator[str]:
     decode, prefill = profile.decode, profile.prefill
     tokens = [f"{counted(profile.new_tokens, 'new token')}"] if profile.new_tokens else []
     if profile.ttft_seconds:
@@ -65,7 +62,7 @@ def _share(seconds: float, costs: Costs) -> str:
     return f"{format_seconds(seconds / costs.passes):>13}{share:>6.0%} "
 
 
-def _links(profile: Profile) -> Iterator[str]:
+def _links(profile: ProfileData) -> Iterator[str]:
     phase, total = ("decode", profile.decode) if profile.decode.passes else ("prefill", profile.prefill)
     used = [(link, total.links[link]) for link in LINKS if total.links[link].nbytes]
     if not used:
@@ -82,7 +79,7 @@ def _links(profile: Profile) -> Iterator[str]:
     yield f"{total.hidden:.0%} of the transfers hidden behind computation; bottleneck: {profile.bottleneck}"
 
 
-def _memory(profile: Profile) -> Iterator[str]:
+def _memory(profile: ProfileData) -> Iterator[str]:
     if profile.memory:
         yield ""
     for tier, use in profile.memory.items():
@@ -92,7 +89,7 @@ def _memory(profile: Profile) -> Iterator[str]:
         )
 
 
-def _late(profile: Profile) -> Iterator[str]:
+def _late(profile: ProfileData) -> Iterator[str]:
     late = sorted((layer for layer in profile.layers.values() if layer.late), key=lambda layer: -layer.stall_seconds)
     if not late:
         return

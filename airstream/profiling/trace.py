@@ -9,19 +9,17 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from airstream.errors import ArgumentError, DiskSpaceError
-from airstream.probe import Span
 from airstream.profiling.costs import STALL
-
-if TYPE_CHECKING:
-    from airstream.profiling.profile import Profile
+from airstream.profiling.profile_data import ProfileData
+from airstream.reporting.probe import Span
 
 PROCESS = 1
 
 
-def events(profile: Profile) -> Iterator[dict[str, Any]]:
+def events(profile: ProfileData) -> Iterator[dict[str, Any]]:
     """The events, the names of the tracks first."""
     spans = list(profile.spans)
     tracks = {track: number for number, track in enumerate(sorted({span.track for span in spans}, key=_order))}
@@ -36,7 +34,7 @@ def events(profile: Profile) -> Iterator[dict[str, Any]]:
         yield {"ph": "C", "pid": PROCESS, "name": what, "ts": at, "args": {"MiB": nbytes / (1 << 20)}}
 
 
-def save(profile: Profile, file: str | os.PathLike[str]) -> None:
+def save(profile: ProfileData, file: str | os.PathLike[str]) -> None:
     """Write the trace to `file`, whole or not at all.
 
     Raises:

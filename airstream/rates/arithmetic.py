@@ -13,9 +13,9 @@ import torch
 from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from airstream.backend.base import Backend
 from airstream.rates.effort import Effort, fastest_call, seconds_per_call, timed
 from airstream.rates.facts import DTYPES
+from airstream.transfer.base import Backend
 
 __all__ = ["measure_flops", "measure_layer", "measure_weights"]
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
-from airstream.backend.host_memory import HostBuffer
-from airstream.backend.landing import HostLanding, Staging
-from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.jobs import ReadCancelled
-from airstream.checkpoint.reader import CHUNK_BYTES, Piece, Reader
 from airstream.errors import ArgumentError, DiskSpaceError
 from airstream.rates.effort import Effort
-from airstream.units import format_bytes
+from airstream.reporting.units import format_bytes
+from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.host_memory import HostBuffer
+from airstream.transfer.jobs import ReadCancelled
+from airstream.transfer.landing import HostLanding, Staging
+from airstream.transfer.reader import CHUNK_BYTES, Piece, Reader
 
 __all__ = ["DiskSpeed", "measure_disk"]
 

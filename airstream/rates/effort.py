@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from airstream.units import GIB, MIB
+from airstream.reporting.units import GIB, MIB
 
 __all__ = ["Effort", "fastest_call", "seconds_per_call", "timed"]
 

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 import torch
 
-from airstream.backend import RUNTIMES
-from airstream.backend.base import Runtime
-from airstream.backend.host_memory import HostBuffer
-from airstream.backend.torch_runtime import TorchRuntime
-from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.reader import CHUNK_BYTES
 from airstream.rates.effort import Effort, seconds_per_call, timed
-from airstream.units import MIB
+from airstream.reporting.units import MIB
+from airstream.transfer.backends import RUNTIMES
+from airstream.transfer.base import Runtime
+from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.host_memory import HostBuffer
+from airstream.transfer.reader import CHUNK_BYTES
+from airstream.transfer.torch_runtime import TorchRuntime
 
 __all__ = ["LinkSpeed", "measure_host_copy", "measure_link", "measure_pinned"]
 

@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from airstream.backend import create_backend
-from airstream.backend.base import Backend
-from airstream.backend.shortage import ShortageError
-from airstream.checkpoint.reader import CHUNK_BYTES, NUM_WORKERS
 from airstream.errors import ArgumentError
-from airstream.hardware import available_host_bytes
 from airstream.rates.arithmetic import measure_flops, measure_layer, measure_weights
 from airstream.rates.disk import measure_disk
 from airstream.rates.effort import Effort
 from airstream.rates.facts import HardwareFacts, Rate, measured_today
+from airstream.rates.identity import OtherLoad, machine_name, usable_cores
 from airstream.rates.links import measure_host_copy, measure_link
-from airstream.rates.machine import OtherLoad, machine_name, usable_cores
-from airstream.units import MIB
+from airstream.reporting.units import MIB
+from airstream.system.memory import available_host_bytes
+from airstream.transfer.backends import create_backend
+from airstream.transfer.base import Backend
+from airstream.transfer.reader import CHUNK_BYTES, NUM_WORKERS
+from airstream.transfer.shortage import ShortageError
 
 __all__ = ["measure"]
 

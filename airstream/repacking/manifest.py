@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from airstream.checkpoint.files import failure_of
-from airstream.checkpoint.foreign_json import MANIFEST as MANIFEST_KIND
-from airstream.checkpoint.foreign_json import read_json
 from airstream.errors import CheckpointError, CheckpointNotFoundError
+from airstream.system.foreign_json import MANIFEST as MANIFEST_KIND
+from airstream.system.foreign_json import read_json
+from airstream.transfer.files import failure_of
 
 MANIFEST = "airstream-repack.json"
 JOURNAL = "airstream-unfinished.json"

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-from airstream.checkpoint.files import PAGE_BYTES
-from airstream.checkpoint.index import ITEM_BYTES, SINGLE_FILE, StoredTensor
+from airstream.checkpoint.safetensors import ITEM_BYTES, SINGLE_FILE, StoredTensor
 from airstream.errors import ArgumentError
+from airstream.transfer.files import PAGE_BYTES
 
 
 class Member(NamedTuple):

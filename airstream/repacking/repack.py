@@ -16,31 +16,23 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from airstream.cache import sync
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
-from airstream.checkpoint.index import ITEM_BYTES, SHARD_INDEX, CheckpointIndex
-from airstream.compat import KeyConversion, natural_order, tied_names
-from airstream.config import LoadOptions
-from airstream.disk_space import check_file_size, check_free_space, named_when_full
+from airstream.checkpoint.safetensors import ITEM_BYTES, SHARD_INDEX, CheckpointIndex
+from airstream.compat.weights import KeyConversion, natural_order, tied_names
 from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
-from airstream.model.units import find_units
-from airstream.prepare import Prepared, prepare
-from airstream.repacking.manifest import (
-    FORMAT,
-    JOURNAL,
-    MANIFEST,
-    digest_of,
-    fingerprint,
-    read_journal,
-    write_json,
-)
+from airstream.layout.parts import find_units
+from airstream.loading.options import LoadOptions
+from airstream.loading.prepare import Prepared, prepare
+from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
 from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
 from airstream.repacking.report import RepackReport
 from airstream.repacking.target import check_target, is_done
 from airstream.repacking.write import copy_small, header_of, sha256_of, write_shard
-from airstream.status import status
-from airstream.units import parse_shard_size
+from airstream.reporting.status import status
+from airstream.reporting.units import parse_shard_size
+from airstream.system.cache import sync
+from airstream.system.disk_space import check_file_size, check_free_space, named_when_full
 
 NOT_COPIED = re.compile(
     r"\..*|.*\.(safetensors|bin|pth|pt|gguf|h5|msgpack|onnx|ot|tflite|index\.json)|" + re.escape(MANIFEST)

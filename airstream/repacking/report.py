@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from airstream.units import counted, format_bytes, format_seconds
+from airstream.reporting.units import counted, format_bytes, format_seconds
 
 
 @dataclass(frozen=True, slots=True)

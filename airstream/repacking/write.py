@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from airstream.backend.host_memory import HostBuffer
-from airstream.checkpoint.descriptors import Descriptors
-from airstream.checkpoint.files import WeightFile, failure_of
-from airstream.checkpoint.write import header_bytes
+from airstream.checkpoint.safetensors_writer import header_bytes
 from airstream.repacking.plan import Shard
+from airstream.transfer.descriptors import Descriptors
+from airstream.transfer.files import WeightFile, failure_of
+from airstream.transfer.host_memory import HostBuffer
 
 CHUNK_BYTES = 8 << 20
 """Read at once. Two of them are all the memory it takes: one is read while the other one is hashed and written."""

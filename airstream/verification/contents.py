@@ -8,7 +8,8 @@ from pathlib import Path
 
 from airstream.checkpoint.formats import PICKLE_FILE, PICKLE_INDEX, weight_files
 from airstream.checkpoint.gguf import GgufIndex
-from airstream.checkpoint.index import (
+from airstream.checkpoint.pickles.tensors import read_pickle
+from airstream.checkpoint.safetensors import (
     SHARD_INDEX,
     SINGLE_FILE,
     CheckpointIndex,
@@ -17,7 +18,6 @@ from airstream.checkpoint.index import (
     read_header,
     read_weight_map,
 )
-from airstream.checkpoint.pickles import read_pickle
 from airstream.errors import CheckpointError
 
 

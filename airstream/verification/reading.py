@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from airstream.backend.host_memory import HostBuffer
-from airstream.checkpoint.files import PAGE_BYTES, WeightFile, failure_of
-from airstream.checkpoint.index import ITEM_BYTES, StoredTensor
+from airstream.checkpoint.safetensors import ITEM_BYTES, StoredTensor
 from airstream.errors import BudgetError, CheckpointError, ReadError
-from airstream.pieces import TORCH_DTYPES
-from airstream.units import counted, round_up
+from airstream.layout.pieces import TORCH_DTYPES
+from airstream.reporting.units import counted, round_up
+from airstream.transfer.files import PAGE_BYTES, WeightFile, failure_of
+from airstream.transfer.host_memory import HostBuffer
 from airstream.verification.checksums import Checksum
 
 CHUNK_BYTES = 8 << 20

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from airstream.units import counted, format_bytes, format_seconds
+from airstream.reporting.units import counted, format_bytes, format_seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from airstream.checkpoint.beside import check_small_files, has_tokenizer
-from airstream.checkpoint.index import CheckpointIndex
 from airstream.checkpoint.locate import Location, locate
-from airstream.config import LoadOptions
+from airstream.checkpoint.safetensors import CheckpointIndex
 from airstream.errors import AirstreamError, CheckpointError, UnsupportedError
-from airstream.layout import read_specs
-from airstream.prepare import build_model
+from airstream.layout.byte_plan import read_specs
+from airstream.loading.options import LoadOptions
+from airstream.loading.prepare import build_model
 from airstream.repacking.manifest import read_manifest
-from airstream.status import status
+from airstream.reporting.status import status
 from airstream.verification.checksums import Checksum, known_checksums
 from airstream.verification.contents import Contents, read_contents, read_gguf_contents
 from airstream.verification.reading import check_file

@@ -11,9 +11,9 @@ import torch
 import transformers
 
 from airstream import AutoModel
-from airstream.compat import tied_names
+from airstream.compat.weights import tied_names
 from airstream.model.absent import Absent
-from airstream.model.rows import RowTable
+from airstream.model.row_table import RowTable
 from tests.conftest import least_memory
 from tests.matrix.cases import Case
 from tests.matrix.configs import PART_OF, tiny_config

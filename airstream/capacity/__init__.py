@@ -1,0 +1,1 @@
+"""Many plans at once: which model fits which machine, and how fast it would be."""

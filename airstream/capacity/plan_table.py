@@ -1,0 +1,159 @@
+"""What fits which card: models x precisions x cards, a plan for each, as rows of numbers.
+
+Knows plans. Refuses to know how rows are written (`table.py`), and needs no weights: a config is enough.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from airstream.capacity.rows import Row
+from airstream.capacity.table import Table
+from airstream.errors import ArgumentError, BudgetError
+from airstream.loading.machine import AUTO_SHARE, THIS_MACHINE, Machine, Question, request_for
+from airstream.loading.options import parse_max_memory
+from airstream.loading.prepare import ask
+from airstream.plan.facts import ModelFacts
+from airstream.plan.plan import Plan
+from airstream.plan.planner import make_plan, smallest_plan
+from airstream.plan.request import HOST, Request
+from airstream.plan.whatif import FOUR_BIT, quantised
+from airstream.rates.cards import find_card
+from airstream.reporting.units import GIB, format_bytes
+
+CARDS = (
+    "RTX 2060", "RTX 4060", "RTX 3060 12GB", "T4", "RTX 3090", "RTX 4090", "RTX 5090", "L40S", "A100 PCIe 80GB",
+    "H100 SXM",
+)  # fmt: skip
+"""Cards that people have, from 6 to 80 GiB."""
+
+STORED_BITS: Mapping[str, float] = {"int8": 8.0, "4-bit": FOUR_BIT}
+"""Bits per weight of the layers where these are quantised, by precision."""
+
+SHORT_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+ROOMY = 1 << 50
+"""Bytes that hold any model."""
+
+
+def plan_table(
+    models: Sequence[str | os.PathLike[str]],
+    gpus: Sequence[str] = CARDS,
+    *,
+    machine: Machine = THIS_MACHINE,
+    prompt_tokens: int | None = None,
+    **options: Any,
+) -> Table:
+    """A plan for every model at every precision on every card. Reads configs, and headers of weights that are there.
+
+    Args:
+        models: folders or hub ids.
+        gpus: names of cards. None of them has to be here.
+        machine: whose memory and disk go with the cards; it has no `gpu` itself.
+        prompt_tokens: as `AutoModel.plan`.
+        options: as `AutoModel.from_pretrained`, but that `dtype` is float16 unless given.
+
+    Raises:
+        ArgumentError: a name or an option makes no sense here.
+    """
+    if not models or isinstance(models, str) or not gpus or isinstance(gpus, str):
+        raise ArgumentError('a table needs lists of models and of cards: plan_table(["some/model"], ["RTX 3090"])')
+    if machine.gpu is not None:
+        raise ArgumentError(f"machine has gpu={machine.gpu!r}, but a table is about gpus={list(gpus)}: leave one out")
+    if "0" in parse_max_memory(options.get("max_memory"), torch.device("cuda", 0)):
+        raise ArgumentError('max_memory of the device would make all cards alike: give {"cpu": ...} alone, or no table')
+    machines = [replace(machine, gpu=find_card(gpu).name) for gpu in gpus]  # told before anything is fetched
+    rows: list[Row] = []
+    for model in models:
+        dtype = {} if "torch_dtype" in options else {"dtype": "float16"}
+        asked = ask(model, dtype | options, machines[0], prompt_tokens)
+        facts = replace(asked.facts, name=short_name(model))
+        rows += _rows(facts, asked.question, machines)
+    return Table(tuple(rows), tuple(_notes(request_for(asked.question, facts))))
+
+
+def short_name(model: str | os.PathLike[str]) -> str:
+    """A hub id as it is; of a folder, what it is called."""
+    return Path(model).resolve().name if Path(model).is_dir() else os.fspath(model)
+
+
+def _rows(facts: ModelFacts, question: Question, machines: Sequence[Machine]) -> Iterator[Row]:
+    precisions = {SHORT_NAMES.get(facts.dtype, facts.dtype): facts}
+    precisions |= {name: quantised(facts, bits) for name, bits in STORED_BITS.items()}
+    for precision, stored in precisions.items():
+        needed: dict[int, int] = {}  # by context
+        for machine in machines:
+            request = request_for(replace(question, machine=machine), stored)
+            plan = _plan_or_none(stored, request)
+            shown = plan or smallest_plan(stored, request)
+            context = shown.max_context
+            if context not in needed:
+                needed[context] = _needed_bytes(stored, request, context)
+            yield _row(precision, machine, stored, shown, needed[context], fits=plan is not None)
+
+
+def _row(precision: str, machine: Machine, facts: ModelFacts, plan: Plan, needed: int, fits: bool) -> Row:
+    card = find_card(str(machine.gpu))
+    vram, ram = plan.tiers.values()
+    per_token = facts.footprint.kv_elements * facts.footprint.item_bytes
+    row = Row(
+        model=facts.name,
+        precision=precision,
+        card=card.name,
+        vram_bytes=card.vram_gib * GIB,
+        vram_budget_bytes=vram.budget_bytes,
+        ram_budget_bytes=ram.budget_bytes,
+        weights_bytes=facts.checkpoint_bytes,
+        context=plan.max_context,
+        batch_size=plan.max_batch_size,
+        kv_bytes_per_token=per_token,
+        kv_bytes=per_token * plan.max_context * plan.max_batch_size,
+        needed_bytes=needed,
+        verdict="does not fit" if not fits else "streams" if plan.streamed_bytes else "fits",
+    )
+    if not fits:
+        return replace(row, least_vram_bytes=vram.peak_bytes, least_ram_bytes=ram.peak_bytes)
+    expected = plan.prediction
+    assert expected is not None  # the request says what the machine can do
+    return replace(
+        row,
+        resident_bytes=plan.resident_bytes + facts.resident_bytes,
+        hosted_bytes=plan.hosted_bytes,
+        decode_seconds=expected.decode_seconds,
+        first_token_seconds=expected.prefill_seconds,
+        bottleneck=expected.bottleneck,
+    )
+
+
+def _needed_bytes(facts: ModelFacts, request: Request, context: int) -> int:
+    """The device's peak under the plan that has room for everything."""
+    roomy = replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), max_context=context, hardware=None)
+    return make_plan(facts, roomy).tiers[request.tier].peak_bytes
+
+
+def _plan_or_none(facts: ModelFacts, request: Request) -> Plan | None:
+    try:
+        return make_plan(facts, request)
+    except BudgetError:
+        return None
+
+
+def _notes(request: Request) -> Iterator[str]:
+    hardware = request.hardware
+    assert hardware is not None  # there is always something to assume
+    yield (
+        f"Of each card's memory {AUTO_SHARE:.0%} is used. RAM: {format_bytes(request.budgets[HOST])} "
+        f"({request.budget_notes[HOST]}). Disk: {hardware.disk.per_second / 1e9:.3g} GB/s ({hardware.disk.source})."
+    )
+    bits = ", ".join(f"{number:g} for {name}" for name, number in STORED_BITS.items())
+    yield (
+        f"Bits per weight of the layers, with the scales of their blocks: {bits}. The lm_head and the embeddings stay "
+        "as they are."
+    )
+    yield "Seconds are predicted from data sheets: one token for every sequence."

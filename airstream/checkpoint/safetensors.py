@@ -1,0 +1,255 @@
+"""Which tensor lies where: the headers of a safetensors checkpoint, read and checked before anything else happens.
+
+Knows the safetensors format (https://huggingface.co/docs/safetensors/index#format: a little-endian u64 with the size
+of a JSON header, the header, then the data) and the sharded layout of the hub. Reads headers only: never a weight.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from airstream.errors import CheckpointError, CheckpointNotFoundError
+from airstream.reporting.units import counted, format_bytes
+from airstream.system.foreign_files import open_regular
+from airstream.system.foreign_json import HEADER, INDEX, parse_json, read_json
+from airstream.system.impostors import HEAD_BYTES, complaint
+
+MAX_HEADER_BYTES = HEADER.max_bytes
+"""Of text. The safetensors library reads up to 100 MB, which no checkpoint has: 45,000 tensors take 6."""
+
+MAX_NAME_CHARACTERS = 4096
+MAX_DIMENSIONS = 64
+"""torch's own limit."""
+
+MAX_FILE_NAME_BYTES = 255
+"""What file systems allow."""
+
+ITEM_BYTES: Mapping[str, int] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4,
+    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+"""Bytes of one element, by safetensors' names of the types."""
+
+SINGLE_FILE = "model.safetensors"
+SHARD_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """One tensor of a checkpoint: `nbytes` bytes at `offset` of `file`, row-major, little-endian.
+
+    Attributes:
+        resident_offset: where in memory of its own a resident model has it, in bytes. None if it maps the file.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: str
+    shape: tuple[int, ...]
+    resident_offset: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.offset + self.nbytes
+
+
+class CheckpointIndex(Mapping[str, StoredTensor]):
+    """The tensors of a checkpoint by name, and the files they lie in."""
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self._tensors = dict(tensors)
+        self.files: tuple[Path, ...] = tuple(sorted({tensor.file for tensor in tensors.values()}))
+        self.nbytes: int = sum(tensor.nbytes for tensor in tensors.values())
+
+    @classmethod
+    def open(cls, folder: Path, variant: str | None = None) -> CheckpointIndex:
+        """Read and check every header of the safetensors checkpoint in `folder`; `formats` knows the other formats.
+
+        Args:
+            variant: what stands before the ending of its files' names.
+
+        Raises:
+            CheckpointNotFoundError: no checkpoint, or a shard that the index names is missing.
+            CheckpointError: a file is truncated or its header is not what safetensors writes; nothing was loaded.
+        """
+        expected = _weight_map(folder, variant)
+        tensors: dict[str, StoredTensor] = {}
+        for file in _checkpoint_files(folder, expected, variant):
+            for tensor in read_header(file):
+                if tensor.name in tensors and (expected is None or expected.get(tensor.name) != file.name):
+                    if expected is None:
+                        other = tensors[tensor.name].file.name
+                        raise CheckpointError(
+                            f"tensor {tensor.name!r} is in two files, {other} and {file.name}: remove one"
+                        )
+                    continue
+                tensors[tensor.name] = tensor
+        for name, shard in (expected or {}).items():
+            if name not in tensors:
+                raise CheckpointError(
+                    f"{folder / shard}: tensor {name!r} is missing, though {SHARD_INDEX} places it there. "
+                    "Download the checkpoint again"
+                )
+        return cls(tensors)
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def file_name(name: str, variant: str | None) -> str:
+    """What transformers calls the file `name` of a variant of a checkpoint: `model.fp16.safetensors`."""
+    stem, _, ending = name.rpartition(".")
+    return name if variant is None else f"{stem}.{variant}.{ending}"
+
+
+def has_weights(folder: Path, variant: str | None = None) -> bool:
+    """Whether `folder` has the files of a checkpoint, complete by name. Opens no file of weights.
+
+    Raises:
+        CheckpointError: the shard index is not one.
+    """
+    expected = _weight_map(folder, variant)
+    anything = list(folder.glob(file_name("*.safetensors", variant)))
+    files = _checkpoint_files(folder, expected, variant) if expected is not None else anything
+    return bool(files) and all(file.is_file() for file in files)
+
+
+def read_header(file: Path) -> list[StoredTensor]:
+    """The tensors of one safetensors file, in file order, with every claim of its header checked against the file."""
+    header, data_start, file_bytes = _load_header(file)
+    tensors = [
+        _stored_tensor(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"
+    ]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.end))
+    end, previous = data_start, "the header"
+    for tensor in tensors:
+        if tensor.offset < end:
+            raise CheckpointError(f"{file}: tensor {tensor.name!r} overlaps {previous}: the file is corrupt")
+        end, previous = tensor.end, tensor.name
+    if end > file_bytes:
+        raise CheckpointError(
+            f"{file} is truncated: its header describes {counted(end, 'byte')} ({format_bytes(end)}), the file has "
+            f"{file_bytes:,}. Download it again"
+        )
+    return tensors
+
+
+def _load_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """The parsed header, where the data starts, and the size of the file."""
+    with open_regular(file) as stream:
+        try:
+            file_bytes = os.fstat(stream.fileno()).st_size
+            head = stream.read(HEAD_BYTES)
+            _check_head(file, head, file_bytes)
+            header_bytes = int.from_bytes(head[:8], "little")
+            stream.seek(8)
+            raw = stream.read(header_bytes)
+        except OSError as error:
+            raise CheckpointError(f"shard {file} cannot be read: {error.strerror}") from error
+    try:
+        header = parse_json(raw, HEADER, unique=True)
+    except ValueError as error:
+        said = complaint(file, head, "safetensors")
+        raise CheckpointError(said or f"{file}: the header is not sound: {error}. Download it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{file}: the header is not a table of tensors")
+    return header, 8 + header_bytes, file_bytes
+
+
+def _check_head(file: Path, head: bytes, file_bytes: int) -> None:
+    """Refuse a file that does not begin as safetensors do."""
+    (header_bytes,) = struct.unpack("<Q", head[:8]) if len(head) >= 8 else (0,)
+    if 2 <= header_bytes <= min(MAX_HEADER_BYTES, file_bytes - 8):
+        return
+    if said := complaint(file, head, "safetensors"):
+        raise CheckpointError(said)
+    if MAX_HEADER_BYTES < header_bytes <= file_bytes - 8:
+        raise CheckpointError(
+            f"{file}: its header claims {counted(header_bytes, 'byte')}, more than the {MAX_HEADER_BYTES:,} that any "
+            "checkpoint needs. If it is sound, save it in several files"
+        )
+    raise CheckpointError(
+        f"{file} is not a complete safetensors file: its header claims {counted(header_bytes, 'byte')}, "
+        f"the file has {file_bytes:,}. Download it again"
+    )
+
+
+def _stored_tensor(file: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise CheckpointError(f"{file}: the name of tensor {name[:80]!r}... has {counted(len(name), 'character')}")
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if len(shape) > MAX_DIMENSIONS:
+            raise ValueError(f"it has {counted(len(shape), 'dimension')}")
+        if dtype not in ITEM_BYTES:
+            raise ValueError(f"its type is {str(dtype)[:40]!r}")
+        item_bytes = ITEM_BYTES[dtype]
+        if not all(type(value) is int and 0 <= value < 1 << 63 for value in (*shape, begin, end)):
+            raise ValueError("sizes and offsets must be non-negative integers of 64 bits")
+        if math.prod(shape) * item_bytes != end - begin:
+            raise ValueError(f"{dtype} {shape} does not take {counted(end - begin, 'byte')}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: the header's entry of tensor {name!r} is malformed ({error!r})") from None
+    return StoredTensor(name, file, data_start + begin, end - begin, dtype, tuple(shape))
+
+
+def _weight_map(folder: Path, variant: str | None) -> dict[str, str] | None:
+    """Tensor name -> shard, as the index file says; None for a checkpoint without one."""
+    index = folder / file_name(SHARD_INDEX, variant)
+    if (folder / file_name(SINGLE_FILE, variant)).is_file() or not index.is_file():
+        return None
+    return read_weight_map(index)
+
+
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard, as the index file `index` says. Shards lie beside it: whatever else it names is refused.
+
+    Raises:
+        CheckpointError: it is not an index, or names something outside its folder.
+    """
+    contents = read_json(index, INDEX, unique=True)
+    weight_map = contents.get("weight_map") if isinstance(contents, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} is not a shard index: it has no weight_map of tensors. Download it again")
+    for name, shard in weight_map.items():
+        if not _is_file_name(shard):
+            raise CheckpointError(
+                f"{index} places {name[:200]!r} in the shard {str(shard)[:200]!r}: shards must lie beside the index"
+            )
+    return weight_map
+
+
+def _is_file_name(shard: Any) -> bool:
+    """Whether `shard` names a file of the folder, on any system."""
+    if not isinstance(shard, str) or shard in ("", ".", "..") or not set("/\\\0").isdisjoint(shard):
+        return False
+    return len(shard) <= MAX_FILE_NAME_BYTES and len(shard.encode()) <= MAX_FILE_NAME_BYTES
+
+
+def _checkpoint_files(folder: Path, weight_map: Mapping[str, str] | None, variant: str | None) -> list[Path]:
+    if weight_map is not None:
+        return [folder / shard for shard in sorted(set(weight_map.values()))]
+    names = [file_name(name, variant) for name in (SINGLE_FILE, SHARD_INDEX, "pytorch_model.bin")]
+    if (folder / names[0]).is_file():
+        return [folder / names[0]]
+    files = sorted(folder.glob(file_name("*.safetensors", variant)))
+    if files:
+        return files
+    what = "checkpoint" if variant is None else f"checkpoint of variant={variant!r}"
+    raise CheckpointNotFoundError(f"{folder} has no {what}: expected {names[0]}, {names[1]} or {names[2]}")

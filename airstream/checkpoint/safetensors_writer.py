@@ -1,0 +1,26 @@
+"""Writing safetensors files: the header, padded so that the data begins on a page. Knows the format, and no order."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from typing import Any
+
+from airstream.reporting.units import round_up
+from airstream.transfer.files import PAGE_BYTES
+
+METADATA = {"format": "pt"}
+"""What transformers looks for in a header."""
+
+
+def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+    """What precedes the data of `tensors`, (name, type, shape, bytes) each, one behind the other: whole pages."""
+    header: dict[str, Any] = {"__metadata__": METADATA}
+    end = 0
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}
+        end += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    size = round_up(8 + len(text), PAGE_BYTES) - 8
+    return struct.pack("<Q", size) + text.ljust(size)

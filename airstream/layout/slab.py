@@ -1,0 +1,147 @@
+"""How tensors lie together in memory: side by side in one run of bytes, so that few large reads fill it.
+
+Knows byte plans and what a backend wants of addresses. Nothing here is allocated or read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from airstream.layout.tensors import CACHE_LINE_BYTES, Conversion, TensorSpec
+from airstream.reporting.units import round_up
+from airstream.transfer.base import Packing
+from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.reader import Piece
+
+MAX_GAP_BYTES = 1 << 20
+"""Bytes nobody needs that are read along when they lie between two tensors of a slab: cheaper than a second read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """Tensors that travel together: one run of `nbytes` bytes, the reads that fill it, and where each tensor starts."""
+
+    nbytes: int
+    pieces: tuple[Piece, ...]
+    offsets: Mapping[str, int]
+    specs: tuple[TensorSpec, ...]
+    conversions: tuple[Conversion, ...] = ()
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that leave the disk to fill the slab."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def distinct(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """`specs` without those that are made of the same bytes as another one."""
+    return list({(spec.pieces or spec.name): spec for spec in specs}.values())
+
+
+def stored_specs(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """What is read for `specs`: themselves, or the raw tensors that they are made of."""
+    return list({stored.name: stored for spec in specs for stored in spec.stored}.values())
+
+
+def pack(specs: Iterable[TensorSpec], packing: Packing, elsewhere: Collection[str] = ()) -> Slab:
+    """Lay `specs` out in one slab, neighbours in a file side by side, so that few large reads fill it.
+
+    Those whose names are in `elsewhere`, raw ones too, have room in it, but are not read: they come from elsewhere.
+    """
+    specs = tuple(specs)
+    conversions = tuple(dict.fromkeys(spec.made_by for spec in specs if spec.made_by is not None))
+    stored = stored_specs(specs)
+    builder = _SlabBuilder(packing)
+    for spec in in_file_order(spec for spec in stored if spec.name not in elsewhere):
+        builder.add(spec)
+    made = [spec for spec in specs if spec.made_by is not None and not spec.made_by.is_object]
+    for spec in [*(spec for spec in stored if spec.name in elsewhere), *made]:
+        builder.reserve(spec)
+    return Slab(round_up(builder.end, PAGE_BYTES), tuple(builder.pieces), builder.offsets, specs, conversions)
+
+
+def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """`specs`, all of which are read, in the order in which they lie in the checkpoint."""
+    return sorted(specs, key=lambda spec: (spec.pieces[0].file, spec.pieces[0].offset))
+
+
+class _SlabBuilder:
+    """The slab so far: where it ends, and the read that the next tensor may be able to join."""
+
+    def __init__(self, packing: Packing) -> None:
+        self.packing = packing
+        self.end = 0
+        self.pieces: list[Piece] = []
+        self.offsets: dict[str, int] = {}
+
+    def add(self, spec: TensorSpec) -> None:
+        base = self._joined(spec)
+        if base is None:
+            base = self._fresh(spec)
+        self.offsets[spec.name] = base
+        for piece in spec.pieces:
+            self._append(Piece(piece.file, piece.offset, piece.nbytes, base + piece.target, piece.cast))
+        self.end = max(self.end, base + spec.nbytes)
+
+    def reserve(self, spec: TensorSpec) -> None:
+        """Room for a tensor that is not read: it is computed, or comes from elsewhere."""
+        base = round_up(self.end, max(self.packing.alignment, CACHE_LINE_BYTES))
+        if self.packing.follows_file:
+            base += self._phase(spec) % CACHE_LINE_BYTES
+        self.offsets[spec.name] = base
+        self.end = base + spec.nbytes
+
+    def _alignment(self, spec: TensorSpec) -> int:
+        return self.packing.alignment or spec.dtype.itemsize
+
+    def _joined(self, spec: TensorSpec) -> int | None:
+        """Where `spec` lies if it continues the last read, gaps included; None if it cannot."""
+        piece = spec.pieces[0]
+        if not self.pieces or len(spec.pieces) > 1 or piece.cast is not None:
+            return None
+        last = self.pieces[-1]
+        gap = piece.offset - (last.offset + last.nbytes)
+        base = last.target + piece.offset - last.offset
+        joins = last.cast is None and _is_same(last.file, piece.file) and 0 <= gap <= MAX_GAP_BYTES
+        return base if joins and base >= self.end and self._may_start_at(base, spec) else None
+
+    def _may_start_at(self, base: int, spec: TensorSpec) -> bool:
+        if base % self._alignment(spec):
+            return False
+        return not self.packing.follows_file or base % CACHE_LINE_BYTES == self._phase(spec) % CACHE_LINE_BYTES
+
+    def _phase(self, spec: TensorSpec) -> int:
+        """Where within a page `spec` has to start.
+
+        Within a cache line as in a resident model, which decides the last bit of what CPU kernels compute with it.
+        Within that, reads land in place if the page is entered as in the file.
+        """
+        if not spec.pieces or spec.pieces[0].cast is not None:
+            return spec.line_offset or 0
+        piece = spec.pieces[0]
+        in_file = (piece.offset - piece.target) % PAGE_BYTES
+        if spec.line_offset is None:
+            return in_file if in_file % self._alignment(spec) == 0 else 0
+        return in_file if in_file % CACHE_LINE_BYTES == spec.line_offset else spec.line_offset
+
+    def _fresh(self, spec: TensorSpec) -> int:
+        """Where `spec` lies if it starts a read of its own."""
+        if not self.packing.follows_file:
+            return round_up(self.end, max(self._alignment(spec), CACHE_LINE_BYTES))
+        return round_up(self.end, PAGE_BYTES) + self._phase(spec)
+
+    def _append(self, piece: Piece) -> None:
+        last = self.pieces[-1] if self.pieces else None
+        if last is not None and last.cast is None and piece.cast is None and _is_same(last.file, piece.file):
+            gap = piece.offset - (last.offset + last.nbytes)
+            if 0 <= gap <= MAX_GAP_BYTES and piece.target - last.target == piece.offset - last.offset:
+                self.pieces[-1] = Piece(last.file, last.offset, piece.offset + piece.nbytes - last.offset, last.target)
+                return
+        self.pieces.append(piece)
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Comparing paths takes long, and most are the same object."""
+    return one is other or one == other

@@ -1,0 +1,1 @@
+"""From what the user asks for to everything that is known of a model before its first weight is read."""

@@ -1,0 +1,166 @@
+"""What the planner has to know of a model, gathered from its parts. Sizes are exact: slabs are packed to find them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from airstream.compat.traits import CacheSize, position_limit, rotary_limit, uses_eager_attention
+from airstream.footprint.formulas import first_count, footprint
+from airstream.footprint.growth import PassGrowth
+from airstream.footprint.lm_head import Way, copies_weights, way_of
+from airstream.layout.parts import Parts
+from airstream.layout.slab import distinct, pack, stored_specs
+from airstream.layout.tensors import TensorSpec
+from airstream.loading.packed import measure_packed
+from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
+from airstream.plan.groups import Known, batch_facts, growth_bytes
+from airstream.reporting.units import MIB
+from airstream.transfer.base import Packing
+from airstream.transfer.files import PAGE_BYTES
+
+AUTO_BATCH_BYTES = 32 * MIB
+"""Layers smaller than this move several at a time: below it, the ends of reads cost more than they carry."""
+
+
+KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
+"""Of freed memory that the C library keeps at most: twice the 32 MiB from which on it maps memory afresh, and some."""
+
+UNPACKING_CODE_BYTES = 32 * MIB
+"""Of libraries that compute with packed weights, loaded by the first pass, and what their kernels keep. Fitted to
+measured peaks of 4-bit bitsandbytes and FP8, which were up to 24 MiB above the plan without it."""
+
+EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+"""What configs call the number of experts of a layer."""
+
+
+def gather_facts(
+    name: str,
+    folder: Path,
+    model: PreTrainedModel,
+    parts: Parts,
+    device: torch.device,
+    packing: Packing,
+    layers_per_batch: int | Literal["auto"],
+    cache: CacheSize | None,
+    passes: tuple[PassGrowth, ...] = (),
+) -> ModelFacts:
+    """The facts of `model`, which will compute on `device` with weights that lie as `packing` says.
+
+    `cache` is what the KV cache grows to, `passes` what they allocate, if that could be measured.
+    """
+    buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
+    resident = pack(distinct(parts.resident), packing)
+    head_specs = parts.head[1] if parts.head else ()
+    head = batch_facts(parts.head[:1], head_specs, packing, {}) if parts.head else None
+    head_pieces = {spec.pieces for spec in head_specs}
+    batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
+    copied_bytes = head.slab_bytes[0] if head and device.type == "cpu" else 0
+    way = way_of(model.dtype) if copied_bytes else Way.TOGETHER
+    copied_for_each = way is Way.TOGETHER and copied_bytes > 0 and copies_weights(model.dtype)
+    everything = [spec for tensors in parts.units.values() for spec in tensors]
+    everything += [*parts.resident, *head_specs, *parts.rows.values()]
+    packed = measure_packed(spec for tensors in (*parts.units.values(), head_specs) for spec in tensors)
+    return ModelFacts(
+        name=name,
+        dtype=str(model.dtype).removeprefix("torch."),
+        batchings=batchings,
+        head=head,
+        resident_bytes=resident.nbytes + buffers,
+        tables={spec.name: Group((spec.name,), pack((spec,), packing).nbytes, None) for spec in _tables(parts)},
+        tables_of_head=frozenset(spec.name for spec in _tables(parts) if spec.pieces in head_pieces),
+        checkpoint_bytes=sum(spec.nbytes for spec in distinct(stored_specs(everything))),
+        has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) or any(folder.glob("*.gguf")),
+        conversion_bytes=_conversion_bytes(parts, everything),
+        footprint=footprint(
+            model.config,
+            model.dtype.itemsize,
+            eager_attention=uses_eager_attention(model),
+            head_copy_bytes=copied_bytes if way is Way.IN_SLICES else 0,
+            head_copy_bytes_each=copied_bytes if copied_for_each else 0,
+            cache=cache,
+            has_head=head is not None or model.can_generate(),
+            passes=passes,
+        ),
+        arithmetic=_arithmetic(model, parts),
+        stored_bytes=packed.stored_bytes if packed else None,
+        decoding_seconds_per_byte=packed.decoding_seconds / packed.stored_bytes if packed else 0.0,
+        position_limit=position_limit(model),
+        rotary_limit=rotary_limit(model),
+    )
+
+
+def _tables(parts: Parts) -> list[TensorSpec]:
+    """The embedding tables, one of those that are tied."""
+    return list({spec.pieces: spec for spec in parts.rows.values()}.values())
+
+
+def group(parts: Parts, count: int) -> Iterator[tuple[str, ...]]:
+    """The names of units in batches of `count`. Units of different stacks are never in one batch."""
+    names, start = list(parts.units), 0
+    for size in parts.stacks:
+        stack = names[start : start + size]
+        yield from (tuple(stack[first : first + count]) for first in range(0, size, count))
+        start += size
+
+
+def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
+    in_layers = [spec for tensors in parts.units.values() for spec in tensors]
+    in_head = parts.head[1] if parts.head else ()
+    head_bytes = sum(spec.nbytes for spec in in_head)
+    expert_bytes, expert_share = sum(spec.nbytes for spec in in_layers if ".experts." in spec.name), 1.0
+    text = model.config.get_text_config(decoder=True)
+    if expert_bytes:
+        routed = first_count(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", default=1)
+        expert_share = routed / first_count(text, *EXPERT_COUNTS, default=routed)
+    heads = first_count(text, "num_attention_heads", "n_head", "num_heads", default=1)
+    hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
+    return Arithmetic(
+        num_layers=len(parts.units),
+        weight_bytes=sum(spec.nbytes for spec in in_layers) + head_bytes,
+        head_bytes=head_bytes,
+        expert_bytes=expert_bytes,
+        expert_share=min(expert_share, 1.0),
+        attention_width=heads * first_count(text, "head_dim", default=hidden // heads),
+    )
+
+
+def needs_staging(parts: Parts, packing: Packing) -> bool:
+    """Whether some reads into host memory cannot land in place: for a cast, or for where they lie within a page."""
+    specs = [*parts.units.values(), parts.resident, *([parts.head[1]] if parts.head else [])]
+    pieces = (piece for tensors in specs for piece in pack(distinct(tensors), packing).pieces)
+    return any(piece.cast is not None or (piece.target - piece.offset) % PAGE_BYTES for piece in pieces)
+
+
+def _batches(parts: Parts, count: int, packing: Packing) -> Iterator[BatchFacts]:
+    known: Known = {}
+    for units in group(parts, count):
+        yield batch_facts(units, (spec for unit in units for spec in parts.units[unit]), packing, known)
+
+
+def _counts(parts: Parts, layers_per_batch: int | Literal["auto"]) -> list[int]:
+    """The numbers of layers per batch to choose from, best first."""
+    longest = max(parts.stacks, default=1)
+    if layers_per_batch != "auto":
+        return [min(layers_per_batch, longest)]
+    sizes = [sum(spec.nbytes for spec in tensors) for tensors in parts.units.values()]
+    count = math.ceil(AUTO_BATCH_BYTES / max(max(sizes, default=1), 1))
+    return list(dict.fromkeys((min(count, longest), 1)))
+
+
+def _conversion_bytes(parts: Parts, specs: Iterable[TensorSpec]) -> int:
+    """Outside of slabs: of the conversion that takes most, and of what a layer grows by while it computes.
+
+    C libraries keep freed memory for the next time, and fit what comes next into it only in part: up to 83 MiB beside
+    40 MiB in use were measured.
+    """
+    scratch = max((spec.made_by.scratch_bytes for spec in specs if spec.made_by is not None), default=0)
+    scratch += min(2 * scratch, KEPT_BY_ALLOCATOR_BYTES)
+    if any(spec.made_by is not None and spec.made_by.scratch_bytes for spec in specs):
+        scratch += UNPACKING_CODE_BYTES
+    return scratch + max((growth_bytes(tensors) for tensors in parts.units.values()), default=0)

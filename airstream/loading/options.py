@@ -1,0 +1,162 @@
+"""What a user may ask of `from_pretrained`, checked before anything is opened."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any, Literal
+
+import torch
+
+from airstream.errors import ArgumentError
+from airstream.reporting.units import parse_budget
+from airstream.system.memory import default_device, describe_devices, is_present
+from airstream.transfer.backends import RUNTIMES
+
+MaxMemory = int | float | str | Mapping[int | str, int | float | str] | None
+
+SHORT_DTYPES: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""What people call them."""
+
+FOREIGN_DEVICES: Mapping[str, str] = {
+    **dict.fromkeys(("gpu", "nvidia", "amd", "rocm"), "cuda"),
+    **dict.fromkeys(("metal", "apple"), "mps"),
+    "intel": "xpu",
+}
+"""What people call the devices that torch has under another name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """The arguments of `AutoModel.from_pretrained`; see there. The defaults are also those of the command line."""
+
+    dtype: str | torch.dtype = "auto"
+    device: str | int | torch.device | None = None
+    max_memory: MaxMemory = None
+    max_context: int | None = None
+    max_batch_size: int = 1
+    layers_per_batch: int | Literal["auto"] = "auto"
+    prefetch_batches: int | Literal["auto"] = "auto"
+    page_cache: bool | Literal["auto"] = "auto"
+    model_class: Any = None
+    attn_implementation: str | None = None
+    gguf_file: str | None = None
+    subfolder: str = ""
+    variant: str | None = None
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    trust_remote_code: bool = False
+    profiling_mode: bool = False
+    progress: bool | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_count("max_batch_size", self.max_batch_size, at_least=1)
+        if self.max_context is not None:
+            check_count("max_context", self.max_context, at_least=1)
+        if self.layers_per_batch != "auto":
+            check_count("layers_per_batch", self.layers_per_batch, at_least=1)
+        if self.prefetch_batches != "auto":
+            check_count("prefetch_batches", self.prefetch_batches, at_least=0)
+        if self.page_cache not in ("auto", True, False):
+            raise ArgumentError(f'page_cache={self.page_cache!r}: use True, False or "auto"')
+        if self.progress not in ("auto", True, False):
+            raise ArgumentError(f'progress={self.progress!r}: use True, False or "auto"')
+        for name in ("trust_remote_code", "local_files_only", "profiling_mode"):
+            if getattr(self, name) not in (None, True, False):  # any text would be true
+                raise ArgumentError(f"{name}={getattr(self, name)!r}: use True or False")
+        named = named_dtype(self.dtype)
+        if self.dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
+            raise ArgumentError(
+                f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", torch.float16... Weights '
+                "are not quantised here: name a checkpoint that is"
+            )
+        check_inside("subfolder", self.subfolder)
+        if self.variant is not None and not (isinstance(self.variant, str) and re.fullmatch(r"[\w-]+", self.variant)):
+            raise ArgumentError(f'variant={self.variant!r} is not a part of a file\'s name: use one such as "fp16"')
+
+
+def named_dtype(dtype: str | torch.dtype) -> Any:
+    """What torch has under the name `dtype`, long or short; nothing for `"auto"`."""
+    if not isinstance(dtype, str):
+        return dtype
+    name = dtype.removeprefix("torch.")
+    return getattr(torch, SHORT_DTYPES.get(name, name), None)
+
+
+def resolve_device(device: str | int | torch.device | None) -> torch.device:
+    """The device named by the user, with its index; the accelerator, or else the CPU, if none is named."""
+    if device is None or device == "auto":
+        return default_device()
+    name = device.lower() if isinstance(device, str) else device
+    try:
+        chosen = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        kind, *number = name.split(":") if isinstance(name, str) else [""]
+        if kind in FOREIGN_DEVICES:
+            meant = ":".join([FOREIGN_DEVICES[kind], *number])
+            raise ArgumentError(f'device={device!r} is called "{meant}" in torch: write device="{meant}"') from None
+        raise ArgumentError(f"device={device!r} is not a device of this torch: {error}") from None
+    if chosen.type == "cpu":
+        return torch.device("cpu")
+    if chosen.type == "meta":
+        raise ArgumentError('device="meta" has no memory to stream to')
+    found = torch.device(chosen.type, chosen.index or 0)
+    if chosen.type not in RUNTIMES and not is_present(found):
+        raise ArgumentError(f"device={device!r} is not there: torch finds {describe_devices()}")
+    return found
+
+
+def parse_max_memory(max_memory: MaxMemory, device: torch.device) -> dict[str, int]:
+    """The budgets given, in bytes: "cpu" for host memory, "0" for accelerator 0. A tier that is not named is left out.
+
+    One size alone is the budget of the device that computes.
+    """
+    compute = "cpu" if device.type == "cpu" else str(device.index)
+    if max_memory is None or max_memory == "auto":
+        return {}
+    if not isinstance(max_memory, Mapping):
+        return {compute: parse_budget(max_memory, "max_memory")}
+    if not max_memory:
+        raise ArgumentError(
+            f"max_memory={max_memory!r} names no memory: write max_memory={_example(compute)}, or leave it out to use "
+            "most of what is free"
+        )
+    budgets: dict[str, int] = {}
+    for key, size in max_memory.items():
+        name = compute if str(key) == str(device) else str(key)
+        if name not in ("cpu", compute):
+            if compute == "cpu" and name.removeprefix("cuda:").isdigit():
+                raise ArgumentError(
+                    f"max_memory names {key!r}, but the model runs on cpu: a number is an accelerator's memory. Write "
+                    f'max_memory={{"cpu": {size!r}}} for that of this machine, or choose a device="cuda" that is here'
+                )
+            raise ArgumentError(
+                f"max_memory names {key!r}, but the model runs on {device}: write "
+                f"max_memory={_example(compute)}, or choose another device="
+            )
+        if size != "auto":
+            budgets[name] = parse_budget(size, f"max_memory[{key!r}]")
+    return budgets
+
+
+def _example(compute: str) -> str:
+    """Budgets of a model that computes in the memory `compute`."""
+    return '{"cpu": "4GiB"}' if compute == "cpu" else f'{{{compute}: "4GiB", "cpu": "8GiB"}}'
+
+
+def check_count(name: str, value: object, at_least: int) -> None:
+    """Raise unless `value` is a whole number of `at_least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ArgumentError(f"{name}={value!r} must be a whole number of at least {at_least}")
+
+
+def check_inside(name: str, path: object) -> None:
+    """Raise unless `path`, an argument called `name`, lies inside whatever it is relative to, and stands for itself."""
+    inside = PurePosixPath(path) if isinstance(path, str) else None
+    if inside is None or inside.is_absolute() or ".." in inside.parts or set("\\*?[\0") & set(str(path)):
+        raise ArgumentError(f"{name}={path!r} is not a path inside the repository")

@@ -1,0 +1,30 @@
+"""What weights that are stored as blocks cost: bytes on disk, and time of a CPU to decode them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from airstream.codecs.registry import BLOCK_TYPES, decoding_seconds
+from airstream.layout.tensors import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Of some tensors: their bytes on disk, and the seconds that one CPU core takes to decode them."""
+
+    stored_bytes: int
+    decoding_seconds: float
+
+
+def measure_packed(specs: Iterable[TensorSpec]) -> Packed | None:
+    """The cost of `specs`; None if none of them is packed. Measures each type of block once: some milliseconds."""
+    sources: dict[str, TensorSpec] = {}
+    for spec in specs:
+        sources |= {each.name: each for each in (spec.made_by.sources if spec.made_by else (spec,))}
+    pieces = [piece for spec in sources.values() for piece in spec.pieces]
+    blocks = [(piece.nbytes, BLOCK_TYPES[piece.cast.source]) for piece in pieces if piece.cast and piece.cast.is_blocks]
+    if not blocks:
+        return None
+    seconds = sum(nbytes / block.nbytes * block.elements * decoding_seconds(block) for nbytes, block in blocks)
+    return Packed(sum(piece.nbytes for piece in pieces), seconds)

@@ -1,0 +1,172 @@
+"""Watches a model run: passes and calls, for profiles and for whoever shows progress. Changes nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+
+from airstream.plan.plan import Plan
+from airstream.plan.request import HOST, Request, Workload
+from airstream.profiling.profile import Profile
+from airstream.profiling.profile_data import MemoryUse
+from airstream.profiling.recorder import Recorder
+from airstream.rates.facts import Rate
+from airstream.reporting.probe import DISK, H2D, HOST_COPY, Probe, now
+from airstream.system.memory import PeakMemory, process_bytes
+from airstream.transfer.base import Backend
+
+
+class Observer:
+    """One for every running model. Passes and calls are reported by the threads that run it, whoever has the turn.
+
+    Args:
+        is_direct: whether the reader goes around the page cache now: only then is the disk's rate what its reads can be
+            held to.
+        host_bytes: resident memory of the process before the model was loaded.
+        plan: gives the plan that is being followed.
+
+    Attributes:
+        watchers: called after every pass, by the thread that ran it.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        backend: Backend,
+        request: Request,
+        is_direct: Callable[[], bool],
+        host_bytes: int,
+        plan: Callable[[], Plan],
+    ) -> None:
+        self.watchers: list[Callable[[], None]] = []
+        self.last_profile: Profile | None = None
+        self._request = request
+        self._is_direct = is_direct
+        self._probe = probe
+        self._backend = backend
+        self._host_bytes = host_bytes
+        self._device_bytes = backend.used_bytes()
+        self._plan = plan
+        self._recorder: Recorder | None = None
+        self._inside = False
+        self._mine = threading.local()  # `call`: the innermost call that this thread is in
+
+    def after_fork(self) -> None:
+        """In a forked child: passes and calls of the parent's threads do not end here."""
+        self._inside = False
+        self._mine = threading.local()
+        self._resume(None)
+
+    @property
+    def rates(self) -> dict[str, Rate]:
+        """What each link can do, as measured or assumed."""
+        return _rates(self._request, self._is_direct())
+
+    @property
+    def is_inside(self) -> bool:
+        """A pass is under way."""
+        return self._inside
+
+    def start(self) -> Profile:
+        """Begin a profile. It grows until another one begins."""
+        plan = self._plan()
+        profile = Profile(plan.model, plan.device, plan.dtype, now(), self.rates, self._is_direct())
+        self._backend.forget_peak()
+        self._resume(Recorder(profile, self._backend, partial(self._measure, PeakMemory(self._host_bytes))))
+        self.last_profile = profile
+        return profile
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """A profile of what happens inside; one that is under way pauses for as long."""
+        outer = self._recorder
+        try:
+            yield self.start()
+            if self._recorder is not None:
+                self._recorder.measure_memory()
+        finally:
+            self._resume(outer)
+
+    def _resume(self, recorder: Recorder | None) -> None:
+        self._recorder = self._probe.listener = recorder
+
+    @contextmanager
+    def one_call(self, prompt_tokens: int, turn: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+        """Around `generate` on a prompt of so many tokens, 0 if that is not known. Others may be under way.
+
+        Args:
+            turn: nothing else computes while it lasts.
+        """
+        recorder, outer = self._recorder, getattr(self._mine, "call", None)
+        if recorder is None:
+            yield
+            return
+        with turn():
+            call = recorder.begin_call(prompt_tokens)
+        self._mine.call = recorder, call
+        try:
+            yield
+        finally:
+            self._mine.call = outer
+            with turn():
+                recorder.end_call(call)
+
+    @contextmanager
+    def one_pass(self, work: Callable[[], Workload | None]) -> Iterator[None]:
+        """Around a forward pass. A pass within another one, of the base model, is part of it.
+
+        Args:
+            work: says what the pass asks for; only called while profiling.
+        """
+        if self._inside:
+            yield
+            return
+        recorder, is_complete, self._inside = self._recorder, False, True
+        listening, call = getattr(self._mine, "call", None) or (None, None)
+        if recorder is not None:
+            recorder.begin_pass(work(), call if recorder is listening else None)
+        try:
+            yield
+            is_complete = True
+        finally:
+            self._inside = False
+            if recorder is not None:
+                recorder.end_pass(is_complete)
+        for watcher in tuple(self.watchers):
+            watcher()
+
+    def used_bytes(self) -> int:
+        """Host memory that the process uses above what it did before the model was loaded."""
+        return process_bytes() - self._host_bytes
+
+    def num_layers(self) -> int:
+        """The layers of all stacks. They are children of lists, and have numbers for names; the lm_head has not."""
+        units = (unit for batch in self._plan().batches for unit in batch.units)
+        return sum(unit.rpartition(".")[2].isdigit() for unit in units)
+
+    def forget_spans(self) -> None:
+        """What has been moved was not for a pass."""
+        if self._recorder is not None:
+            self._recorder.forget_spans()
+
+    def _measure(self, host: PeakMemory, profile: Profile) -> None:
+        """Note in `profile` what memory is used by now, and what the plan says, which may be another one by now."""
+        plan = self._plan()
+        profile.predicted_seconds = plan.prediction.decode_seconds if plan.prediction else None
+        profile.sizes.append((now(), "host memory", self.used_bytes()))
+        if len(plan.tiers) > 1:
+            profile.sizes.append((now(), "device memory", self._backend.used_bytes() - self._device_bytes))
+        for name, tier in plan.tiers.items():
+            peak = host.rise() if name == HOST else self._backend.peak_bytes() - self._device_bytes
+            profile.memory[name] = MemoryUse(peak, tier.peak_bytes, tier.budget_bytes)
+
+
+def _rates(request: Request, is_direct: bool) -> dict[str, Rate]:
+    """What each link can do, as measured or assumed."""
+    facts = request.hardware
+    if facts is None:
+        return {}
+    rates = {DISK: facts.disk if is_direct else None, HOST_COPY: facts.host_copy, H2D: facts.h2d}
+    return {link: rate for link, rate in rates.items() if rate is not None}

@@ -1,0 +1,127 @@
+"""What a generation cost: time, bytes, memory, and where the time went."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from airstream.plan.plan import Plan
+from airstream.plan.request import HOST
+from airstream.reporting.probe import DISK
+from airstream.reporting.stats import StreamStats
+from airstream.reporting.units import format_bytes, format_rate, format_seconds
+from airstream.system.memory import PeakMemory
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """Costs of one generation. Seconds are wall time.
+
+    Attributes:
+        ttft_seconds: from the start of the meter to the first new token.
+        streamed_bytes, read_seconds: what was read, and while at least one read was under way.
+        stall_seconds: computation waited for reads.
+        source: what was read from: "disk" or "page cache".
+        peak_bytes: rise of the process's resident memory above what it was before the model was loaded.
+    """
+
+    prompt_tokens: int
+    new_tokens: int
+    ttft_seconds: float
+    total_seconds: float
+    streamed_bytes: int
+    read_seconds: float
+    stall_seconds: float
+    peak_bytes: int
+    planned_peak_bytes: int
+    budget_bytes: int
+    source: str = DISK
+
+    @property
+    def seconds_per_token(self) -> float:
+        """After the first token, or in all if there is just one."""
+        if self.new_tokens < 2:
+            return self.total_seconds
+        return (self.total_seconds - self.ttft_seconds) / (self.new_tokens - 1)
+
+    @property
+    def read_bytes_per_second(self) -> float | None:
+        """None if nothing was read."""
+        return self.streamed_bytes / self.read_seconds if self.streamed_bytes and self.read_seconds else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"seconds_per_token": self.seconds_per_token}
+
+    def __str__(self) -> str:
+        busy = self.total_seconds - self.stall_seconds
+        later = f", then {format_seconds(self.seconds_per_token)} each" if self.new_tokens > 1 else ""
+        return "\n".join(
+            (
+                f"  tokens    {self.new_tokens} new after {self.prompt_tokens}: first in "
+                f"{format_seconds(self.ttft_seconds)}{later}",
+                f"  streamed  {self._streamed()}",
+                f"  memory    peak {format_bytes(self.peak_bytes)}, planned {format_bytes(self.planned_peak_bytes)}, "
+                f"budget {format_bytes(self.budget_bytes)}",
+                f"  time      {format_seconds(self.stall_seconds)} waiting for weights, "
+                f"{format_seconds(busy)} computing",
+            )
+        )
+
+    def _streamed(self) -> str:
+        rate = self.read_bytes_per_second
+        if rate is None:
+            return "nothing"
+        return f"{format_bytes(self.streamed_bytes)} at {format_rate(rate)} from {self.source}"
+
+
+class Meter:
+    """Measures what happens between `start` and `report`. It is a transformers streamer too: give it to `generate`.
+
+    Make it before the model, so that its memory counts.
+    """
+
+    def __init__(self, forward_to: Any = None) -> None:
+        self.forward_to = forward_to
+        self._memory = PeakMemory()
+        self._times: list[float] = []
+        self._started = 0.0
+        self._prompt_tokens = 0
+        self._before = StreamStats()
+
+    def start(self, stats: StreamStats) -> None:
+        """Begin to count, from `stats` on."""
+        self._before = StreamStats(**asdict(stats))
+        self._times, self._prompt_tokens = [], 0
+        self._started = time.perf_counter()
+
+    def put(self, value: Any) -> None:
+        """A transformers streamer's: first the prompt's tokens, then each new one as it is chosen."""
+        if self._prompt_tokens == 0:
+            self._prompt_tokens = value.numel()
+        else:
+            self._times.append(time.perf_counter())
+        if self.forward_to is not None:
+            self.forward_to.put(value)
+
+    def end(self) -> None:
+        if self.forward_to is not None:
+            self.forward_to.end()
+
+    def report(self, plan: Plan, stats: StreamStats) -> RunReport:
+        """The costs so far, by a model's `plan` and `stats`."""
+        times: Sequence[float] = self._times or (time.perf_counter(),)
+        return RunReport(
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=len(self._times),
+            ttft_seconds=times[0] - self._started,
+            total_seconds=times[-1] - self._started,
+            streamed_bytes=stats.streamed_bytes - self._before.streamed_bytes,
+            read_seconds=stats.read_seconds - self._before.read_seconds,
+            stall_seconds=stats.stall_seconds - self._before.stall_seconds,
+            peak_bytes=self._memory.rise(),
+            planned_peak_bytes=plan.tiers[HOST].peak_bytes,
+            budget_bytes=plan.tiers[HOST].budget_bytes,
+            source=stats.source,
+        )

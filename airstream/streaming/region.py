@@ -1,0 +1,37 @@
+"""A place in the ring and what is in it. Knows who uses it, not how it is filled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from airstream.streaming.fill import Filling
+
+
+@dataclass(slots=True)
+class Region:
+    """A layer batch in the ring. One of which nothing is streamed takes no room there.
+
+    Attributes:
+        memory: its bytes on the device, a uint8 tensor.
+        offset: where in the ring it lies.
+        fresh: True after a fill; whoever makes something of the bytes in place, once, sets it to False.
+        filling: reads are under way.
+        users: calls that wait for it, or compute with it. Without any, it stays intact until its place is needed.
+        read_bytes, host_bytes: that came from disk and host memory to fill it, until they have been reported.
+        error: what kept it from being filled.
+    """
+
+    batch: int
+    offset: int
+    memory: torch.Tensor
+    fresh: bool = True
+    filling: bool = True
+    users: int = 0
+    read_bytes: int = 0
+    host_bytes: int = 0
+    work: Filling | None = None
+    error: BaseException | None = None

@@ -1,0 +1,1 @@
+"""This process and the machine below it: memory, files of others, the cache folder, forks."""

@@ -1,0 +1,1 @@
+"""How bytes move: files, reader threads, and the memory of one device."""

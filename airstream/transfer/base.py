@@ -1,0 +1,221 @@
+"""What the streamer asks of a device, and what the accelerator backend asks of a runtime.
+
+Two seams, on purpose. A `Backend` moves the bytes of a layer batch into memory the model computes from and keeps
+copies and computation from overtaking each other. A `Runtime` is the handful of device operations (memory, streams,
+events, asynchronous copies) that the accelerator backend is written in, so that a test can put a simulated device
+under the very code that drives CUDA.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from airstream.reporting.probe import Moment
+
+if TYPE_CHECKING:
+    import torch
+
+    from airstream.transfer.host_memory import HostBuffer
+    from airstream.transfer.reader import Landing
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How tensors must lie in a slab.
+
+    Attributes:
+        follows_file: a tensor lies at the same place within a page as in its file, so that direct reads land in place.
+        alignment: bytes; the start of every tensor is a multiple of it. 0 stands for the tensor's own element size.
+    """
+
+    follows_file: bool
+    alignment: int
+
+
+class Backend(ABC):
+    """Memory of one device and the order of what happens to it.
+
+    The life of a layer batch: `begin_fill` (the ring's bytes may be overwritten from here on), reads that land through
+    `landing`, `end_fill` when the last of them has landed, `wait_filled` before the model computes with it, and
+    `release` once its last computation has been submitted. None of these blocks the host.
+    """
+
+    device: torch.device
+    packing: Packing
+    """How tensors must lie in a slab so that reads land without a detour and kernels find them aligned."""
+
+    @abstractmethod
+    def allocate(self, nbytes: int, touch: bool = True) -> torch.Tensor:
+        """A uint8 tensor of `nbytes` on the device, touched, so that the token loop neither faults nor allocates.
+
+        What is filled only once need not be touched before: `touch=False` leaves it to the reads that fill it.
+
+        Raises:
+            BudgetError: there is not so much.
+        """
+
+    @abstractmethod
+    def landing(self, memory: torch.Tensor) -> Landing:
+        """Where reads into `memory`, a part of what `allocate` gave, land."""
+
+    @abstractmethod
+    def new_fence(self) -> Any:
+        """Something to be given to `end_fill` and `wait_filled`, any number of times. Made outside the token loop."""
+
+    @abstractmethod
+    def begin_fill(self) -> None:
+        """Order all copies that follow behind the computations released so far."""
+
+    @abstractmethod
+    def end_fill(self, fence: Any) -> None:
+        """Put `fence` behind all copies so far."""
+
+    @abstractmethod
+    def wait_filled(self, fence: Any) -> None:
+        """Order the computation that follows in the calling thread behind `fence`."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Mark the computation submitted so far, by the calling thread, as the last reader of what it has read."""
+
+    def keep_ready(self, nbytes: int) -> ReadyMemory:
+        """Host memory for weights that cross to the device on every pass. Only where device and host are two."""
+        raise NotImplementedError("host and device memory are one here: there is nothing to copy")
+
+    def settle(self) -> None:  # noqa: B027 - where nothing is copied, nothing makes copies faster
+        """Block until copies from host memory are as fast as they are going to be. Never called in the token loop."""
+
+    def is_worker(self, thread: threading.Thread) -> bool:  # noqa: ARG002
+        """Whether `thread` is one that `close` waits for."""
+        return False
+
+    @abstractmethod
+    def moment(self) -> Moment:
+        """For profiles: the point that the computation submitted so far, by the calling thread, leads to."""
+
+    def wait_computed(self) -> None:  # noqa: B027 - where computation is done when it returns, there is nothing to do
+        """Block until what the calling thread has submitted so far is done. Only while profiling, after a pass."""
+
+    def start_clock(self) -> None:  # noqa: B027 - a backend whose moments are seconds has nothing to do
+        """Make `seconds` right for moments from here on. Blocks as `wait_computed` does."""
+
+    @abstractmethod
+    def seconds(self, moments: Sequence[Moment]) -> list[float | None]:
+        """Each of `moments` on the clock `probe.now`, None for what has not happened yet.
+
+        The others have been dealt with: they are not to be asked for again.
+        """
+
+    def used_bytes(self) -> int:
+        """Device memory in use, where that is not the host's."""
+        return 0
+
+    def peak_bytes(self) -> int:
+        """The most of it that has been in use, since `forget_peak`."""
+        return 0
+
+    def forget_peak(self) -> None:  # noqa: B027 - the host has no such memory
+        """Let `peak_bytes` begin anew."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Block until the device has done all that was submitted. Never called in the token loop."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back everything but the tensors handed out. Idempotent."""
+
+
+class ReadyMemory(Protocol):
+    """Host memory from which weights are copied to the device, again and again."""
+
+    nbytes: int
+
+    def landing(self) -> Landing:
+        """Where reads that fill it land; they are about to begin. Does not block."""
+
+    def send(self, pairs: Sequence[tuple[torch.Tensor, int]]) -> Sequence[Callable[[int], None]]:
+        """Queue a copy to each uint8 device tensor from the byte that stands with it. Does not block.
+
+        Returns:
+            Errands for reader threads, without which the copies are not queued; none if all of them are.
+        """
+
+    def close(self) -> None:
+        """Give it back. Idempotent; no copy may be under way."""
+
+
+class Event(Protocol):
+    """A point in a stream, as `torch.Event`."""
+
+    def synchronize(self) -> None:
+        """Block the host until the stream has reached this point; at once if it was never recorded."""
+
+    def query(self) -> bool:
+        """Whether the stream has reached this point."""
+
+
+class Stream(Protocol):
+    """An ordered queue of device work, as `torch.Stream`."""
+
+    def record_event(self, event: Any) -> Any:
+        """Move `event` to the end of this stream's queue."""
+
+    def wait_event(self, event: Any) -> None:
+        """Let what is queued from now on wait for `event`, without blocking the host."""
+
+
+DeviceWork = Callable[["torch.Tensor", "torch.Tensor"], None]
+"""Torch operations that write the first tensor and read the second."""
+
+
+class Runtime(Protocol):
+    """The device operations that the accelerator backend is written in."""
+
+    device: torch.device
+
+    def empty(self, nbytes: int) -> torch.Tensor:
+        """Uninitialised uint8 device memory of `nbytes`."""
+
+    def pin(self, buffer: HostBuffer) -> bool:
+        """Make host memory ready for asynchronous copies; False where the system refuses, and it stays pageable."""
+
+    def unpin(self, buffer: HostBuffer) -> None:
+        """Undo `pin`."""
+
+    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
+        """Queue a copy of a host uint8 tensor to the device on `stream`; `source` must stay as it is until it ran."""
+
+    def compute(self, destination: torch.Tensor, source: torch.Tensor, work: DeviceWork, stream: Any) -> None:
+        """Queue `work(destination, source)`, of uint8 device memory, on `stream`. What it allocates belongs to that."""
+
+    def new_stream(self) -> Stream:
+        """A stream of its own, for copies."""
+
+    def new_event(self) -> Event:
+        """An event that has not been recorded yet."""
+
+    def new_timer(self) -> Event:
+        """An event that notes when it is passed."""
+
+    def elapsed_seconds(self, start: Any, end: Any) -> float:
+        """From when timer `start` was passed until `end` was; negative if `end` was first."""
+
+    def used_bytes(self) -> int:
+        """Device memory in use."""
+
+    def peak_bytes(self) -> int:
+        """The most device memory that has been in use, since `forget_peak`."""
+
+    def forget_peak(self) -> None:
+        """Let `peak_bytes` begin anew."""
+
+    def compute_stream(self) -> Stream:
+        """The stream on which the calling thread submits computations."""
+
+    def synchronize(self) -> None:
+        """Block until every stream of the device is empty."""

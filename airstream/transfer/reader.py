@@ -1,0 +1,296 @@
+"""Many reads at once, straight to where the bytes are needed.
+
+The reader knows files, threads and alignment. It does not know what the bytes mean, nor whether they land in host
+memory or, through a staging buffer, on a device: that is the `Landing`'s business.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from airstream.codecs.registry import BLOCK_TYPES
+from airstream.errors import AirstreamError, ClosedError, UnsupportedError
+from airstream.reporting.probe import DISK, PAGE_CACHE, Probe
+from airstream.reporting.units import counted
+from airstream.system.forks import Forks
+from airstream.transfer.descriptors import MAX_OPEN_FILES, Descriptors
+from airstream.transfer.files import EdgePages, WeightFile, failure_of
+from airstream.transfer.jobs import Errand, Job, OnDone, ReadCancelled
+
+CHUNK_BYTES = 8 << 20
+"""The largest single read. 4-16 MiB on a few threads keep an NVMe drive busy; larger ones only drain unevenly."""
+
+NUM_WORKERS = 4
+"""Reader threads. A read holds no lock and little CPU, so this is the queue depth the disk sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """Items are stored as `source` and wanted as `target` (names as in `torch.<name>`).
+
+    An item is a number, or, if `source` is the name of a block type, a block of several, or, if `ways` is more than 1,
+    so many `rows` that are dealt out in turn: row r of the item goes to run r % ways of the runs that it becomes.
+    """
+
+    source: str
+    target: str
+    source_item_bytes: int
+    target_item_bytes: int
+    rows: int = 1
+    ways: int = 1
+
+    @property
+    def is_blocks(self) -> bool:
+        """Whether an item is a block."""
+        return self.source in BLOCK_TYPES
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """`nbytes` at `offset` of a file, and the byte of a slab at which they land (after `cast`, if there is one)."""
+
+    file: Path
+    offset: int
+    nbytes: int
+    target: int
+    cast: Cast | None = None
+
+    @property
+    def target_bytes(self) -> int:
+        if self.cast is None:
+            return self.nbytes
+        return self.nbytes // self.cast.source_item_bytes * self.cast.target_item_bytes
+
+
+class Landing(Protocol):
+    """Where bytes land. Both methods are called by worker `worker`, one piece at a time, and may block.
+
+    `direct` says that the piece is read around the page cache, which ties the window's address to the file offset. It
+    is decided once for each piece, and both are told the same, whatever becomes of the file meanwhile.
+    """
+
+    def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
+        """`piece.nbytes` of memory to read into; if `direct`, at an address equal to the offset modulo a page."""
+
+    def landed(self, worker: int, piece: Piece, direct: bool) -> None:
+        """The window of `piece` has been filled."""
+
+
+_Step = Callable[[int, "EdgePages"], None]
+"""One read or errand, given the reader thread's number and its scratch page."""
+
+
+class Reader:
+    """Worker threads that read pieces of files.
+
+    Args:
+        files: the files that may be read; each is opened now, so that a missing one is known.
+        direct: go around the page cache where the file system allows it.
+        probe: told about every read.
+        max_open_files: at a time; the others are opened again when they are read.
+    """
+
+    def __init__(
+        self,
+        files: Iterable[Path],
+        direct: bool,
+        num_workers: int = NUM_WORKERS,
+        chunk_bytes: int = CHUNK_BYTES,
+        probe: Probe | None = None,
+        max_open_files: int = MAX_OPEN_FILES,
+    ) -> None:
+        self.chunk_bytes = chunk_bytes
+        self._probe = probe or Probe()
+        self.bytes_read = 0
+        self._files: dict[Path, WeightFile] = {}
+        self._queue: deque[tuple[Job, _Step]] = deque()
+        self._wake = threading.Condition()
+        self._closed = False
+        self._num_busy = 0
+        self._forks = Forks()
+        self._workers: list[threading.Thread] = []
+        descriptors = Descriptors(max_open_files)
+        try:
+            for path in files:
+                self._files[path] = WeightFile(path, direct, descriptors)
+            self._start(num_workers)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, num_workers: int) -> None:
+        for number in range(num_workers):
+            thread = threading.Thread(target=self._work, args=(number,), name=f"airstream-reader-{number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise UnsupportedError(
+                    f"the system starts no more threads, and {num_workers} are needed to read weights: end other "
+                    "programs, or raise the limit (ulimit -u, or that of the container)"
+                ) from error
+            self._workers.append(thread)
+
+    def _forget_parent(self) -> None:
+        """In a forked child: threads, locks and whatever waits are the parent's. Files stay: reads are positioned."""
+        self._wake, self._workers, self._queue, self._num_busy = threading.Condition(), [], deque(), 0
+        for file in self._files.values():
+            file.after_fork()
+
+    def _restart(self) -> None:
+        num_workers = self.num_workers
+        self._forget_parent()
+        self._start(0 if self._closed else num_workers)
+
+    @property
+    def num_workers(self) -> int:
+        return len(self._workers)
+
+    def is_worker(self, thread: threading.Thread) -> bool:
+        """Whether `thread` is one of this reader's."""
+        return thread in self._workers
+
+    @property
+    def direct(self) -> bool:
+        """Whether every file is read around the page cache."""
+        return all(file.direct for file in self._files.values())
+
+    @property
+    def source(self) -> str:
+        """What gives the bytes: the disk, or, if any file is read through it, the page cache."""
+        return DISK if self.direct else PAGE_CACHE
+
+    def submit(self, pieces: Sequence[Piece], landing: Landing, on_done: OnDone, urgent: bool = False) -> Job:
+        """Start reading `pieces`, in order, ahead of all that waits if `urgent`. Does not block."""
+        chunks = (chunk for piece in pieces for chunk in split(piece, self.chunk_bytes))
+        return self._enqueue([partial(self._read, landing, chunk) for chunk in chunks], on_done, urgent)
+
+    def run(self, errands: Sequence[Errand], on_done: OnDone, urgent: bool = False) -> Job:
+        """Have reader threads do `errands`, in order, ahead of all that waits if `urgent`. Does not block."""
+        return self._enqueue([partial(_do, errand) for errand in errands], on_done, urgent)
+
+    def _enqueue(self, steps: Sequence[_Step], on_done: OnDone, urgent: bool) -> Job:
+        self._forks.settle(self._restart)
+        job = Job(len(steps), on_done)
+        with self._wake:
+            if self._closed:
+                raise ClosedError("the model is closed: load it again with from_pretrained()")
+            entries = [(job, step) for step in steps]
+            if urgent:
+                self._queue.extendleft(reversed(entries))
+            else:
+                self._queue.extend(entries)
+            self._wake.notify(len(entries))
+        if not steps:
+            on_done(None)
+        return job
+
+    def read(self, pieces: Sequence[Piece], landing: Landing) -> None:
+        """Read `pieces` and wait for them. Raises what the reads raised."""
+        done = threading.Event()
+        outcome: list[BaseException | None] = []
+
+        def on_done(error: BaseException | None) -> None:
+            outcome.append(error)
+            done.set()
+
+        self.submit(pieces, landing, on_done, urgent=True)
+        done.wait()
+        if outcome[0] is not None:
+            raise outcome[0]
+
+    def wait_until_idle(self) -> None:
+        """Until nothing is being read, and nothing waits to be. Reader threads must not call this."""
+        self._forks.settle(self._restart)
+        with self._wake:
+            self._wake.notify_all()  # whoever put the last reads in may have been interrupted before it said so
+            self._wake.wait_for(lambda: not self._queue and not self._num_busy)
+
+    def close(self) -> None:
+        """Skip what waits, end the threads, close the files. Idempotent; blocks for the reads under way."""
+        self._forks.settle(self._forget_parent)
+        with self._wake:
+            self._closed = True
+            for job, _ in self._queue:
+                job.cancel()
+            self._wake.notify_all()
+        for thread in self._workers:
+            thread.join()
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _work(self, worker: int) -> None:
+        edges = EdgePages()
+        while True:
+            with self._wake:
+                while not self._queue and not self._closed:
+                    self._wake.wait()
+                if not self._queue:
+                    return
+                job, step = self._queue.popleft()
+                self._num_busy += 1
+            try:
+                job.finished_one(ReadCancelled() if job.skips else _error_of(step, worker, edges))
+                del job, step  # while this thread waits, it must not keep a slab alive
+            finally:
+                with self._wake:
+                    self._num_busy -= 1
+                    if not self._num_busy and not self._queue:
+                        self._wake.notify_all()
+
+    def _read(self, landing: Landing, piece: Piece, worker: int, edges: EdgePages) -> None:
+        file = self._files[piece.file]
+        direct = file.direct  # asked once: the answer may change under way, and decides where the bytes are
+        try:
+            window = landing.window(worker, piece, direct)
+            with self._probe.span(DISK, piece.nbytes):
+                if direct:
+                    edges.read_direct(file, window, piece.offset)
+                else:
+                    file.read_into(window, piece.offset, piece.nbytes)
+            landing.landed(worker, piece, direct)
+        except AirstreamError:
+            raise
+        except (OSError, MemoryError) as error:  # as its file's errors are, those of the memory around it
+            what = f"reading {counted(piece.nbytes, 'byte')} at {piece.offset:,} of {piece.file}"
+            raise failure_of(what, error) from error
+        with self._wake:
+            self.bytes_read += piece.nbytes
+
+
+def _do(errand: Errand, worker: int, _: EdgePages) -> None:
+    errand(worker)
+
+
+def _error_of(step: _Step, worker: int, edges: EdgePages) -> BaseException | None:
+    try:
+        step(worker, edges)
+    except BaseException as error:  # whatever it is, the thread that waits for the job must see it
+        return error
+    return None
+
+
+def split(piece: Piece, chunk_bytes: int) -> list[Piece]:
+    """`piece` in parts of at most `chunk_bytes`, cut at multiples of it in the file, to keep direct reads aligned."""
+    chunks: list[Piece] = []
+    done = 0
+    while done < piece.nbytes:
+        start = piece.offset + done
+        size = min(chunk_bytes - start % chunk_bytes, piece.nbytes - done)
+        if piece.cast is not None and done + size < piece.nbytes:  # never cut through an element
+            size = max(size - (done + size) % piece.cast.source_item_bytes, piece.cast.source_item_bytes)
+        target = piece.target + Piece(piece.file, start, done, 0, piece.cast).target_bytes
+        chunks.append(Piece(piece.file, start, size, target, piece.cast))
+        done += size
+    return chunks
