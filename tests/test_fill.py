@@ -12,7 +12,7 @@ import torch
 
 from airstream.errors import ReadError
 from airstream.layout.slab import Slab
-from airstream.streaming.fill import Fill, Filling, Kept
+from airstream.streaming.fill import Fill, Filling, Resident
 from airstream.streaming.streamer import Streamer
 from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES, WeightFile
@@ -42,8 +42,8 @@ def slab(file: Path, first_page: int, num_pages: int) -> Slab:
     return Slab(nbytes, (Piece(file, first_page * PAGE_BYTES, nbytes, 0),), {}, ())
 
 
-def kept(file: Path, first_page: int, num_pages: int) -> Kept:
-    return Kept(slab(file, first_page, num_pages), torch.zeros(num_pages * PAGE_BYTES, dtype=torch.uint8))
+def resident(file: Path, first_page: int, num_pages: int) -> Resident:
+    return Resident(slab(file, first_page, num_pages), torch.zeros(num_pages * PAGE_BYTES, dtype=torch.uint8))
 
 
 def content(first_page: int, num_pages: int) -> bytes:
@@ -74,7 +74,7 @@ def fill(what: Fill, memory: torch.Tensor, reader: Reader) -> BaseException | No
 
 
 def test_what_stays_is_read_once_and_what_is_streamed_every_time(file: Path, reader: Reader) -> None:
-    stays = kept(file, 4, 3)
+    stays = resident(file, 4, 3)
     what = Fill(slab(file, 0, 4), 4 * PAGE_BYTES, (stays,))
     assert what.to_read_bytes == 7 * PAGE_BYTES
     for expected in (7, 11, 15):
@@ -88,7 +88,7 @@ def test_what_stays_is_read_once_and_what_is_streamed_every_time(file: Path, rea
 
 
 def test_a_batch_that_stays_is_complete_after_its_first_fill(file: Path, reader: Reader) -> None:
-    what = Fill(NOTHING, 0, (kept(file, 0, 2), kept(file, 5, 2)))
+    what = Fill(NOTHING, 0, (resident(file, 0, 2), resident(file, 5, 2)))
     assert not what.is_complete
     assert fill(what, torch.empty(0, dtype=torch.uint8), reader) is None
     assert what.is_complete
@@ -99,7 +99,7 @@ def test_a_batch_that_stays_is_complete_after_its_first_fill(file: Path, reader:
 def test_a_failure_is_told_once_and_only_what_is_missing_is_read_again(
     file: Path, reader: Reader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, broken = kept(file, 0, 2), kept(file, 5, 2)
+    whole, broken = resident(file, 0, 2), resident(file, 5, 2)
     what = Fill(slab(file, 8, 2), 2 * PAGE_BYTES, (whole, broken))
     read_into = WeightFile.read_into
 
@@ -137,7 +137,7 @@ def test_errands_run_on_reader_threads_and_their_errors_are_seen(reader: Reader)
 def test_a_cancelled_fill_ends_and_says_so(file: Path, reader: Reader) -> None:
     gate, holding = threading.Event(), Waiter()
     reader.run([lambda _: gate.wait(PATIENCE)] * 3, holding)  # all threads are busy
-    waiter, stays = Waiter(), kept(file, 4, 3)
+    waiter, stays = Waiter(), resident(file, 4, 3)
     what = Fill(slab(file, 0, 4), 4 * PAGE_BYTES, (stays,))
     memory = torch.zeros(4 * PAGE_BYTES, dtype=torch.uint8)
     filling = Filling(what, memory, reader, CpuBackend(PAGE_BYTES), waiter, urgent=False)
@@ -153,10 +153,10 @@ def test_batches_that_stay_are_no_longer_asked_of_the_disk(file: Path, reader: R
     """Nor do they take the place of those that have to be read ahead."""
     fills = [
         Fill(slab(file, 0, 2), 2 * PAGE_BYTES),
-        Fill(NOTHING, 0, (kept(file, 2, 2),)),
-        Fill(slab(file, 4, 2), 2 * PAGE_BYTES, (kept(file, 6, 1),)),
-        Fill(NOTHING, 0, (kept(file, 7, 2), kept(file, 9, 1))),
-        Fill(NOTHING, 0, (kept(file, 10, 1),)),
+        Fill(NOTHING, 0, (resident(file, 2, 2),)),
+        Fill(slab(file, 4, 2), 2 * PAGE_BYTES, (resident(file, 6, 1),)),
+        Fill(NOTHING, 0, (resident(file, 7, 2), resident(file, 9, 1))),
+        Fill(NOTHING, 0, (resident(file, 10, 1),)),
     ]
     streamer = Streamer(fills, 4 * PAGE_BYTES, prefetch, reader, CpuBackend(PAGE_BYTES))
     streamer.start()
@@ -166,7 +166,7 @@ def test_batches_that_stay_are_no_longer_asked_of_the_disk(file: Path, reader: R
                 continue  # as the hooks do
             region = streamer.acquire(batch)
             assert region.memory.numpy().tobytes() == (content(4 * (batch // 2), 2) if what.slab.nbytes else b"")
-            for stays in what.kept:
+            for stays in what.resident:
                 first_page, num_pages = stays.slab.pieces[0].offset // PAGE_BYTES, len(stays.memory) // PAGE_BYTES
                 assert stays.loaded
                 assert stays.memory.numpy().tobytes() == content(first_page, num_pages)

@@ -142,7 +142,7 @@ def test_every_plan_is_within_its_budgets_and_adds_up(situation: tuple[ModelFact
     assert plan.ring_bytes >= ring_bytes(streamed, plan.prefetch_batches + 1)
     assert plan.tiers[request.tier].items["ring"] == plan.ring_bytes
     assert plan.tiers[request.tier].items["resident weights"] == facts.resident_bytes + plan.resident_bytes
-    assert plan.tiers["cpu"].items["weights kept ready"] == plan.hosted_bytes
+    assert plan.tiers["cpu"].items["hosted weights"] == plan.hosted_bytes
     assert (plan.device, plan.direct_io, plan.max_batch_size) == (
         request.device,
         request.direct_io,

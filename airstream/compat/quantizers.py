@@ -82,7 +82,6 @@ class Quantizer:
     def __init__(self, inner: HfQuantizer, method: str) -> None:
         self.method = method
         self._inner = inner
-        self._model_is_dense = bool(getattr(inner.quantization_config, "dequantize", False))
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of everything that is not quantised, if `dtype` is asked for."""

@@ -20,7 +20,7 @@ from airstream.plan.facts import ModelFacts
 from airstream.plan.plan import Plan
 from airstream.reporting.probe import Probe
 from airstream.reporting.stats import StreamStats
-from airstream.streaming.fill import Fill, Kept
+from airstream.streaming.fill import Fill, Resident
 from airstream.streaming.store import Store
 from airstream.streaming.streamer import Streamer
 from airstream.transfer.base import Backend
@@ -55,8 +55,8 @@ class Executor:
             units = [batch.units for batch in plan.batches]
             self.residency = Residency(modules, units, fills, stored, self.streamer, convert, Direct(gate), probe)
             closing.callback(self.residency.close)
-            kept = partial(_kept, store, parts)
-            self._tables = bind_tables(modules, parts.rows, stored, kept, reader, backend, convert, probe)
+            resident = partial(_resident, store, parts)
+            self._tables = bind_tables(modules, parts.rows, stored, resident, reader, backend, convert, probe)
             for binding in self._tables:
                 closing.callback(binding.unbind)
             self._has_one_stack = len(parts.stacks) == 1
@@ -104,8 +104,8 @@ def _order(num_batches: int, fills: Sequence[Fill], firsts: Sequence[int]) -> li
     return [*chain.from_iterable(batches)] or [*tables]
 
 
-def _kept(store: Store, parts: Parts, table: TensorSpec) -> Kept | None:
+def _resident(store: Store, parts: Parts, table: TensorSpec) -> Resident | None:
     """Where the bytes of `table` stay, if they do: under its own name, or as what it is tied to."""
     in_head = parts.head[1] if parts.head else ()
     names = [table.name, *(spec.name for spec in (*parts.rows.values(), *in_head) if spec.pieces == table.pieces)]
-    return next(filter(None, map(store.kept, names)), None)
+    return next(filter(None, map(store.resident, names)), None)

@@ -23,11 +23,11 @@ from airstream.model.direct import Direct
 from airstream.model.refusals import refuse_tracing
 from airstream.model.stored import Stored
 from airstream.reporting.probe import Probe
-from airstream.streaming.fill import Fill, Kept
+from airstream.streaming.fill import Fill, Resident
 from airstream.streaming.streamer import Streamer
 
 MAX_VIEWS_PER_BATCH = 16
-"""Places in the ring for which a batch's views are kept ready."""
+"""Places in the ring for which a batch's views are made ahead."""
 
 
 @dataclass(slots=True)
@@ -36,13 +36,13 @@ class _Batch:
 
     Attributes:
         streamed: the places of each unit's streamed tensors.
-        kept: those of the tensors that stay, bound once `is_settled`.
+        resident: those of the tensors that stay, bound once `is_settled`.
         parts: the hooks of what may be called alone: modules inside of units.
     """
 
     fill: Fill
     streamed: list[Binding]
-    kept: list[tuple[Kept, Binding]]
+    resident: list[tuple[Resident, Binding]]
     parts: list[RemovableHandle] = field(default_factory=list)
     is_settled: bool = False
 
@@ -102,9 +102,9 @@ class Residency:
         self._running: str | None = None
         self._bound: list[Views] = []
         for number, (units, fill) in enumerate(zip(batches, fills, strict=False)):  # tables have no units
-            kept = [(kept, Binding(model, _inside(units, kept.slab.specs), stored)) for kept in fill.kept]
+            resident = [(it, Binding(model, _inside(units, it.slab.specs), stored)) for it in fill.resident]
             streamed = [Binding(model, _inside((unit,), fill.slab.specs), stored) for unit in units]
-            self._batches.append(_Batch(fill, streamed, kept))
+            self._batches.append(_Batch(fill, streamed, resident))
             for position, unit in enumerate(units):
                 self._hook(model.get_submodule(unit), unit, number, position)
                 self._hook_parts(model.get_submodule(unit), unit, number, position)
@@ -112,7 +112,7 @@ class Residency:
     def check(self) -> None:
         """Raise UnsupportedError if somebody has changed a weight, of any layer."""
         for batch in self._batches:
-            for binding in (*batch.streamed, *(binding for _, binding in batch.kept)):
+            for binding in (*batch.streamed, *(binding for _, binding in batch.resident)):
                 binding.check()
 
     def let_go(self) -> None:
@@ -134,16 +134,16 @@ class Residency:
         self._views.clear()
         self._bound = []
         for batch in self._batches:
-            for _, binding in batch.kept:
+            for _, binding in batch.resident:
                 binding.unbind()
         self._batches.clear()
 
     def _hook(self, module: nn.Module, name: str, number: int, position: int) -> None:
         batch = self._batches[number]
         last = position == len(batch.streamed) - 1
-        kept = [kept for _, kept in batch.kept]
+        resident = [bound for _, bound in batch.resident]
         binding = batch.streamed[position]
-        before, after = kept if position == 0 else [], [binding, *(kept if last else [])]
+        before, after = resident if position == 0 else [], [binding, *(resident if last else [])]
         handled: BaseException | None = None
 
         stats = self._streamer.stats
@@ -185,7 +185,7 @@ class Residency:
     def _hook_parts(self, module: nn.Module, name: str, number: int, position: int) -> None:
         """Let the parts of unit `name` bring it in when they are called by themselves."""
         batch = self._batches[number]
-        bindings = [batch.streamed[position], *(kept for _, kept in batch.kept)]
+        bindings = [batch.streamed[position], *(bound for _, bound in batch.resident)]
 
         def onload(called: nn.Module, args: tuple[object, ...]) -> None:
             refuse_tracing()
@@ -207,8 +207,8 @@ class Residency:
                         self._direct.end()
 
             handle = called.register_forward_hook(Hook(offload), always_call=True)
-            for kept in bindings[1:]:
-                kept.check()
+            for resident in bindings[1:]:
+                resident.check()
             self._bring_in(name, number, position)
 
         for part in _parts(module, name, batch.fill):
@@ -256,9 +256,9 @@ class Residency:
 
     def _settle(self, batch: _Batch) -> None:
         """Bind what stays in memory, for good."""
-        for kept, binding in batch.kept:
-            settle(kept, self._convert)
-            binding.bind(binding.views(kept.memory, kept.slab.offsets, self._convert))
+        for resident, binding in batch.resident:
+            settle(resident, self._convert)
+            binding.bind(binding.views(resident.memory, resident.slab.offsets, self._convert))
         batch.is_settled = True
 
 
@@ -269,16 +269,16 @@ def _check(bindings: Sequence[Binding], handled: BaseException | None) -> None:
             binding.check()
 
 
-def settle(kept: Kept, convert: Converter) -> None:
+def settle(resident: Resident, convert: Converter) -> None:
     """Run the conversions that tensors which have just been loaded for good ask for. Once."""
-    if not kept.converted:
-        convert.fill(kept.slab, kept.memory)
-        kept.converted = True
+    if not resident.converted:
+        convert.fill(resident.slab, resident.memory)
+        resident.converted = True
 
 
 def _parts(unit: nn.Module, name: str, fill: Fill) -> list[nn.Module]:
     """The modules inside of `unit` that have tensors which are not there yet, or not always, in them."""
-    slabs = (fill.slab, *(kept.slab for kept in fill.kept))
+    slabs = (fill.slab, *(resident.slab for resident in fill.resident))
     tensors = [spec.name for slab in slabs for spec in slab.specs]
     paths = ((path, part) for path, part in unit.named_modules() if path)
     return [part for path, part in paths if any(tensor.startswith(f"{name}.{path}.") for tensor in tensors)]

@@ -17,7 +17,7 @@ from airstream.model.residency import settle
 from airstream.model.row_table import FetchTable, RowTable
 from airstream.model.stored import Stored, row_fetcher
 from airstream.reporting.probe import Probe
-from airstream.streaming.fill import Kept
+from airstream.streaming.fill import Resident
 from airstream.transfer.base import Backend
 from airstream.transfer.reader import Reader
 
@@ -52,7 +52,7 @@ def bind_tables(
     model: Modules,
     tables: Mapping[str, TensorSpec],
     stored: Mapping[str, Stored],
-    kept: Callable[[TensorSpec], Kept | None],
+    resident: Callable[[TensorSpec], Resident | None],
     reader: Reader,
     backend: Backend,
     convert: Converter,
@@ -61,13 +61,13 @@ def bind_tables(
     """Put a table where rows are looked up. Nothing is read yet.
 
     Args:
-        kept: where the bytes of a table stay, if they do. Until they have been loaded, rows are read from disk.
+        resident: where the bytes of a table stay, if they do. Until they have been loaded, rows are read from disk.
     """
     bindings = []
     for spec in tables.values():
         binding = Binding(model, [spec], stored)
         rows = row_fetcher(spec, reader, backend.device, probe)
-        whole = _whole_table(spec, kept(spec), binding, backend, convert, probe)
+        whole = _whole_table(spec, resident(spec), binding, backend, convert, probe)
         table = RowTable(stored[spec.name], spec.shape, spec.dtype, backend.device, rows, whole)
         binding.bind(binding.guarded([table]))
         bindings.append(binding)
@@ -85,23 +85,23 @@ def _identity(spec: TensorSpec) -> object:
 
 
 def _whole_table(
-    spec: TensorSpec, kept: Kept | None, binding: Binding, backend: Backend, convert: Converter, probe: Probe
+    spec: TensorSpec, resident: Resident | None, binding: Binding, backend: Backend, convert: Converter, probe: Probe
 ) -> FetchTable:
     """Gives the table once it is in memory, and puts it in the place of the one that is not."""
 
     def fetch() -> torch.Tensor | None:
-        if kept is None or not kept.loaded:
+        if resident is None or not resident.loaded:
             return None
         fence = backend.new_fence()
         backend.end_fill(fence)
         backend.wait_filled(fence)  # the copies that brought it may still be queued
-        settle(kept, convert)
+        settle(resident, convert)
         if listener := probe.listener:  # this once: from here on no row comes from disk
             listener.begin_wait()
-            listener.waited_for_rows(kept.slab.read_bytes)
-        (name,) = (other.name for other in kept.slab.specs if _identity(other) == _identity(spec))
-        offset = kept.slab.offsets[name]
-        binding.bind(binding.views(kept.memory, {spec.name: offset}, convert))
-        return view_of(kept.memory, offset, spec)
+            listener.waited_for_rows(resident.slab.read_bytes)
+        (name,) = (other.name for other in resident.slab.specs if _identity(other) == _identity(spec))
+        offset = resident.slab.offsets[name]
+        binding.bind(binding.views(resident.memory, {spec.name: offset}, convert))
+        return view_of(resident.memory, offset, spec)
 
     return fetch

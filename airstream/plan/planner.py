@@ -242,7 +242,7 @@ def _tiers(
         "conversion": facts.conversion_bytes,
     }
     host = {
-        "weights kept ready": hosted,
+        "hosted weights": hosted,
         "staging": request.staging_bytes,
         "tokenizer": need.tokenizer_bytes if facts.has_tokenizer else 0,
         "runtime": HOST_RUNTIME_BYTES + TENSOR_BYTES * max(0, facts.num_tensors - INCLUDED_TENSORS),

@@ -24,15 +24,13 @@ DTYPES = ("bfloat16", "float16", "float32")
 _ALIKE = {"bfloat16": "float16", "float16": "bfloat16"}
 """The dtype that computes most like another one: as wide, and on the same units of most devices."""
 
-LINKS = ("h2d", "h2d_pageable", "d2h", "d2h_pageable")
-"""The fields of `HardwareFacts` that only an accelerator has."""
-
-_LINK_LABELS = {
+LINKS: Mapping[str, str] = {
     "h2d": "host to device, pinned",
     "h2d_pageable": "host to device, pageable",
     "d2h": "device to host, pinned",
     "d2h_pageable": "device to host, pageable",
 }
+"""The fields of `HardwareFacts` that only an accelerator has, and what they are called in print."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,13 +207,7 @@ def _lines(facts: HardwareFacts) -> Iterator[str]:
     if facts.disk_cpu_seconds_per_byte:
         yield _row("CPU time of reading", f"{facts.disk_cpu_seconds_per_byte * 1e9:.3f} s/GB", "")
     yield _row("host copy", _bytes(facts.host_copy), facts.host_copy.source)
-    labels = (
-        "host to device, pinned",
-        "host to device, pageable",
-        "device to host, pinned",
-        "device to host, pageable",
-    )
-    for label, name in zip(labels, LINKS, strict=True):
+    for name, label in LINKS.items():
         if (rate := getattr(facts, name)) is not None:
             yield _row(label, _bytes(rate), rate.source)
     for dtype, rate in facts.weights.items():

@@ -51,7 +51,7 @@ class Shard:
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
-class Group(NamedTuple):
+class Run(NamedTuple):
     """Tensors that lie together: those of one layer, or what is outside the layers on one side of them."""
 
     unit: str | None
@@ -69,13 +69,13 @@ def plan_shards(
             layers (embeddings) goes with the first layer, what comes behind them (norm, lm_head) with the last one.
         shard_bytes: what a file should not be larger than. A layer is never cut.
     """
-    groups = _groups(_distinct(members, order.ties), order)
+    runs = _runs(_distinct(members, order.ties), order)
     if layers is not None:
-        groups = _within(groups, order, *layers)
+        runs = _within(runs, order, *layers)
     files: list[list[StoredTensor]] = []
     size = 0
-    for group in groups:
-        tensors = [member.tensor for member in group.members]
+    for run in runs:
+        tensors = [member.tensor for member in run.members]
         tensors.sort(key=lambda tensor: -ITEM_BYTES[tensor.dtype])  # keeps every element on a multiple of its size
         nbytes = sum(tensor.nbytes for tensor in tensors)
         if not files or size % PAGE_BYTES or size + nbytes > shard_bytes:
@@ -121,13 +121,13 @@ def _example(first: int, end: int) -> str:
     return f'"{first}:{end}" would be {what}'
 
 
-def _groups(members: Sequence[Member], order: Order) -> list[Group]:
+def _runs(members: Sequence[Member], order: Order) -> list[Run]:
     """In the order of the model; what it does not use comes last."""
     places = {name: number for number, name in enumerate(order.names)}
     units = {unit for stack in order.stacks for unit in stack}
     ordered = sorted(members, key=lambda member: places.get(member.name or "", len(places)))
     runs = groupby(ordered, key=lambda member: (member.name is None, _unit_of(member.name, units)))
-    return [Group(unit, list(run)) for (_, unit), run in runs]
+    return [Run(unit, list(run)) for (_, unit), run in runs]
 
 
 def _unit_of(name: str | None, units: set[str]) -> str | None:
@@ -144,13 +144,13 @@ def _distinct(members: Iterable[Member], ties: Mapping[str, str]) -> list[Member
     return list(kept.values())
 
 
-def _within(groups: Sequence[Group], order: Order, first: int, end: int) -> list[Group]:
-    """The groups of some layers, and what is outside on the side that they reach."""
+def _within(runs: Sequence[Run], order: Order, first: int, end: int) -> list[Run]:
+    """The runs of some layers, and what is outside on the side that they reach."""
     (stack,) = order.stacks
     wanted = set(stack[first:end])
-    at = [number for number, group in enumerate(groups) if group.unit is not None]
+    at = [number for number, run in enumerate(runs) if run.unit is not None]
     kept = []
-    for number, (unit, members) in enumerate(groups):
+    for number, (unit, members) in enumerate(runs):
         is_last = end == len(stack)
         if unit is not None:
             members = members if unit in wanted else []
@@ -160,5 +160,5 @@ def _within(groups: Sequence[Group], order: Order, first: int, end: int) -> list
             members = [member for member in members if is_last and member.name in set(order.ties.values())]
         elif number > at[-1] and not is_last:
             members = []
-        kept.append(Group(unit, members))
-    return [group for group in kept if group.members]
+        kept.append(Run(unit, members))
+    return [run for run in kept if run.members]

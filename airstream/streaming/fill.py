@@ -6,20 +6,21 @@ Knows reads and copies and when all of them are done. Refuses to know the ring, 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 
 from airstream.layout.slab import Slab
-from airstream.transfer.base import Backend, ReadyMemory
+from airstream.transfer.base import Backend, HostedMemory
 from airstream.transfer.jobs import Job, OnDone
 from airstream.transfer.reader import Landing, Piece, Reader
 
 
 @dataclass(slots=True, eq=False)
-class Kept:
+class Resident:
     """Tensors that are loaded once and stay on the device that computes.
 
     Attributes:
@@ -35,11 +36,11 @@ class Kept:
 
 
 @dataclass(slots=True, eq=False)
-class Ready:
+class Hosted:
     """Tensors that are loaded once into host memory and copied from there to the device every time."""
 
     slab: Slab
-    memory: ReadyMemory
+    memory: HostedMemory
     loaded: bool = False
 
 
@@ -50,30 +51,34 @@ class Fill:
     Attributes:
         slab: what passes through the ring; nothing if all of the batch stays.
         room: in the ring, in bytes.
-        kept: what stays on the device.
-        ready: the part of `slab` that comes from host memory.
+        resident: what stays on the device.
+        hosted: the part of `slab` that comes from host memory.
     """
 
     slab: Slab
     room: int
-    kept: Sequence[Kept] = ()
-    ready: Sequence[Ready] = ()
+    resident: Sequence[Resident] = ()
+    hosted: Sequence[Hosted] = ()
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing has to come any more, ever."""
-        return not self.slab.nbytes and all(kept.loaded for kept in self.kept)
+        return not self.slab.nbytes and all(resident.loaded for resident in self.resident)
+
+    @property
+    def loaded_once(self) -> Iterator[Resident | Hosted]:
+        """What does not come from disk a second time."""
+        return chain(self.resident, self.hosted)
 
     @property
     def to_read_bytes(self) -> int:
         """That come from disk the next time."""
-        once: list[Kept | Ready] = [*self.kept, *self.ready]
-        return self.slab.read_bytes + sum(each.slab.read_bytes for each in once if not each.loaded)
+        return self.slab.read_bytes + sum(once.slab.read_bytes for once in self.loaded_once if not once.loaded)
 
     @property
-    def ready_bytes(self) -> int:
+    def hosted_bytes(self) -> int:
         """That come from host memory."""
-        return sum(spec.nbytes for ready in self.ready for spec in ready.slab.specs)
+        return sum(spec.nbytes for hosted in self.hosted for spec in hosted.slab.specs)
 
 
 class Filling:
@@ -93,15 +98,15 @@ class Filling:
         self._open = 1  # this constructor: nothing is done before everything has been begun
         self._jobs: list[Job] = []
         self._read(fill.slab.pieces, backend.landing(memory))
-        for kept in fill.kept:
-            if not kept.loaded:
-                self._read(kept.slab.pieces, backend.landing(kept.memory), partial(_mark_loaded, kept))
-        for ready in fill.ready:
-            send = partial(self._send, ready, _copies(fill.slab, ready.slab, memory))
-            if ready.loaded:
+        for resident in fill.resident:
+            if not resident.loaded:
+                self._read(resident.slab.pieces, backend.landing(resident.memory), partial(_mark_loaded, resident))
+        for hosted in fill.hosted:
+            send = partial(self._send, hosted, _copies(fill.slab, hosted.slab, memory))
+            if hosted.loaded:
                 send()
             else:
-                self._read(ready.slab.pieces, ready.memory.landing(), partial(_mark_loaded, ready, send))
+                self._read(hosted.slab.pieces, hosted.memory.landing(), partial(_mark_loaded, hosted, send))
         self._end_one(None)
 
     def cancel(self) -> None:
@@ -115,8 +120,8 @@ class Filling:
         self._begin_one()
         self._jobs.append(self._reader.submit(pieces, landing, partial(self._ended, then), self._urgent))
 
-    def _send(self, ready: Ready, copies: Sequence[tuple[torch.Tensor, int]]) -> None:
-        errands = ready.memory.send(copies)
+    def _send(self, hosted: Hosted, copies: Sequence[tuple[torch.Tensor, int]]) -> None:
+        errands = hosted.memory.send(copies)
         if errands:
             self._begin_one()
             self._jobs.append(self._reader.run(errands, partial(self._ended, None), self._urgent))
@@ -145,7 +150,7 @@ class Filling:
             on_done(self._error)
 
 
-def _mark_loaded(once: Kept | Ready, then: Callable[[], None] | None = None) -> None:
+def _mark_loaded(once: Resident | Hosted, then: Callable[[], None] | None = None) -> None:
     once.loaded = True
     if then is not None:
         then()

@@ -120,7 +120,7 @@ class Streamer:
         is read ahead at the end does instead. Blocks for all of that, copies to the device included.
         """
         for batch, fill in enumerate(self._fills):
-            if not all(kept.loaded for kept in fill.kept) or not all(ready.loaded for ready in fill.ready):
+            if any(not once.loaded for once in fill.loaded_once):
                 self._pass_through(batch)
         self.start()
         streamed = [batch for batch, fill in enumerate(self._fills) if fill.slab.nbytes]
@@ -241,7 +241,7 @@ class Streamer:
             for other in lost:
                 del self._regions[other]
         region = Region(batch, offset, self._memory[offset : offset + fill.slab.nbytes])
-        region.read_bytes, region.host_bytes = fill.to_read_bytes, fill.ready_bytes
+        region.read_bytes, region.host_bytes = fill.to_read_bytes, fill.hosted_bytes
         self._regions[batch] = region
         self._report_ring()
         if region.read_bytes:
@@ -285,7 +285,7 @@ class Streamer:
                     if read_bytes:
                         self.stats.streamed_bytes += read_bytes
                         self.stats.source = self._reader.source
-                    self.stats.host_bytes += self._fills[region.batch].ready_bytes
+                    self.stats.host_bytes += self._fills[region.batch].hosted_bytes
             except BaseException as raised:  # a device's: whoever waits for the batch has to see it
                 region.error = raised
             region.filling = False

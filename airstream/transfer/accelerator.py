@@ -71,9 +71,9 @@ class AcceleratorBackend(Backend):
     def landing(self, memory: torch.Tensor) -> DeviceLanding:
         return DeviceLanding(memory, self._lanes)
 
-    def keep_ready(self, nbytes: int) -> HostWeights:
+    def host(self, nbytes: int) -> HostedWeights:
         pinning = Pinning(self._runtime, buffer := HostBuffer(nbytes, touch=False))  # pinning touches it, too
-        return HostWeights(buffer, pinning, self._pinner, self._bus, self._lanes, self._chunk_bytes, self._staging)
+        return HostedWeights(buffer, pinning, self._pinner, self._bus, self._lanes, self._chunk_bytes, self._staging)
 
     def settle(self) -> None:
         self._pinner.wait()
@@ -175,7 +175,7 @@ class DeviceLanding:
         self._lanes[worker].send(piece, self._memory[piece.target : piece.target + piece.target_bytes])
 
 
-class HostWeights:
+class HostedWeights:
     """Weights in host memory on their way to the device, pinned if the system allows it.
 
     Pinned, they are copied from where they lie. Until then, reader threads take them through their staging buffers, so

@@ -57,6 +57,6 @@ def decoding_bytes(device: torch.device, num_workers: int, chunk_bytes: int) -> 
 
 def staging_bytes(device: torch.device, num_workers: int, chunk_bytes: int) -> int:
     """Host bytes that the staging buffers of `num_workers` reader threads take, once reads go through them."""
-    # On an accelerator one more: what is cast on its way into host memory that keeps weights ready passes through it.
+    # On an accelerator one more: what is cast on its way into hosted weights passes through it.
     buffers = 1 if device.type == "cpu" else BUFFERS_PER_WORKER + 1
     return num_workers * buffers * (chunk_bytes + PAGE_BYTES)

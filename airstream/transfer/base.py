@@ -82,7 +82,7 @@ class Backend(ABC):
     def release(self) -> None:
         """Mark the computation submitted so far, by the calling thread, as the last reader of what it has read."""
 
-    def keep_ready(self, nbytes: int) -> ReadyMemory:
+    def host(self, nbytes: int) -> HostedMemory:
         """Host memory for weights that cross to the device on every pass. Only where device and host are two."""
         raise NotImplementedError("host and device memory are one here: there is nothing to copy")
 
@@ -130,7 +130,7 @@ class Backend(ABC):
         """Give back everything but the tensors handed out. Idempotent."""
 
 
-class ReadyMemory(Protocol):
+class HostedMemory(Protocol):
     """Host memory from which weights are copied to the device, again and again."""
 
     nbytes: int
