@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -34,12 +34,10 @@ from airstream.plan.planner import make_plan
 from airstream.plan.request import Workload
 from airstream.plan.whatif import with_advice
 from airstream.profiling.live import progress
-from airstream.reporting.probe import Probe
 from airstream.reporting.status import Activity, showing
 from airstream.system.forks import is_forked
 from airstream.system.memory import process_bytes
-from airstream.transfer.backends import create_backend
-from airstream.transfer.reader import CHUNK_BYTES, NUM_WORKERS, Reader
+from airstream.transfer.machinery import Machinery
 
 Beside = Literal["tokenizer", "processor"]
 """What lies beside a model's weights and makes its inputs."""
@@ -112,8 +110,29 @@ class AutoModel:
             BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do.
         """
         refuse_unnamed(unnamed)
-        known = {name: value for name, value in locals().items() if name in DEFAULTS}
-        return _load(pretrained_model_name_or_path, LoadOptions(**adopt(foreign, known, DEFAULTS)), process_bytes())
+        options = LoadOptions(
+            dtype=dtype,
+            device=device,
+            max_memory=max_memory,
+            max_context=max_context,
+            max_batch_size=max_batch_size,
+            layers_per_batch=layers_per_batch,
+            prefetch_batches=prefetch_batches,
+            page_cache=page_cache,
+            model_class=model_class,
+            attn_implementation=attn_implementation,
+            gguf_file=gguf_file,
+            subfolder=subfolder,
+            variant=variant,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            trust_remote_code=trust_remote_code,
+            profiling_mode=profiling_mode,
+            progress=progress,
+        )
+        return _load(pretrained_model_name_or_path, options, foreign)
 
     @classmethod
     def plan(
@@ -139,7 +158,9 @@ class AutoModel:
         return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
 
 
-def _load(name: str | os.PathLike[str], options: LoadOptions, host_bytes: int) -> StreamedModel:
+def _load(name: str | os.PathLike[str], options: LoadOptions, foreign: Mapping[str, Any]) -> StreamedModel:
+    host_bytes = process_bytes()
+    options = LoadOptions(**adopt(foreign, vars(options), DEFAULTS))
     check_name(name)
     if is_forked():
         compute_on_one_thread()
@@ -167,31 +188,9 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
         if prepared.quantizer is not None:
             prepared.quantizer.finish(model)
-    probe = Probe()
-    reader = Reader(prepared.index.files, plan.direct_io, probe=probe)
-    try:
-        backend = create_backend(
-            prepared.device, NUM_WORKERS, CHUNK_BYTES, probe, packed=prepared.request.decoding_bytes > 0
-        )
-    except BaseException:
-        reader.close()
-        raise
-    engine = Engine(
-        model,
-        prepared.parts,
-        prepared.facts,
-        prepared.request,
-        prepared.index,
-        plan,
-        prepared.folder,
-        reader,
-        backend,
-        probe,
-        host_bytes,
-        is_profiling=prepared.options.profiling_mode,
-        is_final=prepared.options.max_context is not None,
-        quantizer=prepared.quantizer,
-    )
+    is_packed = prepared.request.decoding_bytes > 0
+    machinery = Machinery.open(prepared.index.files, prepared.device, plan.direct_io, is_packed)
+    engine = Engine(prepared, plan, machinery, host_bytes)
     make_streamed(model, engine, load, partial(_progress, engine, prepared.options.progress))
     if model.can_generate():
         model.generation_config.disable_compile = True

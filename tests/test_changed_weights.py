@@ -301,7 +301,7 @@ def test_a_model_with_such_a_table_is_not_loaded(
         model.model.embed_tokens.max_norm = 1.0
         return model
 
-    monkeypatch.setattr("airstream.loading.prepare.build_on_meta", build)
+    monkeypatch.setattr("airstream.loading.build.build_on_meta", build)
     with pytest.raises(UnsupportedError, match=r"max_norm=1\.0 .*'model\.embed_tokens\.weight'"):
         stream(folder, **options)
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import pytest
 import torch
 
 import airstream
+from airstream import AutoModel, auto
+from airstream.cli.parser import build_parser, load_options, parse_memory
 from airstream.errors import ArgumentError
 from airstream.loading.options import LoadOptions, MaxMemory, named_dtype, parse_max_memory, resolve_device
 from airstream.reporting.units import GIB, MIB
@@ -268,3 +273,56 @@ def test_what_has_no_name_is_told_its_name(value: object, meant: str) -> None:
     for call in (airstream.AutoModel.from_pretrained, airstream.AutoModel.plan):
         with pytest.raises(ArgumentError, match=f"has no name: .* every argument is named, as in {meant}$"):
             call("some/model", value)
+
+
+# ------------------------------------------------------------------------------------- one list of options, three times
+
+SET: Mapping[str, Any] = {
+    "dtype": "bfloat16",
+    "device": "cpu",
+    "max_memory": "4GiB",
+    "max_context": 7,
+    "max_batch_size": 3,
+    "layers_per_batch": 2,
+    "prefetch_batches": 5,
+    "page_cache": True,
+    "model_class": "AutoModel",
+    "attn_implementation": "eager",
+    "gguf_file": "a.gguf",
+    "subfolder": "part",
+    "variant": "fp16",
+    "revision": "v2",
+    "token": "hf_secret",
+    "cache_dir": "elsewhere",
+    "local_files_only": True,
+    "trust_remote_code": True,
+    "profiling_mode": True,
+    "progress": False,
+}
+"""A value for every option that is not its default."""
+
+NOT_TYPED = {"model_class", "profiling_mode", "progress"}
+"""Options that the command line chooses by itself."""
+
+
+def test_from_pretrained_names_every_option_and_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[dict[str, Any]] = []
+    monkeypatch.setattr(auto, "_load", lambda name, options, foreign: made.append(vars(options)))
+    defaults = {field.name: field.default for field in fields(LoadOptions)}
+    signature = inspect.signature(AutoModel.from_pretrained).parameters.values()
+    named = {each.name: each.default for each in signature if each.kind is inspect.Parameter.KEYWORD_ONLY}
+    assert named == defaults
+    assert set(SET) == set(defaults)
+    assert all(SET[name] != value for name, value in defaults.items())
+    AutoModel.from_pretrained("model", **SET)
+    assert made == [dict(SET)]
+
+
+def test_the_command_line_passes_every_option_on() -> None:
+    words: list[str] = []
+    for name, value in SET.items():
+        if name not in NOT_TYPED:
+            words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    arguments = build_parser().parse_args(["generate", "model", "prompt", *words])
+    expected = {name: value for name, value in SET.items() if name not in NOT_TYPED}
+    assert load_options(arguments) == expected | {"max_memory": parse_memory(["4GiB"])}

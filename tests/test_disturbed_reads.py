@@ -133,10 +133,10 @@ def test_every_read_of_a_pass(checkpoint: Path, device: str, what: str, dtype: t
         expected = logits_of(model)
         disk.disturb(-1, disturbance)
         assert torch.equal(logits_of(model), expected)
-        num_reads, is_direct = disk.count, model._engine._reader.direct
+        num_reads, is_direct = disk.count, model._engine.machinery.reader.direct
         assert num_reads >= 10
         for at in range(num_reads):
-            go_direct(model._engine._reader)
+            go_direct(model._engine.machinery.reader)
             disk.disturb(at, disturbance)
             error = error_of_a_pass(model, expected)
             assert disk.disturbed == 1, f"there was no read {at} of {num_reads}"

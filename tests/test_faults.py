@@ -34,7 +34,7 @@ from airstream.errors import (
     ReadError,
     UnsupportedError,
 )
-from airstream.model import engine
+from airstream.model import conversion
 from airstream.model.absent import Absent
 from airstream.plan import planner
 from airstream.plan.facts import ModelFacts
@@ -455,14 +455,14 @@ def test_a_conversion_that_fails_is_done_again(
 ) -> None:
     """What had been read, but not converted when the call failed, must not pass for weights in the next call."""
     store_transposed(checkpoint, "down_proj_transposed", monkeypatch)
-    real, failures = engine.convert_slab, list[MemoryError]()
+    real, failures = conversion.convert_slab, list[MemoryError]()
 
     def convert_slab(*arguments: Any) -> None:
         if failures:
             fail_from_within(failures.pop())
         real(*arguments)
 
-    monkeypatch.setattr(engine, "convert_slab", convert_slab)
+    monkeypatch.setattr(conversion, "convert_slab", convert_slab)
     with load(checkpoint) as model:
         assert torch.equal(tokens_of(model), expected)
         failures.append(MemoryError("no room to convert"))

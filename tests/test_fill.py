@@ -12,11 +12,14 @@ import torch
 
 from airstream.errors import ReadError
 from airstream.layout.slab import Slab
+from airstream.reporting.probe import Probe
+from airstream.reporting.stats import StreamStats
 from airstream.streaming.fill import Fill, Filling, Resident
 from airstream.streaming.streamer import Streamer
 from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES, WeightFile
 from airstream.transfer.jobs import ReadCancelled
+from airstream.transfer.machinery import Machinery
 from airstream.transfer.reader import Piece, Reader
 
 CONTENT = random.Random(5).randbytes(12 * PAGE_BYTES)
@@ -158,7 +161,8 @@ def test_batches_that_stay_are_no_longer_asked_of_the_disk(file: Path, reader: R
         Fill(NOTHING, 0, (resident(file, 7, 2), resident(file, 9, 1))),
         Fill(NOTHING, 0, (resident(file, 10, 1),)),
     ]
-    streamer = Streamer(fills, 4 * PAGE_BYTES, prefetch, reader, CpuBackend(PAGE_BYTES))
+    machinery = Machinery(reader, CpuBackend(PAGE_BYTES), Probe(), StreamStats())
+    streamer = Streamer(fills, 4 * PAGE_BYTES, prefetch, machinery)
     streamer.start()
     for passes in range(4):
         for batch, what in enumerate(fills):

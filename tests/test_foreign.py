@@ -209,7 +209,7 @@ def test_attention_without_its_package_is_one_error_with_a_remedy(
     def build_on_meta(*_: Any) -> None:
         raise ImportError("there is no package for it.")
 
-    monkeypatch.setattr("airstream.loading.prepare.build_on_meta", build_on_meta)
+    monkeypatch.setattr("airstream.loading.build.build_on_meta", build_on_meta)
     with pytest.raises(UnsupportedError) as caught:
         AutoModel.from_pretrained(tiny("llama", torch.float32), attn_implementation=name)
     assert str(caught.value) == (

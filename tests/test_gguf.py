@@ -109,7 +109,7 @@ def test_split_files(gguf: File, resident: Resident) -> None:
     """The weight of the lm_head is not in the first file: transformers, which reads one file only, would tie it."""
     first = gguf("llama", "Q8_0", 3)
     with stream(first) as model:
-        assert len(model._engine._reader._files) == 3
+        assert len(model._engine.machinery.reader._files) == 3
         assert torch.equal(logits(model, prompts(2, 9)), logits(resident("llama", "Q8_0", FP32), prompts(2, 9)))
 
 

@@ -18,7 +18,7 @@ import pytest
 import airstream
 from airstream import AutoModel
 from airstream.checkpoint import hub, hub_errors
-from airstream.checkpoint.hub import resolve
+from airstream.checkpoint.hub import HubOptions, resolve
 from airstream.checkpoint.locate import locate
 from airstream.errors import (
     AirstreamError,
@@ -199,17 +199,17 @@ def test_of_a_variant_only_its_own_files_are_downloaded(
     files: dict[str, str], fake_hub: Callable[..., FakeHub]
 ) -> None:
     fake = fake_hub(SMALL | {"model.safetensors": "", "pytorch_model.bin": ""} | files)
-    resolve("some/model", variant="fp16")
+    resolve("some/model", HubOptions(variant="fp16"))
     assert fake.given_out == {*SMALL, *files}
 
 
 def test_of_a_subfolder_nothing_else_is_downloaded(fake_hub: Callable[..., FakeHub]) -> None:
     inside = {f"part/{name}": text for name, text in (SMALL | {"model.safetensors": ""}).items()}
     fake = fake_hub(SMALL | {"model.safetensors": ""} | inside)
-    assert resolve("some/model", subfolder="part") == fake.folder / "part"
+    assert resolve("some/model", HubOptions(subfolder="part")) == fake.folder / "part"
     assert {str(path.relative_to(fake.folder)) for path in fake.folder.rglob("*") if path.is_file()} == {*inside}
     with pytest.raises(CheckpointNotFoundError, match="'some/model' has no folder 'other', which subfolder= names"):
-        resolve("some/model", subfolder="other")
+        resolve("some/model", HubOptions(subfolder="other"))
 
 
 def test_without_an_index_the_single_file_is_downloaded(fake_hub: Callable[..., FakeHub]) -> None:
@@ -221,11 +221,11 @@ def test_without_an_index_the_single_file_is_downloaded(fake_hub: Callable[..., 
 def test_of_gguf_only_the_file_that_is_named_is_downloaded(fake_hub: Callable[..., FakeHub]) -> None:
     parts = [f"a-{number:05}-of-00002.gguf" for number in (1, 2)]
     fake = fake_hub(SMALL | dict.fromkeys((*parts, "b.gguf", "model.safetensors"), ""))
-    place = locate("some/model", parts[1], with_weights=False)
+    place = locate("some/model", gguf_file=parts[1], with_weights=False)
     assert place == (fake.folder, fake.folder / parts[1])
     assert fake.given_out == {*SMALL, *parts}
     with pytest.raises(CheckpointNotFoundError, match=r"has no file 'c\.gguf'; there are a-00001"):
-        locate("some/model", "c.gguf")
+        locate("some/model", gguf_file="c.gguf")
 
 
 def test_pickles_are_downloaded_only_where_there_is_nothing_else(fake_hub: Callable[..., FakeHub]) -> None:
@@ -270,7 +270,7 @@ def test_code_comes_only_if_it_is_asked_for(fake_hub: Callable[..., FakeHub]) ->
 
 def test_options_reach_the_hub(fake_hub: Callable[..., FakeHub], tmp_path: Path) -> None:
     fake = fake_hub(SMALL)
-    resolve("some/model", "v2", "hf_secret", tmp_path / "cache", local_files_only=True)
+    resolve("some/model", HubOptions("v2", "hf_secret", tmp_path / "cache", local_files_only=True))
     assert fake.calls
     for call in fake.calls:
         expected = {"repo_id": "some/model", "revision": "v2", "token": "hf_secret", "local_files_only": True}
@@ -390,7 +390,7 @@ def test_the_hub_says_no_and_the_message_says_why(
 ) -> None:
     server(answer)
     with pytest.raises(CheckpointNotFoundError, match=said) as caught:
-        resolve("some/model", cache_dir=tmp_path, **options)
+        resolve("some/model", HubOptions(cache_dir=tmp_path, **options))
     assert "'some/model'" in str(caught.value) or "token" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is not None
@@ -401,13 +401,13 @@ def test_told_to_stay_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     with pytest.raises(
         CheckpointNotFoundError, match=r"'some/model' is neither .*HF_HUB_OFFLINE.* name a local folder"
     ):
-        resolve("some/model", cache_dir=tmp_path)
+        resolve("some/model", HubOptions(cache_dir=tmp_path))
 
 
 def test_a_full_disk_is_no_fault_of_the_hub(server: Answer, tmp_path: Path) -> None:
     server(breaks(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(DiskSpaceError, match=r"No space left on device\. Make room, .* cache_dir"):
-        resolve("some/model", cache_dir=tmp_path)
+        resolve("some/model", HubOptions(cache_dir=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -427,13 +427,13 @@ def test_offline_the_answer_is_quick_and_has_a_remedy(tmp_path: Path) -> None:
     """The real huggingface_hub: local_files_only asks no server."""
     started = time.monotonic()
     with pytest.raises(CheckpointNotFoundError, match=r"'some/model'.*Connect once.* local folder"):
-        resolve("some/model", cache_dir=tmp_path, local_files_only=True)
+        resolve("some/model", HubOptions(cache_dir=tmp_path, local_files_only=True))
     assert time.monotonic() - started < 2
 
 
 @pytest.mark.parametrize("name", ["gpt 2", "a/b!", "name--with--dashes", "-x", "a" * 200])
 def test_a_name_that_no_repository_can_have(name: str, tmp_path: Path) -> None:
     with pytest.raises(AirstreamError) as caught:
-        resolve(name, cache_dir=tmp_path, local_files_only=True)
+        resolve(name, HubOptions(cache_dir=tmp_path, local_files_only=True))
     assert isinstance(caught.value, CheckpointNotFoundError)
     assert repr(name) in str(caught.value)

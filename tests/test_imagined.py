@@ -19,6 +19,7 @@ from airstream.layout.imagined import IMAGINED_FOLDER, WRITING_ORDER, imagine
 from airstream.layout.parts import Parts, divide
 from airstream.layout.pieces import TORCH_DTYPES
 from airstream.layout.slab import pack
+from airstream.loading.build import Built
 from airstream.loading.gather import gather_facts
 from airstream.reporting.units import GIB
 from airstream.transfer.accelerator import AcceleratorBackend
@@ -223,8 +224,8 @@ def test_the_facts_of_a_model_need_only_its_config() -> None:
     model = build(falcon_180b())
     parts = parts_of(model, imagine(model))
     packing = AcceleratorBackend.packing
-    cache = measure_cache(model)
-    facts = gather_facts("falcon-180b", IMAGINED_FOLDER, model, parts, torch.device("meta"), packing, "auto", cache)
+    built = Built(model, model.dtype, None, measure_cache(model), ())
+    facts = gather_facts("falcon-180b", IMAGINED_FOLDER, built, parts, torch.device("meta"), packing, "auto")
     assert facts.checkpoint_bytes == imagine(model).nbytes
     assert [len(batch.units) for batch in facts.batchings[1]] == [1] * 80
     assert not facts.has_tokenizer

@@ -83,7 +83,7 @@ def test_bytes_from_both_are_named_both(folder: Path) -> None:
 @pytest.mark.parametrize("page_cache", [True, False])
 def test_what_the_page_cache_gives_is_not_called_the_disk(folder: Path, page_cache: bool) -> None:
     with stream(folder, page_cache=page_cache) as model:
-        name = "disk" if model._engine._reader.direct else "page cache"
+        name = "disk" if model._engine.machinery.reader.direct else "page cache"
         assert name == "page cache" or not page_cache
         link = model.measure_link()
         assert (link.link, link.nbytes) == (name, model.plan.read_bytes)
@@ -94,7 +94,7 @@ def test_what_the_page_cache_gives_is_not_called_the_disk(folder: Path, page_cac
 @pytest.mark.skipif(not files.HAS_PREADV, reason="there is no preadv to fail")
 def test_nor_is_it_after_direct_reads_were_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with stream(folder, page_cache=False) as model:
-        if not model._engine._reader.direct:
+        if not model._engine.machinery.reader.direct:
             pytest.skip("this file system refuses direct reads from the beginning")
         assert model.measure_link().link == "disk"
         assert DISK in model._engine.observer.rates

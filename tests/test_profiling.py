@@ -81,7 +81,7 @@ def test_a_profile_equals_the_truth_of_the_device(folder: Path, host: StillClock
         bytes_per_second = model.plan.batches[1].nbytes / layer_seconds
     with slow_model(folder, host, bytes_per_second) as (model, device), model.profile() as profile:
         device.compute_stream.busy.clear()
-        copying = model._engine._backend._bus.stream.busy
+        copying = model._engine.machinery.backend._bus.stream.busy
         copying.clear()
         ids = IDS.to("sim:0")
         started = host.now()

@@ -168,7 +168,7 @@ def test_files_that_cannot_be_opened_again(folder: Path, resident: Resident, fau
         fault.put(os, "open")
         for what in ("EMFILE", "ESTALE", "EACCES", "MemoryError"):
             error, expected = RAISED[what]
-            for file in model._engine._reader._files.values():
+            for file in model._engine.machinery.reader._files.values():
                 file.close()
             fault.begin(error)
             assert_raised(lambda: model(IDS), expected, folder)

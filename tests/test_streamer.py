@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from airstream.errors import ClosedError, ReadError
 from airstream.layout.ring import ring_bytes
 from airstream.layout.slab import Slab
-from airstream.reporting.probe import DISK
+from airstream.reporting.probe import DISK, Probe
+from airstream.reporting.stats import StreamStats
 from airstream.streaming.fill import Fill
 from airstream.streaming.region import Region
 from airstream.streaming.streamer import Streamer
@@ -26,6 +27,7 @@ from airstream.transfer import files
 from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.jobs import Job, ReadCancelled
+from airstream.transfer.machinery import Machinery
 from airstream.transfer.reader import Landing, Piece, Reader
 
 CHUNK_BYTES = 8192
@@ -125,7 +127,8 @@ def new_streamer(slabs: Sequence[Slab], reader: Any, prefetch: int, ring_pages: 
     nbytes = (
         ring_bytes([slab.nbytes for slab in slabs], prefetch + 1) if ring_pages is None else ring_pages * PAGE_BYTES
     )
-    return Streamer([Fill(slab, slab.nbytes) for slab in slabs], nbytes, prefetch, reader, CpuBackend(CHUNK_BYTES))
+    machinery = Machinery(reader, CpuBackend(CHUNK_BYTES), Probe(), StreamStats())
+    return Streamer([Fill(slab, slab.nbytes) for slab in slabs], nbytes, prefetch, machinery)
 
 
 def visit(streamer: Streamer, slabs: Sequence[Slab], batch: int) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import snapshot_download
@@ -32,31 +33,44 @@ ADDRESS = re.compile(
 """Of a page or file of a hub: what is pasted from a browser."""
 
 
+@dataclass(frozen=True, slots=True)
+class HubOptions:
+    """How a checkpoint is looked for, as transformers and huggingface_hub call it.
+
+    Attributes:
+        subfolder: of the folder or repository, where the checkpoint lies.
+        variant: of the weights, which their files' names have before the ending.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+    subfolder: str = ""
+    variant: str | None = None
+
+
+AS_EVER = HubOptions()
+
+
 def resolve(
     model: str | os.PathLike[str],
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
+    hub: HubOptions = AS_EVER,
     with_code: bool = False,
     with_weights: bool = True,
     weight_files: Sequence[str] | None = None,
-    subfolder: str = "",
-    variant: str | None = None,
 ) -> Path:
     """The folder of checkpoint `model`: a local folder, used in place, or a hub id, downloaded into the hub's cache.
 
     Args:
         weight_files: the files of weights to download, if not those of the checkpoint that config.json belongs to.
-        subfolder: of the folder or repository, where the checkpoint lies: it is what is given back.
-        variant: of the weights, which their files' names have before the ending.
 
     Raises:
         CheckpointNotFoundError: there is no such folder or repository, or it cannot be reached; the message says which.
     """
     local = _local_folder(model)
     if local is not None:
-        return _inside(local, subfolder, model)
+        return _inside(local, hub.subfolder, model)
     name = os.fspath(model)
 
     def download(patterns: list[str]) -> Path:
@@ -64,24 +78,24 @@ def resolve(
         folder = Path(
             snapshot_download(
                 name,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=[str(PurePosixPath(subfolder, pattern)) for pattern in patterns + code],
+                revision=hub.revision,
+                token=hub.token,
+                cache_dir=hub.cache_dir,
+                local_files_only=hub.local_files_only,
+                allow_patterns=[str(PurePosixPath(hub.subfolder, pattern)) for pattern in patterns + code],
             )
         )
-        return _inside(folder, subfolder, name)
+        return _inside(folder, hub.subfolder, name)
 
     try:
         if weight_files is not None:
             return download([*SMALL_FILES, *weight_files])
         folder = download(SMALL_FILES)
-        return _download_weights(folder, variant, download) if with_weights else folder
+        return _download_weights(folder, hub.variant, download) if with_weights else folder
     except AirstreamError:
         raise
     except (HTTPError, HFValidationError, OSError) as error:
-        raise explain(error, name, revision, token) from error
+        raise explain(error, name, hub.revision, hub.token) from error
 
 
 def check_name(model: object) -> None:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from airstream.checkpoint.gguf_split import SPLIT_NAME, split_names
-from airstream.checkpoint.hub import check_name, resolve
+from airstream.checkpoint.hub import AS_EVER, HubOptions, check_name, resolve
 from airstream.errors import ArgumentError, CheckpointNotFoundError
 
 SUFFIX = ".gguf"
@@ -23,12 +23,18 @@ class Location(NamedTuple):
     gguf: Path | None = None
 
 
-def locate(model: str | os.PathLike[str], gguf_file: str | None = None, **options: Any) -> Location:
+def locate(
+    model: str | os.PathLike[str],
+    hub: HubOptions = AS_EVER,
+    gguf_file: str | None = None,
+    with_code: bool = False,
+    with_weights: bool = True,
+) -> Location:
     """Find `model`: a folder, a hub id, or a path to a GGUF file. Downloads what is not here.
 
     Args:
         gguf_file: the GGUF file in the folder or repository; of one that is split, any part.
-        options: as `hub.resolve`. A GGUF file is downloaded whole even without weights: it has the config.
+        with_code, with_weights: download these, too. A GGUF file is downloaded whole in any case: it has the config.
 
     Raises:
         CheckpointNotFoundError: there is no such folder, repository or file.
@@ -42,10 +48,10 @@ def locate(model: str | os.PathLike[str], gguf_file: str | None = None, **option
                 raise CheckpointNotFoundError(
                     f"there is no file {os.fspath(model)!r}. One in a hub repository is named with gguf_file=..."
                 )
-            if options.get("subfolder"):
+            if hub.subfolder:
                 raise ArgumentError(f"subfolder= is of a folder or repository, and {os.fspath(model)!r} is a file")
             return Location(path.parent, path)
-        folder = resolve(model, **options)
+        folder = resolve(model, hub, with_code, with_weights)
         return Location(folder, _only_gguf(folder))
     inside = PurePosixPath(gguf_file)
     if inside.suffix != SUFFIX or inside.is_absolute() or ".." in inside.parts or set("\\*?[") & set(gguf_file):
@@ -53,7 +59,7 @@ def locate(model: str | os.PathLike[str], gguf_file: str | None = None, **option
     if Path(model).expanduser().is_file():
         raise ArgumentError(f"{os.fspath(model)!r} is a file already: gguf_file={gguf_file!r} names one in a folder")
     wanted = [str(inside.with_name(name)) for name in split_names(inside.name)]
-    folder = resolve(model, **(options | {"with_weights": True}), weight_files=wanted)
+    folder = resolve(model, hub, with_code, weight_files=wanted)
     file = folder / gguf_file
     if not file.is_file():
         raise CheckpointNotFoundError(f"{os.fspath(model)!r} has no file {gguf_file!r}{_choice(folder)}")

@@ -10,13 +10,13 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from airstream.compat.traits import CacheSize, position_limit, rotary_limit, uses_eager_attention
+from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention
 from airstream.footprint.formulas import first_count, footprint
-from airstream.footprint.growth import PassGrowth
 from airstream.footprint.lm_head import Way, copies_weights, way_of
 from airstream.layout.parts import Parts
 from airstream.layout.slab import distinct, pack, stored_specs
 from airstream.layout.tensors import TensorSpec
+from airstream.loading.build import Built
 from airstream.loading.packed import measure_packed
 from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.plan.groups import Known, batch_facts, growth_bytes
@@ -42,18 +42,14 @@ EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_nu
 def gather_facts(
     name: str,
     folder: Path,
-    model: PreTrainedModel,
+    built: Built,
     parts: Parts,
     device: torch.device,
     packing: Packing,
     layers_per_batch: int | Literal["auto"],
-    cache: CacheSize | None,
-    passes: tuple[PassGrowth, ...] = (),
 ) -> ModelFacts:
-    """The facts of `model`, which will compute on `device` with weights that lie as `packing` says.
-
-    `cache` is what the KV cache grows to, `passes` what they allocate, if that could be measured.
-    """
+    """The facts of a model that will compute on `device` with weights that lie as `packing` says."""
+    model = built.model
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     resident = pack(distinct(parts.resident), packing)
     head_specs = parts.head[1] if parts.head else ()
@@ -83,9 +79,9 @@ def gather_facts(
             eager_attention=uses_eager_attention(model),
             head_copy_bytes=copied_bytes if way is Way.IN_SLICES else 0,
             head_copy_bytes_each=copied_bytes if copied_for_each else 0,
-            cache=cache,
+            cache=built.cache,
             has_head=head is not None or model.can_generate(),
-            passes=passes,
+            passes=built.passes,
         ),
         arithmetic=_arithmetic(model, parts),
         stored_bytes=packed.stored_bytes if packed else None,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 
+from airstream.checkpoint.hub import HubOptions
 from airstream.errors import ArgumentError
 from airstream.reporting.units import parse_budget
 from airstream.system.memory import default_device, describe_devices, is_present
@@ -53,6 +54,13 @@ class LoadOptions:
     trust_remote_code: bool = False
     profiling_mode: bool = False
     progress: bool | Literal["auto"] = "auto"
+
+    @property
+    def hub(self) -> HubOptions:
+        """Those that say where the checkpoint is looked for."""
+        return HubOptions(
+            self.revision, self.token, self.cache_dir, self.local_files_only, self.subfolder, self.variant
+        )
 
     def __post_init__(self) -> None:
         check_count("max_batch_size", self.max_batch_size, at_least=1)

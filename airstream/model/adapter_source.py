@@ -24,13 +24,13 @@ from airstream.checkpoint.adapter_files import (
     check_adapter_weights,
     read_adapter_config,
 )
-from airstream.checkpoint.hub import resolve
+from airstream.checkpoint.hub import HubOptions, resolve
 from airstream.compat.blame import blamed_on
 from airstream.errors import BudgetError, CheckpointError, CheckpointNotFoundError
 from airstream.reporting.units import format_bytes
 from airstream.system.memory import available_host_bytes
 
-DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "subfolder")
+_DOWNLOAD = {field.name for field in dataclasses.fields(HubOptions)} - {"variant"}
 """What users may say of a hub id."""
 
 PATTERNS = tuple((name, dict[str, float] | None) for name in ("rank_pattern", "alpha_pattern"))
@@ -42,7 +42,9 @@ class Source:
 
     def __init__(self, name: str | os.PathLike[str] | None, download: Mapping[str, Any]) -> None:
         self._name = name
-        self._download = {key: value for key, value in download.items() if key in DOWNLOAD and value is not None}
+        self._hub = HubOptions(
+            **{key: value for key, value in download.items() if key in _DOWNLOAD and value is not None}
+        )
 
     def config(self) -> Any:
         """PEFT's config of it. Errors as `read_adapter_config`."""
@@ -76,7 +78,7 @@ class Source:
         if self._name is None:
             raise ValueError("load_adapter() needs a folder or hub id, or both peft_config= and adapter_state_dict=")
         try:
-            return resolve(self._name, weight_files=files, **self._download)
+            return resolve(self._name, self._hub, weight_files=files)
         except CheckpointNotFoundError as error:
             raise CheckpointNotFoundError(f"there is no PEFT adapter in {os.fspath(self._name)!r}: {error}") from error
 

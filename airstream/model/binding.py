@@ -71,25 +71,40 @@ def take_out(modules: Modules, specs: Iterable[TensorSpec], stored: Mapping[str,
         registry[leaf] = Absent(stored[spec.name], registry[leaf].shape, registry[leaf].dtype, device)
 
 
-class Binding:
-    """The places in `modules` where the tensors of `specs` belong, whose values are `stored`."""
+@dataclass(frozen=True, slots=True)
+class Binder:
+    """What bindings of one model have in common.
 
-    def __init__(self, modules: Modules, specs: Sequence[TensorSpec], stored: Mapping[str, Stored]) -> None:
+    Attributes:
+        stored: the values that weights are to have, by name.
+        convert: makes what has to be made of the bytes that some slabs bring.
+    """
+
+    modules: Modules
+    stored: Mapping[str, Stored]
+    convert: Converter
+
+
+class Binding:
+    """The places in the modules of `binder` where the tensors of `specs` belong."""
+
+    def __init__(self, binder: Binder, specs: Sequence[TensorSpec]) -> None:
         self._specs = tuple(specs)
-        self._stored = [stored[spec.name] for spec in specs]
-        self._places = [_place(modules, spec.name) for spec in specs]
+        self._build = binder.convert.build
+        self._stored = [binder.stored[spec.name] for spec in specs]
+        self._places = [_place(binder.modules, spec.name) for spec in specs]
         self._placeholders = self.guarded([registry[leaf] for registry, leaf, _ in self._places])
         self._current = self._placeholders
         self._was_changed: str | None = None
 
     @torch.inference_mode(False)  # torch counts no changes of what is made in it
-    def views(self, memory: torch.Tensor, offsets: Mapping[str, int], convert: Converter) -> Views:
+    def views(self, memory: torch.Tensor, offsets: Mapping[str, int]) -> Views:
         """The tensors as views of `memory`, a uint8 slab in which they start at `offsets`. Ready for `bind`."""
         tensors: list[torch.Tensor] = []
         assembled = []
         for spec, stored, (_, _, is_parameter) in zip(self._specs, self._stored, self._places, strict=True):
             if spec.made_by is not None and spec.made_by.is_object:
-                assembled.append(convert.build(spec.made_by, memory, offsets))
+                assembled.append(self._build(spec.made_by, memory, offsets))
                 tensors.append(assembled[-1].tensor)
             else:
                 tensors.append(weight_of(view_of(memory, offsets[spec.name], spec), stored, is_parameter))

@@ -16,7 +16,8 @@ from airstream.compat.assembled import Assembled
 from airstream.compat.weights import KeyConversion
 from airstream.layout.slab import Slab
 from airstream.layout.tensors import RAW_PREFIX, Conversion, TensorSpec
-from airstream.reporting.probe import CONVERT, Moment, Probe
+from airstream.reporting.probe import CONVERT
+from airstream.transfer.machinery import Machinery
 
 Source = tuple[str, str, torch.Tensor]
 """A raw tensor as converters of transformers take it: checkpoint key, pattern, values."""
@@ -35,20 +36,18 @@ class Converter:
     build: Callable[[Conversion, torch.Tensor, Mapping[str, int]], Assembled]
 
 
-def converter_of(keys: KeyConversion, fill: Callable[[Slab, torch.Tensor], None]) -> Converter:
-    """The conversions that `keys` runs; `fill` runs those that are made in place."""
-    return Converter(fill, partial(_build, keys))
+def converter_of(keys: KeyConversion, machinery: Machinery) -> Converter:
+    """The conversions that `keys` runs on the device of `machinery`."""
+    return Converter(partial(convert_slab, keys, machinery), partial(_build, keys))
 
 
-def convert_slab(
-    keys: KeyConversion, probe: Probe, moment: Callable[[], Moment], slab: Slab, memory: torch.Tensor
-) -> None:
+def convert_slab(keys: KeyConversion, machinery: Machinery, slab: Slab, memory: torch.Tensor) -> None:
     """Run the conversions of a freshly filled slab: raw tensors in `memory` in, the model's tensors in `memory` out."""
     specs = {spec.name: spec for spec in slab.specs}
     for conversion in slab.conversions:
         if conversion.is_object:
             continue
-        with probe.span(CONVERT, conversion.nbytes, moment):
+        with machinery.probe.span(CONVERT, conversion.nbytes, machinery.backend.moment):
             made = keys.convert(conversion.name, _sources(conversion, memory, slab.offsets))
             for name, value in made.items():
                 view_of(memory, slab.offsets[name], specs[name]).copy_(value)

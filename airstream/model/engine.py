@@ -10,19 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from airstream.checkpoint.safetensors import CheckpointIndex
 from airstream.compat.gguf import conversion_for
-from airstream.compat.quantizers import Quantizer
 from airstream.compat.traits import vocabulary_of
+from airstream.compat.weights import KeyConversion
 from airstream.footprint.lm_head import take_sequences_apart
-from airstream.layout.parts import Parts
-from airstream.model.binding import OriginalModules, take_out
-from airstream.model.conversion import convert_slab, converter_of
+from airstream.loading.prepare import Prepared
+from airstream.model.binding import Binder, OriginalModules, take_out
+from airstream.model.conversion import converter_of
 from airstream.model.direct import refuse_when_closed
 from airstream.model.executor import Executor
 from airstream.model.forked import begin_anew
@@ -33,91 +31,52 @@ from airstream.model.residents import bind_residents
 from airstream.model.row_table import watch_tables
 from airstream.model.shortage import explained
 from airstream.model.stored import all_stored
-from airstream.plan.facts import AdapterFacts, ModelFacts
+from airstream.plan.facts import AdapterFacts
 from airstream.plan.plan import Plan
-from airstream.plan.request import Request, Workload
+from airstream.plan.request import Workload
 from airstream.profiling.observer import Observer
-from airstream.reporting.probe import Probe
-from airstream.reporting.stats import MeasuredLink, StreamStats
+from airstream.reporting.stats import MeasuredLink
 from airstream.reporting.units import MIB
 from airstream.streaming.store import Store
 from airstream.system.heap import giving_back
 from airstream.system.kernels import KernelLimit
-from airstream.transfer.base import Backend
-from airstream.transfer.reader import Reader
+from airstream.transfer.machinery import Machinery
 
 GIVEN_BACK_BYTES = 8 * MIB
 """Of activations: from here on, giving memory back is worth its while. Those of a few tokens are smaller."""
 
 
 class Engine:
-    """Runs `model` by `plan`. Takes over `reader` and `backend`: they are closed with it.
+    """Runs a model by `plan`. Takes over `machinery`: it is closed with it.
 
     Reads the small weights outside the layers (blocking); layers follow when the model runs, or, if the plan is not
     going to change with the first call, at once. Peak bytes per memory: `plan.peak_bytes`.
 
     Args:
-        facts, request: what `plan` was made of, and other plans can be.
-        probe: told by `reader` and `backend` what they do.
+        prepared: the model, and what `plan` was made of, as other plans can be.
         host_bytes: resident memory of the process before the model was loaded.
-        is_profiling: profile everything from the beginning.
-        is_final: calls are to be made to fit the plan, not the plan the calls.
-        quantizer: of the checkpoint, if it is quantised.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        parts: Parts,
-        facts: ModelFacts,
-        request: Request,
-        index: CheckpointIndex,
-        plan: Plan,
-        folder: Path,
-        reader: Reader,
-        backend: Backend,
-        probe: Probe,
-        host_bytes: int,
-        is_profiling: bool,
-        is_final: bool,
-        quantizer: Quantizer | None = None,
-    ) -> None:
-        self.plans = Plans(plan, facts, request, is_final, self._change)
-        self.folder, self.device = folder, backend.device
-        self.stats = StreamStats()
+    def __init__(self, prepared: Prepared, plan: Plan, machinery: Machinery, host_bytes: int) -> None:
+        options, model = prepared.options, prepared.model
+        is_final = options.max_context is not None  # calls are made to fit the plan, not the plan the calls
+        self.plans = Plans(plan, prepared.facts, prepared.request, is_final, self._change)
+        self.folder, self.device = prepared.folder, prepared.device
         self._kernel_limit = KernelLimit(model.dtype if self.device.type == "cpu" else None)
-        modules = self.modules = OriginalModules(model)
-        self.head = model.get_submodule(parts.head[0]) if parts.head else None
-        self._specs = parts.specs
-        self._executor: Executor | None = None
-        self._reader = reader
-        self._backend = backend
-        gate = self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
+        self.stats = machinery.stats
+        self.modules = OriginalModules(model)
+        self.head = model.get_submodule(prepared.parts.head[0]) if prepared.parts.head else None
+        self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
         self._generations = Generations(self.gate, self.plans, self.modules)
         self.between_generations = self._generations.between
-        self._closing = self.gate.closing
-        self._closing.callback(backend.close)
-        self._closing.callback(reader.close)
+        self.machinery = machinery
+        self._parts, self._facts = prepared.parts, prepared.facts  # no more of it: the model is not to be kept alive
+        self._executor: Executor | None = None
+        self.gate.closing.callback(machinery.close)
         try:
-            self.observer = Observer(probe, backend, request, lambda: reader.direct, host_bytes, lambda: self.plan)
-            keys = conversion_for(model, index, quantizer)
-            convert = converter_of(keys, partial(convert_slab, keys, probe, backend.moment))
-            stored = self.stored = all_stored(self._specs.values(), reader, convert, self.device)
-            self._residents = bind_residents(model, parts.resident, self.stored, reader, backend, convert)
-            self._closing.callback(self._unbind_residents)
-            if self.head is not None and self.device.type == "cpu":
-                self._closing.callback(take_sequences_apart(self.head))
-            leaving = [*chain.from_iterable(parts.units.values()), *(parts.head[1] if parts.head else ())]
-            watch_tables(model, vocabulary_of(model), self._closing)
-            take_out(self.modules, leaving, self.stored, self.device)
-            store = Store(self._specs, backend)
-            self._closing.callback(store.close)
-            self._closing.callback(self._stop)
-            self._closing.callback(lambda: refuse_when_closed(self.modules.owners(leaving), self.gate))
-            self._execute = partial(
-                Executor, modules, parts, facts, stored, store, reader, backend, convert, self.stats, probe, gate
-            )
-            if is_profiling:
+            self.observer = Observer(machinery, prepared.request, host_bytes, lambda: self.plan)
+            self._take_over(model, conversion_for(model, prepared.index, prepared.quantizer))
+            if options.profiling_mode:
                 self.observer.start()
             self._executor = self._execute(plan)
             if is_final:
@@ -125,6 +84,27 @@ class Engine:
         except BaseException:
             self.close()
             raise
+
+    def _take_over(self, model: PreTrainedModel, keys: KeyConversion) -> None:
+        """Read what stays outside the layers, and leave placeholders for the rest."""
+        parts, closing = self._parts, self.gate.closing
+        convert = converter_of(keys, self.machinery)
+        self.stored = all_stored(parts.specs.values(), self.machinery.reader, convert, self.device)
+        self._binder = Binder(self.modules, self.stored, convert)
+        self._residents = bind_residents(self._binder, parts.resident, self.machinery)
+        closing.callback(self._unbind_residents)
+        if self.head is not None and self.device.type == "cpu":
+            closing.callback(take_sequences_apart(self.head))
+        leaving = [*chain.from_iterable(parts.units.values()), *(parts.head[1] if parts.head else ())]
+        watch_tables(model, vocabulary_of(model), closing)
+        take_out(self.modules, leaving, self.stored, self.device)
+        self._store = Store(parts.specs, self.machinery.backend)
+        closing.callback(self._store.close)
+        closing.callback(self._stop)
+        closing.callback(lambda: refuse_when_closed(self.modules.owners(leaving), self.gate))
+
+    def _execute(self, plan: Plan) -> Executor:
+        return Executor(self._binder, self._parts, self._facts, self._store, self.machinery, self.gate, plan)
 
     @property
     def plan(self) -> Plan:
@@ -249,7 +229,7 @@ class Engine:
         """`close`, for the garbage collector, which may call from one of the threads that `close` waits for."""
         self.gate.shut(is_abandoned=True)
         thread = threading.current_thread()
-        if self._reader.is_worker(thread) or self._backend.is_worker(thread):
+        if self.machinery.is_worker(thread):
             threading.Thread(target=self.close, name="airstream-closer").start()
         else:
             self.close()

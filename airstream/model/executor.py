@@ -2,61 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate, chain
 
 from airstream.layout.parts import Parts
 from airstream.layout.tensors import TensorSpec
-from airstream.model.binding import Modules
-from airstream.model.conversion import Converter
+from airstream.model.binding import Binder
 from airstream.model.direct import Direct
 from airstream.model.gate import Gate
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_tables
-from airstream.model.stored import Stored
 from airstream.plan.facts import ModelFacts
 from airstream.plan.plan import Plan
-from airstream.reporting.probe import Probe
-from airstream.reporting.stats import StreamStats
 from airstream.streaming.fill import Fill, Resident
 from airstream.streaming.store import Store
 from airstream.streaming.streamer import Streamer
-from airstream.transfer.base import Backend
-from airstream.transfer.reader import Reader
+from airstream.transfer.machinery import Machinery
 
 
 class Executor:
-    """Hooks `plan` into `modules`. Allocates what stays in `store` and the ring; reads nothing before it is started."""
+    """Hooks `plan` into the modules of `binder`.
+
+    Allocates what stays in `store` and the ring; reads nothing before it is started.
+    """
 
     def __init__(
         self,
-        modules: Modules,
+        binder: Binder,
         parts: Parts,
         facts: ModelFacts,
-        stored: Mapping[str, Stored],
         store: Store,
-        reader: Reader,
-        backend: Backend,
-        convert: Converter,
-        stats: StreamStats,
-        probe: Probe,
+        machinery: Machinery,
         gate: Gate,
         plan: Plan,
     ) -> None:
         fills = store.fills(plan, facts)
         with ExitStack() as closing:
             order = _order(len(plan.batches), fills, _first_batches(parts, plan))
-            self.streamer = Streamer(
-                fills, plan.ring_bytes, plan.prefetch_batches, reader, backend, stats, probe, order
-            )
+            self.streamer = Streamer(fills, plan.ring_bytes, plan.prefetch_batches, machinery, order)
             closing.callback(self.streamer.close)
             units = [batch.units for batch in plan.batches]
-            self.residency = Residency(modules, units, fills, stored, self.streamer, convert, Direct(gate), probe)
+            self.residency = Residency(binder, units, fills, self.streamer, Direct(gate), machinery.probe)
             closing.callback(self.residency.close)
             resident = partial(_resident, store, parts)
-            self._tables = bind_tables(modules, parts.rows, stored, resident, reader, backend, convert, probe)
+            self._tables = bind_tables(binder, parts.rows, resident, machinery)
             for binding in self._tables:
                 closing.callback(binding.unbind)
             self._has_one_stack = len(parts.stacks) == 1

@@ -9,7 +9,7 @@ Whether somebody has changed a weight is asked each time its layer runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -17,11 +17,10 @@ from torch.utils.hooks import RemovableHandle
 
 from airstream.errors import UnsupportedError
 from airstream.layout.tensors import TensorSpec
-from airstream.model.binding import Binding, Modules, Views
+from airstream.model.binding import Binder, Binding, Views
 from airstream.model.conversion import Converter
 from airstream.model.direct import Direct
 from airstream.model.refusals import refuse_tracing
-from airstream.model.stored import Stored
 from airstream.reporting.probe import Probe
 from airstream.streaming.fill import Fill, Resident
 from airstream.streaming.streamer import Streamer
@@ -69,32 +68,28 @@ class Hook:
 
 
 class Residency:
-    """Keeps `model`'s units supplied with weights.
+    """Keeps the units of a model supplied with weights.
 
     Args:
         batches: the names of the units in each batch.
         fills: what has to come for each batch, and how it lies in memory.
-        stored: the values that weights are to have, by name.
-        convert: makes what has to be made of the bytes that some slabs bring.
         direct: calls of units and their parts from outside.
         probe: told when units compute.
     """
 
     def __init__(
         self,
-        model: Modules,
+        binder: Binder,
         batches: Sequence[Sequence[str]],
         fills: Sequence[Fill],
-        stored: Mapping[str, Stored],
         streamer: Streamer,
-        convert: Converter,
         direct: Direct,
-        probe: Probe | None = None,
+        probe: Probe,
     ) -> None:
         self._streamer = streamer
-        self._convert = convert
+        self._convert = binder.convert
         self._direct = direct
-        self._probe = probe or Probe()
+        self._probe = probe
         self._batches: list[_Batch] = []
         self._views: dict[tuple[int, int], list[Views]] = {}
         self._handles: list[RemovableHandle] = []
@@ -102,12 +97,12 @@ class Residency:
         self._running: str | None = None
         self._bound: list[Views] = []
         for number, (units, fill) in enumerate(zip(batches, fills, strict=False)):  # tables have no units
-            resident = [(it, Binding(model, _inside(units, it.slab.specs), stored)) for it in fill.resident]
-            streamed = [Binding(model, _inside((unit,), fill.slab.specs), stored) for unit in units]
+            resident = [(it, Binding(binder, _inside(units, it.slab.specs))) for it in fill.resident]
+            streamed = [Binding(binder, _inside((unit,), fill.slab.specs)) for unit in units]
             self._batches.append(_Batch(fill, streamed, resident))
             for position, unit in enumerate(units):
-                self._hook(model.get_submodule(unit), unit, number, position)
-                self._hook_parts(model.get_submodule(unit), unit, number, position)
+                self._hook(binder.modules.get_submodule(unit), unit, number, position)
+                self._hook_parts(binder.modules.get_submodule(unit), unit, number, position)
 
     def check(self) -> None:
         """Raise UnsupportedError if somebody has changed a weight, of any layer."""
@@ -251,14 +246,14 @@ class Residency:
         if key not in self._views:
             if len(self._views) > MAX_VIEWS_PER_BATCH * len(self._batches):
                 self._views.clear()  # places in the ring repeat; only a restless order of layers gets here
-            self._views[key] = [binding.views(region.memory, slab.offsets, self._convert) for binding in batch.streamed]
+            self._views[key] = [binding.views(region.memory, slab.offsets) for binding in batch.streamed]
         self._bound = self._views[key]
 
     def _settle(self, batch: _Batch) -> None:
         """Bind what stays in memory, for good."""
         for resident, binding in batch.resident:
             settle(resident, self._convert)
-            binding.bind(binding.views(resident.memory, resident.slab.offsets, self._convert))
+            binding.bind(binding.views(resident.memory, resident.slab.offsets))
         batch.is_settled = True
 
 

@@ -11,64 +11,52 @@ import torch
 
 from airstream.layout.slab import Slab, distinct, pack
 from airstream.layout.tensors import TensorSpec
-from airstream.model.binding import Binding, Modules
+from airstream.model.binding import Binder, Binding
 from airstream.model.conversion import Converter, view_of
 from airstream.model.residency import settle
 from airstream.model.row_table import FetchTable, RowTable
-from airstream.model.stored import Stored, row_fetcher
-from airstream.reporting.probe import Probe
+from airstream.model.stored import row_fetcher
 from airstream.streaming.fill import Resident
-from airstream.transfer.base import Backend
-from airstream.transfer.reader import Reader
+from airstream.transfer.machinery import Machinery
 
 
-def bind_residents(
-    model: Modules,
-    residents: Sequence[TensorSpec],
-    stored: Mapping[str, Stored],
-    reader: Reader,
-    backend: Backend,
-    convert: Converter,
-) -> list[Binding]:
+def bind_residents(binder: Binder, residents: Sequence[TensorSpec], machinery: Machinery) -> list[Binding]:
     """Read `residents` into one slab and bind them. Blocks for the reads. Weights that are tied share their memory."""
+    backend = machinery.backend
     slab = pack(distinct(residents), backend.packing)
     memory = backend.allocate(slab.nbytes)
     fence = backend.new_fence()
     backend.begin_fill()
-    reader.read(slab.pieces, backend.landing(memory))
+    machinery.reader.read(slab.pieces, backend.landing(memory))
     backend.end_fill(fence)
     backend.wait_filled(fence)
-    convert.fill(slab, memory)
+    binder.convert.fill(slab, memory)
     at = {_identity(spec): slab.offsets[spec.name] for spec in slab.specs if spec.name in slab.offsets}
     bindings = []
     for spec in residents:
-        binding = Binding(model, [spec], stored)
-        binding.bind(binding.views(memory, _offsets(spec, slab, at), convert))
+        binding = Binding(binder, [spec])
+        binding.bind(binding.views(memory, _offsets(spec, slab, at)))
         bindings.append(binding)
     return bindings
 
 
 def bind_tables(
-    model: Modules,
+    binder: Binder,
     tables: Mapping[str, TensorSpec],
-    stored: Mapping[str, Stored],
     resident: Callable[[TensorSpec], Resident | None],
-    reader: Reader,
-    backend: Backend,
-    convert: Converter,
-    probe: Probe,
+    machinery: Machinery,
 ) -> list[Binding]:
     """Put a table where rows are looked up. Nothing is read yet.
 
     Args:
         resident: where the bytes of a table stay, if they do. Until they have been loaded, rows are read from disk.
     """
-    bindings = []
+    bindings, device = [], machinery.backend.device
     for spec in tables.values():
-        binding = Binding(model, [spec], stored)
-        rows = row_fetcher(spec, reader, backend.device, probe)
-        whole = _whole_table(spec, resident(spec), binding, backend, convert, probe)
-        table = RowTable(stored[spec.name], spec.shape, spec.dtype, backend.device, rows, whole)
+        binding = Binding(binder, [spec])
+        rows = row_fetcher(spec, machinery.reader, device, machinery.probe)
+        whole = _whole_table(spec, resident(spec), binding, binder.convert, machinery)
+        table = RowTable(binder.stored[spec.name], spec.shape, spec.dtype, device, rows, whole)
         binding.bind(binding.guarded([table]))
         bindings.append(binding)
     return bindings
@@ -85,23 +73,23 @@ def _identity(spec: TensorSpec) -> object:
 
 
 def _whole_table(
-    spec: TensorSpec, resident: Resident | None, binding: Binding, backend: Backend, convert: Converter, probe: Probe
+    spec: TensorSpec, resident: Resident | None, binding: Binding, convert: Converter, machinery: Machinery
 ) -> FetchTable:
     """Gives the table once it is in memory, and puts it in the place of the one that is not."""
 
     def fetch() -> torch.Tensor | None:
         if resident is None or not resident.loaded:
             return None
-        fence = backend.new_fence()
-        backend.end_fill(fence)
-        backend.wait_filled(fence)  # the copies that brought it may still be queued
+        fence = machinery.backend.new_fence()
+        machinery.backend.end_fill(fence)
+        machinery.backend.wait_filled(fence)  # the copies that brought it may still be queued
         settle(resident, convert)
-        if listener := probe.listener:  # this once: from here on no row comes from disk
+        if listener := machinery.probe.listener:  # this once: from here on no row comes from disk
             listener.begin_wait()
             listener.waited_for_rows(resident.slab.read_bytes)
         (name,) = (other.name for other in resident.slab.specs if _identity(other) == _identity(spec))
         offset = resident.slab.offsets[name]
-        binding.bind(binding.views(resident.memory, {spec.name: offset}, convert))
+        binding.bind(binding.views(resident.memory, {spec.name: offset}))
         return view_of(resident.memory, offset, spec)
 
     return fetch

@@ -13,17 +13,15 @@ from airstream.profiling.profile import Profile
 from airstream.profiling.profile_data import MemoryUse
 from airstream.profiling.recorder import Recorder
 from airstream.rates.facts import Rate
-from airstream.reporting.probe import DISK, H2D, HOST_COPY, Probe, now
+from airstream.reporting.probe import DISK, H2D, HOST_COPY, now
 from airstream.system.memory import PeakMemory, process_bytes
-from airstream.transfer.base import Backend
+from airstream.transfer.machinery import Machinery
 
 
 class Observer:
     """One for every running model. Passes and calls are reported by the threads that run it, whoever has the turn.
 
     Args:
-        is_direct: whether the reader goes around the page cache now: only then is the disk's rate what its reads can be
-            held to.
         host_bytes: resident memory of the process before the model was loaded.
         plan: gives the plan that is being followed.
 
@@ -33,21 +31,19 @@ class Observer:
 
     def __init__(
         self,
-        probe: Probe,
-        backend: Backend,
+        machinery: Machinery,
         request: Request,
-        is_direct: Callable[[], bool],
         host_bytes: int,
         plan: Callable[[], Plan],
     ) -> None:
         self.watchers: list[Callable[[], None]] = []
         self.last_profile: Profile | None = None
         self._request = request
-        self._is_direct = is_direct
-        self._probe = probe
-        self._backend = backend
+        self._probe = machinery.probe
+        self._reader = machinery.reader
+        self._backend = machinery.backend
         self._host_bytes = host_bytes
-        self._device_bytes = backend.used_bytes()
+        self._device_bytes = self._backend.used_bytes()
         self._plan = plan
         self._recorder: Recorder | None = None
         self._inside = False
@@ -62,7 +58,7 @@ class Observer:
     @property
     def rates(self) -> dict[str, Rate]:
         """What each link can do, as measured or assumed."""
-        return _rates(self._request, self._is_direct())
+        return _rates(self._request, self._reader.direct)
 
     @property
     def is_inside(self) -> bool:
@@ -72,7 +68,7 @@ class Observer:
     def start(self) -> Profile:
         """Begin a profile. It grows until another one begins."""
         plan = self._plan()
-        profile = Profile(plan.model, plan.device, plan.dtype, now(), self.rates, self._is_direct())
+        profile = Profile(plan.model, plan.device, plan.dtype, now(), self.rates, self._reader.direct)
         self._backend.forget_peak()
         self._resume(Recorder(profile, self._backend, partial(self._measure, PeakMemory(self._host_bytes))))
         self.last_profile = profile

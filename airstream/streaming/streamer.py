@@ -18,15 +18,13 @@ import torch
 
 from airstream.errors import ClosedError, UnsupportedError
 from airstream.layout.ring import Ring, room_sizes
-from airstream.reporting.probe import Probe
-from airstream.reporting.stats import LinkMeter, MeasuredLink, ReadClock, StreamStats
+from airstream.reporting.stats import LinkMeter, MeasuredLink, ReadClock
 from airstream.streaming.fill import Fill, Filling
 from airstream.streaming.order import AccessOrder
 from airstream.streaming.region import Region
 from airstream.system.forks import FORKED_INSIDE, Forks
-from airstream.transfer.base import Backend
 from airstream.transfer.jobs import ReadCancelled
-from airstream.transfer.reader import Reader
+from airstream.transfer.machinery import Machinery
 
 
 class Streamer:
@@ -44,18 +42,15 @@ class Streamer:
         fills: Sequence[Fill],
         ring_bytes: int,
         prefetch: int,
-        reader: Reader,
-        backend: Backend,
-        stats: StreamStats | None = None,
-        probe: Probe | None = None,
+        machinery: Machinery,
         order: Sequence[int] | None = None,
     ) -> None:
-        self.stats = stats or StreamStats()
-        self._probe = probe or Probe()
+        self.stats = machinery.stats
+        self._probe = machinery.probe
         self._fills = fills
         self._prefetch = prefetch
-        self._reader = reader
-        self._backend = backend
+        self._reader = machinery.reader
+        self._backend = backend = machinery.backend
         self._memory = backend.allocate(ring_bytes)
         self._ring = Ring(ring_bytes)
         self._rooms = room_sizes([fill.room for fill in fills])

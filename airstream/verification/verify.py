@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from airstream.checkpoint.beside import check_small_files, has_tokenizer
-from airstream.checkpoint.locate import Location, locate
+from airstream.checkpoint.locate import locate
 from airstream.checkpoint.safetensors import CheckpointIndex
 from airstream.errors import AirstreamError, CheckpointError, UnsupportedError
 from airstream.layout.byte_plan import read_specs
+from airstream.loading.build import build_model
 from airstream.loading.options import LoadOptions
-from airstream.loading.prepare import build_model
 from airstream.repacking.manifest import read_manifest
 from airstream.reporting.status import status
 from airstream.verification.checksums import Checksum, known_checksums
@@ -51,7 +51,7 @@ def verify(
     """
     started = time.monotonic()
     known = LoadOptions(device="cpu", **options)
-    folder, gguf = _locate(model, known)
+    folder, gguf = locate(model, known.hub, known.gguf_file, known.trust_remote_code)
     with status(f"reading the headers of {(gguf or folder).name}", progress):
         index, contents = read_gguf_contents(gguf) if gguf else _read_folder(folder, known.variant)
     faults, notes = list(contents.faults), list[str]()
@@ -91,20 +91,6 @@ def verify(
 def _read_folder(folder: Path, variant: str | None) -> tuple[CheckpointIndex, Contents]:
     contents = read_contents(folder, variant)
     return CheckpointIndex(contents.tensors), contents
-
-
-def _locate(model: str | os.PathLike[str], options: LoadOptions) -> Location:
-    return locate(
-        model,
-        options.gguf_file,
-        subfolder=options.subfolder,
-        variant=options.variant,
-        revision=options.revision,
-        token=options.token,
-        cache_dir=options.cache_dir,
-        local_files_only=options.local_files_only,
-        with_code=options.trust_remote_code,
-    )
 
 
 def _compare_with_model(

@@ -1,0 +1,152 @@
+"""A checkpoint's model, with no weights: what its config describes, with the modules that compute with its weights.
+
+Knows whose fault it is that no model can be built. Refuses to know sizes and plans.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from airstream.checkpoint.config_file import read_config_file
+from airstream.checkpoint.gguf import GgufIndex
+from airstream.checkpoint.safetensors import CheckpointIndex
+from airstream.compat.blame import Consequences, blamed_on
+from airstream.compat.building import build_on_meta
+from airstream.compat.classes import choose_class
+from airstream.compat.gguf import gguf_config, gguf_dtype
+from airstream.compat.quantizers import Quantizer, find_quantizer
+from airstream.compat.remote import check_trust
+from airstream.compat.suspects import advice, names_a_field
+from airstream.compat.traits import CacheSize, measure_cache
+from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.footprint.activations import measure_passes
+from airstream.footprint.growth import PassGrowth
+from airstream.layout.pieces import TORCH_DTYPES
+from airstream.loading.options import LoadOptions, named_dtype
+from airstream.system.kernels import KernelLimit
+
+
+def _check_planned_from_headers(index: CheckpointIndex | None, quantizer: Quantizer) -> None:
+    """What a quantised checkpoint holds is in its headers alone: a config does not say how each tensor is packed."""
+    if index is None:
+        raise UnsupportedError(
+            f"the model is quantised with {quantizer.method}, and only its config is here: planning needs the headers "
+            "of its weights. Download the checkpoint first"
+        )
+
+
+class Built(NamedTuple):
+    """A model on the meta device, the dtype of its weights, and what was found out on the way.
+
+    Attributes:
+        quantizer: of the checkpoint, if it is quantised.
+        cache: what its KV cache grows to, if that could be measured.
+        passes: what its passes allocate, likewise.
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    quantizer: Quantizer | None
+    cache: CacheSize | None
+    passes: tuple[PassGrowth, ...]
+
+
+def build_model(folder: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None) -> Built:
+    """The model that the config in `folder` describes, with the modules that compute with its weights on `device`."""
+    if isinstance(index, GgufIndex):
+        config = gguf_config(index)
+        with blamed_on(f"no model can be built from {index.first}"):
+            return _build(config, index.first, options, device, index)
+    file = folder / "config.json"
+    values = _read_config(folder, options)
+    find = partial(_find_fault, values, lambda config: _build(config, file, options, device, index))
+    with blamed_on(f"transformers cannot read {file}", _READING, find):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    with blamed_on(f"no model can be built from {file}", advice=find):
+        return _build(config, file, options, device, index)
+
+
+def _build(
+    config: PreTrainedConfig, source: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None
+) -> Built:
+    quantizer = find_quantizer(config, device)
+    dtype = _resolve_dtype(options.dtype, config, index)
+    dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
+    if device.type == "cpu":
+        KernelLimit(dtype).set()  # before any product: building a model may make some
+    model_cls, config = choose_class(config, source.parent, options.trust_remote_code, options.model_class)
+    with _attention(options.attn_implementation, source):
+        model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    cache, passes = measure_cache(model), measure_passes(model, device)  # while its modules compute on any device
+    if quantizer is not None:
+        _check_planned_from_headers(index, quantizer)
+        quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
+    return Built(model, dtype, quantizer, cache, passes)
+
+
+def _find_fault(values: Mapping[str, Any], build: Callable[[PreTrainedConfig], Built], said: str) -> str:
+    """Which field of a config no model can be built with, which fails with the words `said`."""
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING or names_a_field(said, values):
+        return ""
+    cls = CONFIG_MAPPING[model_type]
+    return advice(values, cls().to_dict(), lambda others: build(cls.from_dict(others)))
+
+
+@contextmanager
+def _attention(wanted: str | None, source: Path) -> Iterator[None]:
+    """Where a model is built: what fails because of the attention that the user wants is not the file's fault."""
+    try:
+        yield
+    except ImportError as error:
+        raise UnsupportedError(_needs_package(wanted, source, error)) from error
+    except ValueError as error:
+        if wanted is not None and "attn_implementation" in str(error):
+            raise ArgumentError(f"attn_implementation={wanted!r}: {error}") from error
+        raise
+
+
+def _needs_package(attn_implementation: str | None, source: Path, error: ImportError) -> str:
+    if attn_implementation is None:
+        return f"the model of {source} needs a package that is not installed here: {error}"
+    return (
+        f"attn_implementation={attn_implementation!r} needs a package that is not installed here: "
+        f'{str(error).rstrip(".")}. Install it, or leave the argument out: torch brings "sdpa"'
+    )
+
+
+_READING: Consequences = (((OSError, ValueError, KeyError, ImportError), UnsupportedError),)
+"""A type of model that transformers does not know is one of these."""
+
+
+def _read_config(folder: Path, options: LoadOptions) -> dict[str, Any]:
+    file = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not file.is_file():
+        raise CheckpointNotFoundError(
+            f"{folder} is an adapter, not a model: load the model that it was trained with, and then "
+            f"model.load_adapter({os.fspath(folder)!r})"
+        )
+    values = read_config_file(file)
+    check_trust(values, folder, options.trust_remote_code)
+    return values
+
+
+def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: CheckpointIndex | None) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        return named_dtype(dtype)
+    if isinstance(index, GgufIndex):
+        return gguf_dtype(index)
+    if config.dtype is not None:
+        return config.dtype
+    stored = (TORCH_DTYPES[tensor.dtype] for tensor in (index or {}).values())
+    return next((candidate for candidate in stored if candidate.is_floating_point), torch.get_default_dtype())
