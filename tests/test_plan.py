@@ -37,7 +37,8 @@ from airstream.footprint.formulas import Footprint, footprint
 from airstream.layout.ring import ring_bytes
 from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.plan.plan import Plan
-from airstream.plan.planner import CONTEXTS, MAX_AHEAD, MIN_OVERLAPPED_CONTEXT, cost, enough_ahead, make_plan
+from airstream.plan.planner import cost, enough_ahead, make_plan
+from airstream.plan.policy import CONTEXTS, MAX_AHEAD, MIN_OVERLAPPED_CONTEXT
 from airstream.plan.request import Request
 from airstream.plan.text import change_of
 from airstream.plan.whatif import quantised, with_advice

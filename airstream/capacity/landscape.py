@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from airstream.errors import BudgetError
-from airstream.loading.machine import AUTO_SHARE
 from airstream.plan.facts import ModelFacts
 from airstream.plan.plan import Plan
 from airstream.plan.planner import make_plan, smallest_plan
+from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import HOST, Request
 
 __all__ = ["Landscape", "Spot", "survey"]

@@ -16,9 +16,10 @@ from typing import Any
 from airstream.capacity.landscape import Landscape, survey
 from airstream.capacity.plan_table import short_name
 from airstream.capacity.scales import levels_between, set_seconds, set_sizes, size_text
-from airstream.loading.machine import AUTO_SHARE, THIS_MACHINE, Machine
+from airstream.loading.machine import THIS_MACHINE, Machine
 from airstream.loading.prepare import ask
 from airstream.plan.facts import ModelFacts
+from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import Request
 from airstream.reporting.figure import check_file, new_figure
 from airstream.reporting.units import counted, format_bytes, format_seconds

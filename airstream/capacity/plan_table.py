@@ -16,12 +16,13 @@ import torch
 from airstream.capacity.rows import Row
 from airstream.capacity.table import Table
 from airstream.errors import ArgumentError, BudgetError
-from airstream.loading.machine import AUTO_SHARE, THIS_MACHINE, Machine, Question, request_for
+from airstream.loading.machine import THIS_MACHINE, Machine, Question, request_for
 from airstream.loading.options import parse_max_memory
 from airstream.loading.prepare import ask
 from airstream.plan.facts import ModelFacts
 from airstream.plan.plan import Plan
 from airstream.plan.planner import make_plan, smallest_plan
+from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import HOST, Request
 from airstream.plan.whatif import FOUR_BIT, quantised
 from airstream.rates.cards import find_card

@@ -20,13 +20,10 @@ from airstream.loading.build import Built
 from airstream.loading.packed import measure_packed
 from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.plan.groups import Known, batch_facts, growth_bytes
+from airstream.plan.policy import AUTO_BATCH_BYTES
 from airstream.reporting.units import MIB
 from airstream.transfer.base import Packing
 from airstream.transfer.files import PAGE_BYTES
-
-AUTO_BATCH_BYTES = 32 * MIB
-"""Layers smaller than this move several at a time: below it, the ends of reads cost more than they carry."""
-
 
 KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
 """Of freed memory that the C library keeps at most: twice the 32 MiB from which on it maps memory afresh, and some."""

@@ -17,6 +17,7 @@ import torch
 from airstream.errors import ArgumentError
 from airstream.loading.options import LoadOptions, parse_max_memory, resolve_device
 from airstream.plan.facts import ModelFacts
+from airstream.plan.policy import AUTO_SHARE, PAGE_CACHE_SHARE, PROMPT_TOKENS
 from airstream.plan.request import HOST, Request
 from airstream.rates.cards import Card, card_facts, find_card
 from airstream.rates.facts import HardwareFacts, Rate, measured_today
@@ -28,15 +29,6 @@ from airstream.transfer.backends import decoding_bytes, staging_bytes
 from airstream.transfer.reader import CHUNK_BYTES, NUM_WORKERS
 
 __all__ = ["AUTO_SHARE", "PROMPT_TOKENS", "THIS_MACHINE", "Machine", "Question", "request_for"]
-
-AUTO_SHARE = 0.9
-"""Of free memory, what a budget that is not given takes. The rest is head-room for everybody else."""
-
-PAGE_CACHE_SHARE = 0.5
-"""A checkpoint within this share of the memory left over is read through the page cache: it will stay there."""
-
-PROMPT_TOKENS = 512
-"""Tokens of the prompt whose first token is predicted, unless told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,9 +29,10 @@ from airstream.layout.parts import Parts, divide
 from airstream.loading.arguments import adopt
 from airstream.loading.build import build_model
 from airstream.loading.gather import gather_facts, needs_staging
-from airstream.loading.machine import PROMPT_TOKENS, THIS_MACHINE, Machine, Question, request_for
+from airstream.loading.machine import THIS_MACHINE, Machine, Question, request_for
 from airstream.loading.options import LoadOptions, check_count, parse_max_memory
 from airstream.plan.facts import ModelFacts
+from airstream.plan.policy import PROMPT_TOKENS
 from airstream.plan.request import Request
 from airstream.transfer.backends import packing_of
 

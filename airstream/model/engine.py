@@ -33,17 +33,14 @@ from airstream.model.shortage import explained
 from airstream.model.stored import all_stored
 from airstream.plan.facts import AdapterFacts
 from airstream.plan.plan import Plan
+from airstream.plan.policy import GIVEN_BACK_BYTES
 from airstream.plan.request import Workload
 from airstream.profiling.observer import Observer
 from airstream.reporting.stats import MeasuredLink
-from airstream.reporting.units import MIB
 from airstream.streaming.store import Store
 from airstream.system.heap import giving_back
 from airstream.system.kernels import KernelLimit
 from airstream.transfer.machinery import Machinery
-
-GIVEN_BACK_BYTES = 8 * MIB
-"""Of activations: from here on, giving memory back is worth its while. Those of a few tokens are smaller."""
 
 
 class Engine:

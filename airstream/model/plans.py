@@ -14,18 +14,13 @@ from airstream.errors import BudgetError
 from airstream.plan.facts import AdapterFacts, ModelFacts
 from airstream.plan.plan import Plan
 from airstream.plan.planner import make_plan, smallest_plan
+from airstream.plan.policy import GROWTH, MIN_GAIN
 from airstream.plan.refusal import check_positions, too_much
 from airstream.plan.request import Request, Workload
 from airstream.plan.text import change_of
 from airstream.reporting.units import format_bytes
 
 logger = logging.getLogger(__name__)
-
-MIN_GAIN = 0.02
-"""Of all weights: what has to become resident besides for a change of plan to be worth its while."""
-
-GROWTH = 1.25
-"""When a sequence outgrows its plan, the next one is made for so much more context, so that it lasts a while."""
 
 
 class Plans:

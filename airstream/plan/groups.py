@@ -13,15 +13,10 @@ from pathlib import Path
 from airstream.layout.slab import pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.plan.facts import BatchFacts, Group
+from airstream.plan.policy import MIN_SHARE, TINY_SHARE
 from airstream.reporting.units import MIB, round_up
 from airstream.transfer.base import Packing
 from airstream.transfer.files import PAGE_BYTES
-
-MIN_SHARE = 1 / 16
-"""Of its batch that a group makes up at least: norms and biases go along with their neighbours."""
-
-TINY_SHARE = 1 / 16
-"""Of such a group: what is smaller never starts one."""
 
 DEVICE_BLOCK_BYTES = 2 * MIB
 """torch's allocators give large blocks of device memory in multiples of this."""

@@ -16,6 +16,7 @@ from airstream.errors import BudgetError
 from airstream.layout.ring import ring_bytes
 from airstream.plan.facts import BatchFacts, ModelFacts
 from airstream.plan.plan import ACTIVATIONS, KV_CACHE, Batch, Plan, Tier
+from airstream.plan.policy import AHEAD_BYTES, CONTEXTS, MAX_AHEAD, MIN_OVERLAPPED_CONTEXT, WORTH_A_STEP
 from airstream.plan.refusal import most
 from airstream.plan.request import HOST, Request, Workload
 from airstream.plan.spread import counts_after, resident_order
@@ -34,24 +35,6 @@ INCLUDED_TENSORS, TENSOR_BYTES = 4_000, 1_300
 
 DEVICE_RUNTIME_BYTES = 128 * MIB
 """Matrix-multiplication workspaces and the rounding of the device's allocator."""
-
-CONTEXTS = (4096, 2048, 1024, 512, 256, 128)
-"""Contexts tried, in tokens, when `max_context` is not given: the longest that the budget holds is planned for."""
-
-MIN_OVERLAPPED_CONTEXT = 512
-"""Below this, rather give up reading ahead than context."""
-
-AHEAD_BYTES = 64 * MIB
-"""To be read ahead, at least: twice what the reader has in flight, so that the disk never waits for room."""
-
-WORTH_A_STEP = 1.25
-"""How many times less has to be streamed for batches to be smaller, or for fewer of them to be read ahead.
-
-Chosen, not measured: it keeps plans from giving up room to read ahead for a small gain.
-"""
-
-MAX_AHEAD = 8
-"""Batches read ahead, at most."""
 
 _cached_ring_bytes = lru_cache(maxsize=4096)(ring_bytes)
 

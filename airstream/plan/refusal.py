@@ -8,11 +8,9 @@ from dataclasses import replace
 from airstream.errors import ArgumentError
 from airstream.footprint.formulas import Footprint
 from airstream.plan.facts import ModelFacts
+from airstream.plan.policy import MIN_CHUNK
 from airstream.plan.request import Workload
 from airstream.reporting.units import counted, format_bytes
-
-MIN_CHUNK = 16
-"""Tokens of a piece of a prompt: in smaller ones, the passes over all layers cost more than anybody waits for."""
 
 
 def too_much(work: Workload, need: Footprint, left: int) -> str:

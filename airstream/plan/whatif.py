@@ -9,17 +9,14 @@ from airstream.errors import BudgetError
 from airstream.plan.facts import BatchFacts, Group, ModelFacts
 from airstream.plan.plan import Plan
 from airstream.plan.planner import make_plan
+from airstream.plan.policy import MORE_BYTES, WORTH_SAYING
 from airstream.plan.request import HOST, Request
 from airstream.rates.facts import Rate
-from airstream.reporting.units import GIB
 
-MORE_BYTES = 8 * GIB
 FAST_DISK = Rate(7e9, "assumed: NVMe on PCIe 4")
 
 FOUR_BIT = 4.5
 """Bits per weight of common 4-bit formats, the scales of their blocks included (Q4_0 of GGUF: 18 bytes for 32)."""
-
-WORTH_SAYING = 1.05
 
 
 def with_advice(plan: Plan, facts: ModelFacts, request: Request) -> Plan:
