@@ -20,6 +20,7 @@ from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.gguf_outline import LONG, write_outline
 from airstream.compat.gguf import gguf_config
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.layout.parts import Kind
 from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
 from airstream.plan.predict import predict
@@ -100,8 +101,8 @@ def test_every_type(gguf: File, resident: Resident, quant: str) -> None:
 def test_experts_are_read_as_they_lie(gguf: File) -> None:
     """Three merged tensors become two without anything but reads: no converter runs in the token loop."""
     prepared = prepare(gguf("qwen2moe", "Q4_0"), LoadOptions(device="cpu"))
-    merged = [spec for tensors in prepared.parts.units.values() for spec in tensors if ".experts." in spec.name]
-    assert len(merged) == 2 * len(prepared.parts.units)
+    merged = [spec for spec in prepared.parts.specs_of(Kind.LAYER) if ".experts." in spec.name]
+    assert len(merged) == 2 * len(prepared.parts.of(Kind.LAYER))
     assert all(spec.made_by is None for spec in merged)
 
 

@@ -28,6 +28,7 @@ import airstream
 from airstream import AirstreamError, ArgumentError, CheckpointError, DiskSpaceError
 from airstream.checkpoint.safetensors import CheckpointIndex, StoredTensor
 from airstream.cli import main
+from airstream.layout.parts import Kind
 from airstream.layout.slab import pack
 from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
@@ -91,8 +92,8 @@ def test_each_layer_is_one_run_on_a_page(tiny: WriteTiny, tmp_path: Path, name: 
         assert names[0] == "q_proj", "in the order of the model"
         assert names[-1] == "post_attention_layernorm"
     if name == "llama-sharded":
-        units = prepare(out, LoadOptions(device="cpu")).parts.units
-        assert [len(pack(specs, packing_of(torch.device("cpu"))).pieces) for specs in units.values()] == [1] * 4
+        layers = prepare(out, LoadOptions(device="cpu")).parts.of(Kind.LAYER)
+        assert [len(pack(layer.specs, packing_of(torch.device("cpu"))).pieces) for layer in layers] == [1] * 4
 
 
 def test_pickles_become_safetensors(save: Save, tmp_path: Path) -> None:  # noqa: F811

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,30 +23,58 @@ LARGE_TABLE_BYTES = 16 * MIB
 """An embedding table other than the token embedding is worth leaving on disk from this size on."""
 
 
+class Kind(Enum):
+    """What happens to a part of a model."""
+
+    LAYER = "streamed as a unit, or resident"
+    HEAD = "the lm_head: streamed or resident, as the planner decides"
+    TABLE = "an embedding table, of which the rows that are needed are read"
+    RESIDENT = "small, and always in memory"
+
+
 @dataclass(frozen=True, slots=True)
-class Parts:
-    """The tensors of a model by what happens to them. Tied names appear under each of their names.
+class Part:
+    """Tensors with which the same happens.
 
     Attributes:
-        units: unit name -> its tensors, in the order in which the model lists them.
-        stacks: the number of consecutive units that belong to each ModuleList; batches do not cross them.
-        head: the lm_head's module name and tensors, if it can be streamed.
-        rows: tables read row by row, by parameter name.
-        resident: everything else.
+        name: the module of a layer or the lm_head, the parameter that is a table; of the resident rest, nothing.
+        specs: the tensors, in the order in which the model lists them.
     """
 
-    units: Mapping[str, tuple[TensorSpec, ...]]
+    name: str
+    kind: Kind
+    specs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """All parts of a model. Tied tensors appear under each of their names.
+
+    Attributes:
+        parts: the layers in the order in which the model lists them, then the others.
+        stacks: the number of consecutive layers that belong to each ModuleList; batches do not cross them.
+    """
+
+    parts: tuple[Part, ...]
     stacks: tuple[int, ...]
-    head: tuple[str, tuple[TensorSpec, ...]] | None
-    rows: Mapping[str, TensorSpec]
-    resident: tuple[TensorSpec, ...]
+
+    def of(self, kind: Kind) -> list[Part]:
+        """The parts of one kind."""
+        return [part for part in self.parts if part.kind is kind]
+
+    def specs_of(self, *kinds: Kind) -> list[TensorSpec]:
+        """The tensors of all parts of these kinds."""
+        return [spec for part in self.parts if part.kind in kinds for spec in part.specs]
+
+    @property
+    def head(self) -> Part | None:
+        """The lm_head, if it can be streamed."""
+        return next(iter(self.of(Kind.HEAD)), None)
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
         """All tensors by name."""
-        in_units = (spec for tensors in self.units.values() for spec in tensors)
-        in_head = self.head[1] if self.head else ()
-        return {spec.name: spec for spec in (*in_units, *in_head, *self.rows.values(), *self.resident)}
+        return {spec.name: spec for part in self.parts for spec in part.specs}
 
 
 def find_units(model: nn.Module) -> list[list[str]]:
@@ -72,21 +101,19 @@ def _is_called(module: nn.Module) -> bool:
 
 def divide(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> Parts:
     """Decide for every tensor in `specs` what happens to it."""
-    units: dict[str, tuple[TensorSpec, ...]] = {}
+    parts: list[Part] = []
     stacks = []
     shared = _shared_between_units(model, specs)
     for stack in find_units(model):
-        owned = {unit: _owned_by(unit, specs, shared) for unit in stack}
-        streamed = {unit: tensors for unit, tensors in owned.items() if tensors}
-        units |= streamed
-        stacks.append(len(streamed))
-    placed = {spec.name for tensors in units.values() for spec in tensors}
-    head = _head(model, specs, placed)
-    placed |= {spec.name for spec in head[1]} if head else set()
-    rows = _row_tables(model, specs, placed)
-    placed |= rows.keys()
-    resident = tuple(spec for name, spec in specs.items() if name not in placed)
-    return Parts(units, tuple(count for count in stacks if count), head, rows, resident)
+        layers = [Part(unit, Kind.LAYER, _owned_by(unit, specs, shared)) for unit in stack]
+        layers = [layer for layer in layers if layer.specs]
+        parts += layers
+        stacks.append(len(layers))
+    for find in (_head, _tables):
+        parts += find(model, specs, {spec.name for part in parts for spec in part.specs})
+    placed = {spec.name for part in parts for spec in part.specs}
+    rest = tuple(spec for name, spec in specs.items() if name not in placed)
+    return Parts((*parts, Part("", Kind.RESIDENT, rest)), tuple(count for count in stacks if count))
 
 
 def _owned_by(unit: str, specs: Mapping[str, TensorSpec], shared: set[str]) -> tuple[TensorSpec, ...]:
@@ -102,19 +129,18 @@ def _shared_between_units(model: nn.Module, specs: Mapping[str, TensorSpec]) -> 
     return {name for name, spec in specs.items() if uses[spec.pieces] > 1 and spec.pieces in in_units}
 
 
-def _head(
-    model: PreTrainedModel, specs: Mapping[str, TensorSpec], placed: set[str]
-) -> tuple[str, tuple[TensorSpec, ...]] | None:
+def _head(model: PreTrainedModel, specs: Mapping[str, TensorSpec], placed: set[str]) -> list[Part]:
     """The lm_head, if it is a plain linear layer outside all units, so that a hook on it sees every use of it."""
     module = _embeddings(model, "get_output_embeddings")
     if not isinstance(module, nn.Linear):
-        return None
+        return []
     name = next((name for name, candidate in model.named_modules() if candidate is module), None)
     tensors = _owned_by(name, specs, placed) if name else ()
-    return (name, tensors) if name and f"{name}.weight" in {spec.name for spec in tensors} else None
+    is_there = f"{name}.weight" in {spec.name for spec in tensors}
+    return [Part(name, Kind.HEAD, tensors)] if name and is_there else []
 
 
-def _row_tables(model: PreTrainedModel, specs: Mapping[str, TensorSpec], placed: set[str]) -> dict[str, TensorSpec]:
+def _tables(model: PreTrainedModel, specs: Mapping[str, TensorSpec], placed: set[str]) -> list[Part]:
     """Embedding tables to look rows up in: those of tokens, and other large ones."""
     tokens = _embeddings(model, "get_input_embeddings")
     found = []
@@ -124,11 +150,11 @@ def _row_tables(model: PreTrainedModel, specs: Mapping[str, TensorSpec], placed:
         if type(module) in (nn.Embedding, type(tokens)) and spec is not None and spec.name not in placed:
             found.append((module, spec))
     shapes = {spec.shape for module, spec in found if module is tokens}  # encoder and decoder may have one each
-    return {
-        spec.name: spec
+    return [
+        Part(spec.name, Kind.TABLE, (spec,))
         for _, spec in found
         if len(spec.pieces) == 1 and (spec.shape in shapes or spec.nbytes >= LARGE_TABLE_BYTES)
-    }
+    ]
 
 
 def _embeddings(model: PreTrainedModel, getter: str) -> nn.Module | None:

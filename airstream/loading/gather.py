@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention
 from airstream.footprint.formulas import first_count, footprint
 from airstream.footprint.lm_head import Way, copies_weights, way_of
-from airstream.layout.parts import Parts
+from airstream.layout.parts import Kind, Part, Parts
 from airstream.layout.slab import distinct, pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.loading.build import Built
@@ -48,17 +48,15 @@ def gather_facts(
     """The facts of a model that will compute on `device` with weights that lie as `packing` says."""
     model = built.model
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
-    resident = pack(distinct(parts.resident), packing)
-    head_specs = parts.head[1] if parts.head else ()
-    head = batch_facts(parts.head[:1], head_specs, packing, {}) if parts.head else None
-    head_pieces = {spec.pieces for spec in head_specs}
+    resident = pack(distinct(parts.specs_of(Kind.RESIDENT)), packing)
+    head = batch_facts((parts.head.name,), parts.head.specs, packing, {}) if parts.head else None
+    head_pieces = {spec.pieces for spec in parts.specs_of(Kind.HEAD)}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
     copied_bytes = head.slab_bytes[0] if head and device.type == "cpu" else 0
     way = way_of(model.dtype) if copied_bytes else Way.TOGETHER
     copied_for_each = way is Way.TOGETHER and copied_bytes > 0 and copies_weights(model.dtype)
-    everything = [spec for tensors in parts.units.values() for spec in tensors]
-    everything += [*parts.resident, *head_specs, *parts.rows.values()]
-    packed = measure_packed(spec for tensors in (*parts.units.values(), head_specs) for spec in tensors)
+    everything = list(parts.specs.values())
+    packed = measure_packed(parts.specs_of(Kind.LAYER, Kind.HEAD))
     return ModelFacts(
         name=name,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -90,22 +88,21 @@ def gather_facts(
 
 def _tables(parts: Parts) -> list[TensorSpec]:
     """The embedding tables, one of those that are tied."""
-    return list({spec.pieces: spec for spec in parts.rows.values()}.values())
+    return list({spec.pieces: spec for spec in parts.specs_of(Kind.TABLE)}.values())
 
 
-def group(parts: Parts, count: int) -> Iterator[tuple[str, ...]]:
-    """The names of units in batches of `count`. Units of different stacks are never in one batch."""
-    names, start = list(parts.units), 0
+def group(parts: Parts, count: int) -> Iterator[Sequence[Part]]:
+    """The layers in batches of `count`. Those of different stacks are never in one batch."""
+    layers, start = parts.of(Kind.LAYER), 0
     for size in parts.stacks:
-        stack = names[start : start + size]
-        yield from (tuple(stack[first : first + count]) for first in range(0, size, count))
+        stack = layers[start : start + size]
+        yield from (stack[first : first + count] for first in range(0, size, count))
         start += size
 
 
 def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
-    in_layers = [spec for tensors in parts.units.values() for spec in tensors]
-    in_head = parts.head[1] if parts.head else ()
-    head_bytes = sum(spec.nbytes for spec in in_head)
+    in_layers = parts.specs_of(Kind.LAYER)
+    head_bytes = sum(spec.nbytes for spec in parts.specs_of(Kind.HEAD))
     expert_bytes, expert_share = sum(spec.nbytes for spec in in_layers if ".experts." in spec.name), 1.0
     text = model.config.get_text_config(decoder=True)
     if expert_bytes:
@@ -114,7 +111,7 @@ def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
     heads = first_count(text, "num_attention_heads", "n_head", "num_heads", default=1)
     hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
     return Arithmetic(
-        num_layers=len(parts.units),
+        num_layers=len(parts.of(Kind.LAYER)),
         weight_bytes=sum(spec.nbytes for spec in in_layers) + head_bytes,
         head_bytes=head_bytes,
         expert_bytes=expert_bytes,
@@ -125,15 +122,16 @@ def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
 
 def needs_staging(parts: Parts, packing: Packing) -> bool:
     """Whether some reads into host memory cannot land in place: for a cast, or for where they lie within a page."""
-    specs = [*parts.units.values(), parts.resident, *([parts.head[1]] if parts.head else [])]
-    pieces = (piece for tensors in specs for piece in pack(distinct(tensors), packing).pieces)
+    packed = (part.specs for part in parts.parts if part.kind is not Kind.TABLE)
+    pieces = (piece for specs in packed for piece in pack(distinct(specs), packing).pieces)
     return any(piece.cast is not None or (piece.target - piece.offset) % PAGE_BYTES for piece in pieces)
 
 
 def _batches(parts: Parts, count: int, packing: Packing) -> Iterator[BatchFacts]:
     known: Known = {}
-    for units in group(parts, count):
-        yield batch_facts(units, (spec for unit in units for spec in parts.units[unit]), packing, known)
+    for layers in group(parts, count):
+        specs = (spec for layer in layers for spec in layer.specs)
+        yield batch_facts([layer.name for layer in layers], specs, packing, known)
 
 
 def _counts(parts: Parts, layers_per_batch: int | Literal["auto"]) -> list[int]:
@@ -141,7 +139,7 @@ def _counts(parts: Parts, layers_per_batch: int | Literal["auto"]) -> list[int]:
     longest = max(parts.stacks, default=1)
     if layers_per_batch != "auto":
         return [min(layers_per_batch, longest)]
-    sizes = [sum(spec.nbytes for spec in tensors) for tensors in parts.units.values()]
+    sizes = [sum(spec.nbytes for spec in layer.specs) for layer in parts.of(Kind.LAYER)]
     count = math.ceil(AUTO_BATCH_BYTES / max(max(sizes, default=1), 1))
     return list(dict.fromkeys((min(count, longest), 1)))
 
@@ -156,4 +154,4 @@ def _conversion_bytes(parts: Parts, specs: Iterable[TensorSpec]) -> int:
     scratch += min(2 * scratch, KEPT_BY_ALLOCATOR_BYTES)
     if any(spec.made_by is not None and spec.made_by.scratch_bytes for spec in specs):
         scratch += UNPACKING_CODE_BYTES
-    return scratch + max((growth_bytes(tensors) for tensors in parts.units.values()), default=0)
+    return scratch + max((growth_bytes(layer.specs) for layer in parts.of(Kind.LAYER)), default=0)

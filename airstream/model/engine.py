@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from airstream.compat.gguf import conversion_for
 from airstream.compat.traits import vocabulary_of
 from airstream.compat.weights import KeyConversion
 from airstream.footprint.lm_head import take_sequences_apart
+from airstream.layout.parts import Kind
 from airstream.loading.prepare import Prepared
 from airstream.model.binding import Binder, OriginalModules, take_out
 from airstream.model.conversion import converter_of
@@ -62,7 +62,7 @@ class Engine:
         self._kernel_limit = KernelLimit(model.dtype if self.device.type == "cpu" else None)
         self.stats = machinery.stats
         self.modules = OriginalModules(model)
-        self.head = model.get_submodule(prepared.parts.head[0]) if prepared.parts.head else None
+        self.head = model.get_submodule(prepared.parts.head.name) if prepared.parts.head else None
         self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
         self._generations = Generations(self.gate, self.plans, self.modules)
         self.between_generations = self._generations.between
@@ -88,11 +88,11 @@ class Engine:
         convert = converter_of(keys, self.machinery)
         self.stored = all_stored(parts.specs.values(), self.machinery.reader, convert, self.device)
         self._binder = Binder(self.modules, self.stored, convert)
-        self._residents = bind_residents(self._binder, parts.resident, self.machinery)
+        self._residents = bind_residents(self._binder, parts.specs_of(Kind.RESIDENT), self.machinery)
         closing.callback(self._unbind_residents)
         if self.head is not None and self.device.type == "cpu":
             closing.callback(take_sequences_apart(self.head))
-        leaving = [*chain.from_iterable(parts.units.values()), *(parts.head[1] if parts.head else ())]
+        leaving = parts.specs_of(Kind.LAYER, Kind.HEAD)
         watch_tables(model, vocabulary_of(model), closing)
         take_out(self.modules, leaving, self.stored, self.device)
         self._store = Store(parts.specs, self.machinery.backend)

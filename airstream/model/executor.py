@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate, chain
 
-from airstream.layout.parts import Parts
+from airstream.layout.parts import Kind, Parts
 from airstream.layout.tensors import TensorSpec
 from airstream.model.binding import Binder
 from airstream.model.direct import Direct
@@ -47,7 +47,7 @@ class Executor:
             self.residency = Residency(binder, units, fills, self.streamer, Direct(gate), machinery.probe)
             closing.callback(self.residency.close)
             resident = partial(_resident, store, parts)
-            self._tables = bind_tables(binder, parts.rows, resident, machinery)
+            self._tables = bind_tables(binder, parts.specs_of(Kind.TABLE), resident, machinery)
             for binding in self._tables:
                 closing.callback(binding.unbind)
             self._has_one_stack = len(parts.stacks) == 1
@@ -97,6 +97,6 @@ def _order(num_batches: int, fills: Sequence[Fill], firsts: Sequence[int]) -> li
 
 def _resident(store: Store, parts: Parts, table: TensorSpec) -> Resident | None:
     """Where the bytes of `table` stay, if they do: under its own name, or as what it is tied to."""
-    in_head = parts.head[1] if parts.head else ()
-    names = [table.name, *(spec.name for spec in (*parts.rows.values(), *in_head) if spec.pieces == table.pieces)]
+    tied = (spec for spec in parts.specs_of(Kind.TABLE, Kind.HEAD) if spec.pieces == table.pieces)
+    names = [table.name, *(spec.name for spec in tied)]
     return next(filter(None, map(store.resident, names)), None)

@@ -42,7 +42,7 @@ def bind_residents(binder: Binder, residents: Sequence[TensorSpec], machinery: M
 
 def bind_tables(
     binder: Binder,
-    tables: Mapping[str, TensorSpec],
+    tables: Sequence[TensorSpec],
     resident: Callable[[TensorSpec], Resident | None],
     machinery: Machinery,
 ) -> list[Binding]:
@@ -52,7 +52,7 @@ def bind_tables(
         resident: where the bytes of a table stay, if they do. Until they have been loaded, rows are read from disk.
     """
     bindings, device = [], machinery.backend.device
-    for spec in tables.values():
+    for spec in tables:
         binding = Binding(binder, [spec])
         rows = row_fetcher(spec, machinery.reader, device, machinery.probe)
         whole = _whole_table(spec, resident(spec), binding, binder.convert, machinery)
