@@ -87,8 +87,8 @@ class AutoModel:
 
         Args:
             pretrained_model_name_or_path: a folder with config.json and *.safetensors, a hub id, or a GGUF file.
-            dtype: of the weights, "auto" for the checkpoint's own; for packed GGUF it is float32, as in transformers.
-            device: that computes; the accelerator if there is one, else the CPU.
+            dtype: what weights are to be, "auto" for the checkpoint's own; packed GGUF is float32, as in transformers.
+            device: the one that computes; the accelerator if there is one, else the CPU.
             max_memory: bytes that the model may cost above what the process used before: weights, ring, KV cache,
                 activations. As in accelerate, `{0: "4GiB", "cpu": "8GiB"}`; one size is the budget of the device that
                 computes. What is not given is 90 % of the free memory.
@@ -148,7 +148,7 @@ class AutoModel:
         Reads headers; where the weights are not there, the config alone, and plans for what transformers would write.
 
         Args:
-            machine: to plan for, if not this one: `Machine(gpu="RTX 3090", ram="64GiB", disk_gbps=3.5)`.
+            machine: the one to plan for, if not this one: `Machine(gpu="RTX 3090", ram="64GiB", disk_gbps=3.5)`.
             prompt_tokens: of the prompt whose first token is predicted; 512, or as many as the context holds, if not
                 given.
             options: as `from_pretrained`.

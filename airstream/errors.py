@@ -1,4 +1,4 @@
-"""Every error airstream raises on purpose.
+"""These are the errors that airstream raises on purpose.
 
 All of them are `AirstreamError`; each also is the built-in that a caller would have caught anyway, so existing
 `except` clauses keep working:

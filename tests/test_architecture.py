@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import importlib
+import inspect
 import re
 import subprocess
 import sys
@@ -257,3 +259,24 @@ def test_no_function_takes_much(module: str) -> None:
 @EVERY_MODULE
 def test_every_module_says_what_it_knows(module: str) -> None:
     assert TREES[module].body == [] or ast.get_docstring(TREES[module])
+
+
+def definitions(
+    node: ast.Module | ast.ClassDef, prefix: str = ""
+) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    """The public functions, classes and methods of a module, each with its name in it."""
+    for each in node.body:
+        if isinstance(each, ast.FunctionDef | ast.ClassDef) and not each.name.startswith("_"):
+            yield f"{prefix}{each.name}", each
+            if isinstance(each, ast.ClassDef):
+                yield from definitions(each, f"{prefix}{each.name}.")
+
+
+@EVERY_MODULE
+def test_every_public_name_has_a_docstring(module: str) -> None:
+    """Of its own, or, for a method, of what it overrides."""
+    there = importlib.import_module(f"airstream.{module}".rstrip(".")) if module != "__main__" else None
+    for name, node in definitions(TREES[module]):
+        is_method = isinstance(node, ast.FunctionDef) and "." in name
+        overridden = inspect.getdoc(functools.reduce(getattr, name.split("."), there)) if is_method else None
+        assert ast.get_docstring(node) or overridden, f"{module}:{node.lineno} {name}"

@@ -1,6 +1,6 @@
-"""Seconds per token over sizes of memory, for one model and the rates of one machine. Plans, many of them.
+"""A landscape has seconds per token over sizes of memory, for one model and the rates of one machine, by many plans.
 
-Knows plans. Refuses to know pictures (`pictures` draws this), and whether such a machine exists.
+It knows plans. It refuses to know pictures (`pictures` draws this), and whether such a machine exists.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SPAN, MARGIN = 40, 0.06
 can be seen: by this share of the width of a picture."""
 
 SIZES_OF_MAP, SIZES_OF_CURVE = 32, 64
-"""Of each memory: where there are two, and where there is one."""
+"""Sizes of each memory: where there are two memories, and where there is one."""
 
 ROOMY = 1 << 50
 """Bytes that hold any model."""

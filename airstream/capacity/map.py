@@ -1,6 +1,6 @@
-"""Seconds per token over sizes of memory, as a picture. Needs matplotlib, which the extra `plot` brings.
+"""This draws seconds per token over sizes of memory. It needs matplotlib, which the extra `plot` brings.
 
-Knows matplotlib. Refuses to know how the numbers come about: `landscape` has them.
+It knows matplotlib. It refuses to know how the numbers come about: `landscape` has them.
 """
 
 from __future__ import annotations

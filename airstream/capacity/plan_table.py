@@ -1,6 +1,6 @@
-"""What fits which card: models x precisions x cards, a plan for each, as rows of numbers.
+"""This says what fits which card: models x precisions x cards, a plan for each, as rows of numbers.
 
-Knows plans. Refuses to know how rows are written (`table.py`), and needs no weights: a config is enough.
+It knows plans. It refuses to know how rows are written (`table.py`), and needs no weights: a config is enough.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One model at one precision on one card: a row of numbers. Knows neither plans nor how rows are printed."""
+"""A row has the numbers of one model at one precision on one card. It knows neither plans nor how rows are printed."""
 
 from __future__ import annotations
 

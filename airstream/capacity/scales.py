@@ -1,6 +1,6 @@
 """Round numbers for the logarithmic axes of pictures: seconds in steps of ten, sizes of memory in powers of two.
 
-Knows matplotlib's axes. Refuses to know what is drawn between them.
+It knows matplotlib's axes. It refuses to know what is drawn between them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table for people and programs: text, Markdown, CSV, JSON. Knows rows; refuses to know where they come from."""
+"""The table for people and programs: text, Markdown, CSV, JSON. It knows rows; refuses to know where they come from."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The files of a PEFT adapter before PEFT believes them: a config of sane numbers, patterns and choices, sound weights.
+"""This checks the files of a PEFT adapter before PEFT believes them: sane numbers, patterns and choices, sound weights.
 
 PEFT makes what a config asks for, copies layers as often as it says, matches its patterns against every module's name
-and imports a module that it names. Knows which files an adapter has; refuses to know what kinds of adapters there are.
+and imports a module that it names. It knows which files an adapter has; refuses to know what kinds of adapters there
+are.
 """
 
 from __future__ import annotations

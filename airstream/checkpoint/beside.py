@@ -1,7 +1,7 @@
-"""The small files beside weights (tokenizer, processor, chat template) before transformers reads them.
+"""This looks at the small files beside weights (tokenizer, processor, chat template) before transformers reads them.
 
-Knows their names and how large they get. Refuses to know what is in them: a pass over their bytes says whether reading
-them would cost more than it ever does.
+It knows their names and how large they get. It refuses to know what is in them: a pass over their bytes says whether
+reading them would cost more than it ever does.
 """
 
 from __future__ import annotations

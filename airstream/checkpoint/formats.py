@@ -1,6 +1,6 @@
-"""Which format of checkpoint a folder holds: safetensors, or what `torch.save` pickles. The order is transformers'.
+"""This says which format of checkpoint a folder holds: safetensors, or what `torch.save` pickles, as transformers does.
 
-Knows names of files; what is in them is for the module of each format.
+It knows names of files; what is in them is for the module of each format.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """generation_config.json before anybody believes it: transformers computes with whatever is there, and fails later.
 
-Knows which fields there are and of which types their values can be. Refuses to know which values go together.
+It knows which fields there are and of which types their values can be. It refuses to know which values go together.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Which tensor lies where in a GGUF checkpoint: its headers, read and checked before anything else happens.
+"""This says which tensor lies where in a GGUF checkpoint. Headers are read and checked before anything else happens.
 
-Knows the format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: little-endian; counts, metadata, a table of
-tensors, then their data) and its files split in several. Reads headers only, and of the metadata keeps only what says
-where tensors are; what it says about the model is for transformers to read. Nothing a header claims is believed before
-it has been held against the file, and nothing is allocated for a claim.
+It knows the format (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: little-endian; counts, metadata, a table
+of tensors, then their data) and its files split in several. It reads headers only, and of the metadata keeps only what
+says where tensors are; what it says about the model is for transformers to read. Nothing a header claims is believed
+before it has been held against the file, and nothing is allocated for a claim.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Readers of metadata look at every word of a vocabulary, which takes them a minute for a large one. What they make of the
 outline is what they would make of the file: all entries but the long lists are there, byte for byte, and all tensors by
-name. Refuses to know what any of it means.
+name. It refuses to know what any of it means.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From what the user names to a folder with a checkpoint: a local folder as it is, a hub id through huggingface_hub.
+"""This goes from what the user names to a folder with a checkpoint: a local folder, or a hub id by huggingface_hub.
 
 Downloads show progress, resume where they broke off, and are verified by huggingface_hub. Only what is needed comes:
 configuration and tokenizer first, then the shards that the checkpoint's own index names; safetensors if there are any,

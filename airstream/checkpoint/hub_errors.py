@@ -1,7 +1,8 @@
-"""What it means that a hub did not give out a checkpoint, and what to do about it.
+"""This says what it means that a hub did not give out a checkpoint, and what to do about it.
 
-Knows the errors of huggingface_hub, what they were caused by, and the statuses of HTTP. huggingface_hub itself says of
-most of them that a file is not in its cache: the cause is what is told here. Refuses to know what was to be downloaded.
+It knows the errors of huggingface_hub, what they were caused by, and the statuses of HTTP. huggingface_hub itself says
+of most of them that a file is not in its cache: the cause is what is told here. It refuses to know what was to be
+downloaded.
 """
 
 from __future__ import annotations

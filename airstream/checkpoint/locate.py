@@ -1,6 +1,6 @@
-"""Where a model's description and weights are: a folder with a checkpoint, or a GGUF file that is both.
+"""This says where a model's description and weights are: a folder with a checkpoint, or a GGUF file that is both.
 
-Knows how a user may name a GGUF file. What a folder or a hub id is, and how it is downloaded, `hub` knows.
+It knows how a user may name a GGUF file. What a folder or a hub id is, and how it is downloaded, `hub` knows.
 """
 
 from __future__ import annotations

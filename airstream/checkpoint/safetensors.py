@@ -1,7 +1,7 @@
-"""Which tensor lies where: the headers of a safetensors checkpoint, read and checked before anything else happens.
+"""This says which tensor lies where: the headers of a safetensors checkpoint are read and checked first.
 
-Knows the safetensors format (https://huggingface.co/docs/safetensors/index#format: a little-endian u64 with the size
-of a JSON header, the header, then the data) and the sharded layout of the hub. Reads headers only: never a weight.
+It knows the safetensors format (https://huggingface.co/docs/safetensors/index#format: a little-endian u64 with the size
+of a JSON header, the header, then the data) and the sharded layout of the hub. It reads headers only: never a weight.
 """
 
 from __future__ import annotations
@@ -60,6 +60,7 @@ class StoredTensor:
 
     @property
     def end(self) -> int:
+        """The first byte of the file behind the tensor."""
         return self.offset + self.nbytes
 
 

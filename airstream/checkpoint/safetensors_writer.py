@@ -1,4 +1,4 @@
-"""Writing safetensors files: the header, padded so that the data begins on a page. Knows the format, and no order."""
+"""This writes safetensors files, padded so that the data begins on a page. It knows the format, and no order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""The command line: `airstream demo | generate | chat | plan | ...`. Parses, calls, prints; decides nothing."""
+"""The command line parses `airstream demo | generate | chat | plan | ...`, calls and prints; it decides nothing.
+
+It refuses to know how a model runs: it calls what every user can call. Read `parser` first, then `values` and
+`mistakes`, which refuse what cannot be meant, then the module that has the name of a command; `session` is what
+commands share.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The turns of a chat, and the KV cache of what the model has seen of them.
+"""A conversation has the turns of a chat, and the KV cache of what the model has seen of them.
 
-Knows what may be kept from one turn to the next: the keys and values of the tokens that the next prompt begins with,
-and of those only. Refuses to know where questions come from and where answers go.
+It knows what may be kept from one turn to the next: the keys and values of the tokens that the next prompt begins with,
+and of those only. It refuses to know where questions come from and where answers go.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Conversation:
     """Messages between a user and `model`.
 
     Args:
-        options: of `generate`.
+        options: options of `generate`.
         stops: texts that end an answer.
         reuses: keep the KV cache of earlier turns. What is computed token by token, or for a whole prompt, is the same
             but for rounding, so that an answer may differ from one for which everything is read anew.

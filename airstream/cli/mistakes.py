@@ -1,7 +1,7 @@
-"""What is wrong with a command whatever the model: told at once, not after the seconds in which torch is imported.
+"""This tells what is wrong with a command whatever the model: at once, before torch is imported, which takes seconds.
 
-Knows what the arguments say together, and the files and cards that they name; what one says alone, `values` knows.
-Refuses to know models and devices: what only they can tell is told when they are there.
+It knows what the arguments say together, and the files and cards that they name; what one says alone, `values` knows.
+It refuses to know models and devices: what only they can tell is told when they are there.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ def check_generate(arguments: argparse.Namespace) -> None:
 
 
 def check_chat(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError if the arguments of `airstream chat` cannot go together."""
     _check_loading(arguments)
     check_sampling(arguments)
 
 
 def check_repack(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError if the arguments of `airstream repack` cannot go together."""
     _check_order("repack", arguments.model, arguments.out)
     _check_model(arguments.model)
     if not arguments.out:
@@ -50,12 +52,14 @@ def check_repack(arguments: argparse.Namespace) -> None:
 
 
 def check_verify(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError if the arguments of `airstream verify` cannot go together."""
     _check_model(arguments.model)
     if arguments.deep and arguments.quick:
         raise ArgumentError("--deep reads all weights and --quick reads none: leave one of them out")
 
 
 def check_plan(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError if the arguments of `airstream plan` cannot go together, or name no card that is known."""
     for model in arguments.models:
         _check_model(model)
     _check_memory(arguments)

@@ -1,7 +1,7 @@
-"""Standard output that cannot be written: the disk that it goes to is full, or its reader went away.
+"""This notices standard output that cannot be written: the disk that it goes to is full, or its reader went away.
 
-Knows the stream. Refuses to know what is printed. What is left in its buffer is thrown away once that has been told, so
-that the interpreter, which tries again when it ends, has nothing to complain about.
+It knows the stream. It refuses to know what is printed. What is left in its buffer is thrown away once that has been
+told, so that the interpreter, which tries again when it ends, has nothing to complain about.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The arguments of every command. Importing this is cheap: commands import torch when they run."""
+"""The parser has the arguments of every command. Importing this is cheap: commands import torch when they run."""
 
 from __future__ import annotations
 
@@ -47,6 +47,7 @@ class CommandParser(Parser):
     _is_mixing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse has it, but arguments and options may be mixed."""
         if self._is_mixing or args is None:
             return super().parse_known_args(args, namespace)
         self._is_mixing = True  # what mixes comes here again, for options and for the others

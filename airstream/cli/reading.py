@@ -1,4 +1,4 @@
-"""What a user types: with the keys of a line editor where Python has one, over several lines where it is asked for."""
+"""This reads what a user types: with the keys of a line editor where Python has one, over several lines if asked."""
 
 from __future__ import annotations
 

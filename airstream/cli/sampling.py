@@ -1,4 +1,4 @@
-"""How the next token is chosen: what the command line says of it, what the checkpoint does, and which one counts."""
+"""This says how the next token is chosen: by the command line or by the checkpoint, and which one counts."""
 
 from __future__ import annotations
 

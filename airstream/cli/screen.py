@@ -1,4 +1,4 @@
-"""Text on standard output as it is generated, beside the line that says how fast it comes."""
+"""This prints text as it is generated, beside the line that says how fast it comes."""
 
 from __future__ import annotations
 

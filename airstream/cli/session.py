@@ -1,4 +1,4 @@
-"""What the commands that generate text share: a model, a prompt, text on the terminal."""
+"""This has what the commands that generate text share: a model, a prompt, text on the terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts that end a generation: noticed in the tokens, and cut off from what is shown."""
+"""This notices texts that end a generation, and cuts them off from what is shown."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Values of the command line and where they may lie: a mistake is told before anything is imported.
+"""This checks values of the command line: a mistake is told before anything is imported.
 
-Refuses to know torch: dtypes are names here, devices are left to who can look for them.
+It refuses to know torch: dtypes are names here, devices are left to who can look for them.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def text(given: str) -> str:
 
 
 def dtype(given: str) -> str:
+    """The name of a dtype that models compute in, as it was given."""
     if given.removeprefix("torch.") not in DTYPES:
         raise argparse.ArgumentTypeError(
             f"{given!r} is not a type that models compute in: {', '.join(DTYPES)}. Weights are not quantised here: "

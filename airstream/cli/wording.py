@@ -1,6 +1,6 @@
-"""Errors in the words of the command line: what Python calls an argument is an option there.
+"""This puts errors in the words of the command line: what Python calls an argument is an option there.
 
-Knows how messages write arguments. Refuses to know which error it is.
+It knows how messages write arguments. It refuses to know which error it is.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Packed weights: what a block of a type is, and how blocks become numbers. `BLOCK_TYPES` has every type by name.
+"""This folder says what a block of packed weights is, and turns blocks into numbers.
 
-Knows bytes and tensors, on any device. Refuses to know files, models, or who needs the numbers when.
+It knows bytes and tensors, on any device. It refuses to know files, models, or who needs the numbers when. Read
+`registry` first: `BLOCK_TYPES` has every type by name, and `decode_into` decodes. Then `words` and `simple`,
+`super_blocks` and `grids`, which take blocks apart, and `native`, which calls the compiled kernels.
 """

@@ -1,4 +1,4 @@
-"""Decoding by blocks.c, where it was compiled when airstream was installed: some times faster than torch, on a CPU.
+"""This decodes by blocks.c, where it was compiled when airstream was installed: some times faster than torch, on a CPU.
 
 Optional: without a C compiler, and for what it has no kernel, torch decodes, to the same bits. A kernel holds no lock
 of the interpreter, so that several threads decode at once.

@@ -1,4 +1,4 @@
-"""The table of block types, and decoding any number of blocks with little memory."""
+"""This has the table of block types, and decodes any number of blocks with little memory."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DECODE_SCRATCH_BYTES = 8 * DEVICE_SLICE_ELEMENTS
 """Memory that decoding takes on a device for what lies between bytes and numbers: see tests/test_codecs.py."""
 
 HOST_SCRATCH_BYTES = 8 * HOST_SLICE_ELEMENTS
-"""The same, for each thread that decodes on a CPU."""
+"""Memory that decoding takes in each thread that decodes on a CPU."""
 
 MEASURED_ELEMENTS = 2 << 20
 """Numbers that are decoded to know the rate: more than a core's own cache holds, as what is decoded later will be."""

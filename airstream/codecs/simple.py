@@ -1,4 +1,4 @@
-"""Types with one scale for a block of 32 numbers: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4.
+"""These types have one scale for a block of 32 numbers: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4.
 
 Every function takes blocks of shape (n, bytes per block) and takes them apart into one group of 32 numbers each.
 """
@@ -17,30 +17,37 @@ FP4_LEVELS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def q4_0(blocks: torch.Tensor) -> Unpacked:
+    """Q4_0: blocks (n, 18) to numbers of shape (n, 1, 32)."""
     return Unpacked(_four_bits(blocks[:, 2:]).view(torch.int8).sub_(8), half(blocks, 0))
 
 
 def q4_1(blocks: torch.Tensor) -> Unpacked:
+    """Q4_1: blocks (n, 20) to numbers of shape (n, 1, 32)."""
     return Unpacked(_four_bits(blocks[:, 4:]), half(blocks, 0), half(blocks, 2))
 
 
 def q5_0(blocks: torch.Tensor) -> Unpacked:
+    """Q5_0: blocks (n, 22) to numbers of shape (n, 1, 32)."""
     return Unpacked(_five_bits(blocks[:, 2:]).view(torch.int8).sub_(16), half(blocks, 0))
 
 
 def q5_1(blocks: torch.Tensor) -> Unpacked:
+    """Q5_1: blocks (n, 24) to numbers of shape (n, 1, 32)."""
     return Unpacked(_five_bits(blocks[:, 4:]), half(blocks, 0), half(blocks, 2))
 
 
 def q8_0(blocks: torch.Tensor) -> Unpacked:
+    """Q8_0: blocks (n, 34) to numbers of shape (n, 1, 32)."""
     return Unpacked(blocks[:, None, 2:].view(torch.int8), half(blocks, 0))
 
 
 def iq4_nl(blocks: torch.Tensor) -> Unpacked:
+    """IQ4_NL: blocks (n, 18) to numbers of shape (n, 1, 32)."""
     return Unpacked(levels(_four_bits(blocks[:, 2:]), IQ4_LEVELS), half(blocks, 0))
 
 
 def mxfp4(blocks: torch.Tensor) -> Unpacked:
+    """MXFP4: blocks (n, 17) to numbers of shape (n, 1, 32)."""
     exponent = blocks[:, None, :1].to(torch.int32)
     tiny = torch.full_like(exponent, 0x0020_0000) << exponent.clamp(max=1)
     scale = torch.where(exponent < 2, tiny, (exponent - 1) << 23).view(torch.float32)  # half of 2 ** (exponent - 127)

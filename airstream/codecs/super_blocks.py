@@ -1,4 +1,4 @@
-"""Types with scales of scales for a block of 256 numbers: Q2_K to Q6_K, IQ4_XS.
+"""These types have scales of scales for a block of 256 numbers: Q2_K to Q6_K, IQ4_XS.
 
 Every function takes blocks of shape (n, bytes per block) and takes them apart into groups of 16 or 32 numbers.
 """
@@ -12,6 +12,7 @@ from airstream.codecs.words import Unpacked, bytes_of, field, half, nibbles, rep
 
 
 def q2_k(blocks: torch.Tensor) -> Unpacked:
+    """Q2_K: blocks (n, 84) to numbers of shape (n, 16, 16)."""
     scales = blocks[:, :16, None]
     scale = half(blocks, 80) * (scales & 15)
     minimum = half(blocks, 82) * (scales >> 4)
@@ -20,6 +21,7 @@ def q2_k(blocks: torch.Tensor) -> Unpacked:
 
 
 def q3_k(blocks: torch.Tensor) -> Unpacked:
+    """Q3_K: blocks (n, 110) to numbers of shape (n, 16, 16)."""
     numbers = _crumbs(words_of(blocks[:, 32:96])).view(len(blocks), 8, 4)
     high = words_of(blocks[:, :32])
     for group in range(8):  # of 32 numbers; its bit in `high` is set where 4 is not to be taken away
@@ -29,11 +31,13 @@ def q3_k(blocks: torch.Tensor) -> Unpacked:
 
 
 def q4_k(blocks: torch.Tensor) -> Unpacked:
+    """Q4_K: blocks (n, 144) to numbers of shape (n, 8, 32)."""
     numbers = nibbles(words_of(blocks[:, 16:]).view(-1, 4, 4)).view(-1, 8, 4)
     return Unpacked(bytes_of(numbers), *_scales_and_shifts(blocks))
 
 
 def q5_k(blocks: torch.Tensor) -> Unpacked:
+    """Q5_K: blocks (n, 176) to numbers of shape (n, 8, 32)."""
     numbers = nibbles(words_of(blocks[:, 48:]).view(-1, 4, 4)).view(-1, 8, 4)
     high = words_of(blocks[:, 16:48])
     for group in range(8):
@@ -42,6 +46,7 @@ def q5_k(blocks: torch.Tensor) -> Unpacked:
 
 
 def q6_k(blocks: torch.Tensor) -> Unpacked:
+    """Q6_K: blocks (n, 210) to numbers of shape (n, 16, 16)."""
     scale = half(blocks, 208) * blocks[:, 192:208, None].view(torch.int8)
     numbers = nibbles(words_of(blocks[:, :128]).view(-1, 2, 8)).view(-1, 2, 4, 4)
     high = words_of(blocks[:, 128:192]).view(-1, 2, 4)
@@ -53,6 +58,7 @@ def q6_k(blocks: torch.Tensor) -> Unpacked:
 
 
 def iq4_xs(blocks: torch.Tensor) -> Unpacked:
+    """IQ4_XS: blocks (n, 136) to numbers of shape (n, 8, 32)."""
     low = torch.stack((blocks[:, 4:8] & 15, blocks[:, 4:8] >> 4), dim=2).view(-1, 8, 1)
     high = torch.stack([blocks[:, 2:4] >> shift & 3 for shift in (0, 2, 4, 6)], dim=2).view(-1, 8, 1)
     scale = half(blocks, 0) * (low | high << 4).view(torch.int8).sub_(32)

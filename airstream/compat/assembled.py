@@ -1,4 +1,4 @@
-"""Weights that are objects: a tensor with attributes that say how to compute with it, made of several packed tensors.
+"""This handles weights that are objects: made of several packed tensors, with attributes that say how to compute.
 
 Such objects, and the modules that hold them, are changed by a forward pass: scales move from the one to the other, or
 the weight is replaced by one that is packed in another way. A layer that is streamed has to begin as it was loaded

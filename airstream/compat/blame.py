@@ -1,4 +1,4 @@
-"""Whatever transformers raises while it believes a file, as one error of ours that names the file.
+"""This makes one error of ours, which names the file, of whatever transformers raises while it believes a file.
 
 transformers trusts what it reads, and fails in as many ways as that can be wrong: a config gives a KeyError, an
 AssertionError or an overflow of the stack, a tokenizer a panic of Rust. Who calls it says which file it believes; here

@@ -1,4 +1,4 @@
-"""Building a model without weights, and what `from_pretrained` does after the last weight has been loaded."""
+"""This builds a model without weights, and does what `from_pretrained` does after the last weight has been loaded."""
 
 from __future__ import annotations
 

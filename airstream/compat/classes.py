@@ -1,7 +1,7 @@
-"""Which class of transformers, or of the checkpoint's own code, a checkpoint is a model of.
+"""This says which class of transformers, or of the checkpoint's own code, a checkpoint is a model of.
 
-Knows the auto classes and what a config says of itself. Refuses to take a config's word for more than a choice among
-the classes that transformers lists for its type, or those of its own code if that is trusted.
+It knows the auto classes and what a config says of itself. It refuses to take a config's word for more than a choice
+among the classes that transformers lists for its type, or those of its own code if that is trusted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GGUF checkpoints as transformers reads them: config, tokenizer, which tensor is which weight, what was done to it.
+"""This reads GGUF checkpoints as transformers does: config, tokenizer, which tensor is which weight, what changed it.
 
 transformers has two ways, which this wraps alike: tables of renames and conversions for the newest architectures, and
 for all others "tensor processors", numpy code that undoes what llama.cpp did to a weight. Either is run as a

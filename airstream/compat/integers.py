@@ -1,4 +1,4 @@
-"""Weights kept as small integers in 32-bit words, as GPTQ, AWQ and AutoRound store them, made dense again.
+"""This makes weights dense that are kept as small integers in 32-bit words, as GPTQ, AWQ and AutoRound store them.
 
 A linear layer of `inputs` and `outputs` features, in groups of inputs that share a scale and a zero, is four tensors:
 
@@ -8,7 +8,7 @@ A linear layer of `inputs` and `outputs` features, in groups of inputs that shar
 - g_idx: (inputs,), int32, the group of each input; without it, groups are equally long runs of inputs
 
 Its weight is scale * (integer - zero), in the dtype of the scales: what the reference kernels of AutoGPTQ, AutoAWQ and
-GPTQModel multiply with. Knows how integers lie in words. Refuses to know what a checkpoint says about itself.
+GPTQModel multiply with. It knows how integers lie in words. It refuses to know what a checkpoint says about itself.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class UnpackIntegers(ConversionOps):  # type: ignore[misc]  # transformers has n
         self._is_only = is_only
 
     def convert(self, input_dict: Tensors, source_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
+        """The dense weights, by the pattern of each, or by the full name if this is the only operation."""
         dense = {}
         for pattern in source_patterns:
             stem = pattern.removesuffix(NAMES[0])

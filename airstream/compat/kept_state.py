@@ -1,4 +1,4 @@
-"""Whether a model keeps something of a call in its own modules.
+"""This finds out whether a model keeps something of a call in its own modules.
 
 Qwen2-VL keeps the offset of its positions from the prompt for the tokens that follow, RecurrentGemma the states of its
 layers. Two generations of such a model cannot take turns between passes. transformers has no word for it, but it is

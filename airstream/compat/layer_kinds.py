@@ -1,4 +1,4 @@
-"""Which layers of a model are alike, so that what is measured of one need not be measured of all of them.
+"""This says which layers of a model are alike, so that what is measured of one need not be measured of all of them.
 
 Two layers are of one kind if they have the same modules of the same classes with the same shapes and settings, but for
 their own number. A setting that cannot be compared makes them different: then more is measured than has to be.

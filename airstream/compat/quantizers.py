@@ -1,8 +1,9 @@
-"""Checkpoints that were quantised before they were saved: what transformers' quantizers say of them.
+"""This handles checkpoints that were quantised before they were saved, as transformers' quantizers describe them.
 
 A quantizer replaces modules of a model that has no weights yet, and says how the tensors of the checkpoint become what
-those modules hold: as they are, put together to one object, or dequantised. Knows what each format needs of the machine
-and refuses, with the remedy, what cannot be streamed. Refuses to know where bytes lie and when they are read.
+those modules hold: as they are, put together to one object, or dequantised. It knows what each format needs of the
+machine and refuses, with the remedy, what cannot be streamed. It refuses to know where bytes lie and when they are
+read.
 """
 
 from __future__ import annotations

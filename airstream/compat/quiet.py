@@ -1,4 +1,4 @@
-"""Keeping transformers silent where what it would say has been judged already, or is said better by airstream."""
+"""This keeps transformers silent where what it would say has been judged already, or is said better by airstream."""
 
 from __future__ import annotations
 

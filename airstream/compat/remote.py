@@ -1,4 +1,4 @@
-"""Checkpoints that bring their own modeling code, which runs only if the user says so."""
+"""This knows checkpoints that bring their own modeling code, which runs only if the user says so."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Renaming thousands of checkpoint keys that differ in nothing but their numbers, by renaming one of each kind.
+"""This renames thousands of checkpoint keys that differ in nothing but their numbers, by renaming one of each kind.
 
-Knows numbers, and which renames cannot tell one from another. Refuses to know what the renames are.
+It knows numbers, and which renames cannot tell one from another. It refuses to know what the renames are.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which of the small files beside weights, and which field of it, no tokenizer or processor can be made with.
+"""This finds the small file beside weights, and the field of it, that no tokenizer or processor can be made with.
 
 transformers reads half a dozen of them and names none. Once it has failed, it is asked again for a folder of links in
-which one file is another one. Runs nothing that is not run anyway, and little of that: see `suspects`.
+which one file is another one. It runs nothing that is not run anyway, and little of that: see `suspects`.
 """
 
 from __future__ import annotations

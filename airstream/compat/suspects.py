@@ -1,8 +1,8 @@
-"""Which field of a file is to blame: found by leaving out one after the other, once what the file says has failed.
+"""This finds which field of a file is to blame, by leaving out one after the other, once what the file says has failed.
 
 transformers says "division by zero" where a config says that there are no heads. What is left out has its default,
-which may not go with the rest; a number may be 1 instead. If either mends it, the field is named. Costs nothing where
-all is well, and little else: it stops after a second of work.
+which may not go with the rest; a number may be 1 instead. If either mends it, the field is named. It costs nothing
+where all is well, and little else: it stops after a second of work.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model tells of itself once it is built: its attention, what it keeps from one token to the next."""
+"""This asks a model that has been built about itself: its attention, what it keeps from one token to the next."""
 
 from __future__ import annotations
 

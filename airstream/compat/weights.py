@@ -1,4 +1,4 @@
-"""What a model's weights are called in a checkpoint, how they are converted, and which dtype each must have."""
+"""This says what a model's weights are called in a checkpoint, how they are converted, and which dtype each has."""
 
 from __future__ import annotations
 

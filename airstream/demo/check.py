@@ -1,4 +1,4 @@
-"""Whether an answer is the one that transformers gives, by letting transformers give it: all weights in memory.
+"""This checks that an answer is the one that transformers gives, by letting it answer with all weights in memory.
 
 The weights come from the same GGUF file by another road than those that were streamed: the package gguf decodes them,
 and nothing that streams has a hand in it. transformers' own reading of the file gives the same weights to the bit, and

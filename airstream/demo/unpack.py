@@ -1,6 +1,6 @@
 """The demo model's GGUF as a dense bf16 checkpoint: weights, config, tokenizer, chat template.
 
-Refuses to be a GGUF converter: it reads what that one file holds, and names what it does not know. It unpacks by
+It refuses to be a GGUF converter: it reads what that one file holds, and names what it does not know. It unpacks by
 itself, not through transformers, so that the bytes do not depend on the transformers installed. The weights are those
 that transformers reads, bit for bit; the tokenizer is better: as in llama.cpp, digits stand alone, while transformers'
 conversion keeps a digit and the space before it together.

@@ -1,1 +1,5 @@
-"""What a forward pass needs besides weights."""
+"""This folder says what a forward pass needs of memory besides weights.
+
+It knows configs, and modules on the meta device. It refuses to know budgets and plans. Read `formulas` first, then
+`activations`, which uses `allocations` and `growth`, then `attention` and `lm_head`, which are details of kernels.
+"""

@@ -1,4 +1,4 @@
-"""What a model's forward pass allocates, found by passes on the meta device: shapes, no values, no memory."""
+"""This finds what a model's forward pass allocates, by passes on the meta device: shapes, no values, no memory."""
 
 from __future__ import annotations
 

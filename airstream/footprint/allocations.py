@@ -1,4 +1,4 @@
-"""How much memory a computation holds at most, found by running it on the meta device: shapes, no values, no memory."""
+"""This finds how much memory a computation holds at most, by running it on the meta device, without values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which kernel computes attention on a device, and what it allocates, for passes on the meta device.
+"""This says which kernel computes attention on a device, and what it allocates, for passes on the meta device.
 
 torch asks the device which kernel it is, and of the meta device it believes that scores are materialised, as on none.
 """

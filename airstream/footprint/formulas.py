@@ -1,4 +1,4 @@
-"""What a forward pass needs besides weights: KV cache, activations, logits. Arithmetic on a model's config.
+"""These formulas say what a forward pass needs besides weights: KV cache, activations, logits. They need a config.
 
 Formulas, with B sequences of T new tokens each, C tokens of context, s bytes per element:
 

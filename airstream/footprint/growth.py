@@ -1,4 +1,7 @@
-"""How the memory of a forward pass grows with its tokens: polynomials, found from passes of a few sizes. No tensors."""
+"""This says how the memory of a forward pass grows with its tokens: polynomials, found from passes of a few sizes.
+
+There are no tensors here.
+"""
 
 from __future__ import annotations
 
@@ -56,8 +59,8 @@ class PassGrowth:
     """How the memory of a pass of one sequence grows, without the KV cache and the lm_head.
 
     Attributes:
-        fresh: of a prompt that nothing is hidden of, and that nothing comes before.
-        continued: of tokens that follow others, or are hidden from some: they have a mask.
+        fresh: the growth of a prompt that nothing is hidden of, and that nothing comes before.
+        continued: the growth of tokens that follow others, or are hidden from some: they have a mask.
         window: from this context on these hold, where attention is limited to some of it.
     """
 

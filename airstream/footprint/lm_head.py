@@ -1,4 +1,4 @@
-"""One detail of the lm_head on the CPU that would cost copies of it in memory, and much time.
+"""This avoids one detail of the lm_head on the CPU that would cost copies of it in memory, and much time.
 
 Small products tell, once, whether torch copies weights on this processor, and which way around that keeps the bits.
 """

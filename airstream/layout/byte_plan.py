@@ -1,4 +1,4 @@
-"""Which bytes of which file make which tensor of the model.
+"""This says which bytes of which file make which tensor of the model.
 
 A `TensorSpec` is the byte plan of one tensor: the pieces of files it consists of. Most tensors are one piece. Where
 transformers merges, splits or reorders checkpoint tensors while loading (all experts of a layer into one tensor, say),
@@ -6,7 +6,7 @@ its own converters are run once on tensors of row numbers: what comes out says w
 so that at run time there is nothing left to do but read. Where a converter does more than move rows (it transposes, or
 computes), its sources are read raw and it runs on them each time: a `Conversion`.
 
-Knows nothing of devices, budgets or the order of execution.
+It knows nothing of devices, budgets or the order of execution.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def read_specs(
     Args:
         model: on the meta device.
         dtype: what floating-point parameters are to be, as `from_pretrained(dtype=...)`.
-        quantizer: of the checkpoint, if it is quantised.
+        quantizer: the quantizer of the checkpoint, if it is quantised.
         faults: takes all that is wrong, instead of the first of it being raised.
         may_lack: tensors may be missing.
 

@@ -1,7 +1,7 @@
-"""What a converter of transformers gives when it is run on shapes alone, on the meta device: no values, no memory.
+"""This runs a converter of transformers on shapes alone, on the meta device: no values, no memory.
 
-Knows what comes out, how much memory it takes for a moment, and which results are views of what it was given: so where
-in memory a resident model has them. Refuses to know what bytes they are of a file.
+It knows what comes out, how much memory it takes for a moment, and which results are views of what it was given: so
+where in memory a resident model has them. It refuses to know what bytes they are of a file.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from airstream.layout.tensors import CACHE_LINE_BYTES
 __all__ = ["Expansion", "Expansions", "Origin", "expand", "kind_of", "try_convert"]
 
 NUMBER = re.compile(r"\d+")
-"""In the name of a weight: of its layer, say."""
+"""A number in the name of a weight: that of its layer, say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class Origin:
 
     Attributes:
         source: the number of the source that it is a view of; None if its memory is not that of a source.
-        start: its first byte in that memory.
+        start: the first byte of the result in that memory.
         is_run: it is elements of that memory in their order, and the converter has changed none of them.
     """
 
@@ -121,6 +121,7 @@ def _origin(output: torch.Tensor, sources: Sequence[torch.Tensor]) -> Origin:
 def try_convert(
     conversion: KeyConversion, name: str, sources: Sequence[tuple[str, str]], tensors: Sequence[torch.Tensor]
 ) -> dict[str, torch.Tensor] | None:
+    """What the converter `name` makes of `tensors`, by name; None if it fails."""
     try:
         return conversion.convert(name, [(*source, tensor) for source, tensor in zip(sources, tensors, strict=True)])
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError):

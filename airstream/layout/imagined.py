@@ -1,7 +1,7 @@
-"""A checkpoint that is not there: the index of what `save_pretrained` would write of a model on the meta device.
+"""This imagines a checkpoint that is not there: what `save_pretrained` would write of a model on the meta device.
 
-Lets everything that plans work from a config alone. Knows how the safetensors library orders and aligns what it writes,
-so that offsets are those of the real file; writes and opens nothing.
+Lets everything that plans work from a config alone. It knows how the safetensors library orders and aligns what it
+writes, so that offsets are those of the real file; writes and opens nothing.
 """
 
 from __future__ import annotations

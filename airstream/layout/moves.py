@@ -1,6 +1,6 @@
-"""Where a converter that only moves rows takes them from, read off tensors of row numbers that it has moved.
+"""This reads off moved row numbers from where a converter that only moves rows takes them.
 
-Knows numbers, rows and byte plans. Refuses to know how converters are run.
+It knows numbers, rows and byte plans. It refuses to know how converters are run.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Moves:
     """Where the rows of one result come from.
 
     Attributes:
-        shape: of the result.
+        shape: the shape of the result.
         runs: (first row in the result, number of the source, first row in it, how many rows).
         deal: (rows, ways) if the rows of the only source are dealt out: then there is one run for each of them.
     """

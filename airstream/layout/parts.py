@@ -1,4 +1,4 @@
-"""Which parts of a model are streamed, kept, or read row by row.
+"""This says which parts of a model are streamed, kept, or read row by row.
 
 A unit is what is streamed as one: a child of an outermost `nn.ModuleList`, which is where transformers keeps the layers
 of every architecture. A child that only holds others itself, a stage of a vision tower say, is never called: the layers

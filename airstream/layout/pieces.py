@@ -1,6 +1,6 @@
-"""Which bytes of a stored tensor are read for which of a tensor of the model, and what has to be made of them.
+"""This says which bytes of a stored tensor are read for which of a tensor of the model, and what is made of them.
 
-Knows dtypes, blocks and rows. Refuses to know names, converters, and why rows change places.
+It knows dtypes, blocks and rows. It refuses to know names, converters, and why rows change places.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where in the ring's memory each layer batch lies. Offsets only: no memory, no threads, no waiting."""
+"""The ring says where in its memory each layer batch lies. It gives offsets only: no memory, no threads, no waiting."""
 
 from __future__ import annotations
 

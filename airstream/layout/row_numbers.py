@@ -1,4 +1,7 @@
-"""What tensors of row numbers tell after a converter has moved the rows. Knows numbers, not what they stand for."""
+"""This finds out what tensors of row numbers tell after a converter has moved the rows.
+
+It knows numbers. It refuses to know what they stand for.
+"""
 
 from __future__ import annotations
 

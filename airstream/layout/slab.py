@@ -1,6 +1,6 @@
-"""How tensors lie together in memory: side by side in one run of bytes, so that few large reads fill it.
+"""A slab is one run of bytes in which tensors lie side by side, so that few large reads fill it.
 
-Knows byte plans and what a backend wants of addresses. Nothing here is allocated or read.
+It knows byte plans and what a backend wants of addresses. Nothing here is allocated or read.
 """
 
 from __future__ import annotations

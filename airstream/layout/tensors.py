@@ -1,6 +1,6 @@
-"""What is known of one tensor of a model before it is read: its name, type and shape, and the bytes it is made of.
+"""A `TensorSpec` is all that is known of one tensor of a model before it is read: name, type, shape, and its bytes.
 
-Knows nothing of how that was found out, of devices, or of where in memory the tensor is going to lie.
+It knows nothing of how that was found out, of devices, or of where in memory the tensor is going to lie.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class TensorSpec:
     """One parameter or buffer of the model, and the pieces of the checkpoint it is made of.
 
     Attributes:
-        pieces: their `target` counts from the first byte of this tensor. Empty if `made_by` makes it.
+        pieces: what is read; `target` counts from the first byte of this tensor. Empty if `made_by` makes it.
         line_offset: where within a cache line a resident model has it, which decides the order in which CPU kernels add
             up, and so the last bit. None if that is where it lies in the file, because the model maps it.
         transposed: it lies in memory with rows and columns exchanged, as the resident one, of shape (columns, rows).
@@ -42,11 +42,12 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
+        """The bytes that the tensor takes in memory."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def stored(self) -> tuple[TensorSpec, ...]:
-        """What is read for it: itself, or what it is made of."""
+        """The tensors that are read for it: itself, or what it is made of."""
         return self.made_by.sources if self.made_by is not None else (self,)
 
 
@@ -58,8 +59,8 @@ class Conversion:
         name: the name it is looked up by.
         patterns: for each source, the pattern by which transformers knows it.
         sources: the raw tensors, named by their checkpoint keys behind `RAW_PREFIX`.
-        scratch_bytes: that it, or computing with what it makes, takes besides for a moment.
-        growth_bytes: that computing with it adds for as long as it is in its module.
+        scratch_bytes: the bytes that it, or computing with what it makes, takes besides for a moment.
+        growth_bytes: the bytes that computing with it adds for as long as it is in its module.
         is_object: it makes an object of views of its sources, which takes their place: nothing is copied, and the
             object lasts as long as its sources lie in the same place.
     """
@@ -73,7 +74,7 @@ class Conversion:
 
     @property
     def nbytes(self) -> int:
-        """Of the sources."""
+        """The bytes of all sources."""
         return sum(source.nbytes for source in self.sources)
 
 

@@ -1,4 +1,4 @@
-"""What a converter of transformers does to tensors, found out without their values.
+"""This finds out what a converter of transformers does to tensors, without their values.
 
 A converter is run on shapes alone: what comes out tells which results are views of what it was given, and so where in
 memory a resident model has them. It is run on tensors of row numbers: if it only moves rows, what comes out is a byte

@@ -1,8 +1,8 @@
-"""Arguments that other libraries' `from_pretrained` take: what becomes of each of them here.
+"""This says what becomes of each argument that other libraries' `from_pretrained` take.
 
-Knows the names of transformers, accelerate, AirLLM, FlexLLMGen, llama.cpp and vLLM, as tables: what means the same is
-honoured, what changes nothing is let pass with a line in the log, and the rest is refused with a sentence that says
-what takes its place. Refuses to know what an option does once it has a name of ours.
+It knows the names of transformers, accelerate, AirLLM, FlexLLMGen, llama.cpp and vLLM, as tables: what means the same
+is honoured, what changes nothing is let pass with a line in the log, and the rest is refused with a sentence that says
+what takes its place. It refuses to know what an option does once it has a name of ours.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def adopt(foreign: Mapping[str, Any], given: Mapping[str, Any], defaults: Mappin
     """The options `given`, with what `foreign` ones, which are not ours, ask for in our terms.
 
     Args:
-        defaults: of all options of ours, by name.
+        defaults: the defaults of all options of ours, by name.
 
     Raises:
         ArgumentError: an argument is unknown, cannot be honoured, or contradicts one that is `given`.

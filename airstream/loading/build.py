@@ -1,6 +1,6 @@
-"""A checkpoint's model, with no weights: what its config describes, with the modules that compute with its weights.
+"""This builds a checkpoint's model without weights: what its config describes, with the modules that compute.
 
-Knows whose fault it is that no model can be built. Refuses to know sizes and plans.
+It knows whose fault it is that no model can be built. It refuses to know sizes and plans.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Built(NamedTuple):
     """A model on the meta device, the dtype of its weights, and what was found out on the way.
 
     Attributes:
-        quantizer: of the checkpoint, if it is quantised.
+        quantizer: the quantizer of the checkpoint, if it is quantised.
         cache: what its KV cache grows to, if that could be measured.
         passes: what its passes allocate, likewise.
     """

@@ -1,4 +1,4 @@
-"""What the planner has to know of a model, gathered from its parts. Sizes are exact: slabs are packed to find them."""
+"""This gathers what the planner has to know of a model from its parts. Sizes are exact: slabs are packed for them."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from airstream.transfer.base import Packing
 from airstream.transfer.files import PAGE_BYTES
 
 KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
-"""Of freed memory that the C library keeps at most: twice the 32 MiB from which on it maps memory afresh, and some."""
+"""The C library keeps at most so much freed memory: twice the 32 MiB from which on it maps memory afresh, and some."""
 
 UNPACKING_CODE_BYTES = 32 * MIB
-"""Of libraries that compute with packed weights, loaded by the first pass, and what their kernels keep. Fitted to
+"""Memory of libraries that compute with packed weights, loaded by the first pass, and of what kernels keep. Fitted to
 measured peaks of 4-bit bitsandbytes and FP8, which were up to 24 MiB above the plan without it."""
 
 EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

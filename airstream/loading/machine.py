@@ -1,7 +1,7 @@
-"""The machine that a plan is for: this one, or one that need not exist.
+"""A machine is what a plan is for: this one, or one that need not exist.
 
-Knows how much memory there is and which share of it a plan may take unless told, and where the rates come from:
-measured here, a data sheet, or given. Refuses to know the parts of models, and never touches a device that is only
+It knows how much memory there is and which share of it a plan may take unless told, and where the rates come from:
+measured here, a data sheet, or given. It refuses to know the parts of models, and never touches a device that is only
 described.
 """
 
@@ -62,7 +62,7 @@ class Machine:
 
     @property
     def card(self) -> Card | None:
-        """What is known of `gpu`."""
+        """The data sheet of `gpu`."""
         return None if self.gpu is None else find_card(self.gpu)
 
     def device(self, named: str | int | torch.device | None) -> torch.device:
@@ -108,12 +108,12 @@ THIS_MACHINE = Machine()
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What is asked of the planner, in the user's terms.
+    """A question is what is asked of the planner, in the user's terms.
 
     Attributes:
-        machine: to plan for. Another one may take its place if neither or both have a `gpu`.
-        folder: of the checkpoint: the rate of the disk depends on it.
-        device: that computes.
+        machine: the machine to plan for. Another one may take its place if neither or both have a `gpu`.
+        folder: the folder of the checkpoint: the rate of the disk depends on it.
+        device: the device that computes.
         staged: reads into host memory go through staging buffers.
     """
 

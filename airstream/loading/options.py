@@ -1,4 +1,7 @@
-"""What a user may ask of `from_pretrained`, checked before anything is opened."""
+"""These are the options of `from_pretrained`, checked before anything is opened.
+
+This knows names and values. It refuses to know checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ class LoadOptions:
 
     @property
     def hub(self) -> HubOptions:
-        """Those that say where the checkpoint is looked for."""
+        """The options that say where the checkpoint is looked for."""
         return HubOptions(
             self.revision, self.token, self.cache_dir, self.local_files_only, self.subfolder, self.variant
         )

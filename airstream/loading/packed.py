@@ -1,4 +1,4 @@
-"""What weights that are stored as blocks cost: bytes on disk, and time of a CPU to decode them."""
+"""This says what weights that are stored as blocks cost: bytes on disk, and time of a CPU to decode them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from airstream.layout.tensors import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Of some tensors: their bytes on disk, and the seconds that one CPU core takes to decode them."""
+    """The cost of some tensors: their bytes on disk, and the seconds that one CPU core takes to decode them."""
 
     stored_bytes: int
     decoding_seconds: float

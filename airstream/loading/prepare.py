@@ -1,7 +1,7 @@
-"""From what the user named to everything that is known about a model before its first weight is read.
+"""This goes from what the user named to everything that is known about a model before its first weight is read.
 
-Knows in which order headers, config, class and sizes are found out. Refuses to know what is made of them: a plan, a
-table, or a running model.
+It knows in which order headers, config, class and sizes are found out. It refuses to know what is made of them: a plan,
+a table, or a running model.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from airstream.plan.request import Request
 from airstream.transfer.backends import packing_of
 
 STEPS = ("finding the checkpoint", "reading headers", "building the model", "planning")
-"""Of `prepare`, as it begins them."""
+"""The steps of `prepare`, in the order in which it begins them."""
 
 DEFAULTS: Mapping[str, Any] = {option.name: option.default for option in fields(LoadOptions)}
 _PLAN_DEFAULTS: Mapping[str, Any] = {**DEFAULTS, "machine": THIS_MACHINE, "prompt_tokens": None}

@@ -1,4 +1,4 @@
-"""What stands in the place of a weight that is not in memory.
+"""An absent tensor stands in the place of a weight that is not in memory.
 
 It has the shape, dtype and device that the weight will have while its layer computes, so that whatever looks at a
 model between two calls (where are its weights, what must an adapter beside them be like?) gets the answer that is true
@@ -62,6 +62,7 @@ class Absent(torch.Tensor):
 
     @property  # type: ignore[override]  # torch has it as an attribute
     def data(self) -> Absent:
+        """The placeholder itself: it has no values apart from it. Setting it to something else is refused."""
         return self
 
     @data.setter

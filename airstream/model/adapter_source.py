@@ -1,7 +1,7 @@
-"""Where an adapter is loaded from: a folder or a hub id, whose files are measured before PEFT believes them.
+"""This loads an adapter from a folder or a hub id, whose files are measured before PEFT believes them.
 
-PEFT's own dataclasses say of which type each field of a config is; PEFT itself looks only when it stumbles. Refuses to
-know what an adapter does to a model.
+PEFT's own dataclasses say of which type each field of a config is; PEFT itself looks only when it stumbles. It refuses
+to know what an adapter does to a model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Adapters (LoRA and its relatives, by PEFT) beside a model whose own weights are streamed.
+"""This puts adapters (LoRA and its relatives, by PEFT) beside a model whose own weights are streamed.
 
 PEFT owns what an adapter computes: it wraps modules, and the wrapper calls the module it wraps, whose weights come and
 go as ever. What belongs to an adapter stays in memory. This knows how adapters get in without touching weights that are
-not there; the engine makes room for them. Refuses to know the arithmetic of any kind of adapter.
+not there; the engine makes room for them. It refuses to know the arithmetic of any kind of adapter.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Putting tensors into modules and taking them out again, without anything the token loop would feel.
+"""This puts tensors into modules and takes them out again, without anything the token loop would feel.
 
 A module's entry for a parameter is replaced, not its data: replacing costs a microsecond. Taken out means that the
 placeholder is back, so that accidental use raises instead of computing garbage. Modules are found by the names that
@@ -43,7 +43,8 @@ class Views:
 class Modules(Protocol):
     """Modules by name: a model, or the modules that it had once."""
 
-    def get_submodule(self, target: str) -> nn.Module: ...
+    def get_submodule(self, target: str) -> nn.Module:
+        """The module that is called `target`."""
 
 
 class OriginalModules:
@@ -53,6 +54,7 @@ class OriginalModules:
         self._modules = weakref.WeakValueDictionary(model.named_modules(remove_duplicate=False))
 
     def get_submodule(self, target: str) -> nn.Module:
+        """The module that had this name. KeyError if there was none, or if it is gone."""
         return self._modules[target]
 
     def __iter__(self) -> Iterator[nn.Module]:
@@ -73,7 +75,7 @@ def take_out(modules: Modules, specs: Iterable[TensorSpec], stored: Mapping[str,
 
 @dataclass(frozen=True, slots=True)
 class Binder:
-    """What bindings of one model have in common.
+    """A binder has what the bindings of one model have in common.
 
     Attributes:
         stored: the values that weights are to have, by name.

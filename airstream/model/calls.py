@@ -1,4 +1,7 @@
-"""What a call of the model asks for, read off its arguments: how many sequences, how long."""
+"""This reads off the arguments of a call what it asks for: how many sequences, how long.
+
+It knows the arguments of transformers. It refuses to know memory.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ UNNAMED_NEW_TOKENS = 20
 
 
 def of_pass(args: Sequence[Any], kwargs: Mapping[str, Any], config: Any = None) -> Workload | None:
-    """Of a forward pass with these arguments; None if they do not say. `config` is the model's.
+    """The workload of a forward pass with these arguments; None if they do not say. `config` is the model's.
 
     Where an encoder and a decoder work, their sequences are taken to be as long as the longer one of them.
     """
@@ -56,7 +59,7 @@ def _kept_positions(keep: Any, tokens: int) -> int:
 def of_generation(
     defaults: Any, is_encoder_decoder: bool, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Workload | None:
-    """Of `generate(*args, **kwargs)`, its prompt's pass with the KV cache of its end; None if they do not say.
+    """The workload of `generate(*args, **kwargs)`: the prompt's pass, with the KV cache of the end; None if unknown.
 
     Args:
         defaults: the model's generation config.

@@ -1,4 +1,4 @@
-"""Making the model's tensors of the raw ones that have been read, where transformers has to see values to do so.
+"""This makes the model's tensors of the raw ones that have been read, where transformers has to see values for that.
 
 Dense tensors are made in place, in their slab, each time its bytes have come. Weights that are objects are made of
 views, once for each place in memory, and last as long as their layer's bytes come to the same place.

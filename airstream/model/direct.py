@@ -1,4 +1,4 @@
-"""Calls of layers, and of parts of layers, that come from outside any call of the model.
+"""This lets in calls of layers, and of parts of layers, that come from outside any call of the model.
 
 Only hooks see such a call: the one before it takes the turn, the one behind it, which also runs after an error, gives
 it back. After an interrupt, which hooks do not see, the turn is free once the thread has left the module.

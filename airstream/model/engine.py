@@ -1,4 +1,4 @@
-"""A running model's machinery, assembled from a plan, and changed for another one when memory has to be used otherwise.
+"""The engine runs a model by a plan, and changes to another plan when memory has to be used otherwise.
 
 It owns what has to be closed: reader, backend, resident weights, and the executor of the current plan.
 """

@@ -1,4 +1,7 @@
-"""What executes one plan on a model: the streamer, the hooks, the tables. Decides nothing; a new plan has a new one."""
+"""The executor carries out one plan on a model: the streamer, the hooks, the tables. It decides nothing.
+
+A new plan has a new executor.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +72,7 @@ class Executor:
         self.check_tables()
 
     def check_tables(self) -> None:
-        """Likewise, tables alone."""
+        """Raise UnsupportedError if somebody has changed a weight in a table."""
         for binding in self._tables:
             binding.check()
 

@@ -1,4 +1,7 @@
-"""What a model begins anew in a forked child, and where it cannot."""
+"""This lets a model begin anew in a forked child, and says where it cannot.
+
+It knows what a fork loses. It refuses to know what is computed.
+"""
 
 from __future__ import annotations
 

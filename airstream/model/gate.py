@@ -1,6 +1,6 @@
-"""The way into a model: one thread at a time, while it is open, in the process that it works in.
+"""The gate is the way into a model: one thread at a time, while it is open, in the process that it works in.
 
-Knows when to let in, and what has to be done on the way out. Refuses to know what is done inside.
+It knows when to let in, and what has to be done on the way out. It refuses to know what is done inside.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The generations under way, which take turns between passes: what each holds of the memory, and who waits for whom.
+"""The generations under way take turns between passes. This knows what memory each holds, and who waits for whom.
 
 Each is begun only if its KV cache, up to its end, fits beside those of the others; else it waits for one of them to
 end. What would wait for itself is refused: a call from inside another generation that has to end first.
@@ -25,13 +25,13 @@ PATIENCE_SECONDS = 30.0
 
 
 class Room(Protocol):
-    """What knows how much fits."""
+    """This knows how much fits."""
 
     def has_room(self, work: Workload) -> bool:
         """Whether KV caches and activations of `work` fit."""
 
     def kv_bytes(self, work: Workload) -> int:
-        """Of the KV caches of `work`."""
+        """The bytes of the KV caches of `work`."""
 
 
 @dataclass(slots=True, eq=False)
@@ -39,9 +39,9 @@ class Generation:
     """One call of `generate`.
 
     Attributes:
-        kv_bytes: of its KV cache at its end, as far as that is known.
+        kv_bytes: the bytes of its KV cache at its end, as far as that is known.
         has_cache: its passes are given a KV cache.
-        is_waiting: for another one to end.
+        is_waiting: it waits for another one to end.
     """
 
     thread: int
@@ -51,12 +51,12 @@ class Generation:
 
 
 class Generations:
-    """Those of one model.
+    """The generations of one model that are under way.
 
     Args:
         gate: the way into the model.
         room: asked while the turn is held.
-        modules: of the model.
+        modules: the modules of the model.
     """
 
     def __init__(self, gate: Gate, room: Room, modules: Iterable[nn.Module]) -> None:
@@ -70,7 +70,7 @@ class Generations:
 
     @property
     def threads(self) -> set[int]:
-        """Those that generate, but for the calling one."""
+        """The threads that generate, but for the calling one."""
         return {one.thread for one in tuple(self._all)} - {threading.get_ident()}
 
     def after_fork(self) -> None:
@@ -121,7 +121,7 @@ class Generations:
             self._wait(None, others, UnsupportedError("an adapter cannot change while a generation uses the model"))
 
     def wake(self) -> None:
-        """Something has changed for those who wait."""
+        """Let those who wait look again: something has changed."""
         with self._ended:
             self._ended.notify_all()
 

@@ -1,4 +1,7 @@
-"""Whether somebody asks a streamed model for a gradient, which it cannot give: no layer is kept for a backward pass."""
+"""This notices that somebody asks a streamed model for a gradient, which it cannot give.
+
+No layer is kept for a backward pass.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a model is called with, where it is not what a model takes: text, a batch as one object, lists, wrong shapes.
+"""This refuses what a model cannot take as inputs: text, a batch as one object, lists, wrong shapes.
 
-Knows how people call tokenizers and models, and what transformers fails at with a message about something else. What
-it computes is never refused. Refuses to know what the numbers mean.
+It knows how people call tokenizers and models, and what transformers fails at with a message about something else. What
+it computes is never refused. It refuses to know what the numbers mean.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ NAMES = ("inputs", "input_ids", "inputs_embeds")
 """Arguments that are tensors, for every model of text. An attention mask may be several, in a dictionary."""
 
 ID_DTYPES = (torch.int64, torch.int32)
-"""That embeddings look up."""
+"""The dtypes that embeddings look up."""
 
 AS_TENSORS = 'return_tensors="pt"'
 
@@ -27,7 +27,7 @@ REMEDIES: Mapping[type, str] = {
     "return_dict=True).to(model.device), and then",
     int: f"let the tokenizer make them, inputs = model.tokenizer(text, {AS_TENSORS}).to(model.device), and then",
 }
-"""By what a list consists of: text, the messages of a chat, token ids."""
+"""What is said of a list, by what it consists of: text, the messages of a chat, token ids."""
 
 
 def check_inputs(call: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

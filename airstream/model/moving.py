@@ -1,7 +1,7 @@
-"""Moving and casting, of a model or a part of it, by `nn.Module`, which applies a function to each of its tensors.
+"""This refuses to move or cast a model or a part of it. `nn.Module` does that by a function for each of its tensors.
 
-Knows whether that would change anything, and how tensors refuse it. Refuses to know models: a part is a plain module,
-and only the tensors in it are ours.
+It knows whether that would change anything, and how tensors refuse it. It refuses to know models: a part is a plain
+module, and only the tensors in it are ours.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which plan a running model follows: when calls ask for another one, and when they are refused.
+"""This knows which plan a running model follows: when calls ask for another one, and when they are refused.
 
-Knows what calls ask for, what plans have room for, and when a change pays. Refuses to know how plans are made, or how
-one is followed.
+It knows what calls ask for, what plans have room for, and when a change pays. It refuses to know how plans are made, or
+how one is followed.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Plans:
         return work.bytes(self.facts.footprint) <= self.current.work_bytes or self._with_room_for(work) is not None
 
     def kv_bytes(self, work: Workload) -> int:
-        """Of the KV caches of `work`."""
+        """The bytes of the KV caches of `work`."""
         return work.kv_bytes(self.facts.footprint)
 
     def activation_bytes(self, work: Workload | None) -> int:
-        """Of `work`, as far as it is known."""
+        """The bytes of the activations of `work`, as far as it is known."""
         return work.activation_bytes(self.facts.footprint) if work is not None else 0
 
     def expect(self, work: Workload | None, is_asked: bool) -> None:

@@ -1,6 +1,6 @@
-"""What a streamed model cannot do, by the name of the method, and what to do instead.
+"""This lists what a streamed model cannot do, by the name of the method, and what to do instead.
 
-Refuses to know why a method would fail: whoever adds one here has found out that it would lose a change, take memory
+It refuses to know why a method would fail: whoever adds one here has found out that it would lose a change, take memory
 that is in no plan, or end in an error that does not say what is wrong.
 """
 

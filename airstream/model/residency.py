@@ -1,4 +1,4 @@
-"""Hooks that have a layer's weights in place exactly while the layer runs.
+"""The hooks here have a layer's weights in place exactly while the layer runs.
 
 transformers owns the forward pass; this owns what its modules contain. Before a unit runs, the batch it belongs to is
 acquired from the streamer and its streamed tensors are bound; after it has run, or failed, they are unbound; after the

@@ -1,4 +1,4 @@
-"""What stays in place while a model runs: small weights outside the layers, and embedding tables.
+"""This binds what stays in place while a model runs: small weights outside the layers, and embedding tables.
 
 Of a table that is not in memory, only the rows that are looked up are read from disk.
 """

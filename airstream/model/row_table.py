@@ -1,4 +1,4 @@
-"""An embedding table that stays on disk. Looking rows up reads just those rows."""
+"""A row table is an embedding table that stays on disk. Looking rows up reads just those rows."""
 
 from __future__ import annotations
 

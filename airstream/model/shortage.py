@@ -1,4 +1,4 @@
-"""What to say when the machine has less memory than the plan was made for, and what is let go of then."""
+"""This says that the machine has less memory than the plan was made for, and lets go of what can be missed."""
 
 from __future__ import annotations
 

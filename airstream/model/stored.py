@@ -1,6 +1,6 @@
-"""A weight as the checkpoint has it: read when somebody asks for its values, or for a few of its rows.
+"""A stored weight is one as the checkpoint has it: it is read when somebody asks for its values, or for some rows.
 
-Knows one tensor and how to read it. Refuses to know modules, and whether the weight is in memory anyway.
+It knows one tensor and how to read it. It refuses to know modules, and whether the weight is in memory anyway.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ FetchRows = Callable[[Sequence[int]], torch.Tensor]
 """Row numbers, ascending and different -> a tensor of those rows on the device that computes."""
 
 COMPARED_BYTES = 8 * MIB
-"""Of rows that are read at once to be compared."""
+"""The bytes of rows that are read at once to be compared."""
 
 
 class Stored:
     """The checkpoint's values of `spec`. Names that are tied share one.
 
     Args:
-        device: that computes, where values are brought.
+        device: the device that computes, where values are brought.
     """
 
     def __init__(self, spec: TensorSpec, reader: Reader, convert: Converter, device: torch.device) -> None:

@@ -63,18 +63,23 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
         return self
 
     def cuda(self, device: int | str | torch.device | None = None) -> GuardedModule:
+        """As `to(device)`: refused if it would move or cast a weight."""
         return self.to("cuda" if device is None else device)
 
     def cpu(self) -> GuardedModule:
+        """As `to("cpu")`: refused if it would move or cast a weight."""
         return self.to("cpu")
 
     def half(self) -> GuardedModule:
+        """As `to(torch.float16)`: refused if it would move or cast a weight."""
         return self.to(torch.float16)
 
     def float(self) -> GuardedModule:
+        """As `to(torch.float32)`: refused if it would move or cast a weight."""
         return self.to(torch.float32)
 
     def bfloat16(self) -> GuardedModule:
+        """As `to(torch.bfloat16)`: refused if it would move or cast a weight."""
         return self.to(torch.bfloat16)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> GuardedModule:  # noqa: ARG002
@@ -84,11 +89,13 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
         return self
 
     def train(self, mode: bool = True) -> GuardedModule:
+        """Only `train(False)` is possible: a streamed model is not trained."""
         if mode:
             refuse("train()", TRAIN)
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> GuardedModule:
+        """Only `requires_grad_(False)` is possible: streamed weights have no gradients."""
         if requires_grad:
             refuse("requires_grad_()", TRAIN)
         return self
@@ -221,6 +228,7 @@ class StreamedModel(WithAdapters, GuardedModule):
             check_ids(call, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. It waits until its KV cache fits beside those of other generations."""
         if not self.can_generate():
             raise UnsupportedError(
                 f"{type(self).__name__} does not generate: call it, model(**inputs), for what it computes, or load the "

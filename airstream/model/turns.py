@@ -1,7 +1,7 @@
-"""Who may use a model now: one thread at a time, in the order in which they asked.
+"""This says who may use a model now: one thread at a time, in the order in which they asked.
 
 A lock that is given back and asked for again by the same thread would mostly go to that thread: a long generation would
-let nobody in between two passes. This one is handed to whoever has waited longest. Knows threads, not models.
+let nobody in between two passes. This one is handed to whoever has waited longest. It knows threads, not models.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""A weight in memory: a view of memory that is the engine's, which therefore must notice when somebody writes to it.
+"""A weight in memory is a view of the engine's memory, which must notice when somebody writes to it.
 
 torch counts the changes in place of every tensor (`_version`), those through its views and detached twins as well. Each
 weight has a count of its own, though all of a slab share their memory: reads that fill the slab do not count. `.data`,
-by which torch steps around the count, is a twin here, and cannot be set. Costs nothing while the model computes.
+by which torch steps around the count, is a twin here, and cannot be set. It costs nothing while the model computes.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Weight(torch.Tensor):
 
     @property
     def data(self) -> Weight:
+        """A twin of the weight: it shares the memory and the count of changes."""
         return self.detach()
 
     @data.setter

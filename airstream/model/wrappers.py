@@ -1,4 +1,7 @@
-"""What adapters have put into a model: which modules are theirs, what they cost, and what must not happen to them."""
+"""This finds what adapters have put into a model: which modules are theirs, and what they cost.
+
+It knows modules. It refuses to know what an adapter computes.
+"""
 
 from __future__ import annotations
 

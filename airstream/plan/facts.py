@@ -1,4 +1,7 @@
-"""What the planner has to know of a model: sizes, and in which order its tensors may become resident. No tensors."""
+"""These are the sizes that the planner has to know of a model, and in which order its tensors may become resident.
+
+There are numbers and names here, and no tensors.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,10 @@ class Group:
     """Tensors of one batch that become resident together.
 
     Attributes:
-        names: of the tensors.
-        nbytes: that they take in the memory of the device that computes.
-        host_bytes: that they take in host memory, waiting there to be copied to an accelerator; None if they cannot.
+        names: the names of the tensors.
+        nbytes: the bytes that they take in the memory of the device that computes.
+        host_bytes: the bytes that they take in host memory, from where they are copied to an accelerator; None if they
+            cannot wait there.
     """
 
     names: tuple[str, ...]
@@ -30,8 +34,9 @@ class BatchFacts:
     Attributes:
         units: the names of their modules, in order.
         groups: in the order in which they become resident, chosen so that what is left lies together in the file.
-        slab_bytes: of the slab with the rest, by the number of groups that are resident: `len(groups) + 1` of them.
-        read_bytes: that are read from disk to fill it, likewise.
+        slab_bytes: the bytes of the slab with the rest, by the number of groups that are resident: `len(groups) + 1`
+            numbers.
+        read_bytes: the bytes that are read from disk to fill this slab, by the same number.
     """
 
     units: tuple[str, ...]
@@ -40,7 +45,7 @@ class BatchFacts:
     read_bytes: tuple[int, ...]
 
     def resident_bytes(self, count: int) -> int:
-        """Of the first `count` groups."""
+        """The bytes of the first `count` groups on the device that computes."""
         return sum(group.nbytes for group in self.groups[:count])
 
     def host_bytes(self, resident: int, hosted: int) -> int:
@@ -57,8 +62,8 @@ class Arithmetic:
     """What a token multiplies with, for predictions of time.
 
     Attributes:
-        weight_bytes: of all layers and the lm_head; `head_bytes` of them are the latter's.
-        expert_bytes: of them, routed experts; one token is routed to `expert_share` of those.
+        weight_bytes: the bytes of all layers and the lm_head; `head_bytes` of them are the lm_head's.
+        expert_bytes: those of them that are routed experts; one token is routed to `expert_share` of those.
         attention_width: the width of a token's queries in one layer, in elements.
     """
 
@@ -75,9 +80,9 @@ class AdapterFacts:
     """What adapters cost beside a model's own weights.
 
     Attributes:
-        nbytes: of their weights, and of what they compute with them alone.
-        token_bytes: of activations in the layers, per token.
-        logit_bytes: of activations at the lm_head, per position.
+        nbytes: the bytes of their weights, and of what they compute with them alone.
+        token_bytes: the bytes of activations in the layers, per token.
+        logit_bytes: the bytes of activations at the lm_head, per position.
     """
 
     nbytes: int = 0
@@ -93,16 +98,16 @@ class ModelFacts:
         batchings: for every number of layers per batch that may be chosen, best first, the batches it gives.
         head: the lm_head as a batch of its own if it can be streamed, else None.
         resident_bytes: weights and buffers that always stay in memory.
-        tables: of which only the rows needed are read, unless there is room for all: by parameter name.
+        tables: the embedding tables, by parameter name. Only the rows needed are read, unless there is room for all.
         tables_of_head: those among them that are in memory anyway once the head is, because they are tied to it.
         checkpoint_bytes: all weights.
         conversion_bytes: what a converter of transformers needs for its results before they are in place.
-        stored_bytes: of the weights of all layers and the lm_head on disk, if they are packed there.
-        decoding_seconds_per_byte: of one CPU core, to make weights of a byte from disk, if they are packed there.
-        adapter_bytes: of adapters that have been loaded beside the model.
+        stored_bytes: the bytes on disk of all layers and the lm_head, if they are packed there.
+        decoding_seconds_per_byte: what one CPU core takes to decode a byte from disk, if weights are packed there.
+        adapter_bytes: the bytes of adapters that have been loaded beside the model.
         position_limit: tokens that no sequence can exceed; None if positions are computed.
         rotary_limit: tokens that such positions were trained for, beyond which answers get worse; None if unknown.
-        num_tensors: of the checkpoint, as its headers count them.
+        num_tensors: the number of tensors of the checkpoint, as its headers count them.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Which tensors of a layer batch become resident together, and in which order.
+"""This forms groups: the tensors of a layer batch that become resident together, and their order.
 
 Groups are runs of neighbours in the file. They are given away from the two ends of the batch, the smaller end first:
 what is left to stream stays one run, and small steps come first, while budgets are small.

@@ -1,4 +1,4 @@
-"""The plan: what stays in memory, what is streamed, through how much ring, and what the peak will be.
+"""The plan says what stays in memory, what is streamed, through how much ring, and what the peak will be.
 
 Numbers and names only. It prints as a table and round-trips through JSON; whatever executes it decides nothing.
 """
@@ -23,8 +23,8 @@ class Batch:
 
     Attributes:
         units: the names of their modules, in order.
-        nbytes: of the slab that passes through the ring; 0 if everything is resident.
-        read_bytes: of it, those that come from disk each time; the others come from host memory.
+        nbytes: the bytes of the slab that passes through the ring; 0 if everything is resident.
+        read_bytes: those of them that come from disk each time; the others come from host memory.
         resident: names of the tensors that stay on the device that computes, and `resident_bytes` of them.
         hosted: names of the tensors that stay in host memory and cross to the accelerator, `hosted_bytes` of them.
     """
@@ -48,6 +48,7 @@ class Tier:
 
     @property
     def peak_bytes(self) -> int:
+        """The sum of all that the plan puts into this memory, in bytes."""
         return sum(self.items.values())
 
 
@@ -117,10 +118,12 @@ class Plan:
         return {name: tier.peak_bytes for name, tier in self.tiers.items()}
 
     def to_json(self) -> str:
+        """The plan as JSON. Seconds and bytes are plain numbers."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` has written as `text`."""
         data = json.loads(text)
         data["batches"] = tuple(Batch(**_with_tuples(batch)) for batch in data["batches"])
         data["tiers"] = {name: Tier(**tier) for name, tier in data["tiers"].items()}
@@ -209,5 +212,5 @@ def _tier_lines(plan: Plan) -> Iterator[str]:
 
 
 def tier_name(name: str) -> str:
-    """What a tier of memory is called in print."""
+    """The name of a tier of memory in print."""
     return "host memory" if name == HOST else f"device {name}"

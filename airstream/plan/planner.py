@@ -1,4 +1,4 @@
-"""Making the plan, by arithmetic: a pure function of the model's sizes, the budgets and the request.
+"""The planner makes the plan, by arithmetic: a pure function of the model's sizes, the budgets and the request.
 
 First the frames: the longest context that the budgets hold, and all ways to move layers that leave room for it. In
 each, what is left of the budgets is filled with resident tensors, spread evenly over the layers. The one that moves

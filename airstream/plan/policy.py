@@ -1,4 +1,4 @@
-"""Every number of a plan that somebody chose, with the reason for it.
+"""This has every number of a plan that somebody chose, with the reason for it.
 
 It knows no model and no machine. What a disk, a kernel or an allocator demands stays with the mechanism that meets it.
 """

@@ -1,8 +1,8 @@
-"""Seconds from bytes: what a pass over all layers is going to take, and which link it waits for.
+"""This makes seconds of bytes: what a pass over all layers is going to take, and which link it waits for.
 
-Knows what one pass moves and multiplies (`Traffic`) and what the machine can do (`HardwareFacts`); divides the one by
-the other. Refuses to know plans, configs and devices, and measures nothing. docs/machine.md states the model, with its
-limits; where it meets the cost model of FlexGen (Sheng et al. 2023, section 4.3), its terms stand beside ours:
+It knows what one pass moves and multiplies (`Traffic`) and what the machine can do (`HardwareFacts`); divides the one
+by the other. It refuses to know plans, configs and devices, and measures nothing. docs/machine.md states the model,
+with its limits; where it meets the cost model of FlexGen (Sheng et al. 2023, section 4.3), its terms stand beside ours:
 
     T      = T_pre * l + T_gen * (n - 1) * l                     `Prediction.generate_seconds`
     T_gen  = max(ctog, gtoc, dtoc, ctod, comp) of one layer      `decode_seconds` = T_gen * l
@@ -31,20 +31,21 @@ class Traffic:
     """What one pass over all layers moves and multiplies: of one model, under one plan.
 
     Attributes:
-        dtype: of the computation, "bfloat16"; `item_bytes` of one element.
+        dtype: the dtype of the computation, "bfloat16"; `item_bytes` are those of one element.
         on_cpu: the CPU computes; then reading and copying take time from it.
-        num_layers: that one pass calls.
-        weight_bytes: of all weights that are multiplied with, resident or not. Embedding rows are looked up: not they.
-        head_bytes: of them, the lm_head, which sees one position of each sequence.
-        expert_bytes: of them, routed experts; `expert_share` of those is what one token is routed to.
+        num_layers: the layers that one pass calls.
+        weight_bytes: the bytes of all weights that are multiplied with, resident or not, without embedding rows.
+        head_bytes: those of them that are the lm_head, which sees one position of each sequence.
+        expert_bytes: those of them that are routed experts; one token is routed to `expert_share` of those.
         kv_bytes_per_token: keys and values of one token of one sequence, all layers together.
         attention_width: heads times their width: of the queries of one token in one layer.
         disk_bytes: read from disk in every pass.
         first_disk_bytes: read from disk in the first pass, which also fills what stays resident.
-        decoding_seconds_per_byte: of a CPU core, for a byte from disk or page cache, where weights are packed there.
+        decoding_seconds_per_byte: what a CPU core takes for a byte from disk or page cache, where weights are packed.
         cached_bytes: read out of the page cache in every pass, not from disk.
-        h2d_bytes, h2d_pageable_bytes: that cross to the accelerator in every pass, from pinned memory and from other.
-        first_h2d_bytes: that cross from pinned memory in the first pass.
+        h2d_bytes, h2d_pageable_bytes: the bytes that cross to the accelerator in every pass, from pinned memory and
+            from other.
+        first_h2d_bytes: the bytes that cross from pinned memory in the first pass.
         reads_ahead: the next layers move while one is computed.
     """
 
@@ -91,15 +92,15 @@ class Prediction:
 
     Attributes:
         batch_size, prompt_tokens, context: sequences, tokens of each prompt, tokens in the KV cache while decoding.
-        decode_seconds: of one step: one token for every sequence.
-        prefill_seconds: of the first call's pass over the prompt, in which all weights come from disk.
-        warm_prefill_seconds: of the same pass in later calls, when what stays resident is resident.
+        decode_seconds: the seconds of one step: one token for every sequence.
+        prefill_seconds: the seconds of the first call's pass over the prompt: all weights come from disk.
+        warm_prefill_seconds: the seconds of the same pass in later calls, when what stays resident is resident.
         bottleneck: the link that `decode_seconds` waits for; `prefill_bottleneck` that of `prefill_seconds`.
         links: seconds that a decode step keeps each link busy. "disk", "host copy" and "H2D" overlap with each other
             and with the sum of "memory bandwidth" (weights and keys and values are read) and "compute" (all else). Of
             the time for reading weights and that for multiplying, only the longer one counts. Where the CPU computes,
             "host copy" belongs to the sum.
-        rates: that were used, by their field in `HardwareFacts`.
+        rates: the rates that were used, by their field in `HardwareFacts`.
     """
 
     batch_size: int
@@ -129,12 +130,12 @@ class Prediction:
         return tuple(dict.fromkeys(note for rate in self.rates.values() for note in rate.notes))
 
     def generate_seconds(self, new_tokens: int) -> float:
-        """Of a first call that generates `new_tokens` tokens per sequence: T_pre * l + T_gen * (n - 1) * l."""
+        """Seconds of a first call that generates `new_tokens` tokens per sequence: T_pre * l + T_gen * (n - 1) * l."""
         return self.prefill_seconds + (new_tokens - 1) * self.decode_seconds
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Prediction:
-        """What `asdict` gave."""
+        """The prediction that `asdict` made `data` of."""
         return cls(**{**data, "rates": {name: Rate(**rate) for name, rate in data["rates"].items()}})
 
 

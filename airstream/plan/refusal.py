@@ -1,4 +1,7 @@
-"""What to say of work that does not fit: what it needs, and which smaller work would fit in the same memory."""
+"""This says of work that does not fit what it needs, and which smaller work would fit in the same memory.
+
+It knows sizes. It refuses to decide whether the work is refused.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What is asked of the planner."""
+"""A request is what is asked of the planner; a workload is what one pass asks for.
+
+Both are numbers. They refuse to know the model: its sizes are in `facts`.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,13 @@ class Workload:
     It keeps `logits` positions of each, and sees images of `pixel_values` numbers, all of them together.
 
     Attributes:
-        prompt: of a generation, which begins with passes over `tokens` of so many, and ends with `context`; else 0.
+        prompt: the tokens of the prompt, if this is a generation; else 0. It begins with passes over `tokens` of them,
+            and ends with `context`.
         is_padded: some tokens are hidden from others, so that attention has a mask.
         has_labels: a loss is computed.
-        keeps_states, keeps_attentions: those of all layers are returned.
-        keeps_scores: how many times over every new token's are.
-        beside_bytes: of the KV caches of other generations that are under way.
+        keeps_states, keeps_attentions: the states, or the attention, of all layers are returned.
+        keeps_scores: how many times the scores of every new token are kept.
+        beside_bytes: the bytes of the KV caches of other generations that are under way.
     """
 
     batch_size: int
@@ -66,7 +70,7 @@ class Workload:
         return largest + self.batch_size * need.kept_bytes(*kept)
 
     def bytes(self, need: Footprint) -> int:
-        """Both together."""
+        """The KV caches and the activations together, in bytes."""
         return self.kv_bytes(need) + self.activation_bytes(need)
 
 
@@ -77,9 +81,9 @@ class Request:
     Attributes:
         budgets: bytes per tier: "cpu", and the index of the accelerator if one is used.
         budget_notes: per tier, where the budget comes from.
-        driver_bytes: of host memory that an accelerator's driver and libraries take.
-        decoding_bytes: that decoding packed weights takes where the model computes.
-        workload: to make room for, whatever `max_context` and `max_batch_size` say; for one that has outgrown them.
+        driver_bytes: the bytes of host memory that an accelerator's driver and libraries take.
+        decoding_bytes: the bytes that decoding packed weights takes where the model computes.
+        workload: what to make room for, whatever `max_context` and `max_batch_size` say, once it has outgrown them.
         hardware: what the machine can do, if seconds are to be predicted, for prompts of `prompt_tokens`.
     """
 

@@ -1,4 +1,4 @@
-"""In which order tensors become resident, so that any share of them lies evenly among what is streamed.
+"""This orders tensors for residency, so that any share of them lies evenly among what is streamed.
 
 Access is cyclic, so every resident byte saves as much as any other, and a link that never idles wants what is left to
 be spread evenly over the pass. It also keeps the ring small: if every layer streams a tenth of itself, a slot of the

@@ -1,4 +1,4 @@
-"""What is said of plans beside others: how one differs from the next, and that not even the smallest one fits."""
+"""This says of plans, beside others, how one differs from the next, and that not even the smallest one fits."""
 
 from __future__ import annotations
 

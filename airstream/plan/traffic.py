@@ -1,4 +1,7 @@
-"""What a plan moves and multiplies in one pass, and so how long a pass takes."""
+"""This counts what a plan moves and multiplies in one pass, and so how long a pass takes.
+
+It knows plans and sizes. It refuses to know how rates are measured.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What would make a model faster: plans for the same model with more memory, a faster disk, or smaller weights."""
+"""This plans what would make a model faster: more memory, a faster disk, or smaller weights.
+
+It knows plans. It refuses to know whether such a machine exists.
+"""
 
 from __future__ import annotations
 

@@ -1,1 +1,6 @@
-"""Where the time of a running model goes: what is recorded, what is made of it, and how it is shown."""
+"""This folder says where the time of a running model goes.
+
+It knows passes, spans and bytes, as others report them. It refuses to change what it watches. Read `costs` and
+`profile_data` (what is kept), `observer` and `recorder` (how it is recorded), then `profile`, `text`, `plot` and
+`trace` (how it is shown).
+"""

@@ -1,4 +1,4 @@
-"""What passes cost, in seconds and bytes. Sums of numbers; nothing here measures anything."""
+"""Costs are what passes took, in seconds and bytes. They are sums of numbers; nothing here measures anything."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class LinkUse:
 
     @property
     def bytes_per_second(self) -> float:
+        """The rate while the link was busy; 0 if it never was."""
         return self.nbytes / self.seconds if self.seconds else 0.0
 
 
@@ -27,7 +28,7 @@ def _no_use() -> dict[str, LinkUse]:
 
 @dataclass(slots=True)
 class Costs:
-    """Of one pass, or of several together.
+    """The costs of one pass, or of several together.
 
     Where the computing thread, or the device's compute stream, spent the time: `compute_seconds`, `stall_seconds` and
     `python_seconds` are disjoint and add up to `wall_seconds`.
@@ -41,9 +42,9 @@ class Costs:
         python_seconds: outside forward passes: sampling, and Python.
         links: reads, conversions and copies, which run at the same time as computation.
         io_seconds: at least one link was busy on behalf of the passes.
-        read_bytes, host_bytes: of weights, from disk and from host memory, that the passes used. What is read ahead
+        read_bytes, host_bytes: bytes of weights, from disk and host memory, that the passes used. What is read ahead
             counts in the pass that uses it.
-        row_bytes: of embedding rows, from disk.
+        row_bytes: bytes of embedding rows, from disk.
     """
 
     passes: int = 0
@@ -77,6 +78,7 @@ class Costs:
             self.links[link].nbytes += use.nbytes
 
     def to_dict(self) -> dict[str, Any]:
+        """The costs as plain values, for JSON."""
         return asdict(self) | {"hidden": self.hidden}
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic on stretches of time: how long at least one of several took, and which of them to blame for a wait."""
+"""This computes with stretches of time: how long at least one of several took, and which to blame for a wait."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""One line about a generation while it runs: how far the prompt is, then tokens, seconds per token, speed, memory.
+"""This makes one line about a generation while it runs: the prompt, then tokens, seconds per token, speed, memory.
 
-Knows what to show, and where a call from Python shows it. A command line owns its screen: it draws the line itself.
+It knows what to show, and where a call from Python shows it. A command line owns its screen: it draws the line itself.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class LiveLine:
     Args:
         stats: gives what has been streamed and computed so far.
         on_pass: called after every pass.
-        max_tokens: that the call may give, if that is known.
+        max_tokens: the most that the call may give, if that is known.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Watches a model run: passes and calls, for profiles and for whoever shows progress. Changes nothing."""
+"""The observer watches a model run, for profiles and for whoever shows progress. It changes nothing."""
 
 from __future__ import annotations
 

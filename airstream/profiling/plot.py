@@ -1,4 +1,4 @@
-"""A profile as a picture: a lane for each link over the latest passes, and where each second went."""
+"""This draws a profile: a lane for each link over the latest passes, and where each second went."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A profile as its reader has it: printed, drawn, saved as a trace, or as a table of pandas."""
+"""A profile can be printed, drawn, saved as a trace, or made into a table of pandas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a profile holds: where the time of a model's passes went, and how well each link was used.
+"""Profile data says where the time of a model's passes went, and how well each link was used.
 
 It grows while a recorder is at work on it, in bounded memory: sums are kept of everything, single passes and spans of
 the first and the latest. It refuses to know how it is shown.
@@ -93,8 +93,8 @@ class ProfileData:
         passes: the first pass, and the latest `MAX_PASSES`.
         layers: by name.
         memory: by tier: "cpu", and the accelerator's index.
-        ttft_seconds: of each call of `generate`, to its first new token; the latest `MAX_PASSES`.
-        new_tokens: per sequence, that `generate` has chosen.
+        ttft_seconds: what each call of `generate` took to its first new token; the latest `MAX_PASSES`.
+        new_tokens: tokens per sequence that `generate` has chosen.
         spans: the latest, on the clock `probe.now`; `sizes`: (second, what, bytes), for traces.
         started: when the profile began, on that clock.
     """
@@ -119,6 +119,7 @@ class ProfileData:
 
     @property
     def passes(self) -> list[PassProfile]:
+        """The passes that were kept, oldest first."""
         latest, first = list(self.latest_passes), self.first_pass
         return latest if first is None or latest[0] is first else [first, *latest]
 
@@ -149,6 +150,7 @@ class ProfileData:
         self.latest_passes.append(profiled)
 
     def layer(self, name: str) -> LayerProfile:
+        """The profile of the layer `name`, which begins with this call if there is none yet."""
         if name not in self.layers:
             self.layers[name] = LayerProfile(name)
         return self.layers[name]
@@ -175,6 +177,7 @@ class ProfileData:
         }
 
     def to_json(self) -> str:
+        """What `to_dict` gives, as JSON."""
         return json.dumps(self.to_dict())
 
     def __repr__(self) -> str:

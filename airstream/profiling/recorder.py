@@ -1,4 +1,4 @@
-"""Turns what a probe reports into a profile, one pass at a time.
+"""The recorder turns what a probe reports into a profile, one pass at a time.
 
 Everything happens on two clocks at once: the host's, and the stream on which the device computes. While a pass runs,
 points on both are only noted. Once it is over the recorder waits for the device, a single time, and reads them all.
@@ -88,35 +88,40 @@ class Recorder:
         self._measured_at = 0.0
         backend.start_clock()
 
-    # ------------------------------------------------------------------------------------ reported by whatever works
-
     def add(self, span: Span) -> None:
+        """Keep a span that has ended, or has been queued, for the pass it belongs to."""
         self._pending.append(span)
 
     def ring_holds(self, nbytes: int) -> None:
+        """Note that the ring holds `nbytes` from now on."""
         self.profile.sizes.append((now(), "ring", nbytes))
 
     def begin_wait(self) -> None:
+        """Note that computation begins to wait for weights."""
         if self._pass is not None:
             self._pass.waits.append(_Wait(now(), after=self._note(self._pass)))
 
     def waited(self, read_bytes: int, host_bytes: int) -> None:
+        """End the wait for a layer batch, which took so many bytes from disk and from host memory."""
         if self._pass is not None and self._end_wait(self._pass):
             self._pass.costs.read_bytes += read_bytes
             self._pass.costs.host_bytes += host_bytes
 
     def waited_for_rows(self, nbytes: int) -> None:
+        """End the wait for embedding rows, of which `nbytes` came from disk."""
         if self._pass is not None and self._end_wait(self._pass):
             self._pass.waits[-1].is_for_rows = True
             self._pass.costs.row_bytes += nbytes
 
     def begin_unit(self, name: str) -> None:
+        """Note that the module `name` begins to compute. The wait before it was for it."""
         if self._pass is not None:
             if self._pass.waits and not self._pass.waits[-1].is_for_rows:
                 self._pass.waits[-1].unit = self._pass.waits[-1].unit or name
             self._pass.units.append(_Unit(name, self._note(self._pass)))
 
     def end_unit(self) -> None:
+        """Note that the module that computes has ended."""
         if self._pass is not None and self._pass.units and self._pass.units[-1].end < 0:
             self._pass.units[-1].end = self._note(self._pass)
 
@@ -131,8 +136,6 @@ class Recorder:
         """Note where the computing stream is, and give the point's number."""
         current.points.append(self._backend.moment())
         return len(current.points) - 1
-
-    # ------------------------------------------------------------------------------------ reported by the model
 
     def begin_call(self, prompt_tokens: int = 0) -> Call:
         """`generate` begins, on a prompt of so many tokens, 0 if that is not known. There may be others under way."""
@@ -180,8 +183,6 @@ class Recorder:
         """What was moved since the last pass was not for a pass."""
         self._pending.clear()
 
-    # ------------------------------------------------------------------------------------ once a pass is over
-
     def _finish(self, end: Moment) -> float:
         """Account for the pass that is over, up to `end`, which is returned in seconds."""
         current, self._pass = self._pass, None
@@ -200,14 +201,13 @@ class Recorder:
         return at[-1]
 
     def _take_spans(self, until: float) -> list[Span]:
-        """Those that have ended by `until`, in seconds. The others stay for the next pass."""
+        """The spans that have ended by `until`, in seconds. The others stay for the next pass."""
         taken: list[Span] = []
         later: list[Span] = []
         for _ in range(len(self._pending)):
             span = self._pending.popleft()
             start, end = self._backend.seconds((span.start, span.end))
-            # Read from different anchors, if a pass has ended in between, the two may be a little apart.
-            end = end if start is None or end is None else max(start, end)
+            end = end if start is None or end is None else max(start, end)  # read from two anchors, they may cross
             span = span._replace(start=span.start if start is None else start, end=span.end if end is None else end)
             (later if end is None or end > until else taken).append(span)
         self._pending.extend(later)

@@ -1,4 +1,4 @@
-"""What a generation cost: time, bytes, memory, and where the time went."""
+"""A report says what a generation cost: time, bytes, memory, and where the time went."""
 
 from __future__ import annotations
 
@@ -41,17 +41,18 @@ class RunReport:
 
     @property
     def seconds_per_token(self) -> float:
-        """After the first token, or in all if there is just one."""
+        """Seconds for each token after the first, or in all if there is just one."""
         if self.new_tokens < 2:
             return self.total_seconds
         return (self.total_seconds - self.ttft_seconds) / (self.new_tokens - 1)
 
     @property
     def read_bytes_per_second(self) -> float | None:
-        """None if nothing was read."""
+        """The rate of the reads; None if nothing was read."""
         return self.streamed_bytes / self.read_seconds if self.streamed_bytes and self.read_seconds else None
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as plain values, for JSON."""
         return asdict(self) | {"seconds_per_token": self.seconds_per_token}
 
     def __str__(self) -> str:
@@ -106,6 +107,7 @@ class Meter:
             self.forward_to.put(value)
 
     def end(self) -> None:
+        """The generation has ended. `forward_to` is told, too."""
         if self.forward_to is not None:
             self.forward_to.end()
 

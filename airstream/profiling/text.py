@@ -1,4 +1,4 @@
-"""A profile as a table of at most 80 columns."""
+"""This writes a profile as a table of at most 80 columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A profile as a trace in Chrome's format, which https://ui.perfetto.dev opens. One track a link.
+"""This writes a profile as a trace in Chrome's format, which https://ui.perfetto.dev opens. One track a link.
 
 The format: "Trace Event Format", Google, https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """

@@ -1,6 +1,6 @@
-"""How fast a device computes what decoding is made of: products with one vector, matrix products, layers of nothing.
+"""This measures how fast a device computes what decoding is made of: products with one vector, matrix products, layers.
 
-Knows torch, and a tiny Llama built from a config. Refuses to know checkpoints and budgets.
+It knows torch, and a tiny Llama built from a config. It refuses to know checkpoints and budgets.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """GPUs that people have, from their data sheets, and what a machine with one of them can be expected to do.
 
-Knows `cards.json` and two shares of the data sheets' peaks. Refuses to know torch, and which cards are in this machine.
+It knows `cards.json` and two shares of the data sheets' peaks. It refuses to know torch, and which cards are in this
+machine.
 """
 
 from __future__ import annotations

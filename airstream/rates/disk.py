@@ -1,7 +1,7 @@
-"""How fast the disk gives weights: the engine's reader, read size and threads, into memory like the engine's.
+"""This measures how fast the disk gives weights: with the engine's reader, read size, threads and kind of memory.
 
-Knows files and free space. Writes nothing beside a checkpoint, and leaves no file behind. Refuses to know formats: what
-it reads, it does not look at.
+It knows files and free space. Writes nothing beside a checkpoint, and leaves no file behind. It refuses to know
+formats: what it reads, it does not look at.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much work a measurement is worth, and the stopwatch. Knows bytes and seconds, not what is measured with them."""
+"""This says how much work a measurement is worth, and has the stopwatch. It knows bytes and seconds alone."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The rates of one machine, and where each number comes from.
+"""Hardware facts are the rates of one machine, and where each number comes from.
 
-Knows numbers and their sources, and what to assume where nothing was measured. Refuses to know how they are measured,
-which model they are for, and torch.
+It knows numbers and their sources, and what to assume where nothing was measured. It refuses to know how they are
+measured, which model they are for, and torch.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class HardwareFacts:
     """What a machine can do, one kind of work at a time. Printable; `to_json` and `from_json` are inverse.
 
     Attributes:
-        machine: its processor, cores, memory and computing device, for people. No host name: that is private.
+        machine: the processor, cores, memory and computing device, for people. No host name: that is private.
         num_cores: CPU cores that the process may use.
         disk: bytes per second from files to host memory, around the page cache, with the engine's own reader.
         disk_cpu_seconds_per_byte: CPU time of this process that reading one byte costs. 0 if it is not known.
@@ -125,7 +125,7 @@ class HardwareFacts:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HardwareFacts:
-        """What `to_dict` gave.
+        """The facts that `to_dict` made `data` of.
 
         Raises:
             ArgumentError, KeyError, TypeError: it is something else.
@@ -138,11 +138,12 @@ class HardwareFacts:
         return cls(**{**data, **rates, **links, **by_dtype})
 
     def to_json(self) -> str:
+        """What `to_dict` gives, as JSON."""
         return json.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> HardwareFacts:
-        """What `to_json` gave.
+        """The facts that `to_json` has written as `text`.
 
         Raises:
             ArgumentError, KeyError, TypeError, json.JSONDecodeError: it is something else.

@@ -1,4 +1,4 @@
-"""What machine this is: enough to tell its measurements from another one's, nothing that names its owner."""
+"""This says what machine this is: enough to tell its measurements from another one's, nothing that names its owner."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""How fast memory is copied: within the host, and to a device and back.
+"""This measures how fast memory is copied: within the host, and to a device and back.
 
-Knows the two kinds of host memory and a device's runtime, which is the backend's own. Refuses to know weights.
+It knows the two kinds of host memory and a device's runtime, which is the backend's own. It refuses to know weights.
 """
 
 from __future__ import annotations

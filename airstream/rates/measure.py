@@ -1,4 +1,4 @@
-"""Measures what this machine can do, in a few seconds. Puts the single measurements together; stores nothing."""
+"""This measures what this machine can do, in a few seconds. It puts single measurements together; it stores nothing."""
 
 from __future__ import annotations
 

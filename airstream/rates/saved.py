@@ -1,7 +1,7 @@
-"""Measured rates on file: by machine, computing device and file system.
+"""This keeps measured rates on file: by machine, computing device and file system.
 
-Knows one JSON file in the cache folder. Refuses to know how rates are measured, and never fails a reader: what cannot
-be read or understood counts as not measured.
+It knows one JSON file in the cache folder. It refuses to know how rates are measured, and never fails a reader: what
+cannot be read or understood counts as not measured.
 """
 
 from __future__ import annotations

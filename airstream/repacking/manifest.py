@@ -1,6 +1,6 @@
-"""What a repacked checkpoint says of itself: what it was made from, and the checksum of every file.
+"""A manifest is what a repacked checkpoint says of itself: what it was made from, and the checksum of every file.
 
-Knows the two files of that: the manifest in a finished checkpoint, the journal in an unfinished one.
+It knows the two files of that: the manifest in a finished checkpoint, the journal in an unfinished one.
 """
 
 from __future__ import annotations

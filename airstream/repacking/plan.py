@@ -1,4 +1,4 @@
-"""What a repacked checkpoint looks like: which tensors in which order in which file. Pure; reads and writes nothing.
+"""This says which tensors lie in which order in which file of a repacked checkpoint. It reads and writes nothing.
 
 Tensors of one layer lie side by side in the order in which the model lists them, and every layer begins on a page of
 its file. safetensors allows no gaps between tensors, so a file ends where the next layer would not begin on a page.
@@ -47,7 +47,7 @@ class Shard:
 
     @property
     def nbytes(self) -> int:
-        """Of its data."""
+        """The bytes of its data."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 

@@ -1,4 +1,4 @@
-"""What a repack has made, for whoever has to be told."""
+"""A report says what a repack has made, for whoever has to be told."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class RepackReport:
 
     Attributes:
         folder: the repacked checkpoint.
-        num_files: of weights.
-        num_bytes: of these files.
+        num_files: the files of weights.
+        num_bytes: the bytes of these files.
         kept_files: of them, how many a run before had finished.
         is_old: all of it was there already, and nothing was written.
         seconds: it took.

@@ -1,4 +1,4 @@
-"""What may lie where a repacked checkpoint goes: nothing, or the same repack. Looks, and writes nothing."""
+"""This says what may lie where a repacked checkpoint goes: nothing, or the same repack. It writes nothing."""
 
 from __future__ import annotations
 

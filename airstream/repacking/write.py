@@ -1,6 +1,6 @@
-"""Writing one file of a repacked checkpoint: the header, then ranges of other files, with a checksum on the way.
+"""This writes one file of a repacked checkpoint: the header, then ranges of other files, with a checksum on the way.
 
-Knows bytes. A file gets its name when it is whole and on the disk.
+It knows bytes. A file gets its name when it is whole and on the disk.
 """
 
 from __future__ import annotations

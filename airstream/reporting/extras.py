@@ -1,4 +1,4 @@
-"""What to type where an optional package is missing: the package, and the extra of ours that would have brought it."""
+"""This says what to type where an optional package is missing: the package, and the extra of ours that brings it."""
 
 from __future__ import annotations
 

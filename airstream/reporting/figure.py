@@ -1,4 +1,4 @@
-"""What all pictures share: matplotlib, if it is there, and files that it can write."""
+"""This has what all pictures share: matplotlib, if it is there, and files that it can write."""
 
 from __future__ import annotations
 

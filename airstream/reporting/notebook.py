@@ -1,6 +1,6 @@
-"""Whether this runs in a notebook, and a line in a cell's output that can be replaced.
+"""This knows whether this runs in a notebook, and a line in a cell's output that can be replaced.
 
-Knows IPython, if it is there already. Refuses to know what the line says.
+It knows IPython, if it is there already. It refuses to know what the line says.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class CellLine:
         self._show(self._text())
 
     def erase(self) -> None:
+        """Leave the line empty."""
         if self._shown:
             self._show("")
 

@@ -1,7 +1,7 @@
-"""Where work reports when it began, when it ended and how many bytes it moved, while somebody profiles.
+"""A probe is told when work began, when it ended and how many bytes it moved, while somebody profiles.
 
-Knows spans, and whether anybody listens. Refuses to know what becomes of them. With nobody listening, a report costs
-one look at an attribute.
+It knows spans, and whether anybody listens. It refuses to know what becomes of them. With nobody listening, a report
+costs one look at an attribute.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Span(NamedTuple):
 
 
 class Listener(Protocol):
-    """Whoever profiles. The thread that computes reports what a model does, any thread reports spans and sizes."""
+    """A listener profiles. The thread that computes reports what a model does, any thread reports spans and sizes."""
 
     def add(self, span: Span) -> None:
         """A span has ended, or, on a device, has been queued."""

@@ -1,6 +1,6 @@
-"""How much has been streamed, from where, how fast, and how long computation waited for it.
+"""This counts how much has been streamed, from where, how fast, and how long computation waited for it.
 
-Knows bytes and seconds that others have measured. Refuses to give a rate where nothing has passed.
+It knows bytes and seconds that others have measured. It refuses to give a rate where nothing has passed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class MeasuredLink:
     Attributes:
         link: where the bytes came from: "disk", "page cache", "host memory", or "disk and host memory". All of them
             arrived where the model computes: the rate is that of the whole way. None if nothing is streamed.
-        nbytes: that arrived.
+        nbytes: the bytes that arrived.
         seconds: wall time until the last of them had.
     """
 

@@ -1,6 +1,6 @@
-"""One line on a terminal that says what goes on, for as long as it goes on: redrawn by a thread, erased at the end.
+"""The status line says on a terminal what goes on, while it goes on: a thread redraws it, and it is erased at the end.
 
-Knows terminals, and nothing that takes time to import. Refuses to know what the line says.
+It knows terminals, and nothing that takes time to import. It refuses to know what the line says.
 """
 
 from __future__ import annotations
@@ -101,6 +101,7 @@ class StatusLine:
                 self._send(f"{ERASE}{MAKE_ROOM}{SAVE}{BELOW}{shown}{RESTORE}")
 
     def erase(self) -> None:
+        """Take the line off the terminal, if it is there."""
         with self._lock:
             if self._shown:
                 self._shown = ""
@@ -162,6 +163,7 @@ class Activity:
         self._is_timed = True
 
     def text(self) -> str:
+        """What the line says by now."""
         seconds = int(time.monotonic() - self._started) if self._is_timed else 0
         parts = [self._what]
         if self._step:

@@ -1,4 +1,4 @@
-"""Bytes, seconds and numbers of things as people write them. Knows nothing of models or devices."""
+"""This writes bytes, seconds and numbers of things as people do. It knows nothing of models or devices."""
 
 from __future__ import annotations
 

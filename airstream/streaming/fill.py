@@ -1,6 +1,7 @@
-"""Getting the bytes of a layer batch to where it computes: from disk every time or just once, or from host memory.
+"""A fill brings the bytes of a layer batch to where it computes: from disk each time or once, or from host memory.
 
-Knows reads and copies and when all of them are done. Refuses to know the ring, the order of batches, and who waits.
+It knows reads and copies and when all of them are done. It refuses to know the ring, the order of batches, and who
+waits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Resident:
     """Tensors that are loaded once and stay on the device that computes.
 
     Attributes:
-        memory: their bytes, a uint8 tensor on the device.
+        memory: the bytes of the tensors, as a uint8 tensor on the device.
         loaded: the bytes are there, or on their way behind the fence of the batch that brought them.
         converted: whoever has to make something of the bytes in place has done so.
     """
@@ -46,12 +47,12 @@ class Hosted:
 
 @dataclass(frozen=True, slots=True)
 class Fill:
-    """What has to come before a layer batch can compute.
+    """A fill says what has to come before a layer batch can compute.
 
     Attributes:
-        slab: what passes through the ring; nothing if all of the batch stays.
-        room: in the ring, in bytes.
-        resident: what stays on the device.
+        slab: the tensors that pass through the ring; none if all of the batch stays.
+        room: the bytes that the slab takes in the ring.
+        resident: the tensors that stay on the device.
         hosted: the part of `slab` that comes from host memory.
     """
 
@@ -67,17 +68,17 @@ class Fill:
 
     @property
     def loaded_once(self) -> Iterator[Resident | Hosted]:
-        """What does not come from disk a second time."""
+        """The tensors that do not come from disk a second time."""
         return chain(self.resident, self.hosted)
 
     @property
     def to_read_bytes(self) -> int:
-        """That come from disk the next time."""
+        """The bytes that come from disk the next time."""
         return self.slab.read_bytes + sum(once.slab.read_bytes for once in self.loaded_once if not once.loaded)
 
     @property
     def hosted_bytes(self) -> int:
-        """That come from host memory."""
+        """The bytes that come from host memory each time."""
         return sum(spec.nbytes for hosted in self.hosted for spec in hosted.slab.specs)
 
 

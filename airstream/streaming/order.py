@@ -1,4 +1,4 @@
-"""In which order the layers will be asked for, judged by the order in which they were.
+"""This predicts in which order the layers will be asked for, from the order in which they were.
 
 Most models visit every layer once per pass, always in the same order. Some call layers several times, skip a vision
 tower on text, or run an encoder once and a decoder per token. All of them repeat themselves, so the prediction is what

@@ -1,4 +1,4 @@
-"""A place in the ring and what is in it. Knows who uses it, not how it is filled."""
+"""A region is a place in the ring and what is in it. It knows who uses it, not how it is filled."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class Region:
     """A layer batch in the ring. One of which nothing is streamed takes no room there.
 
     Attributes:
-        memory: its bytes on the device, a uint8 tensor.
+        memory: the bytes of the batch on the device, as a uint8 tensor.
         offset: where in the ring it lies.
         fresh: True after a fill; whoever makes something of the bytes in place, once, sets it to False.
         filling: reads are under way.
         users: calls that wait for it, or compute with it. Without any, it stays intact until its place is needed.
-        read_bytes, host_bytes: that came from disk and host memory to fill it, until they have been reported.
-        error: what kept it from being filled.
+        read_bytes, host_bytes: the bytes that came from disk and host memory to fill it, until they are reported.
+        error: the error that kept it from being filled.
     """
 
     batch: int

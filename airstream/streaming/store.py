@@ -1,6 +1,8 @@
-"""Tensors that stay in memory from pass to pass, and what has to come for each layer batch. Survives a change of plan.
+"""The store holds tensors that stay in memory from pass to pass, and says what has to come for each layer batch.
 
-Knows which groups of tensors are in which memory. Refuses to know why: that is in the plan.
+It survives a change of plan.
+
+It knows which groups of tensors are in which memory. It refuses to know why: that is in the plan.
 """
 
 from __future__ import annotations

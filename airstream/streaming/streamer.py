@@ -1,4 +1,4 @@
-"""Layer batches through a ring of memory: read ahead in the order they will be needed, handed out when they are.
+"""The streamer brings layer batches through a ring of memory: it reads ahead, and hands them out when they are needed.
 
 The streamer executes; it decides nothing. Which layers form a batch, how large the ring is and how far to read ahead
 is in the plan. It knows no model: `acquire` gives the memory of a batch, while the next ones are being read; `release`
@@ -128,7 +128,7 @@ class Streamer:
         return meter.measured()
 
     def _wait_until_quiet(self) -> None:
-        """Until nothing that has been begun is under way, neither reads nor copies."""
+        """Block until nothing that has been begun is under way, neither reads nor copies."""
         with self._changed:
             self._wait_for_fills()  # it knows of reads; the backend knows of pinning and copies
         self._backend.settle()

@@ -1,6 +1,7 @@
-"""Where airstream keeps what it made, and how a folder is made exactly once.
+"""This knows where airstream keeps what it made, and makes a folder exactly once.
 
-Knows folders, locks, manifests and free space. Refuses to know what the folders hold, and never deletes a complete one.
+It knows folders, locks, manifests and free space. It refuses to know what the folders hold, and never deletes a
+complete one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""Disks that take no more: what is about to be written is held against what is free and how large a file may be, and
-a disk that refuses meanwhile says why, and what helps.
+"""This holds what is about to be written against what is free and how large a file may be.
 
-Knows free space, limits of a file's size, and the errors of a disk that has no room. Refuses to know what is written.
+If a disk refuses meanwhile, the error says why, and what helps.
+
+It knows free space, limits of a file's size, and the errors of a disk that has no room. It refuses to know what is
+written.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Files that others wrote, before anybody believes them: opened without waiting, and read only as far as they may go.
+"""This opens files that others wrote without waiting, and reads them only as far as they may go.
 
-Knows what can be opened. A pipe, a device or a folder under the name of a file is refused, where opening it would wait
-for ever or do whatever a device does.
+It knows what can be opened. A pipe, a device or a folder under the name of a file is refused, where opening it would
+wait for ever or do whatever a device does.
 """
 
 from __future__ import annotations

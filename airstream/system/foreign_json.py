@@ -1,8 +1,8 @@
-"""JSON that others wrote: measured before Python's parser sees it, and refused if it would cost too much.
+"""This measures JSON that others wrote before Python's parser sees it, and refuses it if it would cost too much.
 
 Ten bytes of text can become a hundred in memory, digits take quadratic time, and nesting takes the stack of whoever
 walks it. So depth, digits, the number of values and the memory they take are bounded here, by one pass over the bytes.
-Knows nothing of what the values mean.
+It knows nothing of what the values mean.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Kind:
 
     @property
     def max_bytes(self) -> int:
-        """Of text."""
+        """The bytes of text that a file may have."""
         return self.parsed_bytes // COPIES_OF_TEXT
 
 

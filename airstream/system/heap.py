@@ -1,9 +1,9 @@
-"""What the C library does with freed memory: keeps it for the next time, unless it is told to give it back.
+"""This tells the C library what to do with freed memory: keep it for the next time, or give it back.
 
 glibc's malloc puts blocks on its heap that are smaller than the largest one freed so far (up to 32 MiB), and what is
 freed there stays with the process: of the activations of a prompt, up to twice as much as is ever in use. Within
 `giving_back`, large blocks are mapped one by one, and go when they are freed. Between tokens that would be waste: the
-same sizes come back at once, and fresh memory has to be cleared. Knows nothing of models; elsewhere does nothing.
+same sizes come back at once, and fresh memory has to be cleared. It knows nothing of models; elsewhere does nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Importing what is below us without a word that is neither ours nor the user's fault.
+"""This imports what is below us without a word that is neither ours nor the user's fault.
 
 Optional packages that transformers and PEFT import on their own, torchao above all, log which of their kernels they
 could not load and which deprecated calls they make: true, and nothing that who runs a model by us asked for.

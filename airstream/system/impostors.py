@@ -1,6 +1,6 @@
-"""What a file is that is not what its name says, and what to type then: pointers, web pages, archives, other formats.
+"""This says what a file is that is not what its name says, and what to type then: pointers, web pages, other formats.
 
-Knows how files begin. Refuses to know whether the rest of a file is sound.
+It knows how files begin. It refuses to know whether the rest of a file is sound.
 """
 
 from __future__ import annotations

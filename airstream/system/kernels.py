@@ -1,10 +1,10 @@
-"""How many compiled kernels oneDNN keeps: few, so that they have room in what is planned for the runtime.
+"""This limits how many compiled kernels oneDNN keeps: few, so that the plan has room for them in the runtime.
 
 Where a processor computes in half precision with AVX-512, a linear layer has a kernel for every number of rows,
 and two caches keep 1,024 of them: one of the process (oneDNN's), and one of each thread (of the layer above it).
 Either reads its limit from the environment when it is first used, and torch has no function for it. So they are made
 to be used while the environment names the limit. What the user has set stays; so does a cache that was in use before.
-Changes no bit: a kernel that was forgotten is compiled again. Knows nothing of models.
+It changes no bit: a kernel that was forgotten is compiled again. It knows nothing of models.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class KernelLimit:
         self._threads = threading.local()
 
     def set(self) -> None:
-        """Set it in this thread, if that has not been done."""
+        """Set the limit for the calling thread, if that has not been done. Makes one small product."""
         if not self._applies or hasattr(self._threads, "is_set"):
             return
         self._threads.is_set = True

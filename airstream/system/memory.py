@@ -1,4 +1,4 @@
-"""How much memory there is to use: of the host, of the control group this process lives in, of a device."""
+"""This says how much memory there is to use: of the host, of this process's control group, of a device."""
 
 from __future__ import annotations
 
@@ -89,6 +89,7 @@ class PeakMemory:
         self._start = process_bytes() if start is None else start
 
     def rise(self) -> int:
+        """Bytes by which the peak lies above the start; 0 if it does not."""
         return max(0, self._peak() - self._start)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The accelerator backend: reads land in small pinned staging buffers and cross to the device on a copy stream.
+"""The accelerator backend copies what was read from small pinned staging buffers to the device, on a copy stream.
 
 Each reader thread owns two staging buffers: while one is being copied, it reads into the other. So host memory does
 not grow with the layers, a layer of any size streams through it, and disk and bus work at the same time within a layer.
@@ -169,9 +169,11 @@ class DeviceLanding:
         self._lanes = lanes
 
     def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:  # noqa: ARG002 - staging always fits
+        """A staging buffer of this reader thread. Blocks until what was in it has been copied."""
         return self._lanes[worker].window(piece)
 
     def landed(self, worker: int, piece: Piece, direct: bool) -> None:  # noqa: ARG002
+        """Queue the copy of `piece` from the staging buffer to the device."""
         self._lanes[worker].send(piece, self._memory[piece.target : piece.target + piece.target_bytes])
 
 
@@ -203,12 +205,14 @@ class HostedWeights:
         self._is_submitted = False
 
     def landing(self) -> HostLanding:
+        """Where the reads that fill this memory land. The first call asks for pinning. Does not block."""
         if not self._is_submitted:  # a read that failed is tried again
             self._is_submitted = True
             self._pinner.submit(self._pinning)
         return HostLanding(self._buffer.tensor, self._staging)
 
     def send(self, pairs: Sequence[tuple[torch.Tensor, int]]) -> list[Callable[[int], None]]:
+        """Queue the copies at once if the memory is pinned; else give errands for reader threads."""
         if self._pinning.is_pinned:
             for target, start in pairs:
                 self._bus.copy(target, self._buffer.tensor[start : start + target.numel()])
@@ -223,6 +227,7 @@ class HostedWeights:
         self._lanes[worker].relay(self._buffer.tensor[start : start + target.numel()], target)
 
     def close(self) -> None:
+        """Undo the pinning. Idempotent."""
         self._pinning.undo()
 
 

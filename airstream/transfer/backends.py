@@ -1,4 +1,7 @@
-"""Devices: what memory they have and how bytes get there. `create_backend` chooses the one for a device."""
+"""`create_backend` chooses the backend of a device: what memory it has and how bytes get there.
+
+This knows types of devices. It refuses to know what is moved.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the streamer asks of a device, and what the accelerator backend asks of a runtime.
+"""This says what the streamer asks of a device, and what the accelerator backend asks of a runtime.
 
 Two seams, on purpose. A `Backend` moves the bytes of a layer batch into memory the model computes from and keeps
 copies and computation from overtaking each other. A `Runtime` is the handful of device operations (memory, streams,

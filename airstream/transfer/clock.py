@@ -1,4 +1,4 @@
-"""When a device did what: points in its streams, as seconds of the host's clock.
+"""The clock says when a device did what: it gives points in its streams as seconds of the host's clock.
 
 A host clock around asynchronous work measures how long it takes to queue it. Here events are queued with the work, and
 read once the device has passed them; an event that the host has waited for ties the two clocks together.

@@ -1,4 +1,4 @@
-"""The CPU backend: the model computes straight from the memory the reads land in. Nothing is copied, nothing waits."""
+"""The CPU backend gives the model the memory that reads land in. Nothing is copied, nothing waits."""
 
 from __future__ import annotations
 

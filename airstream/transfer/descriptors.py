@@ -1,6 +1,6 @@
-"""A bounded number of open files: systems allow 256 in all, and checkpoints come in hundreds of shards.
+"""This bounds the number of open files: systems allow 256 in all, and checkpoints come in hundreds of shards.
 
-Knows descriptors, who uses them, and which was used longest ago. Refuses to know how a file is opened and read.
+It knows descriptors, who uses them, and which was used longest ago. It refuses to know how a file is opened and read.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 MAX_OPEN_FILES = 64
-"""Of one reader. A checkpoint of more shards opens each again once a pass, which costs microseconds."""
+"""One reader has at most so many open. Of more shards, each is opened again once a pass, which costs microseconds."""
 
 
 class Opens(Protocol):

@@ -1,4 +1,4 @@
-"""Positioned reads of one file, with or without the page cache.
+"""This reads one file at given positions, with or without the page cache.
 
 Direct reads (O_DIRECT) are for a model that does not fit in memory: they cost a tenth of the CPU time of buffered ones
 and leave the page cache to others. Where a file system refuses them, or there is no such thing, reads are buffered.

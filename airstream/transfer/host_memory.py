@@ -1,4 +1,4 @@
-"""Host memory for weights in flight: page-aligned, exactly as large as asked, touched before the token loop needs it.
+"""This maps host memory: page-aligned, exactly as large as asked, touched before the token loop needs it.
 
 `torch.empty` and pinned allocators round sizes up (torch's pinned allocator to the next power of two, so 20 GB pins 32)
 and leave the first touch, at about 1.5 GB/s, to the token loop. An anonymous mapping does neither.

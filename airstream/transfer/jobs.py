@@ -1,4 +1,7 @@
-"""What a reader is asked to do: reads, or errands, that belong together, and what is called when all have ended."""
+"""A job is what a reader is asked to do: reads, or errands, that belong together.
+
+It knows when all of them have ended, and whom to tell. It refuses to know what they do.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,7 @@ class Job:
         return self.cancelled or self._error is not None
 
     def finished_one(self, error: BaseException | None) -> None:
+        """A step has ended, with `error` if it failed. The last one calls `on_done`, in its thread."""
         with self._lock:
             self._error = self._error or error
             self._open -= 1

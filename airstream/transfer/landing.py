@@ -1,4 +1,4 @@
-"""Reads that land in host memory: in place where possible, through a staging buffer where not.
+"""This lands reads in host memory: in place where possible, through a staging buffer where not.
 
 In place is possible if the tensor lies at the same spot within a page as in its file (direct reads demand that) and is
 stored in the dtype it is wanted in.
@@ -16,7 +16,7 @@ from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.reader import Cast, Piece
 
 DEALT_BYTES = 1 << 20
-"""Of packed rows that are dealt out at a time."""
+"""The bytes of packed rows that are dealt out at a time."""
 
 
 class Staging:
@@ -28,6 +28,7 @@ class Staging:
         self._buffers: dict[int, HostBuffer] = {}
 
     def buffer(self, worker: int) -> HostBuffer:
+        """The staging buffer of reader thread `worker`. Its first call allocates it."""
         if worker not in self._buffers:
             self._buffers[worker] = HostBuffer(self._nbytes)
         return self._buffers[worker]
@@ -43,12 +44,14 @@ class HostLanding:
         self._address = memory.data_ptr()
 
     def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
+        """The memory itself if the piece can land in place, else the staging buffer of this reader thread."""
         if self._in_place(piece, direct):
             return self._view[piece.target : piece.target + piece.nbytes]
         phase = piece.offset % PAGE_BYTES
         return self._staging.buffer(worker).view[phase : phase + piece.nbytes]
 
     def landed(self, worker: int, piece: Piece, direct: bool) -> None:
+        """Copy or decode `piece` from the staging buffer to its place, unless it is there already."""
         if self._in_place(piece, direct):
             return
         phase = piece.offset % PAGE_BYTES

@@ -1,4 +1,4 @@
-"""What moves the bytes of one model: the reader, the backend, and the two that note what they do.
+"""The machinery moves the bytes of one model: the reader, the backend, and the two that note what they do.
 
 It knows how they are opened and closed together. It refuses to know which bytes they move, and in which order.
 """

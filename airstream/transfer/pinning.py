@@ -1,7 +1,7 @@
 """Host memory is pinned behind everybody's back: on a thread of its own, one buffer after the other.
 
 Pinning touches every page of a buffer, and takes about as long as a copy of it. Until it is done, copies go another
-way. Knows buffers and who is to be pinned next. Refuses to know what is in them.
+way. It knows buffers and who is to be pinned next. It refuses to know what is in them.
 """
 
 from __future__ import annotations

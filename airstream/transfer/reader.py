@@ -1,4 +1,4 @@
-"""Many reads at once, straight to where the bytes are needed.
+"""The reader does many reads at once, straight to where the bytes are needed.
 
 The reader knows files, threads and alignment. It does not know what the bytes mean, nor whether they land in host
 memory or, through a staging buffer, on a device: that is the `Landing`'s business.
@@ -63,6 +63,7 @@ class Piece:
 
     @property
     def target_bytes(self) -> int:
+        """The bytes that the piece takes in the slab, after `cast`."""
         if self.cast is None:
             return self.nbytes
         return self.nbytes // self.cast.source_item_bytes * self.cast.target_item_bytes
@@ -93,7 +94,7 @@ class Reader:
         files: the files that may be read; each is opened now, so that a missing one is known.
         direct: go around the page cache where the file system allows it.
         probe: told about every read.
-        max_open_files: at a time; the others are opened again when they are read.
+        max_open_files: so many are open at a time; the others are opened again when they are read.
     """
 
     def __init__(
@@ -149,6 +150,7 @@ class Reader:
 
     @property
     def num_workers(self) -> int:
+        """The number of reader threads."""
         return len(self._workers)
 
     def is_worker(self, thread: threading.Thread) -> bool:
@@ -162,7 +164,7 @@ class Reader:
 
     @property
     def source(self) -> str:
-        """What gives the bytes: the disk, or, if any file is read through it, the page cache."""
+        """The name of what gives the bytes: the disk, or, if any file is read through it, the page cache."""
         return DISK if self.direct else PAGE_CACHE
 
     def submit(self, pieces: Sequence[Piece], landing: Landing, on_done: OnDone, urgent: bool = False) -> Job:
@@ -205,7 +207,7 @@ class Reader:
             raise outcome[0]
 
     def wait_until_idle(self) -> None:
-        """Until nothing is being read, and nothing waits to be. Reader threads must not call this."""
+        """Block until nothing is read, and nothing waits to be. Reader threads must not call this."""
         self._forks.settle(self._restart)
         with self._wake:
             self._wake.notify_all()  # whoever put the last reads in may have been interrupted before it said so

@@ -1,6 +1,7 @@
-"""Memory that is not there: what the system, torch and drivers say when they refuse it, as one error.
+"""This makes one error of what the system, torch and drivers say when they refuse memory.
 
-Knows how a refusal looks, how much was asked for, and of which memory. Refuses to know what for: that is in the plan.
+It knows how a refusal looks, how much was asked for, and of which memory. It refuses to know what for: that is in the
+plan.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class ShortageError(BudgetError):
 
     Attributes:
         asked: how much, in words.
-        is_on_host: of the host's, or of a device's.
+        is_on_host: whether the host's memory was refused, or else a device's.
     """
 
     def __init__(self, asked: str, is_on_host: bool) -> None:

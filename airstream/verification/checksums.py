@@ -1,4 +1,4 @@
-"""Which checksums of a checkpoint's files are known: from a repack's manifest, or from the hub.
+"""This says which checksums of a checkpoint's files are known: from a repack's manifest, or from the hub.
 
 The hub's cache calls a file by its checksum: SHA-256 for those in git-lfs, git's own for small ones. In folders that
 were downloaded with `local_dir`, notes beside the files have the same.

@@ -1,4 +1,4 @@
-"""What the headers of a checkpoint say, as far as they can be read: all that is wrong, not the first of it."""
+"""This says all that is wrong with the headers of a checkpoint, as far as they can be read, not the first of it."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Every byte of a file, read once around the page cache: for its checksum, and for values that are no numbers.
+"""This reads every byte of a file once, around the page cache: for its checksum, and for values that are no numbers.
 
-Knows files and elements. A disk that fails to give a byte back is a fault like any other.
+It knows files and elements. A disk that fails to give a byte back is a fault like any other.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What was found wrong with a checkpoint, and how far anybody looked."""
+"""A report says what was found wrong with a checkpoint, and how far anybody looked."""
 
 from __future__ import annotations
 

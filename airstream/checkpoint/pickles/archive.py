@@ -1,6 +1,6 @@
-"""The zip archives that `torch.save` writes: where in the file each record lies. Reads headers only, extracts nothing.
+"""This reads the zip archives that `torch.save` writes: where each record lies. It reads headers only.
 
-Knows that torch stores records as they are, so that what the archive holds can be read in place. An archive whose
+It knows that torch stores records as they are, so that what the archive holds can be read in place. An archive whose
 records are compressed, overlap, or lie elsewhere than it says is refused.
 """
 

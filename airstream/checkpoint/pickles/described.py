@@ -1,4 +1,4 @@
-"""What the names and storages in a pickle of weights stand for: descriptions of tensors, made of checked numbers.
+"""These describe what the names and storages in a pickle of weights stand for: tensors, made of checked numbers.
 
 Nothing here looks a name up, nothing has the size that a file claims, and nothing that a file made is printed, hashed
 or compared: a tuple of two tuples, each of which is the same two tuples, and so on, is small and takes for ever.

@@ -1,6 +1,6 @@
-"""Tensors that no range of a file holds, brought together once: a safetensors file in airstream's cache folder.
+"""This brings tensors that no range of a file holds together, once: in a safetensors file in airstream's cache folder.
 
-Knows strided views and byte order. Only what cannot be read in place is copied, one tensor at a time, so that host
+It knows strided views and byte order. Only what cannot be read in place is copied, one tensor at a time, so that host
 memory holds the largest of them twice at most.
 """
 

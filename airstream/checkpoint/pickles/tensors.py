@@ -1,4 +1,4 @@
-"""Pickled checkpoints (`pytorch_model.bin`, `*.pth`): where in the file each tensor lies, so that it is read in place.
+"""This says where in pickled checkpoints (`pytorch_model.bin`, `*.pth`) each tensor lies, so that it is read in place.
 
 `torch.save` keeps every storage as it is: in a zip archive since torch 1.6, before that one behind the other at the end
 of the file. A tensor is a view of a storage, and nearly always a contiguous one: then its bytes are a range of the

@@ -1,11 +1,11 @@
-"""What a pickle of weights says, without running it: a pickle machine that makes descriptions of tensors and no more.
+"""This finds out what a pickle of weights says without running it: it makes descriptions of tensors and no more.
 
 Python's unpickler calls whatever a file names. torch's own `weights_only` one calls a list of functions that are safe,
 some of which still allocate what a file claims (`bytearray(10**12)` is on the list). This one calls nothing from the
 file: it knows the instructions that `torch.save` writes, and a table of names that stand for descriptions. Any other
 name is refused when it is read, whether or not it would have been called.
 
-Knows neither where storages lie nor whether they are there: see `pickles`.
+It knows neither where storages lie nor whether they are there: see `pickles`.
 """
 
 from __future__ import annotations
