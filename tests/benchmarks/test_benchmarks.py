@@ -17,27 +17,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks import (
-    compare,
-    conditions,
-    disk,
-    law,
-    law_child,
-    law_report,
-    limited,
-    memory,
-    plot_law,
-    report,
-    startup,
-    systems,
-)
+from benchmarks import charts, conditions, disk, launch, limited, memory, report, startup, systems
 from benchmarks.checkpoints import Shape, shard_names, write_checkpoint
-from benchmarks.compare import ROOT, execute
-from benchmarks.law_report import Budget, Cliff, LawRun, Measured
+from benchmarks.launch import ROOT, execute
+from benchmarks.law import __main__ as law
+from benchmarks.law import child as law_child
+from benchmarks.law import plot as plot_law
+from benchmarks.law import report as law_report
+from benchmarks.law.report import Budget, Cliff, LawRun, Measured
 from benchmarks.peers import measure
 from benchmarks.peers.measure import Record, Request, Runner, TokenClock
 from benchmarks.report import Reference, Run, Spread
 from benchmarks.settings import checkpoint_key, parse_mib, parse_settings
+from benchmarks.suite import compare
 
 TINY = Shape(hidden=16, intermediate=32, layers=2, vocab=300, heads=4, kv_heads=2)
 REQUIRED = ["--checkpoint=model", "--limit-mib=3000", "--venvs=venvs", "--work=work"]
@@ -644,7 +636,7 @@ def test_the_law_from_its_command_line(tiny_checkpoint, tmp_path, monkeypatch, c
             raise PermissionError("not root")
 
     execute.num_measured = 0
-    monkeypatch.setattr(compare, "execute", execute)
+    monkeypatch.setattr(launch, "execute", execute)
     monkeypatch.setattr(limited, "drop_page_cache", drop_page_cache)
     out = tmp_path / "law.json"
     assert law.main([f"--checkpoint={tiny_checkpoint}", "--turns=2", "--shares=0", f"--out={out}"]) == 0
@@ -660,7 +652,7 @@ def test_the_law_from_its_command_line(tiny_checkpoint, tmp_path, monkeypatch, c
 
 def test_a_law_that_cannot_begin(tiny_checkpoint, monkeypatch, capsys):
     monkeypatch.setattr(limited, "drop_page_cache", lambda: None)
-    monkeypatch.setattr(compare, "execute", lambda *_: (limited.Outcome(1, 1.0, 0, None), "", "no such thing"))
+    monkeypatch.setattr(launch, "execute", lambda *_: (limited.Outcome(1, 1.0, 0, None), "", "no such thing"))
     assert law.main([f"--checkpoint={tiny_checkpoint}"]) == 1
     assert "no budgets: exit status 1: no such thing" in capsys.readouterr().err
 
@@ -702,7 +694,7 @@ def test_a_picture_of_the_law(tmp_path, is_linear):
 
 
 def test_a_picture_without_matplotlib_is_a_clear_error(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plot_law, "find_spec", lambda name: None)
+    monkeypatch.setattr(charts, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install matplotlib"):
         plot_law.draw(law_results(), tmp_path / "law.png")
     assert law.main(["--checkpoint=model", "--plot=law.png"]) == 1
@@ -731,7 +723,7 @@ def test_gguf_holds_the_same_weights(tmp_path):
 
 def test_the_comparison_needs_no_large_library():
     """A child inherits its parent's peak RSS, so the parent must stay small."""
-    program = "import sys, benchmarks.suite, benchmarks.law; sys.exit('torch' in sys.modules)"
+    program = "import sys, benchmarks.suite.__main__, benchmarks.law.__main__; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare, plot_compare, readme, report, suite
+from benchmarks import report
 from benchmarks.limited import LimitError
 from benchmarks.peers.measure import Request, generate_with_transformers
 from benchmarks.report import Reference, Run
 from benchmarks.settings import known_names
+from benchmarks.suite import __main__ as suite
+from benchmarks.suite import compare, plot, readme
 from tests.benchmarks.test_benchmarks import record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,9 +95,9 @@ def test_pictures_from_the_command_line(tmp_path: Path) -> None:
     for number, size in enumerate((1e9, 3e9, 13e9)):
         files.append(tmp_path / f"{number}.json")
         files[-1].write_text(json.dumps(results(size, systems=("airstream",))))
-    plot_compare.main([*map(str, files), "--out", str(tmp_path / "scale.png")])
+    plot.main([*map(str, files), "--out", str(tmp_path / "scale.png")])
     files[0].write_text(json.dumps(results()))
-    plot_compare.main([str(files[0]), "--out", str(tmp_path / "case.png")])
+    plot.main([str(files[0]), "--out", str(tmp_path / "case.png")])
     assert all((tmp_path / name).stat().st_size > 5_000 for name in ("scale.png", "case.png"))
 
 
@@ -105,7 +107,7 @@ def test_pictures_from_the_command_line(tmp_path: Path) -> None:
 def test_the_readme_shows_what_was_measured() -> None:
     text = (ROOT / "README.md").read_text()
     assert readme.MARKED.search(text), "the table has lost its marks"
-    assert readme.updated(text) == text, "run `python -m benchmarks.readme`"
+    assert readme.updated(text) == text, "run `python -m benchmarks.suite.readme`"
 
 
 def test_a_difference_is_found_and_repaired(
@@ -117,7 +119,7 @@ def test_a_difference_is_found_and_repaired(
     monkeypatch.setattr(readme, "README", file)
     monkeypatch.setattr(readme, "updated", lambda text, made=readme.updated: made(text, tmp_path))
     assert readme.main(["--check"]) == 1
-    assert "python -m benchmarks.readme" in capsys.readouterr().err
+    assert "python -m benchmarks.suite.readme" in capsys.readouterr().err
     assert readme.main([]) == 0
     assert readme.main(["--check"]) == 0
     lines = file.read_text().splitlines()

@@ -1,7 +1,7 @@
 """The processes that `benchmarks.law` starts: one that chooses budgets, and one for every measured run of airstream.
 
-    python -m benchmarks.law_child budgets --checkpoint DIR --shares 0,0.5,1 ...
-    python -m benchmarks.law_child measure --checkpoint DIR --max-memory BYTES ...
+    python -m benchmarks.law.child budgets --checkpoint DIR --shares 0,0.5,1 ...
+    python -m benchmarks.law.child measure --checkpoint DIR --max-memory BYTES ...
 
 They import torch, which `benchmarks.law` must not: a child inherits its parent's peak RSS. Each prints one JSON value
 on the last line of standard output.
@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from benchmarks.law_report import Budget, Measured
+from benchmarks.law.report import Budget, Measured
 from benchmarks.limited import MIB
 from benchmarks.peers.measure import Request, TokenClock, generate_with_transformers, parse_tokens
 

@@ -3,10 +3,10 @@ r"""All comparisons, one after the other: workloads by name, each with its table
     python -m benchmarks.suite --data FOLDER --out docs/benchmarks [--cases w6-3000mib,w6-5500mib] [--turns 5]
 
 Writes the checkpoints that are missing, makes environments and conversions (in FOLDER), and runs every case as
-`benchmarks.compare` does: each system in a process of its own, with a cold page cache, under the case's memory limit,
-in turns. For each case it writes NAME.json, NAME.md and NAME.png; what is there already is measured again only if the
-case is named. The cases `scale-*` together give scale.png: s/token and peak memory over the size of the model. Needs
-root, and hours: `--list` says what there is.
+`benchmarks.suite.compare` does: each system in a process of its own, with a cold page cache, under the case's memory
+limit, in turns. For each case it writes NAME.json, NAME.md and NAME.png; what is there already is measured again only
+if the case is named. The cases `scale-*` together give scale.png: s/token and peak memory over the size of the model.
+Needs root, and hours: `--list` says what there is.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from benchmarks import compare, limited, plot_compare
-from benchmarks.compare import say
+from benchmarks import limited
+from benchmarks.charts import check_matplotlib
+from benchmarks.launch import say
 from benchmarks.settings import Settings, absolute, known_names
+from benchmarks.suite import compare, plot
 from benchmarks.systems import SYSTEMS
 
 W6, SEVEN_B = "3072,8192,28,32000,24,8", "4096,11008,32,32000,32,32"
@@ -52,7 +54,7 @@ class Case:
     systems: tuple[str, ...] = PEERS
 
     def settings(self, data: Path, turns: int, timeout_seconds: float) -> Settings:
-        """What `benchmarks.compare` is asked."""
+        """What `benchmarks.suite.compare` is asked."""
         folder = "".join(character if character.isalnum() else "-" for character in self.model)
         return Settings(
             checkpoint=data / "models" / folder,
@@ -122,7 +124,7 @@ def run_case(name: str, case: Case, arguments: argparse.Namespace) -> None:
     out: Path = arguments.out
     (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     (out / f"{name}.md").write_text(f"# {case.title}\n\n{table}")
-    plot_compare.draw_case(results, out / f"{name}.png")
+    plot.draw_case(results, out / f"{name}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{name:<20}{case.title}: {', '.join(case.systems)}")
         return 0
     try:
-        plot_compare.check_matplotlib()
+        check_matplotlib()
         for name in arguments.cases:
             run_case(name, CASES[name], arguments)
     except (limited.LimitError, FileNotFoundError, ImportError) as error:
@@ -141,12 +143,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     scale = sorted(arguments.out.glob("scale-*.json"))
     if len(scale) > 1:
-        plot_compare.draw_scale([json.loads(file.read_text()) for file in scale], arguments.out / "scale.png")
+        plot.draw_scale([json.loads(file.read_text()) for file in scale], arguments.out / "scale.png")
     return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.suite", description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--data", type=absolute, default=Path("bench").absolute(), help="a folder for all that is big (default: bench)")
     add(

@@ -1,6 +1,6 @@
 """Draw the results of `benchmarks.law`: s/token by the share of the weights in memory, against the law's line.
 
-    python -m benchmarks.plot_law results.json law.png [--linear]
+    python -m benchmarks.law.plot results.json law.png [--linear]
 
 Needs matplotlib (`pip install matplotlib`). Every series has a marker and a line of its own, so that the picture
 survives greyscale.
@@ -11,14 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.law_report import TOLERANCE
+from benchmarks.charts import BLUE, GREY, INK, check_matplotlib
+from benchmarks.law.report import TOLERANCE
 
-INK, GREY, BLUE, ORANGE, RED, BAND = "#111111", "#777777", "#1f4e9c", "#e08214", "#a33b32", "#e6e6e6"
+ORANGE, RED, BAND = "#e08214", "#a33b32", "#e6e6e6"
 DASHED = {"color": GREY, "linewidth": 1.1, "linestyle": (0, (5, 3)), "zorder": 2}
 GRID_STEPS = 400
 
@@ -30,16 +30,6 @@ ALLOWED = f"{TOLERANCE:.2f} times the law"
 LEGEND_ORDER = (MEASURED, PREDICTED, CLIFF, LAW, ALLOWED)
 
 Point = Mapping[str, Any]
-
-
-def check_matplotlib() -> None:
-    """Find out before hours of measuring whether a picture can be drawn.
-
-    Raises:
-        ImportError: matplotlib is not there.
-    """
-    if find_spec("matplotlib") is None:
-        raise ImportError("a picture needs matplotlib: pip install matplotlib")
 
 
 def law_line(points: Sequence[Point], steps: int = GRID_STEPS) -> tuple[list[float], list[float]]:
@@ -71,7 +61,7 @@ def _interpolated(known: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def draw(results: Mapping[str, Any], out: Path, is_log: bool = True) -> None:
-    """Write the picture of `law_report.as_json`'s results to the file `out`.
+    """Write the picture of `report.as_json`'s results to the file `out`.
 
     Raises:
         ImportError: matplotlib is not there.

@@ -1,6 +1,6 @@
 """Keep the README's tables of speeds equal to the measured JSON.
 
-    python -m benchmarks.readme [--check]
+    python -m benchmarks.suite.readme [--check]
 
 Between `<!-- speeds: NAME -->` and `<!-- end of speeds -->` stands the table of docs/benchmarks/NAME.json; between
 `<!-- speeds: A, B, C -->` and the same end, one line for each of several. Without `--check` they are written anew; with
@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.launch import ROOT
+
 README, RESULTS = ROOT / "README.md", ROOT / "docs" / "benchmarks"
 MARKED = re.compile(r"(<!-- speeds: ([\w, -]+) -->\n).*?(<!-- end of speeds -->)", re.DOTALL)
 
@@ -45,7 +46,7 @@ HEADER = (
 
 
 def table(results: Mapping[str, Any]) -> str:
-    """The README's table of what `benchmarks.compare` measured. Best figures in bold."""
+    """The README's table of what `benchmarks.suite.compare` measured. Best figures in bold."""
     medians = results["medians"]
     columns = ("decode_seconds_per_token", "seconds_per_token", "ttft_seconds")
     best = {column: min(spreads[column]["median"] for spreads in medians.values()) for column in columns}
@@ -133,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = README.read_text()
     new = updated(text)
     if is_check and new != text:
-        print("README.md differs from docs/benchmarks: run `python -m benchmarks.readme`", file=sys.stderr)
+        print("README.md differs from docs/benchmarks: run `python -m benchmarks.suite.readme`", file=sys.stderr)
         return 1
     if not is_check:
         README.write_text(new)

@@ -24,10 +24,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare, conditions, law_report, limited, plot_law, report
-from benchmarks.compare import say
+from benchmarks import conditions, launch, limited, report
+from benchmarks.charts import check_matplotlib
 from benchmarks.disk import read_rate
-from benchmarks.law_report import Budget, Cliff, LawRun, Measured
+from benchmarks.launch import say
+from benchmarks.law import plot
+from benchmarks.law import report as law_report
+from benchmarks.law.report import Budget, Cliff, LawRun, Measured
 from benchmarks.limited import MIB
 from benchmarks.report import Run
 from benchmarks.settings import Setup, absolute, add_shared_options
@@ -47,10 +50,10 @@ class LawSettings(Setup):
     plot: Path | None
 
     def child(self, action: str, *arguments: str) -> list[str]:
-        """The command line of `law_child`."""
+        """The command line of `benchmarks.law.child`."""
         prompt = ",".join(map(str, self.prompt))
         shared = [f"--checkpoint={self.checkpoint}", f"--prompt={prompt}", f"--tokens={self.num_tokens}"]
-        return [sys.executable, "-m", "benchmarks.law_child", action, *shared, *arguments]
+        return [sys.executable, "-m", "benchmarks.law.child", action, *shared, *arguments]
 
 
 def choose_budgets(settings: LawSettings) -> list[Budget]:
@@ -60,7 +63,7 @@ def choose_budgets(settings: LawSettings) -> list[Budget]:
         RuntimeError: there is no plan; the message has the reason.
     """
     command = settings.child("budgets", f"--shares={','.join(map(str, settings.shares))}")
-    outcome, stdout, stderr = compare.execute(command, settings.timeout_seconds)
+    outcome, stdout, stderr = launch.execute(command, settings.timeout_seconds)
     if not outcome.is_success:
         raise RuntimeError(f"no budgets: {report.describe_failure(outcome, stderr)}")
     return [Budget(**fields) for fields in json.loads(report.last_lines(stdout, 1))]
@@ -71,7 +74,7 @@ def run_airstream(settings: LawSettings, budget: Budget, turn: int) -> LawRun:
     with suppress(limited.LimitError):  # the conditions say if it is not cold
         limited.check_cold()
     command = settings.child("measure", f"--max-memory={budget.max_memory_bytes}")
-    outcome, stdout, stderr = compare.execute(command, settings.timeout_seconds)
+    outcome, stdout, stderr = launch.execute(command, settings.timeout_seconds)
     if not outcome.is_success:
         error = report.describe_failure(outcome, stderr)
         return LawRun(budget.wanted, turn, error=error, outcome=outcome)
@@ -86,10 +89,10 @@ def prepare_llamacpp(settings: LawSettings) -> Cliff:
         RuntimeError: llama.cpp does not run here; the message has the reason.
     """
     settings = replace(settings, num_tokens=2)
-    if error := compare.prepare(LLAMACPP, settings):
+    if error := launch.prepare(LLAMACPP, settings):
         raise RuntimeError(f"llama.cpp: {error}")
     ample_mib = (settings.weight_bytes + AMPLE_BYTES) // MIB
-    run = compare.run_system(LLAMACPP, settings, 0, ample_mib)
+    run = launch.run_system(LLAMACPP, settings, 0, ample_mib)
     if run.record is None or run.outcome is None:
         raise RuntimeError(f"llama.cpp: {run.error}")
     weight_bytes = run.record.prepare_disk_bytes
@@ -101,7 +104,7 @@ def prepare_llamacpp(settings: LawSettings) -> Cliff:
 
 def run_llamacpp(settings: LawSettings, share: float, limit_mib: int, turn: int) -> Run:
     """One measured run under a limit."""
-    run = compare.run_system(LLAMACPP, replace(settings, num_tokens=settings.llamacpp_tokens), turn, limit_mib)
+    run = launch.run_system(LLAMACPP, replace(settings, num_tokens=settings.llamacpp_tokens), turn, limit_mib)
     return replace(run, system=law_report.cliff_name(share))
 
 
@@ -147,7 +150,7 @@ def measure(settings: LawSettings) -> dict[str, Any]:
             raise
         say(f"law: {error}")
         cache_state = "page cache as it was; weights are read around it"
-    compare.ensure_checkpoint(settings.checkpoint, settings.shape)
+    launch.ensure_checkpoint(settings.checkpoint, settings.shape)
     budgets = choose_budgets(settings)
     cliff = prepare_llamacpp(settings) if settings.has_llamacpp else None
     runs, peers, rates = run_turns(settings, budgets, cliff)
@@ -160,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = parse_settings(argv)
     try:
         if settings.plot:
-            plot_law.check_matplotlib()
+            check_matplotlib()
         results = measure(settings)
     except (RuntimeError, ImportError) as error:
         say(f"law: {error}")
@@ -168,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.out:
         settings.out.write_text(json.dumps(results, indent=1) + "\n")
     if settings.plot:
-        plot_law.draw(results, settings.plot)
+        plot.draw(results, settings.plot)
     print(f"{conditions.caption(results)}\n\n{law_report.markdown_table(results)}\n")
     print(json.dumps(results))
     return 0
@@ -176,7 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_settings(argv: Sequence[str] | None = None) -> LawSettings:
     """The command line as settings; exits with a message where it makes no sense."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m benchmarks.law", description=__doc__, formatter_class=formatter)
     add_shared_options(parser, num_tokens=16, needs_folders=False)
     add = parser.add_argument
     add("--shares", type=parse_shares, default="0,25,50,75,90,100", help="per cent in memory (default: %(default)s)")

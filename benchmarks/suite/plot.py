@@ -1,6 +1,6 @@
 """Draw comparisons: a bar for every system of one case, and one system over the sizes of models.
 
-    python -m benchmarks.plot_compare RESULTS.json... --out chart.png
+    python -m benchmarks.suite.plot RESULTS.json... --out chart.png
 
 Several results of the cases `scale-*` give the picture of the scale. Needs matplotlib: `pip install matplotlib`.
 """
@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import conditions
-from benchmarks.plot_law import BLUE, GREY, INK, check_matplotlib
-
-__all__ = ["check_matplotlib", "draw_case", "draw_scale"]
+from benchmarks.charts import BLUE, GREY, INK, check_matplotlib
 
 OURS = "airstream"
 SMALL: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5}
@@ -129,7 +127,7 @@ def _small_print(results: Results) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Draw one picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, nargs="+", help="the JSON that benchmarks.suite or compare wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON that benchmarks.suite has written, or its compare")
     parser.add_argument("--out", type=Path, required=True, help="the picture: .png, .svg, .pdf")
     args = parser.parse_args(argv)
     results = [json.loads(file.read_text()) for file in args.results]
