@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import os
 import subprocess
@@ -29,7 +30,9 @@ from benchmarks.peers import measure
 from benchmarks.peers.measure import Record, Request, Runner, TokenClock
 from benchmarks.report import Reference, Run, Spread
 from benchmarks.settings import checkpoint_key, parse_mib, parse_settings
+from benchmarks.stream import __main__ as stream
 from benchmarks.suite import compare
+from tests.conftest import smallest_budget
 
 TINY = Shape(hidden=16, intermediate=32, layers=2, vocab=300, heads=4, kv_heads=2)
 REQUIRED = ["--checkpoint=model", "--limit-mib=3000", "--venvs=venvs", "--work=work"]
@@ -719,6 +722,52 @@ def test_gguf_holds_the_same_weights(tmp_path):
             rows = gguf_export.permute(data, TINY.heads if "q_proj" in name else TINY.kv_heads)
         kept = stored[gguf_export.gguf_name(name)].data
         assert (kept == 1.0).all() if data.ndim == 1 else kept.tobytes() == rows.tobytes()
+
+
+# --- airstream against the disk
+
+
+@needs_linux
+def test_streaming_from_its_command_line(tmp_path, capsys):
+    """Two turns, each in a process of its own, in so little memory that they have something to stream."""
+    folder = tmp_path / "model"
+    write_checkpoint(folder, replace(TINY, hidden=256, intermediate=1024, layers=8))
+    budget = smallest_budget(folder, max_context=7, max_batch_size=1)["cpu"]
+    counts = ["--turns=2", "--prompt-tokens=4", "--new-tokens=3"]
+    stream.main([f"--checkpoint={folder}", f"--max-memory={budget}", *counts])
+    *table, last = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in table[2:]] == list(stream.ROWS.values())
+    results = json.loads(last)
+    assert [turn["tokens"] for turn in results["turns"]] == [results["turns"][0]["tokens"]] * 2
+    assert all(turn["streamed_bytes"] > 0 for turn in results["turns"])
+    assert results["settings"] == {
+        "limit_mib": None,
+        "max_memory": budget,
+        "device": "cpu",
+        "page_cache": False,
+        "turns": 2,
+        "prompt_tokens": 4,
+        "new_tokens": 3,
+    }
+    assert str(tmp_path) not in last
+
+
+# --- the folders
+
+FAMILIES = {"law", "stream", "suite"}
+FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_family_imports_what_it_shares_and_no_other_family(file):
+    """What they share imports none: it would not be beside them."""
+    own = file.relative_to(ROOT).parts[1]
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    inside = [
+        f"{getattr(node, 'module', '')}.{alias.name}".strip(".").split(".") for node in nodes for alias in node.names
+    ]
+    imported = {name[1] for name in inside if name[0] == "benchmarks"}
+    assert imported & FAMILIES <= {own}
 
 
 def test_the_comparison_needs_no_large_library():

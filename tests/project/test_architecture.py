@@ -118,6 +118,22 @@ def test_the_floors_are_the_folders_and_what_the_docs_draw() -> None:
     assert floors[::-1] == [floor.split() for floor in FLOORS.split("\n") if floor]
 
 
+# -------------------------------------------------------------------------------------------------------------- tests
+
+TESTS = ROOT.parent / "tests"
+OTHER_TESTS = {"benchmarks", "end_to_end", "matrix", "project"}
+"""Folders of tests of no one folder of airstream; `stand_ins` has what stands in for devices, models and files."""
+
+
+def test_tests_lie_in_folders_that_mirror_the_house() -> None:
+    files = [file.relative_to(TESTS) for file in TESTS.rglob("*.py")]
+    tested = {file.parent.as_posix() for file in files if file.name.startswith("test_")}
+    folders = {folder_of(module) for module in TREES if "." in module}
+    assert tested == folders | OTHER_TESTS | {"stand_ins"}
+    assert {file.name for file in files if len(file.parts) == 1} == {"__init__.py", "conftest.py"}
+    assert all((TESTS / folder / "__init__.py").exists() for folder in tested), "files may have the same name"
+
+
 # ------------------------------------------------------------------------------- what is private to transformers
 
 

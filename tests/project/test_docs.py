@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import runpy
 import shlex
@@ -87,6 +88,37 @@ def commands() -> list[pytest.param]:
 @pytest.mark.parametrize("words", commands())
 def test_commands_are_understood(words: list[str]) -> None:
     assert callable(build_parser().parse_args(words[1:]).run)
+
+
+PROGRAMS = sorted({name for document in DOCUMENTS for name in re.findall(r"python -m\s([\w.]+)", document.read_text())})
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_programs_that_documents_name_are_there(name: str) -> None:
+    found = importlib.util.find_spec(name)
+    assert found, f"python -m {name}"
+    assert not found.submodule_search_locations or importlib.util.find_spec(f"{name}.__main__"), "a folder does not run"
+
+
+PATH = re.compile(r"(?<![\w/.(\[-])(?:airstream|benchmarks|docs|notebooks|tests|\.ci)/[\w/.-]*")
+"""From the root of the project; in a link it is the link that counts."""
+
+PATHS = [
+    pytest.param(path, id=f"{document.name}-{path}")
+    for document in DOCUMENTS
+    for path in sorted({path.rstrip(".") for path in PATH.findall(document.read_text())})
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_files_and_folders_that_documents_name_are_there(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_the_scan_sees_paths() -> None:
+    """Else the test above would pass for the wrong reason."""
+    found = {param.values[0] for param in PATHS}
+    assert {"tests/project/test_architecture.py", "airstream/plan/", "benchmarks/README.md", ".ci/run"} <= found
 
 
 def test_the_readme_shows_the_two_commands() -> None:
