@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from airstream import ArgumentError, UnsupportedError
-from airstream.profiling import profile as profile_module
+from airstream.profiling import profile_data
 from airstream.profiling.costs import Costs, LinkUse
 from airstream.profiling.intervals import blame, merge, total, within
 from airstream.profiling.plot import _latest
@@ -328,14 +328,14 @@ def test_a_base_model_called_alone_is_a_pass_and_within_another_is_not(folder: P
 
 def test_long_profiles_stay_small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = Profile("m", "cpu", "bfloat16", started=0.0)
-    for number in range(profile_module.MAX_PASSES + 500):
+    for number in range(profile_data.MAX_PASSES + 500):
         costs = Costs(passes=1, wall_seconds=1.0)
         profile.add(PassProfile(number, "prefill" if number == 0 else "decode", 1, float(number), True, costs))
         profile.spans.extend(Span("compute", "compute", 0.0, 1.0) for _ in range(100))
-    assert len(profile.spans) <= profile_module.MAX_SPANS
-    assert len(profile.passes) == profile_module.MAX_PASSES + 1
+    assert len(profile.spans) <= profile_data.MAX_SPANS
+    assert len(profile.passes) == profile_data.MAX_PASSES + 1
     assert profile.passes[0].number == 0
-    assert profile.total.wall_seconds == profile_module.MAX_PASSES + 500
+    assert profile.total.wall_seconds == profile_data.MAX_PASSES + 500
 
 
 @pytest.mark.parametrize("device", ["cpu", "sim:0"])
