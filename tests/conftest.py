@@ -28,9 +28,9 @@ from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
 from airstream.plan.planner import smallest_plan
 from airstream.transfer.backends import RUNTIMES
-from tests.realmodel import smollm2_folder  # noqa: F401 - a fixture
-from tests.sim import SimDevice, SimRuntime
-from tests.tiny_models import write_tiny
+from tests.stand_ins.realmodel import smollm2_folder  # noqa: F401 - a fixture
+from tests.stand_ins.sim import SimDevice, SimRuntime
+from tests.stand_ins.tiny_models import write_tiny
 
 torch.set_num_threads(2)
 transformers.utils.logging.disable_progress_bar()

@@ -27,7 +27,7 @@ DEVICE_SLICE_ELEMENTS = 4 << 20
 """Numbers that are decoded at a time elsewhere: enough to keep a device busy, few enough to know the memory."""
 
 DECODE_SCRATCH_BYTES = 8 * DEVICE_SLICE_ELEMENTS
-"""Memory that decoding takes on a device for what lies between bytes and numbers: see tests/test_codecs.py."""
+"""Memory that decoding takes on a device for what lies between bytes and numbers: see tests/codecs/test_codecs.py."""
 
 HOST_SCRATCH_BYTES = 8 * HOST_SLICE_ELEMENTS
 """Memory that decoding takes in each thread that decodes on a CPU."""

@@ -18,7 +18,7 @@ from tests.conftest import least_memory
 from tests.matrix.cases import Case
 from tests.matrix.configs import PART_OF, tiny_config
 from tests.matrix.inputs import batch_of, in_dtype, inputs_of
-from tests.tiny_models import tell_weights_apart
+from tests.stand_ins.tiny_models import tell_weights_apart
 
 FP32 = torch.float32
 NEW_TOKENS = 6

@@ -15,8 +15,8 @@ FORMAT_RESULTS = ROOT / "docs" / "formats.json"
 HEAD = """# Models
 
 Which architectures and which formats of checkpoints are streamed, as the tests found. Made by
-`python -m tests.matrix --page` of the results of the last full runs (`python -m tests.matrix`, `python -m
-tests.formats`); a test fails if it says anything else.
+`python -m tests.matrix --page` of the results of the last full runs (`python -m tests.matrix`,
+`python -m tests.matrix.formats`); a test fails if it says anything else.
 """
 
 TITLES: Mapping[str, str] = {

@@ -1,0 +1,1 @@
+"""How close streaming comes to the disk: `python -m benchmarks.stream` measures airstream beside the raw link."""

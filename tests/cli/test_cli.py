@@ -1,0 +1,632 @@
+"""The command line, called as a user would, on a tiny checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import os
+import shlex
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from airstream import ArgumentError, Plan
+from airstream.cli import demo, main
+from airstream.cli.mistakes import check_sampling
+from airstream.cli.parser import build_parser, load_options
+from airstream.cli.sampling import Choice, choose
+from airstream.cli.stopping import Holding
+from airstream.cli.values import DTYPES, parse_memory
+from airstream.cli.wording import as_options
+from airstream.loading.options import LoadOptions
+from tests.conftest import WriteTiny, stream
+from tests.stand_ins.tiny_models import tiny_tokenizer
+
+TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@pytest.fixture
+def folder(tiny: WriteTiny, tmp_path: Path) -> Path:
+    """A tiny llama with a chat template."""
+    source = tiny("llama", torch.bfloat16)
+    for file in source.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer.json").unlink()
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def run(*words: Any) -> int:
+    return main([str(word) for word in (*words, "--device", "cpu")])
+
+
+def test_generate_prints_the_continuation(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", folder, "w5 w6 w7", "--max-new-tokens", 5) == 0
+    with stream(folder) as model:
+        inputs = model.tokenizer("w5 w6 w7", return_tensors="pt")
+        ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[0, 3:]
+        expected = model.tokenizer.decode(ids, skip_special_tokens=True)
+    assert capsys.readouterr().out.strip() == expected.strip()
+
+
+def test_generate_reads_the_prompt_from_standard_input(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("generate", folder, "w5 w6 w7", "--json", "--max-new-tokens", 3)
+    given = json.loads(capsys.readouterr().out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("w5 w6 w7"))
+    run("generate", folder, "-", "--json", "--max-new-tokens", 3)
+    assert json.loads(capsys.readouterr().out)["text"] == given["text"]
+
+
+def test_json_has_text_and_costs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("generate", folder, "w5 w6", "--json", "--max-new-tokens", 4, "--max-memory", "200MiB", "--layers-per-batch", 1)
+    result = json.loads(capsys.readouterr().out)
+    assert result["new_tokens"] == 4
+    assert result["prompt_tokens"] == 2
+    assert result["streamed_bytes"] > 0
+    assert result["budget_bytes"] == 200 << 20
+    assert 0 < result["ttft_seconds"] <= result["total_seconds"]
+
+
+def test_stats_go_to_standard_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("generate", folder, "w5 w6", "--max-new-tokens", 2, "--stats", "--chat")
+    printed = capsys.readouterr()
+    assert "waiting for weights" in printed.err
+    assert "waiting for weights" not in printed.out
+
+
+def test_profile_trace_and_plot(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trace, plot = tmp_path / "run.json", tmp_path / "run.png"
+    words = ("--max-new-tokens", 3, "--profile", "--trace", trace, "--plot", plot)
+    assert run("generate", folder, "w5 w6", *words) == 0
+    out, err = capsys.readouterr()
+    assert "seconds per pass" in err
+    assert "seconds per pass" not in out
+    assert json.loads(trace.read_text())["traceEvents"]
+    assert plot.stat().st_size > 10_000
+    run("generate", folder, "w5 w6", "--max-new-tokens", 3, "--profile", "--json")
+    assert json.loads(capsys.readouterr().out)["profile"]["new_tokens"] == 3
+
+
+@pytest.mark.parametrize("option", ["--trace", "--plot"])
+def test_a_file_that_cannot_be_written_is_told_before_anything_runs(
+    option: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("generate", folder, "w5", option, tmp_path / "missing" / "run.png") == 1
+    out, err = capsys.readouterr()
+    assert not out
+    assert "there is no folder" in err
+
+
+def test_sampling_is_repeatable_with_a_seed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def sample(seed: int) -> str:
+        run("generate", folder, "w5 w6", "--max-new-tokens", 12, "--temperature", 1.5, "--seed", seed)
+        return capsys.readouterr().out
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_plan_prints_and_round_trips(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("plan", folder, "--max-memory", "cpu=300MiB")
+    assert "300 MiB (given)" in capsys.readouterr().out
+    run("plan", folder, "--max-memory", "300MiB", "--json")
+    plan = Plan.from_json(capsys.readouterr().out)
+    assert plan.tiers["cpu"].budget_bytes == 300 << 20
+
+
+def test_an_error_is_one_line_and_status_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "./not/there") == 1
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1
+    assert "not/there" in printed.err
+    assert not printed.out
+
+
+def test_a_question_too_many_for_a_plain_model(tiny: WriteTiny, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", tiny("gpt2", torch.bfloat16), "w5", "--chat") == 1
+    assert "no chat template" in capsys.readouterr().err
+
+
+def test_memory_by_name() -> None:
+    assert parse_memory(["4GiB"]) == "4GiB"
+    assert parse_memory(["0=4GiB", "cpu=8GiB"]) == {0: "4GiB", "cpu": "8GiB"}
+    with pytest.raises(ArgumentError, match="which is which"):
+        parse_memory(["4GiB", "8GiB"])
+
+
+def test_the_dtypes_named_are_those_that_models_compute_in() -> None:
+    for name in DTYPES:
+        LoadOptions(dtype=name)
+    assert {str(each).removeprefix("torch.") for each in vars(torch).values() if isinstance(each, torch.dtype)} & {
+        *DTYPES
+    } == {"bfloat16", "float16", "float32", "float64"}
+
+
+def test_every_loading_argument_reaches_from_pretrained() -> None:
+    words = "generate m p --max-memory 1GiB --dtype float16 --max-context 7 --max-batch-size 2 --layers-per-batch 3"
+    words += " --prefetch-batches auto --no-page-cache --attn-implementation eager --revision r --token t"
+    words += " --cache-dir c --local-files-only --trust-remote-code --device cpu"
+    arguments = build_parser().parse_args(words.split())
+    assert load_options(arguments) == {
+        "max_memory": "1GiB",
+        "dtype": "float16",
+        "max_context": 7,
+        "max_batch_size": 2,
+        "layers_per_batch": 3,
+        "prefetch_batches": "auto",
+        "page_cache": False,
+        "attn_implementation": "eager",
+        "revision": "r",
+        "token": "t",
+        "cache_dir": "c",
+        "local_files_only": True,
+        "trust_remote_code": True,
+        "device": "cpu",
+    }
+    assert load_options(build_parser().parse_args(["plan", "m"])) == {}
+
+
+def options_of(*words: str, checkpoint: Any = None, samples_by_default: bool = False) -> Choice:
+    arguments: argparse.Namespace = build_parser().parse_args(["generate", "m", "p", *words])
+    return choose(arguments, checkpoint or GenerationConfig(), samples_by_default)
+
+
+GREEDY = {"max_new_tokens": 256, "do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+SUGGESTING = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, num_beams=4)
+
+
+@pytest.mark.parametrize(
+    ("words", "checkpoint", "by_default", "differs", "said"),
+    [
+        ("", None, False, {}, "greedy"),
+        ("", SUGGESTING, False, {}, "greedy"),
+        ("", SUGGESTING, True, {"do_sample": True}, "sampling, temperature 0.6, top k 20, seed 7"),
+        ("", None, True, {}, "greedy"),
+        ("--greedy", SUGGESTING, True, {}, "greedy"),
+        ("--sample", SUGGESTING, False, {"do_sample": True}, "sampling, temperature 0.6, top k 20, seed 7"),
+        ("--temperature 0", SUGGESTING, True, {}, "greedy"),
+        (
+            "--temperature 1.5 --top-p 0.9 --top-k 5 --min-p 0.1",
+            None,
+            False,
+            {"do_sample": True, "temperature": 1.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1},
+            "sampling, temperature 1.5, top p 0.9, top k 5, min p 0.1, seed 7",
+        ),
+        ("--repetition-penalty 1.1", None, False, {"repetition_penalty": 1.1}, "greedy, repetition penalty 1.1"),
+    ],
+)
+def test_how_tokens_are_chosen(
+    words: str, checkpoint: Any, by_default: bool, differs: dict[str, Any], said: str
+) -> None:
+    choice = options_of(*words.split(), "--seed", "7", checkpoint=checkpoint, samples_by_default=by_default)
+    assert choice == Choice(GREEDY | differs, said)
+
+
+@pytest.mark.parametrize("words", ["--temperature 0 --top-p 0.9", "--greedy --min-p 0.1", "--temperature 0 --sample"])
+def test_what_has_no_effect_is_refused(words: str) -> None:
+    with pytest.raises(ArgumentError, match="leave one of them out"):
+        check_sampling(build_parser().parse_args(["generate", "m", "p", *words.split()]))
+
+
+MISTAKES = [
+    ("--max-new-tokens 0", "must be a whole number at least 1"),
+    ("--max-new-tokens 1.5", "must be a whole number"),
+    ("--temperature -1", "must be a number at least 0"),
+    ("--temperature nan", "must be a number"),
+    ("--temperature inf", "must be a number"),
+    ("--top-p 2", "must be a number above 0 and at most 1"),
+    ("--top-p 0", "above 0"),
+    ("--top-k -1", "at least 0"),
+    ("--min-p 1.1", "at most 1"),
+    ("--repetition-penalty 0", "above 0"),
+    ("--seed -1", "at least 0"),
+    (f"--seed {1 << 64}", "at most"),
+    ("--greedy --sample", "not allowed with"),
+    ("--layers-per-batch many", "must be a whole number at least 1, or auto"),
+    ("--layers-per-batch 0", "must be a whole number at least 1, or auto"),
+    ("--prefetch-batches -1", "must be a whole number at least 0, or auto"),
+    ("--max-context x", "must be a whole number at least 1"),
+    ("--max-batch-size 0", "must be a whole number at least 1"),
+    ("--nope", "unrecognized"),
+    ("--dtype int8", "'int8' is not a type that models compute in"),
+    ("--dtype bfloat", "not a type that models compute in"),
+    ("--max-memory 4GX", "'4GX' is not a size"),
+    ("--max-memory cpu=4GX", "'4GX' is not a size"),
+    ("--max-memory 4", 'did you mean "4GiB"?'),
+    ("--max-memory gpu=4GiB", "the memory is called cpu, or 0"),
+    ("--device cuda:x", "'cuda:x' is not a device"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES, ids=[words for words, _ in MISTAKES])
+def test_a_mistake_is_one_line(words: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "m", "p", *words.split()])
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+
+sys.modules["torch"] = sys.modules["transformers"] = None  # whoever imports them fails
+from airstream.cli import main
+
+told = []
+for words in json.load(sys.stdin):
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err):
+        try:
+            status = main(words)
+        except SystemExit as exit:
+            status = exit.code
+    told.append([status, err.getvalue()])
+print(json.dumps(told))
+"""
+
+AT_ONCE = [
+    ("", 2, "the following arguments are required: COMMAND"),
+    ("generat m p", 2, "invalid choice: 'generat'"),
+    *((f"generate m p {words}", 2, said) for words, said in MISTAKES),
+    *((f"chat m {words}", 2, said) for words, said in MISTAKES),
+    ("generate m", 1, "give one prompt"),
+    ("generate m p -f x", 1, "give one prompt"),
+    ("generate m -f ./not/there", 1, "No such file"),
+    ("generate ./not/there p", 1, "there is no folder './not/there'"),
+    ("chat ~/not/there.gguf", 1, "there is no file '~/not/there.gguf'"),
+    ("generate m p --greedy --temperature 0.7", 1, "leave one of them out"),
+    ("chat m --greedy --temperature 0.7", 1, "leave one of them out"),
+    ("chat m --temperature 0 --top-k 3", 1, "leave one of them out"),
+    ("chat m --max-memory 4GiB --max-memory 5GiB", 1, "say which is which"),
+    ("plan m --max-memory cpu=4GiB cpu=5GiB", 1, "cpu has 4GiB already"),
+    ("plan m --max-memory 0=4GiB --device cpu", 1, "is of an accelerator"),
+    ("generate m p --trace not/there/run.json", 1, "there is no folder"),
+    ("generate m p --plot not/there/run.png", 1, "there is no folder"),
+    ("generate m p --plot run.txt", 1, "no kind of picture"),
+    ("plan m --plot run.txt", 1, "no kind of picture"),
+    ("plan m n", 1, "--table"),
+    ("plan m --gpu 3090,4090", 1, "--table"),
+    ("plan m --table --plot x.png", 1, "no effect on a table"),
+    ("plan m --format csv", 1, "no effect on one plan"),
+    ("plan m --gpu 4O90", 1, "did you mean"),
+    ("plan m --table --gpu 3090,4O90", 1, "did you mean"),
+    ("plan m --gpu 3090 --device cpu", 1, "both name what computes"),
+    ("plan m --ram much", 2, "'much' is not a size"),
+    ("plan m --disk-gbps 0", 2, "must be a number above 0"),
+    ("plan m --prompt-tokens 0", 2, "at least 1"),
+    ("plan m --prompt-tokens 9 --max-context 8", 1, "do not fit into --max-context 8"),
+    ("plan ./not/there", 1, "there is no folder"),
+    ("verify ./not/there", 1, "there is no folder"),
+    ("verify m --deep --quick", 1, "leave one of them out"),
+    ("repack ./not/there out", 1, "there is no folder"),
+    ("repack m out --layers 5", 2, "names no layers: 5:6 is layer 5 alone, 5: all from 5 on, :5 those before"),
+    ("repack m out --layers 5:5", 2, "names no layers: 5:6 is layer 5"),
+    ("repack m out --layers 9:5", 2, "names no layers: 5:9 are layers 5 to 8"),
+    ("repack m out --layers 5-9", 2, "names no layers: 5:10 are layers 5 to 9"),
+    ("repack m out --layers all", 2, "names no layers: 5:15 are layers 5 to 14"),
+    (
+        "repack m out --shard-size 1",
+        2,
+        "'1' is 1 B, and layers, which are not cut, are larger: name 1.0 MiB at least",
+    ),
+    ("repack m out --shard-size 4KiB", 2, "name 1.0 MiB at least"),
+    (f"repack {'x' * 300}/y/z ../{'x' * 300}", 1, "x"),
+    ("repack m out --shard-size big", 2, "'big' is not a size"),
+    ("demo --max-memory lots", 2, "'lots' is not a size"),
+    ("demo --max-memory 200", 2, 'did you mean "200GiB"?'),
+]
+"""What the command line alone shows to be wrong."""
+
+
+def test_mistakes_are_told_before_torch_is_imported() -> None:
+    told = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH],
+        input=json.dumps([words.split() for words, _, _ in AT_ONCE]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for (words, status, said), (got, err) in zip(AT_ONCE, json.loads(told.stdout), strict=True):
+        assert said in err, words
+        assert got == status, words
+        assert err.count("\n") == 1, words
+
+
+@pytest.mark.parametrize("command", ["generate", "repack"])
+def test_swapped_arguments_are_told_in_the_right_order(
+    command: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "m.gguf").touch()
+    for model in (str(folder), str(tmp_path / "m.gguf"), "some/model"):
+        words = ["Once upon a time"] if command == "generate" else ["./new folder"]
+        assert main([command, *words, model]) == 1
+        assert (
+            f"the model comes first, as in `airstream {command} {shlex.join([model, *words])}`"
+            in capsys.readouterr().err
+        )
+
+
+@pytest.mark.parametrize("prompt", ["x" * 5000, "a\0b", "~nobody-here/x"])
+def test_no_text_is_taken_for_a_path_that_fails(prompt: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([prompt, prompt], ["./" + prompt, prompt]):
+        assert main(["generate", *words]) == 1
+        err = capsys.readouterr().err
+        assert "--traceback" not in err
+        assert err.count("\n") == 1
+
+
+def test_no_prompt_is_told_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty").write_text("\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    for words, said in (
+        ([""], "the prompt is empty"),
+        (["-"], "the prompt is empty"),
+        ([], "give one prompt"),
+        (["p", "-f", "x"], "give one prompt"),
+        (["-f", tmp_path / "missing"], "No such file"),
+        (["-f", tmp_path], "cannot be read"),
+        (["-f", tmp_path / "bytes"], "not UTF-8"),
+        (["-f", tmp_path / "empty"], "the prompt is empty"),
+    ):
+        assert run("generate", "not-there", *words) == 1
+        err = capsys.readouterr().err
+        assert said in err
+        assert err.count("\n") == 1
+
+
+def test_a_prompt_without_tokens_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", folder, " ") == 1
+    assert "has no tokens" in capsys.readouterr().err
+
+
+def test_what_other_libraries_raise_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("the kernel\n  is gone")
+
+    monkeypatch.setattr("airstream.cli.generate.load", fail)
+    assert run("generate", "m", "p") == 1
+    err = capsys.readouterr().err
+    assert "RuntimeError: the kernel is gone" in err
+    assert err.count("\n") == 1
+    with pytest.raises(RuntimeError, match="is gone"):
+        run("--traceback", "generate", "m", "p")
+
+
+def test_a_prompt_in_a_file(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompt.txt").write_text("w5 w6\n", encoding="utf-8")
+    run("generate", folder, "-f", tmp_path / "prompt.txt", "--json", "--max-new-tokens", 2)
+    result = json.loads(capsys.readouterr().out)
+    assert result["prompt"] == "w5 w6"
+    assert result["prompt_token_ids"] == [5, 6]
+    run("generate", folder, "w6", "--system", "w5", "--json", "--max-new-tokens", 2)
+    assert json.loads(capsys.readouterr().out)["prompt_token_ids"] == [5, 6]
+
+
+def test_why_it_ended_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("generate", folder, "w5 w6", "--max-new-tokens", 12, "--temperature", 3, "--seed", 5)
+    assert run(*words) == 0
+    out, err = capsys.readouterr()
+    assert err == "(sampling, temperature 3, top k 50, seed 5; stopped at 12 tokens: --max-new-tokens allows more)\n"
+    run(*words, "--json")
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["finish_reason"] == "length"
+    assert len(whole["token_ids"]) == 12
+    assert whole["text"].strip() == out.strip()
+    stop = whole["text"].split()[4]
+    before = whole["text"][: whole["text"].index(f"{stop}")]
+    run(*words, "--json", "--stop", "no such text", "--stop", stop)
+    stopped = json.loads(capsys.readouterr().out)
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == before
+    assert stopped["token_ids"] == whole["token_ids"][: len(stopped["token_ids"])]
+    assert len(stopped["token_ids"]) < 12
+    run(*words, "--stop", stop)
+    out, err = capsys.readouterr()
+    assert out.strip() == before.strip()
+    assert "complete" in err
+
+
+def test_a_stop_is_never_shown_however_the_text_comes() -> None:
+    text, stops = "one two STOP three", ["STOP", "TOP!"]
+    for cuts in itertools.combinations(range(1, len(text)), 2):
+        holding = Holding(stops)
+        pieces = [text[start:end] for start, end in itertools.pairwise((0, *cuts, len(text)))]
+        shown = [holding.pass_on(piece, is_last=piece is pieces[-1]) for piece in pieces]
+        assert "".join(shown) == "one two "
+    assert Holding(stops).pass_on("one STO", is_last=False) == "one "
+    assert Holding(stops).pass_on("one STO", is_last=True) == "one STO"
+
+
+@pytest.mark.parametrize(
+    ("device", "has_room", "theirs", "status", "said"),
+    [
+        ("cpu", True, [7, 8], 0, "The same 2 tokens as transformers"),
+        ("cpu", True, [7, 9], 1, "NOT the tokens of transformers"),
+        ("cpu", False, None, 0, "not enough free memory"),
+        ("cuda:0", True, None, 0, "rounds otherwise than cuda:0"),
+        ("cpu", True, KeyboardInterrupt, 0, "interrupted"),
+    ],
+)
+def test_the_demo_says_honestly_whether_it_was_compared(
+    device: str,
+    has_room: bool,
+    theirs: Any,
+    status: int,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def answer(*_: object) -> Any:
+        if theirs is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        assert theirs is not None, "transformers was asked"
+        return theirs
+
+    monkeypatch.setattr(demo, "has_room", lambda: has_room)
+    monkeypatch.setattr(demo, "answer_of_transformers", answer)
+    plan: Any = types.SimpleNamespace(device=device)
+    report: Any = types.SimpleNamespace(prompt_tokens=2, total_seconds=7.4)
+    assert demo._check(plan, Path("m.gguf"), torch.tensor([[5, 6, 7, 8]]), report) == status
+    err = capsys.readouterr().err
+    assert said in err
+    assert ("airstream: checking, about 17 s: " in err) is (theirs is not None), "no terminal: a line, beforehand"
+    assert "\r" not in err
+    assert "\x1b" not in err
+
+
+def test_a_folder_without_tokenizer_says_what_to_copy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in folder.glob("*token*"):
+        file.unlink()
+    assert run("generate", folder, "w5") == 1
+    err = capsys.readouterr().err
+    assert f"{folder} has no tokenizer beside its weights: copy tokenizer.json" in err
+    assert err.count("\n") == 1
+
+
+def test_python_dash_m_is_the_same_program() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "airstream", "--version"], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("airstream ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["MODEL", "PROMPT", "--max-new-tokens", "2", "--max-memory", "4GiB"],
+        ["MODEL", "--max-new-tokens", "2", "--max-memory", "4GiB", "PROMPT"],
+        ["--max-memory", "4GiB", "MODEL", "--max-new-tokens", "2", "PROMPT"],
+        ["--max-new-tokens=2", "--max-memory=4GiB", "MODEL", "PROMPT"],
+        ["--max-memory", "0=3GiB", "cpu=4GiB", "MODEL", "--max-new-tokens", "2", "PROMPT"],
+    ],
+)
+def test_arguments_stand_wherever_one_writes_them(words: list[str]) -> None:
+    arguments = build_parser().parse_args(["generate", *words])
+    assert (arguments.model, arguments.prompt, arguments.max_new_tokens) == ("MODEL", "PROMPT", 2)
+    expected = {0: "3GiB", "cpu": "4GiB"} if "cpu=4GiB" in words else "4GiB"
+    assert load_options(arguments)["max_memory"] == expected
+
+
+def test_a_prompt_without_quotes_is_told_to_have_some(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["generate", "MODEL", "Once", "upon", "a", "time"])
+    assert "upon a time: a prompt of several words stands in quotes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ('is max_memory={"cpu": "192MiB"}', "is --max-memory 192MiB"),
+        ('max_memory={0: "4GiB", "cpu": "8GiB"}', "--max-memory 0=4GiB cpu=8GiB"),
+        ('a smaller max_memory={"cpu": ...}, below', "a smaller --max-memory cpu=..., below"),
+        ("from_pretrained(..., max_batch_size=...) plans", "--max-batch-size ... plans"),
+        ("device='cuda:9' is not there", "--device cuda:9 is not there"),
+        ("pass trust_remote_code=True if", "pass --trust-remote-code if"),
+        ("which subfolder= names", "which --subfolder names"),
+        ("max_memory gives 200 MiB", "--max-memory gives 200 MiB"),
+        ("/data/max_memory/x", "/data/max_memory/x"),
+    ],
+)
+def test_errors_are_in_the_words_of_the_command_line(message: str, said: str) -> None:
+    assert as_options(message) == said
+
+
+def test_a_budget_that_is_too_small_names_the_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("generate", folder, "w5", "--max-memory", "1MiB") == 1
+    err = capsys.readouterr().err
+    assert "that would do" in err
+    assert " is --max-memory " in err
+    assert "max_memory" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_output_that_cannot_be_written_is_told() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "airstream", "--help"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            env=environment,
+        )
+    assert result.returncode == 1
+    assert result.stderr == "airstream: standard output cannot be written: No space left on device\n"
+
+
+def test_a_demo_without_a_question_and_rates_of_a_file_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    for words, said in ((["demo", " "], "question is empty"), (["hardware", tmp_path / "file"], "is a file")):
+        assert run(*words) == 1
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("called", "is_found", "typed"),
+    [
+        (".venv/bin/airstream", False, ".venv/bin/airstream"),
+        (".venv/bin/airstream", True, "airstream"),
+        ("somewhere/airstream/__main__.py", False, "airstream"),
+    ],
+)
+def test_what_to_type_next_can_be_typed(
+    called: str, is_found: bool, typed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the environment is not activated, as after the first command of the README."""
+    monkeypatch.setattr(sys, "argv", [called])
+    monkeypatch.setattr("shutil.which", lambda _: "/bin/airstream" if is_found else None)
+    assert demo.program() == typed
+
+
+ROOT = Path(__file__).parents[2]
+
+READ = """
+import sys
+from airstream.cli.reading import prompt_of, typed
+from airstream.errors import ArgumentError
+try:
+    print(ascii((prompt_of(sys.argv[1], None), list(typed()))))
+except ArgumentError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes files")
+@pytest.mark.parametrize(
+    ("words", "stdin", "read"),
+    [
+        ("-", "<&-", "there is no standard input to read the prompt from"),
+        ("hi", "<&-", "('hi', [])"),
+        ("-", "</dev/null", "the prompt is empty: give some text to continue"),
+        ("Größe", "</dev/null", ascii(("Größe", []))),
+    ],
+)
+def test_prompts_without_standard_input_and_of_a_locale_that_knows_ascii_alone(
+    words: str, stdin: str, read: str
+) -> None:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith(("LC_", "LANG", "PYTHON"))}
+    environment = plain | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT)}
+    shell = ["sh", "-c", f'exec "$0" "$@" {stdin}', sys.executable, "-c", READ, words]
+    result = subprocess.run(shell, env=environment, capture_output=True, check=True)
+    assert result.stdout.decode() == f"{read}\n"

@@ -1,0 +1,119 @@
+"""Blocks become exactly the numbers that the format's reference makes of them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from airstream.codecs.native import kernel
+from airstream.codecs.registry import (
+    BLOCK_TYPES,
+    DECODE_SCRATCH_BYTES,
+    DEVICE_SLICE_ELEMENTS,
+    STEP_ELEMENTS,
+    BlockType,
+    decode_into,
+    decode_with_torch,
+)
+from tests.stand_ins.sim import SimDevice
+
+EVERY_WAY = pytest.mark.parametrize("decode", [decode_into, decode_with_torch], ids=["compiled", "torch"])
+"""Where there is no kernel, both are the same."""
+EVERY_TYPE = pytest.mark.parametrize("block", BLOCK_TYPES.values(), ids=lambda block: block.name)
+
+
+Decode = Callable[[torch.Tensor, torch.Tensor, BlockType], None]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_there_are_kernels_where_there_is_a_compiler() -> None:
+    """Of all common types; else the tests of kernels would test torch twice."""
+    assert all(kernel(name) for name in BLOCK_TYPES if not name.startswith("TQ"))
+
+
+def reference(raw: torch.Tensor, block: BlockType) -> torch.Tensor:
+    with np.errstate(all="ignore"):
+        numbers = dequantize(raw.view(-1, block.nbytes).numpy(), GGMLQuantizationType[block.name])
+    return torch.from_numpy(numbers.reshape(-1).copy())
+
+
+def random_blocks(block: BlockType, count: int, seed: int) -> torch.Tensor:
+    """Any bytes at all: scales that are not a number, infinite, subnormal or negative zero are among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count * block.nbytes,), dtype=torch.uint8, generator=generator)
+
+
+def same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal to the sign of zero; where one is not a number, neither is the other."""
+    numbers = ~theirs.isnan()
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}[theirs.dtype]
+    same_nan = torch.equal(ours.isnan(), ~numbers)
+    return same_nan and torch.equal(ours.view(bits)[numbers], theirs.view(bits)[numbers])
+
+
+@EVERY_TYPE
+def test_sizes_are_those_of_the_format(block: BlockType) -> None:
+    assert (block.elements, block.nbytes) == GGML_QUANT_SIZES[GGMLQuantizationType[block.name]]
+
+
+@EVERY_WAY
+@EVERY_TYPE
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), count=st.integers(1, 300))
+def test_any_bytes_decode_as_the_reference(block: BlockType, decode: Decode, seed: int, count: int) -> None:
+    raw = random_blocks(block, count, seed)
+    theirs = reference(raw, block)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        ours = torch.full((count * block.elements,), 7, dtype=dtype)
+        decode(ours, raw, block)
+        assert same_bits(ours, theirs.to(dtype)), dtype
+
+
+@EVERY_WAY
+@EVERY_TYPE
+def test_blocks_may_lie_anywhere(block: BlockType, decode: Decode) -> None:
+    raw = random_blocks(block, 8, seed=1)
+    odd = torch.cat((torch.zeros(3, dtype=torch.uint8), raw))[3:]
+    ours = torch.empty(8 * block.elements)
+    decode(ours, odd, block)
+    assert same_bits(ours, reference(raw, block))
+
+
+@pytest.mark.parametrize(("nbytes", "elements"), [(2 * 18, 32), (18, 64), (17, 32), (19, 32)])
+def test_no_number_is_written_beside_the_target(nbytes: int, elements: int) -> None:
+    with pytest.raises(ValueError, match=f"{nbytes} bytes of Q4_0 do not make {elements} numbers"):
+        decode_into(torch.empty(elements), torch.zeros(nbytes, dtype=torch.uint8), BLOCK_TYPES["Q4_0"])
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("value", [0x7C00, 0xFC00, 0x7E00, 0x8000, 0x0001, 0x83FF, 0x7BFF], ids=hex)
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_special_scales(name: str, value: int, decode: Decode) -> None:
+    """Every pair of neighbouring bytes is the special half-precision number in some block."""
+    block = BLOCK_TYPES[name]
+    raw = random_blocks(block, block.nbytes // 2, seed=2).view(-1, block.nbytes)
+    for number, one in enumerate(raw):
+        one[2 * number : 2 * number + 2] = torch.tensor([value & 255, value >> 8], dtype=torch.uint8)
+    ours = torch.empty(len(raw) * block.elements)
+    decode(ours, raw.view(-1), block)
+    assert same_bits(ours, reference(raw.view(-1), block))
+
+
+@EVERY_TYPE
+def test_memory_for_decoding_on_a_device_is_planned(block: BlockType, sim: SimDevice) -> None:
+    """More than one slice, so that what one leaves behind would count with the next."""
+    count = (DEVICE_SLICE_ELEMENTS + STEP_ELEMENTS) // block.elements
+    raw = random_blocks(block, count, seed=3).to(sim.device)
+    target = torch.empty(count * block.elements, dtype=torch.bfloat16, device=sim.device)
+    sim.peak_bytes = before = sim.allocated_bytes
+    decode_into(target, raw, block)
+    assert sim.peak_bytes - before <= DECODE_SCRATCH_BYTES
+    assert sim.allocated_bytes == before

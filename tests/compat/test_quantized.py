@@ -1,0 +1,488 @@
+"""Checkpoints that were quantised before they were saved: streamed packed, equal to transformers' own to the bit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import _build_checkpoint_conversion_mapping, get_checkpoint_conversion_mapping
+from transformers.core_model_loading import Chunk, WeightConverter
+
+from airstream import AutoModel, CheckpointError, UnsupportedError, verify
+from airstream.checkpoint.safetensors import CheckpointIndex
+from airstream.compat import suspects
+from airstream.compat.building import build_on_meta
+from airstream.compat.classes import choose_class
+from airstream.compat.integers import AWQ, CUTS_FUSED_WEIGHTS, GPTQ, Layout, with_unpacking
+from airstream.compat.quantizers import find_quantizer
+from airstream.compat.weights import KeyConversion
+from airstream.footprint.allocations import Allocations
+from airstream.layout.byte_plan import read_specs
+from airstream.layout.tensors import RAW_PREFIX
+from airstream.loading.options import LoadOptions
+from airstream.loading.prepare import prepare
+from airstream.model.absent import Absent
+from tests.conftest import least_memory, on_accelerator, smallest_budget, stream
+from tests.end_to_end.test_exactness import assert_equal, logits, prompts
+from tests.matrix import formats
+from tests.matrix.page import FORMAT_RESULTS
+from tests.model.test_lifecycle import MEASURE
+from tests.stand_ins.quantized_models import (
+    BITSANDBYTES,
+    DENSE,
+    FP8_MODELS,
+    INTEGERS,
+    _in_integers,
+    write_bitnet,
+    write_bitsandbytes,
+    write_compressed,
+    write_fp8,
+    write_integers,
+    write_mxfp4,
+    write_torchao,
+)
+from tests.stand_ins.sim import SimDevice
+from tests.stand_ins.tiny_models import TINY, write_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # what transformers and the formats' packages warn of is theirs
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+BF16, FP32 = torch.bfloat16, torch.float32
+needs_bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes")
+
+Write = Callable[[Path], None]
+
+FORMATS: dict[str, tuple[str | None, Write]] = {
+    **{
+        f"bitsandbytes {name}": ("bitsandbytes", lambda folder, name=name: write_bitsandbytes("llama", folder, name))
+        for name in BITSANDBYTES
+    },
+    "bitsandbytes nf4 qwen2": ("bitsandbytes", lambda folder: write_bitsandbytes("qwen2", folder, "nf4-double")),
+    **{f"fp8 {name}": (None, lambda folder, name=name: write_fp8(name, folder)) for name in FP8_MODELS},
+    "mxfp4 gpt_oss": (None, write_mxfp4),
+    "bitnet": (None, lambda folder: write_bitnet(folder, "bitlinear")),
+    "bitnet autobitlinear": (None, lambda folder: write_bitnet(folder, "autobitlinear")),
+    "torchao int8": ("torchao", lambda folder: write_torchao(folder, "Int8WeightOnlyConfig")),
+    "torchao float8": ("torchao", lambda folder: write_torchao(folder, "Float8WeightOnlyConfig")),
+    "compressed-tensors W4A16": ("compressed_tensors", lambda folder: write_compressed(folder, 4)),
+    "compressed-tensors W8A16": ("compressed_tensors", lambda folder: write_compressed(folder, 8)),
+    **{name: (None, lambda folder, name=name: write_integers(folder, name)) for name in INTEGERS},
+}
+"""By name: the package that it takes, if any but torch and accelerate, and what writes a checkpoint of it."""
+DENSE_IN_PLACE = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round")
+"""Formats that are dequantised in their slab, which any device can do."""
+VARIANTS = ("gptq 8-bit v2", "gptq 3-bit", "gptq 2-bit", "awq qwen3_moe", "auto-round without offset")
+"""Formats that differ from others in their arithmetic alone, which one test shows."""
+ON_ACCELERATOR = [name for name in FORMATS if name.startswith((*DENSE_IN_PLACE, "torchao")) and name not in VARIANTS]
+"""bitsandbytes' classes cannot wrap the simulated device's tensors; what is object about them, torchao's are, too."""
+
+
+@pytest.fixture(scope="session")
+def quantized(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`quantized(name)`: the folder of a checkpoint of that format, written when first asked for."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        package, write = FORMATS[name]
+        if package is not None:
+            pytest.importorskip(package)
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("quantized")
+            write(folders[name])
+        return folders[name]
+
+    return folder_of
+
+
+Quantized = Callable[[str], Path]
+
+
+def resident_of(folder: Path) -> Any:
+    """The model as transformers has it; of what transformers cannot load here, with the weights that were packed."""
+    dense = folder / DENSE if is_integers(folder) else folder
+    return AutoModelForCausalLM.from_pretrained(dense).eval().requires_grad_(False)
+
+
+def is_integers(folder: Path) -> bool:
+    config = json.loads((folder / "config.json").read_text())
+    return config["quantization_config"].get("quant_method") in {each["quant_method"] for each in INTEGERS.values()}
+
+
+@pytest.fixture(autouse=True)
+def not_compiled() -> Iterator[None]:
+    """BitNet's modules compile parts of themselves, which takes a C++ compiler and half a minute."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+# --------------------------------------------------------------------------------------------------------- exactness
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_streamed_is_resident(quantized: Quantized, name: str) -> None:
+    folder = quantized(name)
+    with stream(folder) as model:
+        assert all(not batch.resident for batch in model.plan.batches if batch.units[0] != "lm_head")
+        assert_equal(model, resident_of(folder))
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in VARIANTS])
+def test_kept_is_resident(quantized: Quantized, name: str) -> None:
+    """With room for everything, a part of it, and again with a part of it."""
+    folder = quantized(name)
+    reference, inputs = resident_of(folder), prompts(2, 9)
+    expected = logits(reference, inputs)
+    with AutoModel.from_pretrained(folder, device="cpu", max_context=64) as model:
+        assert model.plan.streamed_bytes == 0
+        for _ in range(3):
+            assert torch.equal(logits(model, inputs), expected)
+    budget = least_memory(folder, max_context=64)["cpu"]
+    whole = least_memory(folder, max_context=64, prefetch_batches=0)["cpu"] + model.plan.resident_bytes // 2
+    with AutoModel.from_pretrained(folder, device="cpu", max_context=64, max_memory=max(budget, whole)) as model:
+        for _ in range(2):
+            assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("name", ON_ACCELERATOR)
+@pytest.mark.parametrize("where", ["disk", "host memory", "device memory"])
+def test_on_an_accelerator(quantized: Quantized, sim: SimDevice, name: str, where: str) -> None:
+    """Packed bytes travel, from wherever they are; the expanded ones are made where they compute."""
+    folder = quantized(name)
+    least = least_memory(folder, "sim:0", layers_per_batch=1, prefetch_batches=1, max_context=256, max_batch_size=4)
+    more = {"disk": {}, "host memory": {"cpu": least["cpu"] + (8 << 20)}, "device memory": {0: least[0] + (8 << 20)}}
+    with stream(folder, "sim:0", max_memory=least | more[where]) as model:
+        assert bool(model.plan.hosted_bytes) == (where == "host memory")
+        assert bool(model.plan.streamed_bytes) == (where != "device memory")
+        inputs = prompts(2, 9)
+        expected = logits(on_accelerator(resident_of(folder)), inputs)
+        for _ in range(2):
+            assert torch.equal(logits(model, inputs), expected)
+    assert sim.races == []
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("stored", [BF16, FP32])
+def test_what_is_not_packed_keeps_its_type_as_in_transformers(tmp_path: Path, stored: torch.dtype) -> None:
+    """transformers does not cast what its bitsandbytes loader sees, embeddings and norms included."""
+    write_bitsandbytes("llama", tmp_path, "nf4", stored)
+    # Under autograd bitsandbytes takes another kernel, which rounds in another way.
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16).requires_grad_(False)
+    with stream(tmp_path, dtype=BF16) as model:
+        assert model.model.norm.weight.dtype == reference.model.norm.weight.dtype
+        inputs = prompts(1, 7)
+        assert torch.equal(logits(model, inputs), logits(reference, inputs))
+
+
+# ------------------------------------------------------------------------------------------- what travels, what is held
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_bytes_travel(quantized: Quantized, name: str) -> None:
+    """What is read is what lies in the file: nothing that is packed is cast or expanded on its way."""
+    folder = quantized(name)
+    index = CheckpointIndex.open(folder)
+    prepared = prepare(folder, LoadOptions(device="cpu", max_context=64))
+    plain = [spec for spec in prepared.parts.specs.values() if spec.made_by is None]
+    cast = [(spec, spec.pieces[0]) for spec in plain if spec.pieces[0].cast is not None]
+    assert all(spec.name.endswith(".bias") for spec, _ in cast)  # bitsandbytes keeps these in float32
+    assert prepared.facts.checkpoint_bytes <= index.nbytes + sum(spec.nbytes - piece.nbytes for spec, piece in cast)
+    made = [spec for spec in prepared.parts.specs.values() if spec.made_by is not None]
+    assert made or name == "bitnet"
+    for source in (source for spec in made for source in spec.stored):
+        (piece,) = source.pieces
+        assert piece.cast is None
+        assert piece.nbytes == index[source.name.removeprefix(RAW_PREFIX)].nbytes
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if name.startswith(DENSE_IN_PLACE)])
+def test_what_dequantising_takes_is_planned(quantized: Quantized, name: str) -> None:
+    """The planned figure is found on the meta device; this runs the same converters on real tensors."""
+    folder = quantized(name)
+    prepared = prepare(folder, LoadOptions(device="cpu", max_context=64))
+    tensors = load_file(folder / "model.safetensors")
+    keys = KeyConversion(prepared.model, prepared.quantizer)
+    conversions = {spec.made_by for spec in prepared.parts.specs.values()} - {None}
+    assert conversions
+    for conversion in conversions:
+        assert conversion is not None
+        names = [source.name.removeprefix(RAW_PREFIX) for source in conversion.sources]
+        sources = [(key, pattern, tensors[key]) for key, pattern in zip(names, conversion.patterns, strict=True)]
+        with Allocations([tensor for _, _, tensor in sources]) as allocations:
+            keys.convert(conversion.name, sources)
+        assert 0 < allocations.peak_bytes <= conversion.scratch_bytes + 256
+
+
+def test_what_equal_layers_take_is_found_out_once(quantized: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A converter of a large weight takes a tenth of a second even without values, and a model has hundreds of them."""
+    runs: list[str] = []
+    real = KeyConversion.convert
+
+    def counting(self: KeyConversion, name: str, sources: Any) -> Any:
+        runs.append(name)
+        return real(self, name, sources)
+
+    monkeypatch.setattr(KeyConversion, "convert", counting)
+    prepared = prepare(quantized("gptq 4-bit"), LoadOptions(device="cpu", max_context=64))
+    made = [spec for spec in prepared.parts.specs.values() if spec.made_by is not None]
+    assert len({re.sub(r"\d+", "", spec.name) for spec in made}) == len(runs) < len(made)
+
+
+@pytest.mark.parametrize("layout", [GPTQ, AWQ])
+def test_every_mapping_takes_packed_weights(layout: Layout) -> None:
+    """Of every type that transformers has one for: merges of many weights, and cuts of one into several."""
+    for name in _build_checkpoint_conversion_mapping():
+        mapping = get_checkpoint_conversion_mapping(name)
+        assert len(with_unpacking(mapping, layout)) > len(mapping)
+
+
+@pytest.mark.skipif(not CUTS_FUSED_WEIGHTS, reason="older transformers do not let us")
+def test_a_fused_weight_is_unpacked_and_cut() -> None:
+    cut = WeightConverter("mlp.both.weight", ["mlp.gate.weight", "mlp.up.weight"], [Chunk(dim=0)])
+    (packed,) = [entry for entry in with_unpacking([cut], GPTQ) if isinstance(entry.operations[-1], Chunk)][1:]
+    expected, made = _in_integers(torch.ones(64, 64), INTEGERS["gptq 4-bit"], torch.Generator().manual_seed(0))
+    for key, tensor in made.items():
+        packed.add_tensor("mlp.gate.weight", f"mlp.both.{key}", f"mlp.both.{key}", lambda tensor=tensor: tensor)
+    halves = packed.convert("mlp.gate.weight")
+    assert torch.equal(torch.cat([halves["mlp.gate.weight"], halves["mlp.up.weight"]]), expected)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("name", ["bitsandbytes nf4-double", "bitsandbytes int8"])
+def test_a_pass_leaves_nothing_behind(quantized: Quantized, name: str) -> None:
+    """Objects are made once for each place in the ring, and give all memory back when the model is closed."""
+    with stream(quantized(name)) as model:
+        built = 0
+        real = KeyConversion.assemble
+
+        def counting(self: KeyConversion, *arguments: Any) -> Any:
+            nonlocal built
+            built += 1
+            return real(self, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KeyConversion, "assemble", counting)
+            for _ in range(8):  # until every layer has been in every place of the ring
+                logits(model, prompts(1, 5))
+            before = built
+            assert before > 0
+            logits(model, prompts(1, 5))
+            assert built == before
+        linear = model.model.layers[0].mlp.up_proj
+        assert isinstance(linear.weight, Absent)
+        assert getattr(linear, "quant_state", None) is None
+        assert getattr(getattr(linear, "state", None), "CB", None) is None
+        assert getattr(linear.weight, "SCB", None) is None
+
+
+# ------------------------------------------------------------------------------------------------------ what is refused
+
+
+def with_settings(folder: Path, settings: dict[str, Any]) -> Path:
+    """A dense checkpoint in `folder` whose config says that it is quantised."""
+    write_model(TINY["llama"], folder, BF16)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (
+            {"quant_method": "gptq", "bits": 4, "checkpoint_format": "marlin"},
+            "gptq checkpoint packed as 'marlin' cannot",
+        ),
+        ({"quant_method": "gptq", "bits": 4, "pack_dtype": "int16"}, "packed as .* in 32-bit words"),
+        ({"quant_method": "awq", "bits": 4, "version": "GEMV"}, "packed as 'gemv' cannot be .* only 'gemm'"),
+        ({"quant_method": "auto-round", "packing_format": "auto_round:fp8"}, "packed as 'auto_round:fp8'"),
+        ({"quant_method": "hqq"}, "hqq cannot be streamed: transformers cannot load it .* Stream a checkpoint"),
+        ({"quant_method": "quanto"}, "quanto cannot be streamed"),
+        ({"quant_method": "nonsense"}, "'nonsense' .*which this transformers does not know"),
+        ({"quant_method": "fbgemm_fp8"}, "fbgemm_fp8"),
+        ({"quant_method": "eetq"}, "eetq"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": {"num_bits": 8}}},
+            },
+            "quantised activations .* cannot be streamed",
+        ),
+    ],
+    ids=lambda value: value["quant_method"] if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_streamed_says_why(tmp_path: Path, settings: dict[str, Any], reason: str) -> None:
+    folder = with_settings(tmp_path, settings)
+    for load in (AutoModel.plan, AutoModel.from_pretrained):
+        with pytest.raises(UnsupportedError, match=reason):
+            load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("method", "package"), [("bitsandbytes", "bitsandbytes"), ("torchao", "torchao"), ("fp8", "accelerate")]
+)
+def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, package: str) -> None:
+    settings = {"quant_method": method, "load_in_4bit": method == "bitsandbytes"}
+    if method == "torchao":
+        settings["quant_type"] = {"default": {"_type": "Int8WeightOnlyConfig", "_data": {}, "_version": 2}}
+    folder = with_settings(tmp_path, settings)
+
+    def missing(*_: Any, **__: Any) -> None:
+        raise ImportError(f"requires {package}")
+
+    monkeypatch.setattr("airstream.compat.quantizers.get_hf_quantizer", missing)
+    with pytest.raises(UnsupportedError, match=f"quantised with {method}: pip install .*requires {package}"):
+        AutoModel.plan(folder, device="cpu")
+
+
+def respelled(folder: Path, copy: Path, **settings: Any) -> Path:
+    """A copy of the checkpoint in `folder` whose config says other things of how it is quantised."""
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] |= settings
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("name", ["nf4", "int8"])
+def test_what_a_config_says_of_the_machine_that_saved_it_changes_nothing(tmp_path: Path, name: str) -> None:
+    """transformers packs nothing on a processor if the config allows that, and weights that are packed do not fit."""
+    write_bitsandbytes("llama", tmp_path / "saved", name)
+    other = respelled(tmp_path / "saved", tmp_path / "other", llm_int8_enable_fp32_cpu_offload=True)
+    ids = torch.tensor([[3, 4, 5]])
+    with stream(tmp_path / "saved") as saved, stream(other) as model:
+        assert torch.equal(model(ids).logits, saved(ids).logits)
+
+
+@pytest.mark.parametrize("value", [7, True, 1.5], ids=str)
+def test_the_field_of_a_quantisation_that_makes_no_sense_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: Any
+) -> None:
+    monkeypatch.setattr(suspects, "MAX_SECONDS", 10.0)
+    write_fp8("llama", tmp_path / "saved")
+    folder = respelled(tmp_path / "saved", tmp_path / "other", modules_to_not_convert=value)
+    with pytest.raises(CheckpointError, match=r"config\.json.*quantization_config\.modules_to_not_convert \("):
+        stream(folder)
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("listed", [[], ["x"]], ids=str)
+def test_a_weight_that_is_not_packed_where_it_should_be(tmp_path: Path, listed: list[str]) -> None:
+    write_bitsandbytes("llama", tmp_path / "saved", "nf4")
+    folder = respelled(tmp_path / "saved", tmp_path / "other", llm_int8_skip_modules=listed)
+    with pytest.raises(CheckpointError, match=r"safetensors: tensor 'lm_head\.weight' .*llm_int8_skip_modules"):
+        stream(folder)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors")
+@pytest.mark.parametrize("groups", [None, {}], ids=str)
+def test_a_config_that_no_tensor_can_be_converted_by(tmp_path: Path, groups: Any) -> None:
+    write_compressed(tmp_path / "saved", 4)
+    folder = respelled(tmp_path / "saved", tmp_path / "other", config_groups=groups)
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(str(folder))} cannot be converted as its config\.json says"
+    ):
+        stream(folder)
+    assert any(str(folder) in fault for fault in verify(folder, progress=False).faults)
+
+
+def test_a_config_without_weights_is_not_enough(quantized: Quantized, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((quantized("fp8 llama") / "config.json").read_text())
+    with pytest.raises(UnsupportedError, match="quantised with fp8, and only its config is here"):
+        AutoModel.plan(tmp_path, device="cpu")
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("spoiled", ["quant_state", "absmax"])
+def test_packed_tensors_that_do_not_go_together(quantized: Quantized, tmp_path: Path, spoiled: str) -> None:
+    folder = quantized("bitsandbytes nf4")
+    tensors = load_file(folder / "model.safetensors")
+    key = next(key for key in tensors if ".layers.1." in key and spoiled in key)
+    del tensors[key]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with stream(tmp_path) as model, pytest.raises(CheckpointError, match=r"packed tensors of 'model\.layers\.1\."):
+        logits(model, prompts(1, 3))
+
+
+# ------------------------------------------------------------------------------------ what needs a GPU: its byte plan
+
+
+@pytest.mark.parametrize("name", FP8_MODELS)
+def test_on_a_gpu_fp8_is_streamed_as_it_lies(quantized: Quantized, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Where there are FP8 kernels nothing is dequantised: every packed tensor and every scale is planned as bytes."""
+    folder = quantized(f"fp8 {name}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    config = AutoConfig.from_pretrained(folder)
+    device = torch.device("cuda", 0)
+    quantizer = find_quantizer(config, device)
+    assert quantizer is not None
+    model = build_on_meta(*choose_class(config, folder, trust_remote_code=False), BF16, None)
+    index = CheckpointIndex.open(folder)
+    quantizer.preprocess(model, BF16, device, index.files)
+    specs = read_specs(model, index, BF16, quantizer)
+    assert all(spec.made_by is None for spec in specs.values())
+    packed = [spec for spec in specs.values() if spec.dtype == torch.float8_e4m3fn]
+    scales = [spec for spec in specs.values() if spec.name.endswith("scale_inv")]
+    assert len(packed) == len(scales) > 0
+    assert all(spec.dtype == FP32 and all(piece.cast is None for piece in spec.pieces) for spec in scales)
+
+
+# ---------------------------------------------------------------------------------------------------------------- peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
+@pytest.mark.parametrize("name", ["bitsandbytes nf4-double", "fp8"])
+def test_the_peak_stays_within_the_plan(large: Callable[[str], Path], name: str) -> None:
+    folder = large(name)
+    budget = str(smallest_budget(folder, layers_per_batch=1, max_context=128, page_cache=False)["cpu"])
+    measure = MEASURE.replace("tokens=28", "tokens=4")  # a pass takes seconds, and the peak is in the first one
+    result = subprocess.run(
+        [sys.executable, "-c", measure, str(folder), budget], capture_output=True, text=True, check=True
+    )
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured["rise"] > measured["ring"]
+    assert measured["rise"] <= measured["planned"]
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Checkpoints whose layers are large enough for a kernel's count of memory to show them."""
+    folders: dict[str, Path] = {}
+
+    def folder_of(name: str) -> Path:
+        if name.startswith("bitsandbytes"):
+            pytest.importorskip("bitsandbytes")
+        if name not in folders:
+            folders[name] = tmp_path_factory.mktemp("large")
+            if name == "fp8":
+                write_fp8("large", folders[name])
+            else:
+                write_bitsandbytes("large", folders[name], name.removeprefix("bitsandbytes "))
+        return folders[name]
+
+    return folder_of
+
+
+# ---------------------------------------------------------------------------------------------------------------- docs
+
+
+def test_the_results_are_of_these_formats() -> None:
+    results = json.loads(FORMAT_RESULTS.read_text(encoding="utf-8"))
+    tested = {row["format"] for row in results["formats"] if row["verdict"] in (formats.TESTED, formats.TESTED_DENSE)}
+    assert tested == FORMATS.keys()
