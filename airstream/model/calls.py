@@ -95,6 +95,18 @@ def of_generation(
     )
 
 
+def accepted_tokens(
+    result: Any, is_encoder_decoder: bool, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> int | None:
+    """How many tokens a generation gave each sequence: its `result` has the ids of the prompt, too, if it had ids."""
+    ids, sequences = _inputs(args, {"input_ids": kwargs.get("inputs"), **kwargs}), getattr(result, "sequences", result)
+    if is_encoder_decoder or ids is None or kwargs.get("inputs_embeds") is not None:
+        return None
+    if ids.dim() != 2 or not isinstance(sequences, torch.Tensor):
+        return None
+    return int(sequences.shape[-1] - ids.shape[1])
+
+
 def asks_for_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether `generate(*args, **kwargs)` says itself how long it may get, rather than the checkpoint."""
     return _given_config(args, kwargs) is not None or any(

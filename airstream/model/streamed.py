@@ -244,10 +244,12 @@ class StreamedModel(WithAdapters, GuardedModule):
         prompt_tokens = work.prompt if work is not None else 0
         with (
             engine.generation(work, is_asked=workload.asks_for_length(args, kwargs)),
-            engine.observer.one_call(prompt_tokens, engine.gate.turns.hold),
+            engine.observer.one_call(prompt_tokens, engine.gate.turns.hold) as accept,
             self._show_progress(work, kwargs.get("streamer") is not None),
         ):
-            return super().generate(*args, **kwargs)
+            result = super().generate(*args, **kwargs)
+            accept(workload.accepted_tokens(result, config.is_encoder_decoder, args, kwargs))
+            return result
 
 
 def make_streamed(

@@ -17,6 +17,8 @@ from airstream.reporting.probe import DISK, H2D, HOST_COPY, now
 from airstream.system.memory import PeakMemory, process_bytes
 from airstream.transfer.machinery import Machinery
 
+Accept = Callable[[int | None], None]
+
 
 class Observer:
     """One for every running model. Passes and calls are reported by the threads that run it, whoever has the turn.
@@ -89,21 +91,24 @@ class Observer:
         self._recorder = self._probe.listener = recorder
 
     @contextmanager
-    def one_call(self, prompt_tokens: int, turn: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    def one_call(self, prompt_tokens: int, turn: Callable[[], AbstractContextManager[None]]) -> Iterator[Accept]:
         """Around `generate` on a prompt of so many tokens, 0 if that is not known. Others may be under way.
 
         Args:
             turn: nothing else computes while it lasts.
+
+        Yields:
+            What is to be told how many tokens each sequence was given, once that is known.
         """
         recorder, outer = self._recorder, getattr(self._mine, "call", None)
         if recorder is None:
-            yield
+            yield lambda _: None
             return
         with turn():
             call = recorder.begin_call(prompt_tokens)
         self._mine.call = recorder, call
         try:
-            yield
+            yield partial(setattr, call, "accepted")
         finally:
             self._mine.call = outer
             with turn():

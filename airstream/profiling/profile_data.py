@@ -94,7 +94,7 @@ class ProfileData:
         layers: by name.
         memory: by tier: "cpu", and the accelerator's index.
         ttft_seconds: what each call of `generate` took to its first new token; the latest `MAX_PASSES`.
-        new_tokens: tokens per sequence that `generate` has chosen.
+        new_tokens: tokens per sequence that `generate` has chosen; `decoded_tokens`: those of them after a first one.
         spans: the latest, on the clock `probe.now`; `sizes`: (second, what, bytes), for traces.
         started: when the profile began, on that clock.
     """
@@ -114,6 +114,7 @@ class ProfileData:
     memory: dict[str, MemoryUse] = field(default_factory=dict)
     ttft_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=MAX_PASSES))
     new_tokens: int = 0
+    decoded_tokens: int = 0
     spans: deque[Span] = field(default_factory=lambda: deque(maxlen=MAX_SPANS))
     sizes: deque[tuple[float, str, int]] = field(default_factory=lambda: deque(maxlen=MAX_SPANS))
 
@@ -133,8 +134,8 @@ class ProfileData:
 
     @property
     def seconds_per_token(self) -> float | None:
-        """Wall seconds per decode pass, their mean; None before there was one."""
-        return self.decode.wall_seconds / self.decode.passes if self.decode.passes else None
+        """Wall seconds of decoding per token of a sequence; None before there was one. A pass may accept several."""
+        return self.decode.wall_seconds / self.decoded_tokens if self.decoded_tokens else None
 
     @property
     def bottleneck(self) -> str:

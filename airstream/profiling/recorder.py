@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from airstream.plan.request import Workload
+from airstream.profiling.call import Call, phase_of
 from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs, LinkUse, add_causes
 from airstream.profiling.intervals import Interval, blame, merge, total
 from airstream.profiling.profile import Profile
@@ -39,16 +40,6 @@ class _Unit:
     name: str
     start: int
     end: int = -1
-
-
-@dataclass(slots=True)
-class Call:
-    """A call of `generate`; `start` as a point until its first pass is over, then in seconds."""
-
-    start: Moment
-    prompt_tokens: int
-    passes: int = 0
-    prefill_end: float | None = None
 
 
 @dataclass(slots=True)
@@ -146,6 +137,8 @@ class Recorder:
         if self._pass is not None and self._pass.call is call:
             self._finish(self._backend.moment())
         self._count_first_token(call)
+        self.profile.new_tokens += call.uncounted
+        self.profile.decoded_tokens += call.uncounted
         self.measure_memory()
 
     def begin_pass(self, work: Workload | None, call: Call | None = None) -> None:
@@ -156,7 +149,7 @@ class Recorder:
         if call is not None and not call.passes:
             start = call.start
         # Each point is noted once: a device's event is used again once it has been read.
-        self._pass = _Pass(work, _phase(work, call), [start, self._backend.moment()], call)
+        self._pass = _Pass(work, phase_of(work, call), [start, self._backend.moment()], call)
 
     def end_pass(self, is_complete: bool) -> None:
         """It has ended. What follows until the next one begins, or the call ends, still counts for it."""
@@ -269,22 +262,17 @@ class Recorder:
             call.prefill_end = at[-1] if current.is_complete else None
             return
         self._count_first_token(call)
+        call.counted += current.is_complete
         self.profile.new_tokens += current.is_complete
+        self.profile.decoded_tokens += current.is_complete
 
     def _count_first_token(self, call: Call) -> None:
         """The prompt is over: its last pass has given the first token."""
         if call.prefill_end is not None:
             self.profile.ttft_seconds.append(call.prefill_end - call.start)
+            call.counted += 1
             self.profile.new_tokens += 1
             call.prefill_end = None
-
-
-def _phase(work: Workload | None, call: Call | None) -> str:
-    if call is None:
-        return "prefill" if work is not None and work.tokens > 1 else "decode"
-    # A prompt may take several passes; until it is over, the context is no longer than it.
-    in_prompt = work is not None and work.context <= call.prompt_tokens
-    return "prefill" if in_prompt or not call.passes else "decode"
 
 
 def _stalls(current: _Pass, at: Sequence[float]) -> Iterator[tuple[_Wait, float, float]]:
