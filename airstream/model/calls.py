@@ -102,9 +102,9 @@ def accepted_tokens(
     ids, sequences = _inputs(args, {"input_ids": kwargs.get("inputs"), **kwargs}), getattr(result, "sequences", result)
     if is_encoder_decoder or ids is None or kwargs.get("inputs_embeds") is not None:
         return None
-    if ids.dim() != 2 or not isinstance(sequences, torch.Tensor):
-        return None
-    return int(sequences.shape[-1] - ids.shape[1])
+    if ids.dim() != 2 or not isinstance(sequences, torch.Tensor) or sequences.dim() != 2:
+        return None  # some models give several codes for a step
+    return sequences.shape[1] - ids.shape[1]
 
 
 def asks_for_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -19,8 +19,9 @@ from airstream.model.absent import Absent
 from airstream.plan.planner import smallest_plan
 from tests.conftest import Resident, WriteTiny, on_accelerator, stream
 from tests.end_to_end.test_exactness import greedy, logits, prompts
-from tests.model.test_threads import After, InThread
+from tests.model.test_threads import After
 from tests.stand_ins.sim import SimDevice
+from tests.stand_ins.threads import InThread
 
 peft = pytest.importorskip("peft")
 pytestmark = [
@@ -248,7 +249,7 @@ def test_no_generation_changes_its_adapter_half_way(
         expected = model.generate(**IDS, **options).logits
         changed = model.generate(**IDS, streamer=After(ask), **options).logits
         assert all(map(torch.equal, changed, expected))
-        assert others[0].finish().error is None
+        assert others[0].finish(120).error is None
         assert not torch.equal(model(**IDS).logits[:, -1], expected[0]), "now it has"
 
 

@@ -34,6 +34,7 @@ from airstream.streaming.streamer import Streamer
 from airstream.transfer.files import WeightFile
 from tests.conftest import Readers, Resident, WriteTiny, cache_in, cache_of, on_accelerator, smallest_budget, stream
 from tests.stand_ins.sim import SimDevice
+from tests.stand_ins.threads import InThread
 from tests.stand_ins.tiny_models import LLAMA, VOCAB_SIZE, TinyModel, write_model
 
 pytestmark = pytest.mark.timeout(120)  # what hangs here hangs for good
@@ -115,28 +116,6 @@ def wait_until(condition: Callable[[], bool], seconds: float = 10) -> bool:
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.005)
     return condition()
-
-
-class InThread(threading.Thread):
-    """Runs a function and keeps what it returns or raises."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self.function = function
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.result = self.function()
-        except BaseException as error:
-            self.error = error
-
-    def finish(self) -> InThread:
-        self.join(timeout=30)
-        assert not self.is_alive(), "the thread hangs"
-        return self
 
 
 # ---------------------------------------------------------------------------------------- what it is and what it is not

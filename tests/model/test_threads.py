@@ -29,6 +29,7 @@ from airstream.plan.request import Workload
 from airstream.system.forks import FORKED_INSIDE
 from tests.conftest import STREAMING, Readers, Resident, WriteTiny, least_memory, smallest_budget, stream
 from tests.stand_ins.sim import SimDevice
+from tests.stand_ins.threads import InThread
 from tests.stand_ins.tiny_models import VOCAB_SIZE
 
 pytestmark = pytest.mark.timeout(300)  # what hangs here hangs for good
@@ -57,28 +58,6 @@ def reference(resident: Resident) -> Any:
 def model(folder: Path) -> Iterator[Any]:
     with stream(folder, **SMALL_STEPS) as model:
         yield model
-
-
-class InThread(threading.Thread):
-    """Runs a function and keeps what it returns or raises."""
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        super().__init__(daemon=True)
-        self.function = function
-        self.result: Any = None
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.result = self.function()
-        except BaseException as error:
-            self.error = error
-
-    def finish(self) -> InThread:
-        self.join(timeout=120)
-        assert not self.is_alive(), "the thread hangs"
-        return self
 
 
 class Noise(LogitsProcessor):
@@ -129,7 +108,7 @@ def test_the_turn_goes_to_whoever_has_waited_longest() -> None:
     with turns.hold():  # asked for last, though by the thread that had it
         assert order == [0, 1, 2, 3, 4]
     for thread in threads:
-        thread.finish()
+        thread.finish(120)
     assert not turns.is_taken
 
 
@@ -141,7 +120,7 @@ def test_a_turn_that_an_interrupt_has_kept_from_being_given_back_is_free() -> No
         turns.enter(lambda thread: is_running(work.__code__, thread))
         assert turns.is_taken
 
-    other = InThread(work).finish()
+    other = InThread(work).finish(120)
     assert other.error is None
     with turns.hold():
         assert turns.is_mine
@@ -156,14 +135,14 @@ def test_two_generations_take_turns_between_passes(model: Any, reference: Any) -
 
     def begin_second() -> None:
         second.append(InThread(lambda: model.generate(OTHER_IDS, logits_processor=[Noise(2)], **greedy(6))))
-        second[0].finish()  # inside the first: the old lock would have waited for ever
+        second[0].finish(120)  # inside the first: the old lock would have waited for ever
 
     first = InThread(
         lambda: model.generate(IDS, logits_processor=[Noise(1)], streamer=After(begin_second), **greedy(12))
     )
-    assert torch.equal(first.finish().result, reference.generate(IDS, logits_processor=[Noise(1)], **greedy(12)))
+    assert torch.equal(first.finish(120).result, reference.generate(IDS, logits_processor=[Noise(1)], **greedy(12)))
     expected = reference.generate(OTHER_IDS, logits_processor=[Noise(2)], **greedy(6))
-    assert torch.equal(second[0].finish().result, expected)
+    assert torch.equal(second[0].finish(120).result, expected)
     assert first.ident != second[0].ident
     assert passes[2:8] == [second[0].ident] * 6
 
@@ -184,7 +163,7 @@ def test_interleaved_generations_give_what_they_give_alone(
             for ids, kwargs in zip(inputs, options, strict=True)
         ]
         for call, ids, kwargs in zip(calls, inputs, options, strict=True):
-            result = call.finish().result
+            result = call.finish(120).result
             assert call.error is None
             assert torch.equal(result, reference.generate(ids, **kwargs))
         assert not model._engine._generations._all
@@ -209,7 +188,7 @@ def test_a_call_from_inside_generate_is_answered(
 ) -> None:
     def ask() -> Any:
         with torch.no_grad():
-            return call(model) if by == "the same thread" else InThread(lambda: call(model)).finish().result
+            return call(model) if by == "the same thread" else InThread(lambda: call(model)).finish(120).result
 
     after = After(ask)
 
@@ -270,12 +249,12 @@ def test_a_generation_that_does_not_fit_beside_another_waits_for_it(narrow: Any,
     def begin_others() -> None:
         calls.append(InThread(lambda: large("second")))
         calls.append(InThread(lambda: narrow.generate(OTHER_IDS, **greedy(4))))
-        calls[1].finish()
+        calls[1].finish(120)
         assert not ended
 
     tokens = large("first", After(begin_others))
     assert torch.equal(tokens, reference.generate(OTHER_IDS, **LARGE))
-    assert torch.equal(calls[0].finish().result, tokens)
+    assert torch.equal(calls[0].finish(120).result, tokens)
     assert torch.equal(calls[1].result, reference.generate(OTHER_IDS, **greedy(4)))
     assert ended == ["first", "second"]
 
@@ -290,7 +269,7 @@ def test_what_would_wait_for_itself_is_refused(
 
     def ask() -> None:
         if by == "another thread":
-            errors.append(InThread(lambda: narrow.generate(OTHER_IDS, **LARGE)).finish().error)
+            errors.append(InThread(lambda: narrow.generate(OTHER_IDS, **LARGE)).finish(120).error)
             return
         with pytest.raises(BudgetError) as error:
             narrow.generate(OTHER_IDS, **LARGE)
@@ -312,7 +291,7 @@ def test_the_kv_caches_of_all_generations_are_in_the_plan(folder: Path, referenc
         model._engine.observer.watchers.append(lambda: planned.append(model.plan))
 
         def begin_second() -> None:
-            InThread(lambda: model.generate(IDS, **greedy(150))).finish()
+            InThread(lambda: model.generate(IDS, **greedy(150))).finish(120)
 
         tokens = model.generate(IDS, streamer=After(begin_second), **greedy(200))
         assert torch.equal(tokens, reference.generate(IDS, **greedy(200)))
@@ -372,12 +351,12 @@ def test_generations_of_a_model_that_keeps_something_of_them_come_one_after_the_
     calls = [InThread(lambda: model.generate(IDS, **greedy(6))) for _ in range(3)]
     calls.append(InThread(lambda: model(IDS)))
     for call in calls[:3]:
-        assert torch.equal(call.finish().result, reference.generate(IDS, **greedy(6)))
-    assert torch.equal(calls[3].finish().result.logits, reference(IDS).logits)
+        assert torch.equal(call.finish(120).result, reference.generate(IDS, **greedy(6)))
+    assert torch.equal(calls[3].finish(120).result.logits, reference(IDS).logits)
     assert len([key for key, _ in itertools.groupby(order)]) == 4
 
     monkeypatch.setattr(generations, "PATIENCE_SECONDS", 0.5)
-    after = After(lambda: InThread(lambda: model(OTHER_IDS)).finish().error)
+    after = After(lambda: InThread(lambda: model(OTHER_IDS)).finish(120).error)
     model.generate(IDS, streamer=after, **greedy(6))
     assert isinstance(after.result, UnsupportedError)
     assert "self.of_this_generation" in str(after.result)
@@ -402,7 +381,7 @@ def test_adapters_change_between_the_generations_of_other_threads(model: Any) ->
         order.append("going on")
 
     model.generate(IDS, streamer=After(ask), **greedy(6))
-    others[0].finish()
+    others[0].finish(120)
     assert order == ["inside", "going on", "another thread"]
 
 
@@ -411,7 +390,7 @@ def test_adapters_change_between_the_generations_of_other_threads(model: Any) ->
 
 def test_the_profile_of_interleaved_generations_counts_each(model: Any) -> None:
     def begin_second() -> None:
-        InThread(lambda: model.generate(OTHER_IDS, **greedy(4))).finish()
+        InThread(lambda: model.generate(OTHER_IDS, **greedy(4))).finish(120)
 
     with model.profile() as profile:
         model.generate(IDS, streamer=After(begin_second), **greedy(7))
@@ -466,8 +445,8 @@ def test_closing_wakes_those_who_wait_for_their_turn_and_for_memory(narrow: Any,
 
     with pytest.raises(ClosedError):
         narrow.generate(OTHER_IDS, streamer=After(begin_others_and_close), **LARGE)
-    assert isinstance(calls[0].finish().error, ClosedError)
-    assert calls[1].finish().error is None or isinstance(calls[1].error, ClosedError)
+    assert isinstance(calls[0].finish(120).error, ClosedError)
+    assert calls[1].finish(120).error is None or isinstance(calls[1].error, ClosedError)
     assert readers() == []
 
 
