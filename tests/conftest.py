@@ -61,7 +61,7 @@ def resident(tiny: WriteTiny) -> Resident:
 
     @functools.cache
     def model_of(name: str, stored: torch.dtype, dtype: torch.dtype) -> Any:
-        return AutoModelForCausalLM.from_pretrained(tiny(name, stored), dtype=dtype).eval().requires_grad_(False)
+        return AutoModelForCausalLM.from_pretrained(tiny(name, stored), dtype=dtype).eval()
 
     return model_of
 

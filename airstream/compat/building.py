@@ -23,7 +23,7 @@ def build_on_meta(
     extra = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with torch.device("meta"):
         model = with_generation(cls)._from_config(config, dtype=dtype, **extra)
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def load_generation_config(model: PreTrainedModel, folder: str) -> None:

@@ -100,7 +100,7 @@ class Quantizer:
                 checkpoint_files=[str(file) for file in files],
                 use_kernels=False,
             )
-        model.eval().requires_grad_(False)
+        model.eval()
 
     def finish(self, model: PreTrainedModel) -> None:
         """What `from_pretrained` does with `model` once its weights are there."""

@@ -33,7 +33,7 @@ class _Linear(nn.Linear):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` has the shape (sequences, positions, width), or another."""
-        if not _is_batched(hidden, self.bias is not None):
+        if _asks(self.weight) or not _is_batched(hidden, self.bias is not None):
             return super().forward(hidden)
         results = sequence_by_sequence(hidden, self.weight, way_of(hidden.dtype))
         return results if self.bias is None else results.add_(self.bias)
@@ -89,6 +89,11 @@ def sequence_by_sequence(hidden: torch.Tensor, weight: torch.Tensor, way: Way) -
             one = one.clone(memory_format=torch.contiguous_format)
         results[number : number + 1] = linear(one, weight)
     return results
+
+
+def _asks(weight: torch.Tensor) -> bool:
+    """Whether torch itself sees that `weight` asks for a gradient: it multiplies slices as one matrix then."""
+    return bool(torch.Tensor.requires_grad.__get__(weight))  # type: ignore[attr-defined]
 
 
 def _is_batched(hidden: torch.Tensor, has_bias: bool) -> bool:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from airstream.errors import UnsupportedError
+from airstream.model.asking import may_ask
 from airstream.model.moving import unmoved
 from airstream.model.stored import FetchRows, Stored
 
@@ -57,6 +58,22 @@ class Absent(torch.Tensor):
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
 
+    def requires_grad_(self, requires_grad: bool = True) -> Absent:
+        """Freeze the weight: nobody can ask for its gradient."""
+        if requires_grad:
+            refuse_gradient(self.stored.name)
+        self.stored.is_frozen = True
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        """As transformers has it."""
+        return may_ask(self, True) and not self.stored.is_frozen
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's is untyped
         return f"{type(self).__name__}({self.stored.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
@@ -72,12 +89,12 @@ class Absent(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.stored.read(), requires_grad=False)
+            memo[id(self)] = nn.Parameter(self.stored.read(), self.requires_grad)
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickled, it is an ordinary parameter with its values."""
-        return nn.Parameter(self.stored.read(), requires_grad=False).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return nn.Parameter(self.stored.read(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __setitem__(self, _: Any, __: Any) -> NoReturn:
         refuse_change(self.stored.name)

@@ -21,6 +21,7 @@ from torch import nn
 from airstream.compat.assembled import Assembled
 from airstream.layout.tensors import TensorSpec
 from airstream.model.absent import Absent, refuse_change
+from airstream.model.asking import Askers, Asking, may_ask
 from airstream.model.conversion import Converter, view_of
 from airstream.model.stored import Stored
 from airstream.model.weight import Weight, weight_of
@@ -33,11 +34,13 @@ class Views:
     Attributes:
         weights: those among them that nothing may write to, and of what each has the values.
         assembled: those among them that a forward pass changes, and what undoes that.
+        askers: those among them that ask for a gradient while the model computes.
     """
 
     tensors: Sequence[torch.Tensor]
     weights: Sequence[tuple[Weight | Absent, Stored]] = ()
     assembled: Sequence[Assembled] = ()
+    askers: Askers = ()
 
 
 class Modules(Protocol):
@@ -80,11 +83,13 @@ class Binder:
     Attributes:
         stored: the values that weights are to have, by name.
         convert: makes what has to be made of the bytes that some slabs bring.
+        asking: has the weights in place ask for a gradient while the model computes.
     """
 
     modules: Modules
     stored: Mapping[str, Stored]
     convert: Converter
+    asking: Asking
 
 
 class Binding:
@@ -93,6 +98,7 @@ class Binding:
     def __init__(self, binder: Binder, specs: Sequence[TensorSpec]) -> None:
         self._specs = tuple(specs)
         self._build = binder.convert.build
+        self._asking = binder.asking
         self._stored = [binder.stored[spec.name] for spec in specs]
         self._places = [_place(binder.modules, spec.name) for spec in specs]
         self._placeholders = self.guarded([registry[leaf] for registry, leaf, _ in self._places])
@@ -103,14 +109,17 @@ class Binding:
     def views(self, memory: torch.Tensor, offsets: Mapping[str, int]) -> Views:
         """The tensors as views of `memory`, a uint8 slab in which they start at `offsets`. Ready for `bind`."""
         tensors: list[torch.Tensor] = []
-        assembled = []
+        assembled, askers = [], []
         for spec, stored, (_, _, is_parameter) in zip(self._specs, self._stored, self._places, strict=True):
             if spec.made_by is not None and spec.made_by.is_object:
                 assembled.append(self._build(spec.made_by, memory, offsets))
                 tensors.append(assembled[-1].tensor)
             else:
-                tensors.append(weight_of(view_of(memory, offsets[spec.name], spec), stored, is_parameter))
-        return self.guarded(tensors, assembled)
+                weight = weight_of(view_of(memory, offsets[spec.name], spec), stored, is_parameter)
+                tensors.append(weight)
+                if may_ask(weight, is_parameter):
+                    askers.append((weight, stored))
+        return self.guarded(tensors, assembled, askers)
 
     def bind(self, views: Views) -> None:
         """Put the tensors of `views` in place.
@@ -119,15 +128,18 @@ class Binding:
             UnsupportedError: somebody else has put something there.
         """
         self.check()
+        self._asking.remove(self._current.askers)
         self._current = views
         for (registry, leaf, _), tensor in zip(self._places, views.tensors, strict=True):
             registry[leaf] = tensor
+        self._asking.add(views.askers)
 
     def unbind(self) -> None:
         """Put the placeholders back, and what was bound into the state in which it was. What else is there stays."""
         bound, self._current = self._current, self._placeholders
         if bound is self._placeholders:
             return
+        self._asking.remove(bound.askers)
         places = zip(self._places, bound.tensors, self._placeholders.tensors, strict=True)
         for (registry, leaf, _), tensor, placeholder in places:
             if registry.get(leaf) is tensor:
@@ -152,10 +164,13 @@ class Binding:
             refuse_change(self._was_changed)
         return None
 
-    def guarded(self, tensors: Sequence[torch.Tensor], assembled: Sequence[Assembled] = ()) -> Views:
+    def guarded(
+        self, tensors: Sequence[torch.Tensor], assembled: Sequence[Assembled] = (), askers: Askers = ()
+    ) -> Views:
         """`tensors`, one for each place, ready for `bind`."""
         pairs = zip(tensors, self._stored, strict=True)
-        return Views(tensors, [(own, stored) for own, stored in pairs if isinstance(own, Weight | Absent)], assembled)
+        weights = [(own, stored) for own, stored in pairs if isinstance(own, Weight | Absent)]
+        return Views(tensors, weights, assembled, askers)
 
     def _judge(self) -> None:
         """Accept changes that have left the checkpoint's values, which adapters bring along; refuse others.

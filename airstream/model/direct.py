@@ -35,11 +35,13 @@ class Direct:
                 "or with inputs that do not ask for a gradient"
             )
         self._gate.enter()
+        self._gate.asking.turn(not torch.is_grad_enabled())
         self.module = module
 
     def end(self) -> None:
         """It is over."""
         self.module = None
+        self._gate.asking.turn(False)
         self._gate.leave()
 
 

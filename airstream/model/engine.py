@@ -87,7 +87,7 @@ class Engine:
         parts, closing = self._parts, self.gate.closing
         convert = converter_of(keys, self.machinery)
         self.stored = all_stored(parts.specs.values(), self.machinery.reader, convert, self.device)
-        self._binder = Binder(self.modules, self.stored, convert)
+        self._binder = Binder(self.modules, self.stored, convert, self.gate.asking)
         self._residents = bind_residents(self._binder, parts.specs_of(Kind.RESIDENT), self.machinery)
         closing.callback(self._unbind_residents)
         if self.head is not None and self.device.type == "cpu":

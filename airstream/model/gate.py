@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from airstream.errors import ClosedError
+from airstream.model.asking import Asking
 from airstream.model.turns import Turns, is_running
 from airstream.system.forks import Forks
 
@@ -28,11 +29,13 @@ class Gate:
         after_fork: called in a forked child before anybody comes in; raises if the model does not work there.
 
     Attributes:
+        asking: what the weights are told while somebody is inside.
         closing: what is given back when the gate has closed and nobody is inside.
     """
 
     def __init__(self, ready: Callable[[], None], let_go: Callable[[], None], after_fork: Callable[[], None]) -> None:
         self.turns = Turns()
+        self.asking = Asking()
         self.closing = ExitStack()
         self._ready = ready
         self._let_go = let_go
@@ -48,7 +51,7 @@ class Gate:
         """Around every use of the model. Blocks until it is this thread's turn. No autograd."""
         self._forks.settle(self._after_fork)
         try:
-            with self.turns.hold(), self._leaving(), torch.no_grad():
+            with self.turns.hold(), self._leaving(), torch.no_grad(), self.asking.during():
                 self.check_open()
                 self._ready()
                 yield

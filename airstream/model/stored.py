@@ -32,10 +32,14 @@ class Stored:
 
     Args:
         device: the device that computes, where values are brought.
+
+    Attributes:
+        is_frozen: somebody has said that it needs no gradient, which torch looks at when it computes.
     """
 
     def __init__(self, spec: TensorSpec, reader: Reader, convert: Converter, device: torch.device) -> None:
         self.name = spec.name
+        self.is_frozen = False
         self._spec = spec
         self._reader = reader
         self._convert = convert

@@ -95,10 +95,10 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
         return super().train(False)
 
     def requires_grad_(self, requires_grad: bool = True) -> GuardedModule:
-        """Only `requires_grad_(False)` is possible: streamed weights have no gradients."""
+        """Only `requires_grad_(False)` is possible: streamed weights get no gradients."""
         if requires_grad:
             refuse("requires_grad_()", TRAIN)
-        return self
+        return super().requires_grad_(False)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *_: Any, **__: Any) -> Any:
         """Without a size this returns the embeddings, as in transformers; a streamed table cannot change its size."""

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from airstream.model.absent import refuse_change, refuse_gradient, refuse_remaking, refuse_storage
+from airstream.model.asking import may_ask
 from airstream.model.moving import unmoved
 from airstream.model.stored import Stored
 
@@ -40,15 +41,16 @@ class Weight(torch.Tensor):
         return self._version != self.accepted
 
     def requires_grad_(self, requires_grad: bool = True) -> Weight:
-        """None of them has a gradient; what fused optimizers write is not counted."""
+        """Freeze it: nobody can ask for its gradient, and what fused optimizers write is not counted."""
         if requires_grad:
             refuse_gradient(self.stored.name)
+        self.stored.is_frozen = True
         return self
 
     @property
     def requires_grad(self) -> bool:
-        """False, and it stays so."""
-        return False
+        """As transformers has it; torch itself sees it only while the model computes."""
+        return may_ask(self, self._is_param) and not self.stored.is_frozen
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
@@ -91,7 +93,7 @@ class Weight(torch.Tensor):
         return self._plain(self.clone()).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def _plain(self, values: torch.Tensor) -> torch.Tensor:
-        return nn.Parameter(values, requires_grad=False) if self._is_param else values
+        return nn.Parameter(values, self.requires_grad) if self._is_param else values
 
 
 def weight_of(view: torch.Tensor, stored: Stored, is_parameter: bool) -> torch.Tensor:

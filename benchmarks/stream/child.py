@@ -27,6 +27,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     options |= {"device": arguments.device, "page_cache": arguments.page_cache}
     with AutoModel.from_pretrained(arguments.checkpoint, **options) as model:
         before = model.measure_link()
+    if not before.nbytes:
+        sys.exit("nothing is streamed within this budget: the whole model stays in memory. Give a smaller --max-memory")
     memory, clock = PeakMemory(), TokenClock()
     started = time.perf_counter()
     with AutoModel.from_pretrained(arguments.checkpoint, **options) as model:

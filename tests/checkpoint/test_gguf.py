@@ -64,7 +64,7 @@ def resident(gguf: File) -> Resident:
         file = gguf(name, quant)
         options = {} if dtype is None else {"dtype": dtype}
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, **options)
-        return on_accelerator(model.eval().requires_grad_(False))
+        return on_accelerator(model.eval())
 
     return model_of
 

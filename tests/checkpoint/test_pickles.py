@@ -74,7 +74,7 @@ def save(tiny: WriteTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sa
 
 
 def resident(folder: Path, dtype: torch.dtype) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().requires_grad_(False)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 LEGACY: dict[str, Any] = {"_use_new_zipfile_serialization": False}

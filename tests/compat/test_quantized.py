@@ -114,7 +114,7 @@ Quantized = Callable[[str], Path]
 def resident_of(folder: Path) -> Any:
     """The model as transformers has it; of what transformers cannot load here, with the weights that were packed."""
     dense = folder / DENSE if is_integers(folder) else folder
-    return AutoModelForCausalLM.from_pretrained(dense).eval().requires_grad_(False)
+    return AutoModelForCausalLM.from_pretrained(dense).eval()
 
 
 def is_integers(folder: Path) -> bool:
@@ -180,7 +180,7 @@ def test_what_is_not_packed_keeps_its_type_as_in_transformers(tmp_path: Path, st
     """transformers does not cast what its bitsandbytes loader sees, embeddings and norms included."""
     write_bitsandbytes("llama", tmp_path, "nf4", stored)
     # Under autograd bitsandbytes takes another kernel, which rounds in another way.
-    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16).requires_grad_(False)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=BF16)
     with stream(tmp_path, dtype=BF16) as model:
         assert model.model.norm.weight.dtype == reference.model.norm.weight.dtype
         inputs = prompts(1, 7)

@@ -259,7 +259,7 @@ def converted_folder(plain_folder: Path, tmp_path_factory: pytest.TempPathFactor
 def test_conversions(
     converted_folder: Path, sim: SimDevice, dtype: torch.dtype, prefetch_batches: int, device: str
 ) -> None:
-    reference = AutoModelForCausalLM.from_pretrained(converted_folder, dtype=dtype).requires_grad_(False)
+    reference = AutoModelForCausalLM.from_pretrained(converted_folder, dtype=dtype)
     with stream(converted_folder, device, dtype=dtype, layers_per_batch=1, prefetch_batches=prefetch_batches) as model:
         assert_equal(model, reference if device == "cpu" else on_accelerator(reference))
 

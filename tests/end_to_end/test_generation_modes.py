@@ -57,7 +57,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp(request.param)
     auto_class = write(request.param, folder)
     with stream(folder) as model:
-        yield model, auto_class.from_pretrained(folder).eval().requires_grad_(False)
+        yield model, auto_class.from_pretrained(folder).eval()
 
 
 def write(name: str, folder: Path) -> Any:

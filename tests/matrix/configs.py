@@ -113,6 +113,7 @@ SPECIAL: Mapping[str, Mapping[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
     "deepseek_v32": EQUAL_HEADS,
+    "dory": {"n_input_layers": 1, "n_output_layers": 1},
     "dots3_note_text": EQUAL_HEADS | SLIDING_TOO | {"shared_experts_intermediate_size": 32,
                                                     "swa_num_key_value_heads": 4},
     "gemma3n_text": {"num_kv_shared_layers": 0, "layer_types": SLIDING_AND_FULL},

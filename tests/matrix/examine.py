@@ -72,6 +72,7 @@ class UnableError(Exception):
     """transformers itself cannot compute what was to be compared."""
 
 
+@torch.no_grad()
 def examine(case: Case, folder: Path, dtype: torch.dtype = FP32) -> Verdict:
     """Write, stream and compare; raises an AssertionError that says what differs.
 
@@ -84,7 +85,7 @@ def examine(case: Case, folder: Path, dtype: torch.dtype = FP32) -> Verdict:
         folder, device="cpu", max_memory=least_memory(folder, **STREAMING), **STREAMING
     ) as model:
         reference = getattr(transformers, type(model).__name__).from_pretrained(folder, dtype=dtype)
-        reference.eval().requires_grad_(False)
+        reference.eval()
         generates = model.can_generate() and model_type not in ONLY_CALLED
         calls = [in_dtype(inputs, dtype) for inputs in inputs_of(auto_class, model_type, reference)]
         batch = in_dtype(batch_of(auto_class, model_type, reference) or {}, dtype)

@@ -130,7 +130,7 @@ def test_it_is_what_the_checkpoint_says(model: Any, reference: Any) -> None:
     assert model.device == torch.device("cpu")
     assert model.dtype == FP32
     assert not model.training
-    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert [each.requires_grad for each in model.parameters()] == [each.requires_grad for each in reference.parameters()]
     assert model.num_parameters() == reference.num_parameters()
 
 

@@ -1,0 +1,90 @@
+"""Weights ask for a gradient while the model computes, wherever those of transformers would.
+
+torch looks at that even where no gradient is computed: a batch whose sequences do not lie side by side, such as the
+last position of each, is multiplied as one matrix by a weight that asks for a gradient, and sequence by sequence by one
+that does not. The two round differently, and the second may copy the weight for every sequence.
+
+Between calls no weight asks, so that no arithmetic of the caller's with it is recorded. It knows weights that are in
+place, and which of them somebody has frozen. It refuses to know modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+
+_set: Callable[[torch.Tensor, bool], None] = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]  # past what Weight says
+
+
+class Freezable(Protocol):
+    """A weight of the checkpoint, under all its names.
+
+    Attributes:
+        is_frozen: somebody has said that it needs no gradient.
+    """
+
+    is_frozen: bool
+
+
+Askers = Sequence[tuple[torch.Tensor, Freezable]]
+"""Parameters with numbers in them that can have a gradient, and what they have the values of."""
+
+
+class Asking:
+    """The weights in place of one model."""
+
+    def __init__(self) -> None:
+        self._in_place: dict[int, Askers] = {}
+        self._is_on = False
+
+    def add(self, weights: Askers) -> None:
+        """`weights` are in place from now on."""
+        self._in_place[id(weights)] = weights
+        if self._is_on:
+            _ask(weights)
+
+    def remove(self, weights: Askers) -> None:
+        """They are not any more. Those that never were are nothing to it."""
+        if self._in_place.pop(id(weights), None) is not None and self._is_on:
+            _be_silent(weights)
+
+    def turn(self, is_on: bool) -> bool:
+        """Let the weights ask from now on, or not. Gives how it was before.
+
+        Under autocast a weight that is cast first does not ask: neither does what torch makes of it without gradients,
+        and torch would keep that for as long as autocast lasts.
+        """
+        was_on, self._is_on = self._is_on, is_on
+        if was_on is not is_on:
+            for weights in self._in_place.values():
+                (_ask if is_on else _be_silent)(weights)
+        return was_on
+
+    @contextmanager
+    def during(self) -> Iterator[None]:
+        """While nobody computes a gradient."""
+        was_on = self.turn(True)
+        try:
+            yield
+        finally:
+            self.turn(was_on)
+
+
+def may_ask(weight: torch.Tensor, is_parameter: bool) -> bool:
+    """Whether transformers would let it ask for a gradient: a parameter that has numbers, not codes."""
+    return is_parameter and weight.is_floating_point()
+
+
+def _ask(weights: Askers) -> None:
+    casts = bool(weights) and torch.is_autocast_enabled(weights[0][0].device.type)
+    for weight, stored in weights:
+        if not stored.is_frozen and not (casts and weight.dtype is torch.float32):
+            _set(weight, True)
+
+
+def _be_silent(weights: Askers) -> None:
+    for weight, _ in weights:
+        _set(weight, False)
