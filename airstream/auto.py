@@ -37,7 +37,7 @@ from airstream.profiling.live import progress
 from airstream.reporting.status import Activity, showing
 from airstream.system.forks import is_forked
 from airstream.system.memory import process_bytes
-from airstream.transfer.machinery import Machinery
+from airstream.transfer.opening import open_machinery
 
 Beside = Literal["tokenizer", "processor"]
 """What lies beside a model's weights and makes its inputs."""
@@ -189,7 +189,7 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         if prepared.quantizer is not None:
             prepared.quantizer.finish(model)
     is_packed = prepared.request.decoding_bytes > 0
-    machinery = Machinery.open(prepared.index.files, prepared.device, plan.direct_io, is_packed)
+    machinery = open_machinery(prepared.index.files, prepared.device, plan.direct_io, is_packed)
     engine = Engine(prepared, plan, machinery, host_bytes)
     make_streamed(model, engine, load, partial(_progress, engine, prepared.options.progress))
     if model.can_generate():

@@ -18,7 +18,7 @@ from typing import Any
 
 from airstream.checkpoint.gguf_split import split_files
 from airstream.checkpoint.safetensors import ITEM_BYTES, CheckpointIndex, StoredTensor
-from airstream.codecs.registry import BLOCK_TYPES
+from airstream.codecs.block_types import BLOCK_TYPES
 from airstream.errors import CheckpointError, UnsupportedError
 from airstream.reporting.units import counted, format_bytes, round_up
 from airstream.system.foreign_files import mapped

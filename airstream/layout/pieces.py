@@ -11,8 +11,8 @@ from dataclasses import replace
 import torch
 
 from airstream.checkpoint.safetensors import StoredTensor
-from airstream.codecs.registry import BLOCK_TYPES
-from airstream.transfer.reader import Cast, Piece
+from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.transfer.piece import Cast, Piece
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,

@@ -12,7 +12,7 @@ import torch
 
 from airstream.checkpoint.safetensors import StoredTensor
 from airstream.layout.pieces import piece_of
-from airstream.transfer.reader import Piece
+from airstream.transfer.piece import Piece
 
 CACHE_LINE_BYTES = 64
 """What torch aligns its own host allocations to."""

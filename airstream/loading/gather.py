@@ -22,8 +22,8 @@ from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.plan.groups import Known, batch_facts, growth_bytes
 from airstream.plan.policy import AUTO_BATCH_BYTES
 from airstream.reporting.units import MIB
-from airstream.transfer.base import Packing
 from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.packing import Packing
 
 KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
 """The C library keeps at most so much freed memory: twice the 32 MiB from which on it maps memory afresh, and some."""

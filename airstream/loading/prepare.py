@@ -34,7 +34,7 @@ from airstream.loading.options import LoadOptions, check_count, parse_max_memory
 from airstream.plan.facts import ModelFacts
 from airstream.plan.policy import PROMPT_TOKENS
 from airstream.plan.request import Request
-from airstream.transfer.backends import packing_of
+from airstream.transfer.packing import packing_of
 
 STEPS = ("finding the checkpoint", "reading headers", "building the model", "planning")
 """The steps of `prepare`, in the order in which it begins them."""

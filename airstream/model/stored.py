@@ -13,12 +13,13 @@ from airstream.errors import BudgetError, UnsupportedError
 from airstream.layout.slab import pack
 from airstream.layout.tensors import TensorSpec
 from airstream.model.conversion import Converter, view_of
-from airstream.plan.groups import HOST_PACKING
 from airstream.reporting.probe import Probe
 from airstream.reporting.units import MIB, format_bytes
 from airstream.system.memory import available_host_bytes
 from airstream.transfer.landing import HostLanding, Staging
-from airstream.transfer.reader import Piece, Reader
+from airstream.transfer.packing import HOST_PACKING
+from airstream.transfer.piece import Piece
+from airstream.transfer.reader import Reader
 
 FetchRows = Callable[[Sequence[int]], torch.Tensor]
 """Row numbers, ascending and different -> a tensor of those rows on the device that computes."""

@@ -17,7 +17,8 @@ import torch
 from airstream.layout.slab import Slab
 from airstream.transfer.base import Backend, HostedMemory
 from airstream.transfer.jobs import Job, OnDone
-from airstream.transfer.reader import Landing, Piece, Reader
+from airstream.transfer.piece import Landing, Piece
+from airstream.transfer.reader import Reader
 
 
 @dataclass(slots=True, eq=False)

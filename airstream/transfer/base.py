@@ -11,29 +11,16 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from airstream.reporting.probe import Moment
+from airstream.transfer.packing import Packing
 
 if TYPE_CHECKING:
     import torch
 
     from airstream.transfer.host_memory import HostBuffer
-    from airstream.transfer.reader import Landing
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """How tensors must lie in a slab.
-
-    Attributes:
-        follows_file: a tensor lies at the same place within a page as in its file, so that direct reads land in place.
-        alignment: bytes; the start of every tensor is a multiple of it. 0 stands for the tensor's own element size.
-    """
-
-    follows_file: bool
-    alignment: int
+    from airstream.transfer.piece import Landing
 
 
 class Backend(ABC):

@@ -23,8 +23,8 @@ from airstream.loading.build import Built
 from airstream.loading.gather import gather_facts
 from airstream.reporting.units import GIB
 from airstream.transfer.accelerator import AcceleratorBackend
-from airstream.transfer.base import Packing
 from airstream.transfer.cpu import CpuBackend
+from airstream.transfer.packing import Packing
 from tests.conftest import WriteTiny
 from tests.stand_ins.tiny_models import TINY
 

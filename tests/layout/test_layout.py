@@ -39,10 +39,11 @@ from airstream.layout.slab import MAX_GAP_BYTES, Slab, pack
 from airstream.layout.tensors import TensorSpec
 from airstream.layout.tracing import Known, trace
 from airstream.transfer.accelerator import AcceleratorBackend
-from airstream.transfer.base import Packing
 from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES
-from airstream.transfer.reader import Cast, Piece, Reader
+from airstream.transfer.packing import Packing
+from airstream.transfer.piece import Cast, Piece
+from airstream.transfer.reader import Reader
 
 BOTH = [CpuBackend.packing, AcceleratorBackend.packing]
 BOTH_PACKINGS = pytest.mark.parametrize("packing", BOTH, ids=["in place", "aligned"])

@@ -608,7 +608,7 @@ def test_a_budget_too_small_is_refused_before_anything_is_read(
 ) -> None:
     smallest = smallest_budget(folder, device, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("airstream.transfer.machinery.Reader", lambda *_: pytest.fail("weights would have been read"))
+        patch.setattr("airstream.transfer.opening.Reader", lambda *_: pytest.fail("weights would have been read"))
         for tier, size in smallest.items():
             less = f"{int(size.removesuffix('MiB')) - 1}MiB"
             with pytest.raises(BudgetError, match="does not fit"):

@@ -38,8 +38,8 @@ from airstream.repacking import write as write_module
 from airstream.repacking.manifest import JOURNAL, MANIFEST, read_manifest
 from airstream.repacking.plan import Member, Order, parse_layers, plan_shards
 from airstream.reporting import units as units_module
-from airstream.transfer.backends import packing_of
 from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.packing import packing_of
 from tests.checkpoint.test_pickles import Save, resident, save, transposed, weights_of  # noqa: F401 - `save` is a fixture
 from tests.conftest import WriteTiny, stream
 from tests.end_to_end.test_exactness import BF16, FP32, assert_equal
