@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from airstream.checkpoint.safetensors import CheckpointIndex, StoredTensor
+from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.compat.assembled import is_packed_alone
 from airstream.compat.blame import blamed_on
 from airstream.compat.gguf import conversion_for

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from airstream.checkpoint.safetensors import StoredTensor
+from airstream.checkpoint.stored import StoredTensor
 from airstream.codecs.block_types import BLOCK_TYPES
 from airstream.transfer.piece import Cast, Piece
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from airstream.checkpoint.safetensors import StoredTensor
+from airstream.checkpoint.stored import StoredTensor
 from airstream.layout.pieces import piece_of
 from airstream.transfer.piece import Piece
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from airstream.checkpoint.safetensors import CheckpointIndex, StoredTensor
+from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.compat.weights import KeyConversion
 from airstream.errors import CheckpointError
 from airstream.layout.expansion import Expansion, Expansions, expand, kind_of, try_convert

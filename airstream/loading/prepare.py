@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from airstream.checkpoint.formats import has_weights, open_checkpoint
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.locate import locate
-from airstream.checkpoint.safetensors import CheckpointIndex
+from airstream.checkpoint.stored import CheckpointIndex
 from airstream.compat.quantizers import Quantizer
 from airstream.errors import ArgumentError, CheckpointError
 from airstream.layout.byte_plan import read_specs

@@ -18,7 +18,8 @@ from filelock import FileLock, Timeout
 
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
-from airstream.checkpoint.safetensors import ITEM_BYTES, SHARD_INDEX, CheckpointIndex
+from airstream.checkpoint.names import SHARD_INDEX
+from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex
 from airstream.compat.weights import KeyConversion, natural_order, tied_names
 from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
 from airstream.layout.parts import find_units

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM
 
 import airstream
 from airstream import AirstreamError, ArgumentError, CheckpointError, DiskSpaceError
-from airstream.checkpoint.safetensors import CheckpointIndex, StoredTensor
+from airstream.checkpoint.safetensors import open_safetensors
+from airstream.checkpoint.stored import StoredTensor
 from airstream.cli import main
 from airstream.layout.parts import Kind
 from airstream.layout.slab import pack
@@ -82,7 +83,7 @@ def test_the_same_model(tiny: WriteTiny, tmp_path: Path, name: str, dtype: torch
 @pytest.mark.parametrize("name", ["llama-sharded", "mixtral"])
 def test_each_layer_is_one_run_on_a_page(tiny: WriteTiny, tmp_path: Path, name: str) -> None:
     out = airstream.repack(tiny(name, BF16), tmp_path / "out", progress=False)
-    index = CheckpointIndex.open(out)
+    index = open_safetensors(out)
     for layer in range(4):
         tensors = sorted((t for t in index.values() if t.name.startswith(LAYER.format(layer))), key=lambda t: t.offset)
         assert len({tensor.file for tensor in tensors}) == 1
