@@ -83,3 +83,9 @@ def plain_spec(name: str, stored: StoredTensor, dtype: torch.dtype) -> TensorSpe
     piece = piece_of(stored, 0, stored.nbytes, 0, dtype)
     line_offset = stored.resident_offset if piece.cast is None else 0
     return TensorSpec(name, dtype, stored.shape, (piece,), line_offset=line_offset and line_offset % CACHE_LINE_BYTES)
+
+
+def view_of(memory: torch.Tensor, offset: int, spec: TensorSpec) -> torch.Tensor:
+    """The tensor `spec` that starts at byte `offset` of `memory`."""
+    numbers = memory[offset : offset + spec.nbytes].view(spec.dtype)
+    return numbers.view(spec.shape[::-1]).t() if spec.transposed else numbers.view(spec.shape)

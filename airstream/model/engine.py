@@ -30,7 +30,7 @@ from airstream.model.plans import Plans
 from airstream.model.residents import bind_residents
 from airstream.model.row_table import watch_tables
 from airstream.model.shortage import explained
-from airstream.model.stored import all_stored
+from airstream.model.stored_in_files import all_stored
 from airstream.plan.facts import AdapterFacts
 from airstream.plan.plan import Plan
 from airstream.plan.policy import GIVEN_BACK_BYTES
@@ -85,7 +85,7 @@ class Engine:
     def _take_over(self, model: PreTrainedModel, keys: KeyConversion) -> None:
         """Read what stays outside the layers, and leave placeholders for the rest."""
         parts, closing = self._parts, self.gate.closing
-        convert = converter_of(keys, self.machinery)
+        convert = converter_of(keys, self.machinery.probe, self.machinery.backend.moment)
         self.stored = all_stored(parts.specs.values(), self.machinery.reader, convert, self.device)
         self._binder = Binder(self.modules, self.stored, convert)
         self._residents = bind_residents(self._binder, parts.specs_of(Kind.RESIDENT), self.machinery)
@@ -165,7 +165,9 @@ class Engine:
             self._executor.streamer.recover()
 
     def _after_fork(self) -> None:
-        begin_anew(self.device, self.gate.turns, self._generations, self.observer, self._executor)
+        begin_anew(self.device, self.gate.turns, self._generations, self.observer)
+        if self._executor is not None:
+            self._executor.after_fork()
 
     def make_room(self, adapters: AdapterFacts) -> None:
         """Adapters that cost this much are beside the model from now on, in place of those that were.

@@ -10,11 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from airstream.layout.slab import Slab, distinct, pack
-from airstream.layout.tensors import TensorSpec
+from airstream.layout.tensors import TensorSpec, view_of
 from airstream.model.binding import Binder, Binding
-from airstream.model.conversion import Converter, view_of
+from airstream.model.conversion import Converter
 from airstream.model.row_table import FetchTable, RowTable
-from airstream.model.stored import row_fetcher
+from airstream.model.stored_in_files import row_fetcher
 from airstream.streaming.fill import Resident
 from airstream.transfer.machinery import Machinery
 

@@ -12,9 +12,9 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from airstream.model.absent import refuse_change, refuse_gradient, refuse_remaking, refuse_storage
 from airstream.model.moving import unmoved
 from airstream.model.stored import Stored
+from airstream.model.weight_refusals import refuse_change, refuse_gradient, refuse_remaking, refuse_storage
 
 
 @unmoved
