@@ -21,7 +21,8 @@ from transformers import GenerationConfig
 from airstream import ArgumentError, Plan
 from airstream.cli import demo, main
 from airstream.cli.mistakes import check_sampling
-from airstream.cli.parser import build_parser, load_options
+from airstream.cli.options import load_options
+from airstream.cli.parser import build_parser
 from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
 from airstream.cli.values import DTYPES, parse_memory
