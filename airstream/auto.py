@@ -24,7 +24,8 @@ from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.loading.arguments import adopt, refuse_unnamed
 from airstream.loading.machine import THIS_MACHINE, Machine
 from airstream.loading.options import LoadOptions, MaxMemory
-from airstream.loading.prepare import DEFAULTS, STEPS, Prepared, ask, prepare
+from airstream.loading.prepare import DEFAULTS, STEPS, ask, prepare
+from airstream.loading.prepared import Prepared
 from airstream.model.engine import Engine
 from airstream.model.forked import compute_on_one_thread
 from airstream.model.shortage import explained

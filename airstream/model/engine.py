@@ -18,7 +18,7 @@ from airstream.compat.traits import vocabulary_of
 from airstream.compat.weights import KeyConversion
 from airstream.footprint.lm_head import take_sequences_apart
 from airstream.layout.parts import Kind
-from airstream.loading.prepare import Prepared
+from airstream.loading.prepared import Prepared
 from airstream.model.binding import Binder, OriginalModules, take_out
 from airstream.model.conversion import converter_of
 from airstream.model.direct import refuse_when_closed

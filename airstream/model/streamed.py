@@ -149,6 +149,7 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
 class StreamedModel(WithAdapters, GuardedModule):
     """What a streamed model has beyond its transformers class."""
 
+    _engine: Engine
     _tokenizer: Any = None
     _processor: Any = None
     _load_beside: Callable[[str], Any]

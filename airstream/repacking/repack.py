@@ -24,7 +24,8 @@ from airstream.compat.weights import KeyConversion, natural_order, tied_names
 from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
 from airstream.layout.parts import find_units
 from airstream.loading.options import LoadOptions
-from airstream.loading.prepare import Prepared, prepare
+from airstream.loading.prepare import prepare
+from airstream.loading.prepared import Prepared
 from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
 from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
 from airstream.repacking.report import RepackReport
