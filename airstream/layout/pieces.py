@@ -12,6 +12,7 @@ import torch
 
 from airstream.checkpoint.stored import StoredTensor
 from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.layout.tensors import CACHE_LINE_BYTES, TensorSpec
 from airstream.transfer.piece import Cast, Piece
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
@@ -61,3 +62,10 @@ def item_of(stored: str) -> tuple[int, int]:
 def dtype_of(stored: StoredTensor) -> torch.dtype:
     """The dtype of its numbers; blocks become float32 before they are rounded to anything else."""
     return TORCH_DTYPES.get(stored.dtype, torch.float32)
+
+
+def plain_spec(name: str, stored: StoredTensor, dtype: torch.dtype) -> TensorSpec:
+    """`stored` as it lies, cast to `dtype`."""
+    piece = piece_of(stored, 0, stored.nbytes, 0, dtype)
+    line_offset = stored.resident_offset if piece.cast is None else 0
+    return TensorSpec(name, dtype, stored.shape, (piece,), line_offset=line_offset and line_offset % CACHE_LINE_BYTES)

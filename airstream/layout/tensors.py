@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-from airstream.checkpoint.stored import StoredTensor
-from airstream.layout.pieces import piece_of
 from airstream.transfer.piece import Piece
 
 CACHE_LINE_BYTES = 64
@@ -76,13 +74,6 @@ class Conversion:
     def nbytes(self) -> int:
         """The bytes of all sources."""
         return sum(source.nbytes for source in self.sources)
-
-
-def plain_spec(name: str, stored: StoredTensor, dtype: torch.dtype) -> TensorSpec:
-    """`stored` as it lies, cast to `dtype`."""
-    piece = piece_of(stored, 0, stored.nbytes, 0, dtype)
-    line_offset = stored.resident_offset if piece.cast is None else 0
-    return TensorSpec(name, dtype, stored.shape, (piece,), line_offset=line_offset and line_offset % CACHE_LINE_BYTES)
 
 
 def view_of(memory: torch.Tensor, offset: int, spec: TensorSpec) -> torch.Tensor:

@@ -12,11 +12,11 @@ import torch
 
 from airstream.rates.effort import Effort, seconds_per_call, timed
 from airstream.reporting.units import MIB
-from airstream.transfer.base import Runtime
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.reader import CHUNK_BYTES
-from airstream.transfer.runtimes import runtime_of
+from airstream.transfer.runtime import Runtime
+from airstream.transfer.torch_runtime import runtime_of
 
 __all__ = ["LinkSpeed", "measure_host_copy", "measure_link", "measure_pinned"]
 

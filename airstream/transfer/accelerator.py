@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from airstream.reporting.probe import CONVERT, H2D, HOST_COPY, Moment, Probe
-from airstream.transfer.base import Backend, Runtime
+from airstream.transfer.base import Backend
 from airstream.transfer.buffers import BUFFERS_PER_WORKER
 from airstream.transfer.clock import DeviceClock
 from airstream.transfer.files import PAGE_BYTES
@@ -25,6 +25,7 @@ from airstream.transfer.landing import HostLanding, Staging, cast_into
 from airstream.transfer.packing import DEVICE_PACKING
 from airstream.transfer.piece import Cast, Piece
 from airstream.transfer.pinning import Pinner, Pinning
+from airstream.transfer.runtime import Runtime
 from airstream.transfer.shortage import allocating
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from airstream.reporting.probe import Probe
 from airstream.transfer.accelerator import AcceleratorBackend
 from airstream.transfer.base import Backend
 from airstream.transfer.cpu import CpuBackend
-from airstream.transfer.runtimes import runtime_of
+from airstream.transfer.torch_runtime import runtime_of
 
 
 def create_backend(

@@ -17,7 +17,7 @@ from airstream.cli.parser import build_parser, parse_memory
 from airstream.errors import ArgumentError
 from airstream.loading.options import LoadOptions, MaxMemory, named_dtype, parse_max_memory, resolve_device
 from airstream.reporting.units import GIB, MIB
-from airstream.transfer.runtimes import RUNTIMES
+from airstream.transfer.runtime import RUNTIMES
 
 CPU, ACCELERATOR = torch.device("cpu"), torch.device("cuda", 1)
 
