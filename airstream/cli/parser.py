@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from airstream import __version__
 from airstream.cli import mistakes, values
 from airstream.cli.values import number
 from airstream.reporting.status import can_draw, status
@@ -63,12 +62,12 @@ def _one_by_one(args: Sequence[str]) -> list[str]:
     return spread
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser; what it returns has `run`, the command to call with it."""
+def build_parser(version: str) -> argparse.ArgumentParser:
+    """The parser of this `version`; what it returns has `run`, the command to call with it."""
     parser = Parser(
         prog="airstream", description="Run language models bigger than memory by streaming their layers from disk."
     )
-    parser.add_argument("--version", action="version", version=f"airstream {__version__}")
+    parser.add_argument("--version", action="version", version=f"airstream {version}")
     parser.add_argument("--traceback", action="store_true", help="after an unexpected error, show where it was raised")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
 

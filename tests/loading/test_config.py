@@ -324,6 +324,6 @@ def test_the_command_line_passes_every_option_on() -> None:
     for name, value in SET.items():
         if name not in NOT_TYPED:
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    arguments = build_parser().parse_args(["generate", "model", "prompt", *words])
+    arguments = build_parser("0.1.0").parse_args(["generate", "model", "prompt", *words])
     expected = {name: value for name, value in SET.items() if name not in NOT_TYPED}
     assert load_options(arguments) == expected | {"max_memory": parse_memory(["4GiB"])}
