@@ -13,7 +13,8 @@ import torch
 import airstream
 from airstream import AutoModel, auto
 from airstream.cli.options import load_options
-from airstream.cli.parser import build_parser, parse_memory
+from airstream.cli.parser import build_parser
+from airstream.cli.values import parse_memory
 from airstream.errors import ArgumentError
 from airstream.loading.options import LoadOptions, MaxMemory, named_dtype, parse_max_memory, resolve_device
 from airstream.reporting.units import GIB, MIB
