@@ -1,6 +1,6 @@
 """This says which bytes of a stored tensor are read for which of a tensor of the model, and what is made of them.
 
-It knows dtypes, blocks and rows. It refuses to know names, converters, and why rows change places.
+It knows dtypes, blocks and rows. It refuses to know converters, and why rows change places.
 """
 
 from __future__ import annotations
