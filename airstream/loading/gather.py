@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention
-from airstream.footprint.formulas import first_count, footprint
 from airstream.footprint.lm_head import Way, copies_weights, way_of
+from airstream.footprint.of_config import first_count, footprint
 from airstream.layout.parts import Kind, Part, Parts
 from airstream.layout.slab import distinct, pack, stored_specs
 from airstream.layout.tensors import TensorSpec

@@ -15,7 +15,7 @@ from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex
 from airstream.compat.building import build_on_meta
 from airstream.compat.classes import choose_class
 from airstream.compat.traits import measure_cache
-from airstream.footprint.formulas import footprint
+from airstream.footprint.of_config import footprint
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.imagined import IMAGINED_FOLDER, WRITING_ORDER, imagine
 from airstream.layout.parts import Kind, Parts, divide
