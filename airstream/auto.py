@@ -24,7 +24,8 @@ from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.loading.arguments import adopt, refuse_unnamed
 from airstream.loading.machine import THIS_MACHINE, Machine
 from airstream.loading.options import LoadOptions, MaxMemory
-from airstream.loading.prepare import DEFAULTS, STEPS, Prepared, ask, prepare
+from airstream.loading.prepare import DEFAULTS, STEPS, ask, prepare
+from airstream.loading.prepared import Prepared
 from airstream.model.engine import Engine
 from airstream.model.forked import compute_on_one_thread
 from airstream.model.shortage import explained
@@ -37,7 +38,7 @@ from airstream.profiling.live import progress
 from airstream.reporting.status import Activity, showing
 from airstream.system.forks import is_forked
 from airstream.system.memory import process_bytes
-from airstream.transfer.machinery import Machinery
+from airstream.transfer.opening import open_machinery
 
 Beside = Literal["tokenizer", "processor"]
 """What lies beside a model's weights and makes its inputs."""
@@ -189,7 +190,7 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         if prepared.quantizer is not None:
             prepared.quantizer.finish(model)
     is_packed = prepared.request.decoding_bytes > 0
-    machinery = Machinery.open(prepared.index.files, prepared.device, plan.direct_io, is_packed)
+    machinery = open_machinery(prepared.index.files, prepared.device, plan.direct_io, is_packed)
     engine = Engine(prepared, plan, machinery, host_bytes)
     make_streamed(model, engine, load, partial(_progress, engine, prepared.options.progress))
     if model.can_generate():

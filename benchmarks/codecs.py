@@ -7,7 +7,8 @@ import time
 
 import torch
 
-from airstream.codecs.registry import BLOCK_TYPES, decode_into, decode_with_torch
+from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.decode import decode_into, decode_with_torch
 
 ELEMENTS = 4 << 20
 SECONDS = 0.4

@@ -27,7 +27,7 @@ from airstream.compat.traits import CACHE_KEYWORDS, cache_keyword
 from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
 from airstream.plan.planner import smallest_plan
-from airstream.transfer.backends import RUNTIMES
+from airstream.transfer.runtime import RUNTIMES
 from tests.stand_ins.realmodel import smollm2_folder  # noqa: F401 - a fixture
 from tests.stand_ins.sim import SimDevice, SimRuntime
 from tests.stand_ins.tiny_models import write_tiny

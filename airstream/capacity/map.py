@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from airstream.capacity.landscape import Landscape, survey
-from airstream.capacity.plan_table import short_name
+from airstream.capacity.rows import short_name
 from airstream.capacity.scales import levels_between, set_seconds, set_sizes, size_text
 from airstream.loading.machine import THIS_MACHINE, Machine
 from airstream.loading.prepare import ask

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from airstream.capacity.rows import Row
+from airstream.capacity.rows import Row, short_name
 from airstream.capacity.table import Table
 from airstream.errors import ArgumentError, BudgetError
 from airstream.loading.machine import THIS_MACHINE, Machine, Question, request_for
@@ -75,13 +74,11 @@ def plan_table(
         dtype = {} if "torch_dtype" in options else {"dtype": "float16"}
         asked = ask(model, dtype | options, machines[0], prompt_tokens)
         facts = replace(asked.facts, name=short_name(model))
-        rows += _rows(facts, asked.question, machines)
-    return Table(tuple(rows), tuple(_notes(request_for(asked.question, facts))))
-
-
-def short_name(model: str | os.PathLike[str]) -> str:
-    """A hub id as it is; of a folder, what it is called."""
-    return Path(model).resolve().name if Path(model).is_dir() else os.fspath(model)
+        question = Question(
+            asked.options, machines[0], asked.folder, asked.device, asked.staged, asked.request.prompt_tokens
+        )
+        rows += _rows(facts, question, machines)
+    return Table(tuple(rows), tuple(_notes(request_for(question, facts))))
 
 
 def _rows(facts: ModelFacts, question: Question, machines: Sequence[Machine]) -> Iterator[Row]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 Verdict = Literal["fits", "streams", "does not fit"]
@@ -46,3 +48,8 @@ class Row:
     decode_seconds: float | None = None
     first_token_seconds: float | None = None
     bottleneck: str | None = None
+
+
+def short_name(model: str | os.PathLike[str]) -> str:
+    """A hub id as it is; of a folder, what it is called."""
+    return Path(model).resolve().name if Path(model).is_dir() else os.fspath(model)

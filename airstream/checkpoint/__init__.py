@@ -2,6 +2,6 @@
 
 It knows the formats (safetensors, GGUF, what `torch.save` pickles), the hub, and the small files beside weights. It
 believes nothing that a file claims before that has been checked, and reads no weight. It refuses to know models and
-devices. Read `safetensors` first: it has `StoredTensor` and `CheckpointIndex`. Then `formats`, `locate` and `hub`;
+devices. Read `stored` first: it has `StoredTensor` and `CheckpointIndex`. Then `safetensors`, `formats` and `hub`;
 `gguf` and `pickles` are the other formats; the files named `*_file` check what is beside weights.
 """

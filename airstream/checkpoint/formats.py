@@ -9,21 +9,14 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from airstream.checkpoint.names import PICKLE_FILE, PICKLE_INDEX, SHARD_INDEX, SINGLE_FILE, file_name
 from airstream.checkpoint.pickles.gather import gather
 from airstream.checkpoint.pickles.tensors import ScatteredTensor, read_pickle
-from airstream.checkpoint.safetensors import (
-    SHARD_INDEX,
-    SINGLE_FILE,
-    CheckpointIndex,
-    StoredTensor,
-    file_name,
-    read_weight_map,
-)
 from airstream.checkpoint.safetensors import has_weights as has_safetensors
+from airstream.checkpoint.safetensors import open_safetensors, read_weight_map
+from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.errors import CheckpointError
 
-PICKLE_FILE = "pytorch_model.bin"
-PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SUFFIXES = (".bin", ".pth")
 
 NOT_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|random_states|adapter_model)")
@@ -43,7 +36,7 @@ def open_checkpoint(folder: Path, progress: bool = True, variant: str | None = N
     """
     expected, files = _pickles(folder, variant)
     if not files:
-        return CheckpointIndex.open(folder, variant)
+        return open_safetensors(folder, variant)
     stored: dict[str, StoredTensor] = {}
     scattered: dict[str, ScatteredTensor] = {}
     for tensor in _tensors(files):

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from airstream.checkpoint.gguf_split import split_files
-from airstream.checkpoint.safetensors import ITEM_BYTES, CheckpointIndex, StoredTensor
-from airstream.codecs.registry import BLOCK_TYPES
+from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex, StoredTensor
+from airstream.codecs.block_types import BLOCK_TYPES
 from airstream.errors import CheckpointError, UnsupportedError
 from airstream.reporting.units import counted, format_bytes, round_up
 from airstream.system.foreign_files import mapped
@@ -87,7 +87,7 @@ class GgufIndex(CheckpointIndex):
         self.architecture = architecture
 
     @classmethod
-    def open(cls, file: Path) -> GgufIndex:  # type: ignore[override]  # a file, which has no variants
+    def open(cls, file: Path) -> GgufIndex:
         """Read and check the headers of the checkpoint that `file` belongs to: the file, or all files it is split in.
 
         Raises:

@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 
-from airstream.checkpoint.formats import PICKLE_FILE, PICKLE_INDEX
 from airstream.checkpoint.hub_errors import explain
-from airstream.checkpoint.safetensors import SHARD_INDEX, SINGLE_FILE, file_name, read_weight_map
+from airstream.checkpoint.names import PICKLE_FILE, PICKLE_INDEX, SHARD_INDEX, SINGLE_FILE, file_name
+from airstream.checkpoint.safetensors import read_weight_map
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]

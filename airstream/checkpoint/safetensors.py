@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from airstream.checkpoint.names import SHARD_INDEX, SINGLE_FILE, file_name
+from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex, StoredTensor
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 from airstream.reporting.units import counted, format_bytes
 from airstream.system.foreign_files import open_regular
@@ -30,93 +31,36 @@ MAX_DIMENSIONS = 64
 MAX_FILE_NAME_BYTES = 255
 """What file systems allow."""
 
-ITEM_BYTES: Mapping[str, int] = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
-    "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4,
-    "U64": 8, "I64": 8, "F64": 8, "C64": 8,
-}  # fmt: skip
-"""Bytes of one element, by safetensors' names of the types."""
 
-SINGLE_FILE = "model.safetensors"
-SHARD_INDEX = "model.safetensors.index.json"
+def open_safetensors(folder: Path, variant: str | None = None) -> CheckpointIndex:
+    """Read and check every header of the safetensors checkpoint in `folder`; `formats` knows the other formats.
 
+    Args:
+        variant: what stands before the ending of its files' names.
 
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """One tensor of a checkpoint: `nbytes` bytes at `offset` of `file`, row-major, little-endian.
-
-    Attributes:
-        resident_offset: where in memory of its own a resident model has it, in bytes. None if it maps the file.
+    Raises:
+        CheckpointNotFoundError: no checkpoint, or a shard that the index names is missing.
+        CheckpointError: a file is truncated or its header is not what safetensors writes; nothing was loaded.
     """
-
-    name: str
-    file: Path
-    offset: int
-    nbytes: int
-    dtype: str
-    shape: tuple[int, ...]
-    resident_offset: int | None = None
-
-    @property
-    def end(self) -> int:
-        """The first byte of the file behind the tensor."""
-        return self.offset + self.nbytes
-
-
-class CheckpointIndex(Mapping[str, StoredTensor]):
-    """The tensors of a checkpoint by name, and the files they lie in."""
-
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
-        self._tensors = dict(tensors)
-        self.files: tuple[Path, ...] = tuple(sorted({tensor.file for tensor in tensors.values()}))
-        self.nbytes: int = sum(tensor.nbytes for tensor in tensors.values())
-
-    @classmethod
-    def open(cls, folder: Path, variant: str | None = None) -> CheckpointIndex:
-        """Read and check every header of the safetensors checkpoint in `folder`; `formats` knows the other formats.
-
-        Args:
-            variant: what stands before the ending of its files' names.
-
-        Raises:
-            CheckpointNotFoundError: no checkpoint, or a shard that the index names is missing.
-            CheckpointError: a file is truncated or its header is not what safetensors writes; nothing was loaded.
-        """
-        expected = _weight_map(folder, variant)
-        tensors: dict[str, StoredTensor] = {}
-        for file in _checkpoint_files(folder, expected, variant):
-            for tensor in read_header(file):
-                if tensor.name in tensors and (expected is None or expected.get(tensor.name) != file.name):
-                    if expected is None:
-                        other = tensors[tensor.name].file.name
-                        raise CheckpointError(
-                            f"tensor {tensor.name!r} is in two files, {other} and {file.name}: remove one"
-                        )
-                    continue
-                tensors[tensor.name] = tensor
-        for name, shard in (expected or {}).items():
-            if name not in tensors:
-                raise CheckpointError(
-                    f"{folder / shard}: tensor {name!r} is missing, though {SHARD_INDEX} places it there. "
-                    "Download the checkpoint again"
-                )
-        return cls(tensors)
-
-    def __getitem__(self, name: str) -> StoredTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-
-def file_name(name: str, variant: str | None) -> str:
-    """What transformers calls the file `name` of a variant of a checkpoint: `model.fp16.safetensors`."""
-    stem, _, ending = name.rpartition(".")
-    return name if variant is None else f"{stem}.{variant}.{ending}"
+    expected = _weight_map(folder, variant)
+    tensors: dict[str, StoredTensor] = {}
+    for file in _checkpoint_files(folder, expected, variant):
+        for tensor in read_header(file):
+            if tensor.name in tensors and (expected is None or expected.get(tensor.name) != file.name):
+                if expected is None:
+                    other = tensors[tensor.name].file.name
+                    raise CheckpointError(
+                        f"tensor {tensor.name!r} is in two files, {other} and {file.name}: remove one"
+                    )
+                continue
+            tensors[tensor.name] = tensor
+    for name, shard in (expected or {}).items():
+        if name not in tensors:
+            raise CheckpointError(
+                f"{folder / shard}: tensor {name!r} is missing, though {SHARD_INDEX} places it there. "
+                "Download the checkpoint again"
+            )
+    return CheckpointIndex(tensors)
 
 
 def has_weights(folder: Path, variant: str | None = None) -> bool:

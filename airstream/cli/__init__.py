@@ -2,7 +2,7 @@
 
 It refuses to know how a model runs: it calls what every user can call. Read `parser` first, then `values` and
 `mistakes`, which refuse what cannot be meant, then the module that has the name of a command; `session` is what
-commands share.
+those that generate text share.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from airstream import __version__
 from airstream.cli.output import finish, is_lost
 from airstream.cli.parser import build_parser
 from airstream.cli.wording import as_options
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
-    arguments = build_parser().parse_args(argv)
+    arguments = build_parser(__version__).parse_args(argv)
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)  # before they are imported: that is when they look
     try:

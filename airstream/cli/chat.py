@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from airstream.cli.conversation import Conversation
+from airstream.cli.encoding import check_chat
+from airstream.cli.notes import note
 from airstream.cli.reading import typed
 from airstream.cli.sampling import choose
-from airstream.cli.session import check_chat, load, note, printing
+from airstream.cli.session import load, printing
 from airstream.cli.wording import as_options
 from airstream.errors import AirstreamError, ArgumentError, ClosedError
 from airstream.reporting.units import counted

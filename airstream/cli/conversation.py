@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from airstream.cli.session import encode_chat
+from airstream.cli.encoding import encode_chat
 from airstream.cli.stopping import StopAt, cut, has_ended
 from airstream.compat.traits import cache_keyword, cut_back
 from airstream.errors import ArgumentError

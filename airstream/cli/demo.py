@@ -10,7 +10,9 @@ from pathlib import Path
 
 import torch
 
-from airstream.cli.session import encode_chat, load, note, printing, program, tell
+from airstream.cli.encoding import encode_chat
+from airstream.cli.notes import note, program, tell
+from airstream.cli.session import load, printing
 from airstream.demo.check import answer_of_transformers, has_room
 from airstream.demo.model import prepare_gguf
 from airstream.errors import ArgumentError

@@ -6,8 +6,10 @@ import argparse
 import json
 from typing import Any
 
+from airstream.cli.encoding import encode, encode_chat
+from airstream.cli.notes import note
 from airstream.cli.sampling import choose
-from airstream.cli.session import encode, encode_chat, load, note, printing
+from airstream.cli.session import load, printing
 from airstream.cli.stopping import StopAt, cut, has_ended
 from airstream.profiling.profile import Profile
 from airstream.profiling.report import Meter

@@ -9,9 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from airstream import __version__
 from airstream.cli import mistakes, values
-from airstream.cli.values import number, parse_memory
+from airstream.cli.values import number
 from airstream.reporting.status import can_draw, status
 from airstream.system.importing import quiet_imports
 
@@ -25,10 +24,6 @@ MAX_SEED = (1 << 63) - 1
 NAMED_SIZE = re.compile(r"[\w:]+=[\w.]+")
 
 DEVICE = "device that computes (default: the accelerator if there is one, else cpu)"
-
-SOURCE_OPTIONS = (
-    "gguf_file", "subfolder", "variant", "revision", "token", "cache_dir", "local_files_only", "trust_remote_code",
-)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -67,12 +62,12 @@ def _one_by_one(args: Sequence[str]) -> list[str]:
     return spread
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser; what it returns has `run`, the command to call with it."""
+def build_parser(version: str) -> argparse.ArgumentParser:
+    """The parser of this `version`; what it returns has `run`, the command to call with it."""
     parser = Parser(
         prog="airstream", description="Run language models bigger than memory by streaming their layers from disk."
     )
-    parser.add_argument("--version", action="version", version=f"airstream {__version__}")
+    parser.add_argument("--version", action="version", version=f"airstream {version}")
     parser.add_argument("--traceback", action="store_true", help="after an unexpected error, show where it was raised")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
 
@@ -181,24 +176,6 @@ def _add_files(commands: Any) -> None:
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     _add_source(verify.add_argument_group("source (as in AutoModel.from_pretrained)"))
     verify.set_defaults(run=_command("verify", mistakes.check_verify))
-
-
-def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `from_pretrained` among those of the command line; those not given are left to its defaults."""
-    names = (
-        "dtype", "device", "max_context", "max_batch_size", "layers_per_batch", "prefetch_batches", "page_cache",
-        "attn_implementation", *SOURCE_OPTIONS,
-    )  # fmt: skip
-    options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
-    if arguments.max_memory:
-        options["max_memory"] = parse_memory(arguments.max_memory)
-    return options
-
-
-def source_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Where a checkpoint comes from, among the arguments of the command line."""
-    given = ((name, getattr(arguments, name)) for name in SOURCE_OPTIONS)
-    return {name: value for name, value in given if value is not None}
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from airstream import AutoModel, Machine, plan_table, plot_plan
 from airstream.capacity.plan_table import CARDS
 from airstream.capacity.table import FORMATS
-from airstream.cli.parser import load_options
-from airstream.cli.session import note
+from airstream.cli.notes import note
+from airstream.cli.options import load_options
 from airstream.reporting.status import status
 from airstream.reporting.units import counted
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import shlex
 
-from airstream.cli.parser import source_options
-from airstream.cli.session import note, program
+from airstream.cli.notes import note, program
+from airstream.cli.options import source_options
 from airstream.repacking.repack import repack_and_report
 
 

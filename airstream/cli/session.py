@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +10,11 @@ from typing import Any
 
 from airstream import AutoModel
 from airstream.checkpoint.beside import has_tokenizer
-from airstream.cli.parser import load_options
+from airstream.cli.options import load_options
 from airstream.cli.screen import Printer
-from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import CheckpointNotFoundError
 from airstream.profiling.live import LiveLine
-from airstream.reporting.status import can_draw, showing, status
+from airstream.reporting.status import showing, status
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> Any:
@@ -44,33 +42,6 @@ def _without_tokenizer(folder: Path) -> CheckpointNotFoundError | None:
     )
 
 
-def encode(model: Any, prompt: str) -> dict[str, Any]:
-    """`prompt` as the model's inputs: token ids of shape (1, length) and their mask, on the model's device."""
-    inputs = dict(model.tokenizer(prompt, return_tensors="pt").to(model.device))
-    if not inputs["input_ids"].numel():
-        raise ArgumentError(f"the prompt {prompt!r} has no tokens: give some text to continue")
-    return inputs
-
-
-def check_chat(model: Any) -> None:
-    """Raise if there is no way to tell the model who says what."""
-    if not model.tokenizer.chat_template:
-        raise UnsupportedError("this model has no chat template: use `airstream generate` with a plain prompt")
-
-
-def encode_chat(model: Any, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """`messages` in the model's chat template, as `encode`."""
-    check_chat(model)
-    try:
-        inputs = model.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    except Exception as error:  # a template is a program that somebody else wrote
-        roles = ", ".join(message["role"] for message in messages)
-        raise UnsupportedError(f"the chat template of this model refuses the messages ({roles}): {error}") from error
-    return dict(inputs.to(model.device))
-
-
 @contextmanager
 def printing(
     model: Any, stops: Sequence[str] = (), max_tokens: int | None = None, is_quiet: bool = False
@@ -80,20 +51,3 @@ def printing(
     live = LiveLine(engine.observer, engine.stats, max_tokens=max_tokens)
     with live.following(), showing(live.text) as line:
         yield None if is_quiet else Printer(model.tokenizer, stops, line)
-
-
-def program() -> str:
-    """What to type for airstream here: its name where a shell finds it, or the file that was called."""
-    called = sys.argv[0]
-    return "airstream" if shutil.which("airstream") or Path(called).stem != "airstream" else called
-
-
-def tell(doing: str) -> None:
-    """Say what is being done where no line can show it, in a line that stays."""
-    if not can_draw():
-        note(f"airstream: {doing}")
-
-
-def note(text: str) -> None:
-    """Tell the user something that is not part of the output."""
-    print(text, file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from airstream import verify
-from airstream.cli.parser import source_options
+from airstream.cli.options import source_options
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """This folder says what a block of packed weights is, and turns blocks into numbers.
 
 It knows bytes and tensors, on any device. It refuses to know files, models, or who needs the numbers when. Read
-`registry` first: `BLOCK_TYPES` has every type by name, and `decode_into` decodes. Then `words` and `simple`,
+`block_types` first, which has every type by name, and `decode`, where `decode_into` decodes. Then `words` and `simple`,
 `super_blocks` and `grids`, which take blocks apart, and `native`, which calls the compiled kernels.
 """

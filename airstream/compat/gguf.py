@@ -24,7 +24,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from airstream.checkpoint.config_file import check_numbers
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.gguf_outline import write_outline
-from airstream.checkpoint.safetensors import CheckpointIndex
+from airstream.checkpoint.stored import CheckpointIndex
 from airstream.compat.quantizers import Quantizer
 from airstream.compat.weights import KeyConversion
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from airstream.checkpoint.safetensors import StoredTensor
+from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.weights import KeyConversion
 from airstream.footprint.allocations import Allocations, memory_of
 from airstream.layout.pieces import dtype_of

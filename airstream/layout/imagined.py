@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from airstream.checkpoint.safetensors import SINGLE_FILE, CheckpointIndex, StoredTensor
+from airstream.checkpoint.names import SINGLE_FILE
+from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.compat.weights import stored_tensors
 from airstream.layout.pieces import TORCH_DTYPES
 from airstream.reporting.units import round_up

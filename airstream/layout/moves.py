@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from airstream.checkpoint.safetensors import StoredTensor
+from airstream.checkpoint.stored import StoredTensor
 from airstream.layout.pieces import dealt_piece, item_of, piece_of
 from airstream.layout.row_numbers import dealt, is_permutation, runs
 from airstream.layout.tensors import TensorSpec

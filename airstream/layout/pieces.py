@@ -1,6 +1,6 @@
 """This says which bytes of a stored tensor are read for which of a tensor of the model, and what is made of them.
 
-It knows dtypes, blocks and rows. It refuses to know names, converters, and why rows change places.
+It knows dtypes, blocks and rows. It refuses to know converters, and why rows change places.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import torch
 
-from airstream.checkpoint.safetensors import StoredTensor
-from airstream.codecs.registry import BLOCK_TYPES
-from airstream.transfer.reader import Cast, Piece
+from airstream.checkpoint.stored import StoredTensor
+from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.layout.tensors import CACHE_LINE_BYTES, TensorSpec
+from airstream.transfer.piece import Cast, Piece
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
@@ -61,3 +62,10 @@ def item_of(stored: str) -> tuple[int, int]:
 def dtype_of(stored: StoredTensor) -> torch.dtype:
     """The dtype of its numbers; blocks become float32 before they are rounded to anything else."""
     return TORCH_DTYPES.get(stored.dtype, torch.float32)
+
+
+def plain_spec(name: str, stored: StoredTensor, dtype: torch.dtype) -> TensorSpec:
+    """`stored` as it lies, cast to `dtype`."""
+    piece = piece_of(stored, 0, stored.nbytes, 0, dtype)
+    line_offset = stored.resident_offset if piece.cast is None else 0
+    return TensorSpec(name, dtype, stored.shape, (piece,), line_offset=line_offset and line_offset % CACHE_LINE_BYTES)

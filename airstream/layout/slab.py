@@ -11,9 +11,9 @@ from pathlib import Path
 
 from airstream.layout.tensors import CACHE_LINE_BYTES, Conversion, TensorSpec
 from airstream.reporting.units import round_up
-from airstream.transfer.base import Packing
 from airstream.transfer.files import PAGE_BYTES
-from airstream.transfer.reader import Piece
+from airstream.transfer.packing import Packing
+from airstream.transfer.piece import Piece
 
 MAX_GAP_BYTES = 1 << 20
 """Bytes nobody needs that are read along when they lie between two tensors of a slab: cheaper than a second read."""

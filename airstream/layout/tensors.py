@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from airstream.checkpoint.safetensors import StoredTensor
-from airstream.layout.pieces import piece_of
-from airstream.transfer.reader import Piece
+from airstream.transfer.piece import Piece
 
 CACHE_LINE_BYTES = 64
 """What torch aligns its own host allocations to."""
@@ -78,8 +76,7 @@ class Conversion:
         return sum(source.nbytes for source in self.sources)
 
 
-def plain_spec(name: str, stored: StoredTensor, dtype: torch.dtype) -> TensorSpec:
-    """`stored` as it lies, cast to `dtype`."""
-    piece = piece_of(stored, 0, stored.nbytes, 0, dtype)
-    line_offset = stored.resident_offset if piece.cast is None else 0
-    return TensorSpec(name, dtype, stored.shape, (piece,), line_offset=line_offset and line_offset % CACHE_LINE_BYTES)
+def view_of(memory: torch.Tensor, offset: int, spec: TensorSpec) -> torch.Tensor:
+    """The tensor `spec` that starts at byte `offset` of `memory`."""
+    numbers = memory[offset : offset + spec.nbytes].view(spec.dtype)
+    return numbers.view(spec.shape[::-1]).t() if spec.transposed else numbers.view(spec.shape)

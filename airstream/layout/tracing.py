@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from airstream.checkpoint.safetensors import CheckpointIndex, StoredTensor
+from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.compat.weights import KeyConversion
 from airstream.errors import CheckpointError
 from airstream.layout.expansion import Expansion, Expansions, expand, kind_of, try_convert
 from airstream.layout.moves import Moves, find_moves, spec_of_moves
-from airstream.layout.pieces import TORCH_DTYPES, dtype_of, item_of, piece_of
-from airstream.layout.tensors import RAW_PREFIX, Conversion, TensorSpec, plain_spec
+from airstream.layout.pieces import TORCH_DTYPES, dtype_of, item_of, piece_of, plain_spec
+from airstream.layout.tensors import RAW_PREFIX, Conversion, TensorSpec
 from airstream.reporting.units import counted
 
 __all__ = ["Known", "trace"]

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 
 from airstream.checkpoint.config_file import read_config_file
 from airstream.checkpoint.gguf import GgufIndex
-from airstream.checkpoint.safetensors import CheckpointIndex
+from airstream.checkpoint.stored import CheckpointIndex
 from airstream.compat.blame import Consequences, blamed_on
 from airstream.compat.building import build_on_meta
 from airstream.compat.classes import choose_class

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedModel
 
 from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention
-from airstream.footprint.formulas import first_count, footprint
 from airstream.footprint.lm_head import Way, copies_weights, way_of
+from airstream.footprint.of_config import first_count, footprint
 from airstream.layout.parts import Kind, Part, Parts
 from airstream.layout.slab import distinct, pack, stored_specs
 from airstream.layout.tensors import TensorSpec
@@ -22,8 +22,8 @@ from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.plan.groups import Known, batch_facts, growth_bytes
 from airstream.plan.policy import AUTO_BATCH_BYTES
 from airstream.reporting.units import MIB
-from airstream.transfer.base import Packing
 from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.packing import Packing
 
 KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
 """The C library keeps at most so much freed memory: twice the 32 MiB from which on it maps memory afresh, and some."""

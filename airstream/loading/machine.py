@@ -25,7 +25,7 @@ from airstream.rates.links import measure_pinned
 from airstream.rates.saved import facts_for
 from airstream.reporting.units import GIB, format_bytes, parse_bytes
 from airstream.system import memory as hardware
-from airstream.transfer.backends import decoding_bytes, staging_bytes
+from airstream.transfer.buffers import decoding_bytes, staging_bytes
 from airstream.transfer.reader import CHUNK_BYTES, NUM_WORKERS
 
 __all__ = ["AUTO_SHARE", "PROMPT_TOKENS", "THIS_MACHINE", "Machine", "Question", "request_for"]

@@ -18,7 +18,7 @@ from airstream.checkpoint.hub import HubOptions
 from airstream.errors import ArgumentError
 from airstream.reporting.units import parse_budget
 from airstream.system.memory import default_device, describe_devices, is_present
-from airstream.transfer.backends import RUNTIMES
+from airstream.transfer.runtime import RUNTIMES
 
 MaxMemory = int | float | str | Mapping[int | str, int | float | str] | None
 

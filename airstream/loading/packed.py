@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from airstream.codecs.registry import BLOCK_TYPES, decoding_seconds
+from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.decode import decoding_seconds
 from airstream.layout.tensors import TensorSpec
 
 

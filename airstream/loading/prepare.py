@@ -10,54 +10,31 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import Any
-
-import torch
-from transformers import PreTrainedModel
 
 from airstream.checkpoint.formats import has_weights, open_checkpoint
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.locate import locate
-from airstream.checkpoint.safetensors import CheckpointIndex
-from airstream.compat.quantizers import Quantizer
+from airstream.checkpoint.stored import CheckpointIndex
 from airstream.errors import ArgumentError, CheckpointError
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.imagined import imagine
-from airstream.layout.parts import Parts, divide
+from airstream.layout.parts import divide
 from airstream.loading.arguments import adopt
 from airstream.loading.build import build_model
 from airstream.loading.gather import gather_facts, needs_staging
 from airstream.loading.machine import THIS_MACHINE, Machine, Question, request_for
 from airstream.loading.options import LoadOptions, check_count, parse_max_memory
-from airstream.plan.facts import ModelFacts
+from airstream.loading.prepared import Prepared
 from airstream.plan.policy import PROMPT_TOKENS
-from airstream.plan.request import Request
-from airstream.transfer.backends import packing_of
+from airstream.transfer.packing import packing_of
 
 STEPS = ("finding the checkpoint", "reading headers", "building the model", "planning")
 """The steps of `prepare`, in the order in which it begins them."""
 
 DEFAULTS: Mapping[str, Any] = {option.name: option.default for option in fields(LoadOptions)}
 _PLAN_DEFAULTS: Mapping[str, Any] = {**DEFAULTS, "machine": THIS_MACHINE, "prompt_tokens": None}
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything known about a model before the first weight is read."""
-
-    options: LoadOptions
-    folder: Path
-    device: torch.device
-    dtype: torch.dtype
-    model: PreTrainedModel
-    index: CheckpointIndex
-    parts: Parts
-    facts: ModelFacts
-    question: Question
-    request: Request
-    quantizer: Quantizer | None = None
 
 
 def ask(
@@ -127,6 +104,5 @@ def prepare(
     facts = gather_facts(os.fspath(name), folder, built, parts, device, packing, options.layers_per_batch)
     facts = replace(facts, num_tensors=len(index))
     staged = device.type != "cpu" or needs_staging(parts, packing)
-    question = Question(options, machine, folder, device, staged, prompt_tokens)
-    request = request_for(question, facts)
-    return Prepared(options, folder, device, dtype, model, index, parts, facts, question, request, quantizer)
+    request = request_for(Question(options, machine, folder, device, staged, prompt_tokens), facts)
+    return Prepared(options, folder, device, dtype, model, index, parts, facts, staged, request, quantizer)

@@ -16,9 +16,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from airstream.errors import UnsupportedError
-from airstream.model.asking import may_ask
+from airstream.model.asking import Freezable
 from airstream.model.moving import unmoved
 from airstream.model.stored import FetchRows, Stored
+from airstream.model.weight_refusals import refuse_change, refuse_remaking, refuse_storage
 
 ATEN = torch.ops.aten
 TO_COPY = torch.ops.aten._to_copy.default
@@ -38,7 +39,7 @@ IN_PLACE = (
 
 
 @unmoved
-class Absent(torch.Tensor):
+class Absent(Freezable, torch.Tensor):
     """A weight without its values, which are `stored`."""
 
     stored: Stored
@@ -57,22 +58,6 @@ class Absent(torch.Tensor):
 
     def __init__(self, *_: Any, **__: Any) -> None:
         super().__init__()
-
-    def requires_grad_(self, requires_grad: bool = True) -> Absent:
-        """Freeze the weight: nobody can ask for its gradient."""
-        if requires_grad:
-            refuse_gradient(self.stored.name)
-        self.stored.is_frozen = True
-        return self
-
-    @property
-    def requires_grad(self) -> bool:
-        """As transformers has it."""
-        return may_ask(self, True) and not self.stored.is_frozen
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        self.requires_grad_(value)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch's is untyped
         return f"{type(self).__name__}({self.stored.name!r}, shape={tuple(self.shape)}, dtype={self.dtype})"
@@ -173,40 +158,6 @@ def _writes(func: Any) -> bool:
     """Whether `func`, a method of tensors, changes the tensor it is called on."""
     name = getattr(func, "__name__", "")
     return name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE
-
-
-def refuse_remaking() -> NoReturn:
-    """Raise because somebody makes a weight of the class of another one: tools that move parameters do."""
-    raise UnsupportedError(
-        "a streamed model's weights cannot be moved, offloaded or exchanged by other tools, such as accelerate's "
-        "cpu_offload: it streams them itself. Give from_pretrained() the device= and max_memory= that the model is to "
-        "have, or load the checkpoint with transformers for such a tool"
-    )
-
-
-def refuse_storage(name: str) -> NoReturn:
-    """Raise because somebody asks for the storage of weight `name`: what writes files, or looks for tied weights."""
-    raise UnsupportedError(
-        f"{name!r} has no storage of its own: a streamed model has its weights in place only while it computes, side "
-        "by side. Make copies, {name: weight.clone() for name, weight in model.state_dict().items()}, if there is "
-        "memory for them: those have one, and can be saved"
-    )
-
-
-def refuse_gradient(name: str) -> NoReturn:
-    """Raise because weight `name` is asked for a gradient: an optimizer would change it."""
-    raise UnsupportedError(
-        f"{name!r} has no gradient: a streamed model's weights are not kept. Fine-tune the checkpoint with "
-        "transformers or PEFT"
-    )
-
-
-def refuse_change(name: str) -> NoReturn:
-    """Raise because weight `name` has been changed, or is about to be."""
-    raise UnsupportedError(
-        f"{name!r} has been replaced or changed: a streamed model takes its weights from the checkpoint alone. Change "
-        "and save the checkpoint with transformers, and stream that"
-    )
 
 
 def _row_numbers(absent: Absent, func: Any, rest: Sequence[Any]) -> torch.Tensor | None:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -19,11 +19,38 @@ from torch import nn
 from airstream.compat.blame import blamed_on
 from airstream.errors import CheckpointError, UnsupportedError
 from airstream.model.adapter_source import Source
-from airstream.model.engine import Engine  # transformers evaluates the annotations
+from airstream.model.stored import Stored
 from airstream.model.wrappers import cast_copies, costs, freeze, refuse_merging, strangers
+from airstream.plan.facts import AdapterFacts
 from airstream.reporting.extras import install
 from airstream.reporting.units import counted
 from airstream.system.importing import quiet_imports
+
+
+class Host(Protocol):
+    """What runs the model, as far as adapters have to do with it."""
+
+    @property
+    def modules(self) -> Iterable[nn.Module]:
+        """The modules of the model alone, without adapters."""
+
+    @property
+    def head(self) -> nn.Module | None:
+        """The lm_head."""
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """The checkpoint's weights, by name."""
+
+    def between_generations(self) -> AbstractContextManager[None]:
+        """Around what changes the results of the model: no other thread generates meanwhile."""
+
+    def make_room(self, adapters: AdapterFacts) -> None:
+        """Adapters that cost this much are beside the model from now on, in place of those that were.
+
+        Raises:
+            BudgetError: they do not fit, even if no weight stays in memory.
+        """
 
 
 class WithAdapters:
@@ -32,7 +59,7 @@ class WithAdapters:
     Adapters that PEFT puts in by itself (`PeftModel.from_pretrained(model, ...)`) are noticed by the next call.
     """
 
-    _engine: Engine
+    _engine: Host
     modules: Callable[[], Iterator[nn.Module]]
     named_parameters: Callable[..., Iterator[tuple[str, nn.Parameter]]]
     _configs: Mapping[str, Any] | None = None

@@ -12,25 +12,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any
 
 import torch
+
+from airstream.model.stored import Stored
+from airstream.model.weight_refusals import refuse_gradient
 
 _set: Callable[[torch.Tensor, bool], None] = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]  # past what Weight says
 
 
-class Freezable(Protocol):
-    """A weight of the checkpoint, under all its names.
+class Freezable:
+    """A tensor that stands for the weight that is `stored`, and says of gradients what transformers' parameters say.
 
-    Attributes:
-        is_frozen: somebody has said that it needs no gradient.
+    That it needs none can be said, as of them. What asks for one anew would have an optimizer change it.
     """
 
-    is_frozen: bool
+    stored: Stored
+    _is_param: bool
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freeze it, under all its names. UnsupportedError if it is asked for a gradient."""
+        if requires_grad:
+            refuse_gradient(self.stored.name)
+        self.stored.is_frozen = True
+        return self
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it is not frozen. torch itself sees that only while the model computes."""
+        return may_ask(self, self._is_param) and not self.stored.is_frozen
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
 
 
-Askers = Sequence[tuple[torch.Tensor, Freezable]]
-"""Parameters with numbers in them that can have a gradient, and what they have the values of."""
+Askers = Sequence[tuple[torch.Tensor, Stored]]
+"""Parameters that may ask for a gradient, and what they have the values of."""
 
 
 class Asking:
@@ -73,9 +92,9 @@ class Asking:
             self.turn(was_on)
 
 
-def may_ask(weight: torch.Tensor, is_parameter: bool) -> bool:
+def may_ask(weight: Any, is_parameter: bool) -> bool:
     """Whether transformers would let it ask for a gradient: a parameter that has numbers, not codes."""
-    return is_parameter and weight.is_floating_point()
+    return is_parameter and bool(weight.is_floating_point())
 
 
 def _ask(weights: Askers) -> None:

@@ -19,12 +19,13 @@ import torch
 from torch import nn
 
 from airstream.compat.assembled import Assembled
-from airstream.layout.tensors import TensorSpec
-from airstream.model.absent import Absent, refuse_change
+from airstream.layout.tensors import TensorSpec, view_of
+from airstream.model.absent import Absent
 from airstream.model.asking import Askers, Asking, may_ask
-from airstream.model.conversion import Converter, view_of
+from airstream.model.conversion import Converter
 from airstream.model.stored import Stored
 from airstream.model.weight import Weight, weight_of
+from airstream.model.weight_refusals import refuse_change
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,8 @@ import torch
 from airstream.compat.assembled import Assembled
 from airstream.compat.weights import KeyConversion
 from airstream.layout.slab import Slab
-from airstream.layout.tensors import RAW_PREFIX, Conversion, TensorSpec
-from airstream.reporting.probe import CONVERT
-from airstream.transfer.machinery import Machinery
+from airstream.layout.tensors import RAW_PREFIX, Conversion, view_of
+from airstream.reporting.probe import CONVERT, Moment, Probe
 
 Source = tuple[str, str, torch.Tensor]
 """A raw tensor as converters of transformers take it: checkpoint key, pattern, values."""
@@ -36,27 +35,23 @@ class Converter:
     build: Callable[[Conversion, torch.Tensor, Mapping[str, int]], Assembled]
 
 
-def converter_of(keys: KeyConversion, machinery: Machinery) -> Converter:
-    """The conversions that `keys` runs on the device of `machinery`."""
-    return Converter(partial(convert_slab, keys, machinery), partial(_build, keys))
+def converter_of(keys: KeyConversion, probe: Probe, moment: Callable[[], Moment]) -> Converter:
+    """The conversions that `keys` runs. `probe` is told of them; `moment` is the device's, as `Backend.moment`."""
+    return Converter(partial(convert_slab, keys, probe, moment), partial(_build, keys))
 
 
-def convert_slab(keys: KeyConversion, machinery: Machinery, slab: Slab, memory: torch.Tensor) -> None:
+def convert_slab(
+    keys: KeyConversion, probe: Probe, moment: Callable[[], Moment], slab: Slab, memory: torch.Tensor
+) -> None:
     """Run the conversions of a freshly filled slab: raw tensors in `memory` in, the model's tensors in `memory` out."""
     specs = {spec.name: spec for spec in slab.specs}
     for conversion in slab.conversions:
         if conversion.is_object:
             continue
-        with machinery.probe.span(CONVERT, conversion.nbytes, machinery.backend.moment):
+        with probe.span(CONVERT, conversion.nbytes, moment):
             made = keys.convert(conversion.name, _sources(conversion, memory, slab.offsets))
             for name, value in made.items():
                 view_of(memory, slab.offsets[name], specs[name]).copy_(value)
-
-
-def view_of(memory: torch.Tensor, offset: int, spec: TensorSpec) -> torch.Tensor:
-    """The tensor `spec` that starts at byte `offset` of `memory`."""
-    numbers = memory[offset : offset + spec.nbytes].view(spec.dtype)
-    return numbers.view(spec.shape[::-1]).t() if spec.transposed else numbers.view(spec.shape)
 
 
 def _build(keys: KeyConversion, conversion: Conversion, memory: torch.Tensor, offsets: Mapping[str, int]) -> Assembled:

@@ -6,13 +6,15 @@ it back. After an interrupt, which hooks do not see, the turn is free once the t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 import torch
 from torch import nn
 
 from airstream.errors import UnsupportedError
 from airstream.model.gate import Gate
+from airstream.model.hook import Hook
 
 
 class Direct:
@@ -20,7 +22,13 @@ class Direct:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self.module: nn.Module | None = None
+        self._module: nn.Module | None = None
+        self._turn = 0
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What was called. An interrupt may have ended the call unseen: then the turn is another one by now."""
+        return self._module if self._turn == self._gate.turns.number else None
 
     @property
     def is_inside(self) -> bool:
@@ -36,13 +44,32 @@ class Direct:
             )
         self._gate.enter()
         self._gate.asking.turn(not torch.is_grad_enabled())
-        self.module = module
+        self._module, self._turn = module, self._gate.turns.number
 
     def end(self) -> None:
         """It is over."""
-        self.module = None
+        self._module = None
         self._gate.asking.turn(False)
         self._gate.leave()
+
+
+def take_turns(modules: Iterable[nn.Module], gate: Gate) -> Callable[[], None]:
+    """Have `modules`, whose weights stay in place, take a turn when they are called alone; returns what undoes it."""
+    direct = Direct(gate)
+
+    def enter(called: nn.Module, *_: object) -> None:
+        if not direct.is_inside:
+            direct.start(called, ())
+
+    def leave(called: nn.Module, *_: object) -> None:
+        if direct.module is called:
+            direct.end()
+
+    undo = ExitStack()
+    for module in modules:
+        undo.callback(module.register_forward_pre_hook(Hook(enter), prepend=True).remove)
+        undo.callback(module.register_forward_hook(Hook(leave), always_call=True).remove)
+    return undo.close
 
 
 def refuse_when_closed(modules: Iterable[nn.Module], gate: Gate) -> None:

@@ -18,10 +18,10 @@ from airstream.compat.traits import vocabulary_of
 from airstream.compat.weights import KeyConversion
 from airstream.footprint.lm_head import take_sequences_apart
 from airstream.layout.parts import Kind
-from airstream.loading.prepare import Prepared
+from airstream.loading.prepared import Prepared
 from airstream.model.binding import Binder, OriginalModules, take_out
 from airstream.model.conversion import converter_of
-from airstream.model.direct import refuse_when_closed
+from airstream.model.direct import refuse_when_closed, take_turns
 from airstream.model.executor import Executor
 from airstream.model.forked import begin_anew
 from airstream.model.gate import Gate
@@ -30,7 +30,7 @@ from airstream.model.plans import Plans
 from airstream.model.residents import bind_residents
 from airstream.model.row_table import watch_tables
 from airstream.model.shortage import explained
-from airstream.model.stored import all_stored
+from airstream.model.stored_in_files import all_stored
 from airstream.plan.facts import AdapterFacts
 from airstream.plan.plan import Plan
 from airstream.plan.policy import GIVEN_BACK_BYTES
@@ -85,11 +85,12 @@ class Engine:
     def _take_over(self, model: PreTrainedModel, keys: KeyConversion) -> None:
         """Read what stays outside the layers, and leave placeholders for the rest."""
         parts, closing = self._parts, self.gate.closing
-        convert = converter_of(keys, self.machinery)
+        convert = converter_of(keys, self.machinery.probe, self.machinery.backend.moment)
         self.stored = all_stored(parts.specs.values(), self.machinery.reader, convert, self.device)
         self._binder = Binder(self.modules, self.stored, convert, self.gate.asking)
         self._residents = bind_residents(self._binder, parts.specs_of(Kind.RESIDENT), self.machinery)
         closing.callback(self._unbind_residents)
+        closing.callback(take_turns(self.modules.owners(parts.specs_of(Kind.RESIDENT)), self.gate))
         if self.head is not None and self.device.type == "cpu":
             closing.callback(take_sequences_apart(self.head))
         leaving = parts.specs_of(Kind.LAYER, Kind.HEAD)
@@ -165,7 +166,9 @@ class Engine:
             self._executor.streamer.recover()
 
     def _after_fork(self) -> None:
-        begin_anew(self.device, self.gate.turns, self._generations, self.observer, self._executor)
+        begin_anew(self.device, self.gate.turns, self._generations, self.observer)
+        if self._executor is not None:
+            self._executor.after_fork()
 
     def make_room(self, adapters: AdapterFacts) -> None:
         """Adapters that cost this much are beside the model from now on, in place of those that were.

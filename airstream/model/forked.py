@@ -10,7 +10,6 @@ import logging
 import torch
 
 from airstream.errors import UnsupportedError
-from airstream.model.executor import Executor
 from airstream.model.generations import Generations
 from airstream.model.turns import Turns
 from airstream.profiling.observer import Observer
@@ -19,10 +18,8 @@ from airstream.system.forks import FORKED_INSIDE
 logger = logging.getLogger(__name__)
 
 
-def begin_anew(
-    device: torch.device, turns: Turns, generations: Generations, observer: Observer, executor: Executor | None
-) -> None:
-    """Forget the parent's threads, and what they were at; read anew. What stays in memory is shared with the parent.
+def begin_anew(device: torch.device, turns: Turns, generations: Generations, observer: Observer) -> None:
+    """Forget the parent's threads, and what they were at. What stays in memory is shared with the parent.
 
     Raises:
         UnsupportedError: the parent was computing, or does so on an accelerator.
@@ -38,8 +35,6 @@ def begin_anew(
     generations.after_fork()
     observer.after_fork()
     compute_on_one_thread()
-    if executor is not None:
-        executor.after_fork()
 
 
 def compute_on_one_thread() -> None:

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from airstream.compat.traits import attention_of
 from airstream.errors import UnsupportedError
 from airstream.model import calls as workload
-from airstream.model.absent import refuse_change
 from airstream.model.adapters import WithAdapters
 from airstream.model.binding import holds
 from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
@@ -25,6 +24,7 @@ from airstream.model.gradients import refuse_gradients
 from airstream.model.inputs import check_ids, check_inputs
 from airstream.model.moving import changes_nothing, refuse_moving
 from airstream.model.refusals import LOAD, TRAIN, Refusing, refuse, refuse_tracing
+from airstream.model.weight_refusals import refuse_change
 from airstream.plan.request import Workload  # likewise
 from airstream.reporting.units import counted
 
@@ -149,6 +149,7 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
 class StreamedModel(WithAdapters, GuardedModule):
     """What a streamed model has beyond its transformers class."""
 
+    _engine: Engine
     _tokenizer: Any = None
     _processor: Any = None
     _load_beside: Callable[[str], Any]

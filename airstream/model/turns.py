@@ -33,9 +33,11 @@ class Turns:
 
     Attributes:
         depth: how often the thread that has the turn has taken it.
+        number: which turn this is, of all that there were.
     """
 
     def __init__(self) -> None:
+        self.number = 0
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -86,8 +88,10 @@ class Turns:
 
     def _take(self) -> None:
         with self._lock:
-            if self._owner in (None, threading.get_ident()):
-                self._owner = threading.get_ident()
+            if self._owner is None:
+                self._begin(threading.get_ident())
+                return
+            if self.is_mine:
                 self.depth += 1
                 return
             ticket = _Ticket()
@@ -117,8 +121,11 @@ class Turns:
         self._owner, self.depth, self._is_at_work = None, 0, None
         if self._tickets:
             ticket = self._tickets.popleft()
-            self._owner, self.depth = ticket.thread, 1
+            self._begin(ticket.thread)
             ticket.called.release()
+
+    def _begin(self, thread: int) -> None:
+        self._owner, self.depth, self.number = thread, 1, self.number + 1
 
     def _revoke_stale(self) -> None:
         """Take the turn from a thread that has left its work without giving it back."""

@@ -12,14 +12,14 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from airstream.model.absent import refuse_change, refuse_gradient, refuse_remaking, refuse_storage
-from airstream.model.asking import may_ask
+from airstream.model.asking import Freezable
 from airstream.model.moving import unmoved
 from airstream.model.stored import Stored
+from airstream.model.weight_refusals import refuse_change, refuse_remaking, refuse_storage
 
 
 @unmoved
-class Weight(torch.Tensor):
+class Weight(Freezable, torch.Tensor):
     """A view of memory that holds the values of `stored`.
 
     Attributes:
@@ -39,22 +39,6 @@ class Weight(torch.Tensor):
     def is_touched(self) -> bool:
         """Whether it has been written to since its values were last known to be the checkpoint's."""
         return self._version != self.accepted
-
-    def requires_grad_(self, requires_grad: bool = True) -> Weight:
-        """Freeze it: nobody can ask for its gradient, and what fused optimizers write is not counted."""
-        if requires_grad:
-            refuse_gradient(self.stored.name)
-        self.stored.is_frozen = True
-        return self
-
-    @property
-    def requires_grad(self) -> bool:
-        """As transformers has it; torch itself sees it only while the model computes."""
-        return may_ask(self, self._is_param) and not self.stored.is_frozen
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        self.requires_grad_(value)
 
     def detach(self) -> Weight:
         return _make(torch.Tensor._make_subclass(Weight, super().detach()), self.stored, False)

@@ -15,14 +15,11 @@ from airstream.layout.tensors import TensorSpec
 from airstream.plan.facts import BatchFacts, Group
 from airstream.plan.policy import MIN_SHARE, TINY_SHARE
 from airstream.reporting.units import MIB, round_up
-from airstream.transfer.base import Packing
 from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.packing import HOST_PACKING, Packing
 
 DEVICE_BLOCK_BYTES = 2 * MIB
 """torch's allocators give large blocks of device memory in multiples of this."""
-
-HOST_PACKING = Packing(follows_file=True, alignment=0)
-"""How tensors lie in host memory that reads land in."""
 
 
 @dataclass(frozen=True, slots=True)

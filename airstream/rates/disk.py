@@ -24,7 +24,8 @@ from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.jobs import ReadCancelled
 from airstream.transfer.landing import HostLanding, Staging
-from airstream.transfer.reader import CHUNK_BYTES, Piece, Reader
+from airstream.transfer.piece import Piece
+from airstream.transfer.reader import CHUNK_BYTES, Reader
 
 __all__ = ["DiskSpeed", "measure_disk"]
 

@@ -12,12 +12,11 @@ import torch
 
 from airstream.rates.effort import Effort, seconds_per_call, timed
 from airstream.reporting.units import MIB
-from airstream.transfer.backends import RUNTIMES
-from airstream.transfer.base import Runtime
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.reader import CHUNK_BYTES
-from airstream.transfer.torch_runtime import TorchRuntime
+from airstream.transfer.runtime import Runtime
+from airstream.transfer.torch_runtime import runtime_of
 
 __all__ = ["LinkSpeed", "measure_host_copy", "measure_link", "measure_pinned"]
 
@@ -59,7 +58,7 @@ def measure_link(device: torch.device, pin: bool, effort: Effort) -> LinkSpeed:
     Args:
         pin: whether to pin the host memory. Where that is refused, pageable memory is measured.
     """
-    runtime = RUNTIMES.get(device.type, TorchRuntime)(device)
+    runtime = runtime_of(device)
     buffer = HostBuffer(effort.pinned_bytes)
     buffer.tensor.zero_()
     pinned = pin and runtime.pin(buffer)
@@ -77,7 +76,7 @@ def measure_pinned(device: torch.device) -> float | None:
     Blocks for some ten milliseconds, as long as `QUICK_BYTES` take or a first read's worth. Peak bytes: 8 MiB of host
     memory, and as much on the device.
     """
-    runtime = RUNTIMES.get(device.type, TorchRuntime)(device)
+    runtime = runtime_of(device)
     buffer = HostBuffer(CHUNK_BYTES)
     if not runtime.pin(buffer):
         return None

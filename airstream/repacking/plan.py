@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
-from airstream.checkpoint.safetensors import ITEM_BYTES, SINGLE_FILE, StoredTensor
+from airstream.checkpoint.names import SINGLE_FILE
+from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
 from airstream.errors import ArgumentError
 from airstream.transfer.files import PAGE_BYTES
 

@@ -18,12 +18,14 @@ from filelock import FileLock, Timeout
 
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
-from airstream.checkpoint.safetensors import ITEM_BYTES, SHARD_INDEX, CheckpointIndex
+from airstream.checkpoint.names import SHARD_INDEX
+from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex
 from airstream.compat.weights import KeyConversion, natural_order, tied_names
 from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
 from airstream.layout.parts import find_units
 from airstream.loading.options import LoadOptions
-from airstream.loading.prepare import Prepared, prepare
+from airstream.loading.prepare import prepare
+from airstream.loading.prepared import Prepared
 from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
 from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
 from airstream.repacking.report import RepackReport

@@ -17,7 +17,8 @@ import torch
 from airstream.layout.slab import Slab
 from airstream.transfer.base import Backend, HostedMemory
 from airstream.transfer.jobs import Job, OnDone
-from airstream.transfer.reader import Landing, Piece, Reader
+from airstream.transfer.piece import Landing, Piece
+from airstream.transfer.reader import Reader
 
 
 @dataclass(slots=True, eq=False)
@@ -34,6 +35,12 @@ class Resident:
     memory: torch.Tensor
     loaded: bool = False
     converted: bool = False
+
+    def convert_once(self, convert: Callable[[Slab, torch.Tensor], None]) -> None:
+        """Have `convert` make of the bytes, which have just been loaded, what they are to be. Once."""
+        if not self.converted:
+            convert(self.slab, self.memory)
+            self.converted = True
 
 
 @dataclass(slots=True, eq=False)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from airstream.streaming.fill import Filling
+
+class Work(Protocol):
+    """What is being done to fill a region."""
+
+    def cancel(self) -> None:
+        """Give up what has not been read yet."""
 
 
 @dataclass(slots=True)
@@ -20,6 +24,7 @@ class Region:
         offset: where in the ring it lies.
         fresh: True after a fill; whoever makes something of the bytes in place, once, sets it to False.
         filling: reads are under way.
+        work: they, once all of them have been begun.
         users: calls that wait for it, or compute with it. Without any, it stays intact until its place is needed.
         read_bytes, host_bytes: the bytes that came from disk and host memory to fill it, until they are reported.
         error: the error that kept it from being filled.
@@ -33,5 +38,5 @@ class Region:
     users: int = 0
     read_bytes: int = 0
     host_bytes: int = 0
-    work: Filling | None = None
+    work: Work | None = None
     error: BaseException | None = None

@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from airstream.layout.slab import pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.plan.facts import BatchFacts, ModelFacts
-from airstream.plan.groups import HOST_PACKING
 from airstream.plan.plan import Batch, Plan
 from airstream.streaming.fill import Fill, Hosted, Resident
 from airstream.transfer.base import Backend
+from airstream.transfer.packing import HOST_PACKING
 
 Names = tuple[str, ...]
 

@@ -16,18 +16,19 @@ from typing import Any
 import torch
 
 from airstream.reporting.probe import CONVERT, H2D, HOST_COPY, Moment, Probe
-from airstream.transfer.base import Backend, Packing, Runtime
+from airstream.transfer.base import Backend
+from airstream.transfer.buffers import BUFFERS_PER_WORKER
 from airstream.transfer.clock import DeviceClock
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.landing import HostLanding, Staging, cast_into
+from airstream.transfer.packing import DEVICE_PACKING
+from airstream.transfer.piece import Cast, Piece
 from airstream.transfer.pinning import Pinner, Pinning
-from airstream.transfer.reader import Cast, Piece
+from airstream.transfer.runtime import Runtime
 from airstream.transfer.shortage import allocating
 
 logger = logging.getLogger(__name__)
-
-BUFFERS_PER_WORKER = 2
 
 
 class AcceleratorBackend(Backend):
@@ -38,7 +39,7 @@ class AcceleratorBackend(Backend):
     """
 
     # 256 bytes is what device allocators give and what matrix kernels ask about when they choose an algorithm.
-    packing = Packing(follows_file=False, alignment=256)
+    packing = DEVICE_PACKING
 
     def __init__(
         self, runtime: Runtime, num_workers: int, chunk_bytes: int, probe: Probe | None = None, packed: bool = False

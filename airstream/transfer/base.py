@@ -1,9 +1,7 @@
-"""This says what the streamer asks of a device, and what the accelerator backend asks of a runtime.
+"""This says what the streamer asks of a device.
 
-Two seams, on purpose. A `Backend` moves the bytes of a layer batch into memory the model computes from and keeps
-copies and computation from overtaking each other. A `Runtime` is the handful of device operations (memory, streams,
-events, asynchronous copies) that the accelerator backend is written in, so that a test can put a simulated device
-under the very code that drives CUDA.
+A `Backend` moves the bytes of a layer batch into memory the model computes from and keeps copies and computation from
+overtaking each other. What the backend of an accelerator asks in its turn is another seam: `runtime.py`.
 """
 
 from __future__ import annotations
@@ -11,29 +9,13 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
 
 from airstream.reporting.probe import Moment
-
-if TYPE_CHECKING:
-    import torch
-
-    from airstream.transfer.host_memory import HostBuffer
-    from airstream.transfer.reader import Landing
-
-
-@dataclass(frozen=True, slots=True)
-class Packing:
-    """How tensors must lie in a slab.
-
-    Attributes:
-        follows_file: a tensor lies at the same place within a page as in its file, so that direct reads land in place.
-        alignment: bytes; the start of every tensor is a multiple of it. 0 stands for the tensor's own element size.
-    """
-
-    follows_file: bool
-    alignment: int
+from airstream.transfer.packing import Packing
+from airstream.transfer.piece import Landing
 
 
 class Backend(ABC):
@@ -147,75 +129,3 @@ class HostedMemory(Protocol):
 
     def close(self) -> None:
         """Give it back. Idempotent; no copy may be under way."""
-
-
-class Event(Protocol):
-    """A point in a stream, as `torch.Event`."""
-
-    def synchronize(self) -> None:
-        """Block the host until the stream has reached this point; at once if it was never recorded."""
-
-    def query(self) -> bool:
-        """Whether the stream has reached this point."""
-
-
-class Stream(Protocol):
-    """An ordered queue of device work, as `torch.Stream`."""
-
-    def record_event(self, event: Any) -> Any:
-        """Move `event` to the end of this stream's queue."""
-
-    def wait_event(self, event: Any) -> None:
-        """Let what is queued from now on wait for `event`, without blocking the host."""
-
-
-DeviceWork = Callable[["torch.Tensor", "torch.Tensor"], None]
-"""Torch operations that write the first tensor and read the second."""
-
-
-class Runtime(Protocol):
-    """The device operations that the accelerator backend is written in."""
-
-    device: torch.device
-
-    def empty(self, nbytes: int) -> torch.Tensor:
-        """Uninitialised uint8 device memory of `nbytes`."""
-
-    def pin(self, buffer: HostBuffer) -> bool:
-        """Make host memory ready for asynchronous copies; False where the system refuses, and it stays pageable."""
-
-    def unpin(self, buffer: HostBuffer) -> None:
-        """Undo `pin`."""
-
-    def copy(self, destination: torch.Tensor, source: torch.Tensor, stream: Any) -> None:
-        """Queue a copy of a host uint8 tensor to the device on `stream`; `source` must stay as it is until it ran."""
-
-    def compute(self, destination: torch.Tensor, source: torch.Tensor, work: DeviceWork, stream: Any) -> None:
-        """Queue `work(destination, source)`, of uint8 device memory, on `stream`. What it allocates belongs to that."""
-
-    def new_stream(self) -> Stream:
-        """A stream of its own, for copies."""
-
-    def new_event(self) -> Event:
-        """An event that has not been recorded yet."""
-
-    def new_timer(self) -> Event:
-        """An event that notes when it is passed."""
-
-    def elapsed_seconds(self, start: Any, end: Any) -> float:
-        """From when timer `start` was passed until `end` was; negative if `end` was first."""
-
-    def used_bytes(self) -> int:
-        """Device memory in use."""
-
-    def peak_bytes(self) -> int:
-        """The most device memory that has been in use, since `forget_peak`."""
-
-    def forget_peak(self) -> None:
-        """Let `peak_bytes` begin anew."""
-
-    def compute_stream(self) -> Stream:
-        """The stream on which the calling thread submits computations."""
-
-    def synchronize(self) -> None:
-        """Block until every stream of the device is empty."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from airstream.reporting.probe import Moment, now
-from airstream.transfer.base import Runtime
+from airstream.transfer.runtime import Runtime
 
 
 class DeviceClock:

@@ -7,15 +7,16 @@ from collections.abc import Sequence
 import torch
 
 from airstream.reporting.probe import Moment, Probe, now
-from airstream.transfer.base import Backend, Packing
+from airstream.transfer.base import Backend
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.landing import HostLanding, Staging
+from airstream.transfer.packing import HOST_PACKING
 
 
 class CpuBackend(Backend):
     """Reads land where the model computes; computation is done when it returns, so that no fence is needed."""
 
-    packing = Packing(follows_file=True, alignment=0)
+    packing = HOST_PACKING
 
     def __init__(self, chunk_bytes: int, probe: Probe | None = None) -> None:
         self.device = torch.device("cpu")

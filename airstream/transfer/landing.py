@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from airstream.codecs.registry import BLOCK_TYPES, STEP_ELEMENTS, decode_into
+from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.decode import STEP_ELEMENTS, decode_into
 from airstream.reporting.probe import CONVERT, HOST_COPY, Probe
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
-from airstream.transfer.reader import Cast, Piece
+from airstream.transfer.piece import Cast, Piece
 
 DEALT_BYTES = 1 << 20
 """The bytes of packed rows that are dealt out at a time."""

@@ -1,22 +1,18 @@
 """The machinery moves the bytes of one model: the reader, the backend, and the two that note what they do.
 
-It knows how they are opened and closed together. It refuses to know which bytes they move, and in which order.
+It knows how they are closed together. It refuses to know how they were opened, which bytes they move, and in which
+order.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from airstream.reporting.probe import Probe
 from airstream.reporting.stats import StreamStats
-from airstream.transfer.backends import create_backend
 from airstream.transfer.base import Backend
-from airstream.transfer.reader import CHUNK_BYTES, NUM_WORKERS, Reader
+from airstream.transfer.reader import Reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +28,6 @@ class Machinery:
     backend: Backend
     probe: Probe
     stats: StreamStats
-
-    @classmethod
-    def open(cls, files: Iterable[Path], device: torch.device, direct_io: bool, packed: bool) -> Machinery:
-        """Start reader threads for `files`, and a backend for `device`.
-
-        Args:
-            direct_io: whether reads go around the page cache.
-            packed: whether there are weights that are decoded on their way.
-        """
-        probe = Probe()
-        reader = Reader(files, direct_io, probe=probe)
-        try:
-            backend = create_backend(device, NUM_WORKERS, CHUNK_BYTES, probe, packed=packed)
-        except BaseException:
-            reader.close()
-            raise
-        return cls(reader, backend, probe, StreamStats())
 
     def is_worker(self, thread: threading.Thread) -> bool:
         """Whether `close` would wait for `thread`."""

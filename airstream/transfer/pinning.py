@@ -10,8 +10,8 @@ import logging
 import threading
 from collections import deque
 
-from airstream.transfer.base import Runtime
 from airstream.transfer.host_memory import HostBuffer
+from airstream.transfer.runtime import Runtime
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from airstream.codecs.registry import BLOCK_TYPES
 from airstream.errors import AirstreamError, ClosedError, UnsupportedError
 from airstream.reporting.probe import DISK, PAGE_CACHE, Probe
 from airstream.reporting.units import counted
@@ -22,65 +20,13 @@ from airstream.system.forks import Forks
 from airstream.transfer.descriptors import MAX_OPEN_FILES, Descriptors
 from airstream.transfer.files import EdgePages, WeightFile, failure_of
 from airstream.transfer.jobs import Errand, Job, OnDone, ReadCancelled
+from airstream.transfer.piece import Landing, Piece, split
 
 CHUNK_BYTES = 8 << 20
 """The largest single read. 4-16 MiB on a few threads keep an NVMe drive busy; larger ones only drain unevenly."""
 
 NUM_WORKERS = 4
 """Reader threads. A read holds no lock and little CPU, so this is the queue depth the disk sees."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cast:
-    """Items are stored as `source` and wanted as `target` (names as in `torch.<name>`).
-
-    An item is a number, or, if `source` is the name of a block type, a block of several, or, if `ways` is more than 1,
-    so many `rows` that are dealt out in turn: row r of the item goes to run r % ways of the runs that it becomes.
-    """
-
-    source: str
-    target: str
-    source_item_bytes: int
-    target_item_bytes: int
-    rows: int = 1
-    ways: int = 1
-
-    @property
-    def is_blocks(self) -> bool:
-        """Whether an item is a block."""
-        return self.source in BLOCK_TYPES
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """`nbytes` at `offset` of a file, and the byte of a slab at which they land (after `cast`, if there is one)."""
-
-    file: Path
-    offset: int
-    nbytes: int
-    target: int
-    cast: Cast | None = None
-
-    @property
-    def target_bytes(self) -> int:
-        """The bytes that the piece takes in the slab, after `cast`."""
-        if self.cast is None:
-            return self.nbytes
-        return self.nbytes // self.cast.source_item_bytes * self.cast.target_item_bytes
-
-
-class Landing(Protocol):
-    """Where bytes land. Both methods are called by worker `worker`, one piece at a time, and may block.
-
-    `direct` says that the piece is read around the page cache, which ties the window's address to the file offset. It
-    is decided once for each piece, and both are told the same, whatever becomes of the file meanwhile.
-    """
-
-    def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
-        """`piece.nbytes` of memory to read into; if `direct`, at an address equal to the offset modulo a page."""
-
-    def landed(self, worker: int, piece: Piece, direct: bool) -> None:
-        """The window of `piece` has been filled."""
 
 
 _Step = Callable[[int, "EdgePages"], None]
@@ -281,18 +227,3 @@ def _error_of(step: _Step, worker: int, edges: EdgePages) -> BaseException | Non
     except BaseException as error:  # whatever it is, the thread that waits for the job must see it
         return error
     return None
-
-
-def split(piece: Piece, chunk_bytes: int) -> list[Piece]:
-    """`piece` in parts of at most `chunk_bytes`, cut at multiples of it in the file, to keep direct reads aligned."""
-    chunks: list[Piece] = []
-    done = 0
-    while done < piece.nbytes:
-        start = piece.offset + done
-        size = min(chunk_bytes - start % chunk_bytes, piece.nbytes - done)
-        if piece.cast is not None and done + size < piece.nbytes:  # never cut through an element
-            size = max(size - (done + size) % piece.cast.source_item_bytes, piece.cast.source_item_bytes)
-        target = piece.target + Piece(piece.file, start, done, 0, piece.cast).target_bytes
-        chunks.append(Piece(piece.file, start, size, target, piece.cast))
-        done += size
-    return chunks

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from airstream.transfer.base import DeviceWork
 from airstream.transfer.host_memory import HostBuffer
+from airstream.transfer.runtime import RUNTIMES, DeviceWork, Runtime
 
 
 class TorchRuntime:
@@ -85,3 +85,8 @@ class TorchRuntime:
 
 def _cudart() -> Any:
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def runtime_of(device: torch.device) -> Runtime:
+    """The operations of `device`, which must be there."""
+    return RUNTIMES.get(device.type, TorchRuntime)(device)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from airstream.checkpoint.safetensors import ITEM_BYTES, StoredTensor
+from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
 from airstream.errors import BudgetError, CheckpointError, ReadError
 from airstream.layout.pieces import TORCH_DTYPES
 from airstream.reporting.units import counted, round_up

@@ -13,7 +13,7 @@ import torch
 
 from airstream.checkpoint.beside import check_small_files, has_tokenizer
 from airstream.checkpoint.locate import locate
-from airstream.checkpoint.safetensors import CheckpointIndex
+from airstream.checkpoint.stored import CheckpointIndex
 from airstream.errors import AirstreamError, CheckpointError, UnsupportedError
 from airstream.layout.byte_plan import read_specs
 from airstream.loading.build import build_model

@@ -25,7 +25,7 @@ from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
 from airstream.plan.predict import predict
 from airstream.plan.traffic import traffic_of
-from airstream.transfer.reader import Cast
+from airstream.transfer.piece import Cast
 from tests.conftest import least_memory, on_accelerator, stream
 from tests.end_to_end.test_exactness import assert_equal, logits, prompts
 from tests.stand_ins.sim import SimDevice

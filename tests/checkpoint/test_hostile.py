@@ -19,8 +19,9 @@ from transformers import CONFIG_MAPPING
 from airstream import AirstreamError, AutoModel, CheckpointError
 from airstream.auto import load_beside
 from airstream.checkpoint.config_file import check_numbers, read_config_file
-from airstream.checkpoint.formats import PICKLE_INDEX, open_checkpoint
+from airstream.checkpoint.formats import open_checkpoint
 from airstream.checkpoint.generation_file import read_generation_file
+from airstream.checkpoint.names import PICKLE_INDEX
 from airstream.compat import suspects
 from airstream.compat.suspects import advice
 from airstream.system.foreign_json import CONFIG

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 
 from airstream import AutoModel
 from airstream.checkpoint import safetensors as index_module
-from airstream.checkpoint.safetensors import MAX_HEADER_BYTES, SHARD_INDEX, SINGLE_FILE, CheckpointIndex, read_header
+from airstream.checkpoint.names import SHARD_INDEX, SINGLE_FILE
+from airstream.checkpoint.safetensors import MAX_HEADER_BYTES, open_safetensors, read_header
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 from tests.conftest import WriteTiny
 
@@ -124,7 +125,7 @@ def test_tensors_come_in_file_order(file: Path) -> None:
 
 def test_an_index_is_a_mapping(file: Path) -> None:
     write(file, VALID)
-    index = CheckpointIndex.open(file.parent)
+    index = open_safetensors(file.parent)
     assert list(index) == ["a", "b"]
     assert len(index) == 2
     assert (index.files, index.nbytes) == ((file,), 32)
@@ -269,34 +270,34 @@ ONE, OTHER = {"a": VALID["a"]}, {"b": VALID["b"]}
 
 def test_shards(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}, x=ONE, y=OTHER, unlisted={"c": VALID["a"]})
-    index = CheckpointIndex.open(tmp_path)
+    index = open_safetensors(tmp_path)
     assert {name: index[name].file.name for name in index} == {"a": "x.safetensors", "b": "y.safetensors"}
     assert index.files == (tmp_path / "x.safetensors", tmp_path / "y.safetensors")
 
 
 def test_a_tensor_in_two_shards_is_taken_from_the_one_that_the_index_names(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}, x=VALID, y=VALID)
-    index = CheckpointIndex.open(tmp_path)
+    index = open_safetensors(tmp_path)
     assert {name: index[name].file.name for name in index} == {"a": "x.safetensors", "b": "y.safetensors"}
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}, x=ONE)
     with pytest.raises(CheckpointNotFoundError, match=r"y\.safetensors is missing"):
-        CheckpointIndex.open(tmp_path)
+        open_safetensors(tmp_path)
 
 
 def test_a_tensor_that_its_shard_lacks_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}, x=ONE, y={"c": VALID["b"]})
     with pytest.raises(CheckpointError, match=r"y\.safetensors: tensor 'b' is missing"):
-        CheckpointIndex.open(tmp_path)
+        open_safetensors(tmp_path)
 
 
 def test_a_corrupt_shard_is_named(tmp_path: Path) -> None:
     write_sharded(tmp_path, {"a": "x.safetensors", "b": "y.safetensors"}, x=ONE, y=OTHER)
     (tmp_path / "y.safetensors").write_bytes(b"oops")
     with pytest.raises(CheckpointError, match=r"y\.safetensors is text"):
-        CheckpointIndex.open(tmp_path)
+        open_safetensors(tmp_path)
 
 
 TRICKS = ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", ".", "", "a\\..\\x", "x\0.safetensors", 5, None]
@@ -310,7 +311,7 @@ def test_a_shard_outside_the_folder_is_not_opened(tmp_path: Path, shard: object)
     write(tmp_path / "x.safetensors", ONE)
     write_sharded(folder, {"a": shard})
     with pytest.raises(CheckpointError, match=r"index\.json"):
-        CheckpointIndex.open(folder)
+        open_safetensors(folder)
 
 
 TWICE = '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}'
@@ -321,43 +322,43 @@ NOT_AN_INDEX = [TWICE, "{", "[]", "{}", "null", '{"weight_map": []}', '{"weight_
 def test_an_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / SHARD_INDEX).write_text(text)
     with pytest.raises(CheckpointError, match=r"index\.json is not a shard index"):
-        CheckpointIndex.open(tmp_path)
+        open_safetensors(tmp_path)
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match=r"no checkpoint: expected model\.safetensors") as caught:
-        CheckpointIndex.open(tmp_path)
+        open_safetensors(tmp_path)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_a_single_file_of_another_name(tmp_path: Path) -> None:
     write(tmp_path / "weights.safetensors", VALID)
-    assert list(CheckpointIndex.open(tmp_path)) == ["a", "b"]
+    assert list(open_safetensors(tmp_path)) == ["a", "b"]
 
 
 def test_several_files_without_an_index(tmp_path: Path) -> None:
     write(tmp_path / "x.safetensors", ONE)
     write(tmp_path / "y.safetensors", OTHER)
-    assert set(CheckpointIndex.open(tmp_path)) == {"a", "b"}
+    assert set(open_safetensors(tmp_path)) == {"a", "b"}
 
 
 def test_a_tensor_in_two_files_without_an_index(tmp_path: Path) -> None:
     write(tmp_path / "x.safetensors", ONE)
     write(tmp_path / "y.safetensors", VALID)
     with pytest.raises(CheckpointError, match=r"'a' is in two files, x\.safetensors and y\.safetensors"):
-        CheckpointIndex.open(tmp_path)
+        open_safetensors(tmp_path)
 
 
 def test_the_single_file_goes_before_the_index(tmp_path: Path) -> None:
     """As in transformers; an index may be left over from an older revision."""
     write_sharded(tmp_path, {"a": "gone.safetensors"}, model=VALID)
-    assert set(CheckpointIndex.open(tmp_path)) == {"a", "b"}
+    assert set(open_safetensors(tmp_path)) == {"a", "b"}
 
 
 def test_a_folder_in_place_of_a_shard(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").mkdir()
     with pytest.raises(CheckpointError, match=r"x\.safetensors"):
-        CheckpointIndex.open(tmp_path)
+        open_safetensors(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------- what is random

@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from airstream import AutoModel, CheckpointError, CheckpointNotFoundError
-from airstream.checkpoint.formats import PICKLE_FILE, PICKLE_INDEX, has_weights, open_checkpoint
+from airstream.checkpoint.formats import has_weights, open_checkpoint
+from airstream.checkpoint.names import PICKLE_FILE, PICKLE_INDEX
 from airstream.checkpoint.pickles import tensors as pickles
 from airstream.checkpoint.pickles import unpickle as unpickle_module
 from airstream.checkpoint.pickles.tensors import ScatteredTensor, read_pickle

@@ -21,7 +21,8 @@ from transformers import GenerationConfig
 from airstream import ArgumentError, Plan
 from airstream.cli import demo, main
 from airstream.cli.mistakes import check_sampling
-from airstream.cli.parser import build_parser, load_options
+from airstream.cli.options import load_options
+from airstream.cli.parser import build_parser
 from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
 from airstream.cli.values import DTYPES, parse_memory
@@ -158,7 +159,7 @@ def test_every_loading_argument_reaches_from_pretrained() -> None:
     words = "generate m p --max-memory 1GiB --dtype float16 --max-context 7 --max-batch-size 2 --layers-per-batch 3"
     words += " --prefetch-batches auto --no-page-cache --attn-implementation eager --revision r --token t"
     words += " --cache-dir c --local-files-only --trust-remote-code --device cpu"
-    arguments = build_parser().parse_args(words.split())
+    arguments = build_parser("0.1.0").parse_args(words.split())
     assert load_options(arguments) == {
         "max_memory": "1GiB",
         "dtype": "float16",
@@ -175,11 +176,11 @@ def test_every_loading_argument_reaches_from_pretrained() -> None:
         "trust_remote_code": True,
         "device": "cpu",
     }
-    assert load_options(build_parser().parse_args(["plan", "m"])) == {}
+    assert load_options(build_parser("0.1.0").parse_args(["plan", "m"])) == {}
 
 
 def options_of(*words: str, checkpoint: Any = None, samples_by_default: bool = False) -> Choice:
-    arguments: argparse.Namespace = build_parser().parse_args(["generate", "m", "p", *words])
+    arguments: argparse.Namespace = build_parser("0.1.0").parse_args(["generate", "m", "p", *words])
     return choose(arguments, checkpoint or GenerationConfig(), samples_by_default)
 
 
@@ -217,7 +218,7 @@ def test_how_tokens_are_chosen(
 @pytest.mark.parametrize("words", ["--temperature 0 --top-p 0.9", "--greedy --min-p 0.1", "--temperature 0 --sample"])
 def test_what_has_no_effect_is_refused(words: str) -> None:
     with pytest.raises(ArgumentError, match="leave one of them out"):
-        check_sampling(build_parser().parse_args(["generate", "m", "p", *words.split()]))
+        check_sampling(build_parser("0.1.0").parse_args(["generate", "m", "p", *words.split()]))
 
 
 MISTAKES = [
@@ -519,7 +520,7 @@ def test_python_dash_m_is_the_same_program() -> None:
     ],
 )
 def test_arguments_stand_wherever_one_writes_them(words: list[str]) -> None:
-    arguments = build_parser().parse_args(["generate", *words])
+    arguments = build_parser("0.1.0").parse_args(["generate", *words])
     assert (arguments.model, arguments.prompt, arguments.max_new_tokens) == ("MODEL", "PROMPT", 2)
     expected = {0: "3GiB", "cpu": "4GiB"} if "cpu=4GiB" in words else "4GiB"
     assert load_options(arguments)["max_memory"] == expected
@@ -527,7 +528,7 @@ def test_arguments_stand_wherever_one_writes_them(words: list[str]) -> None:
 
 def test_a_prompt_without_quotes_is_told_to_have_some(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        build_parser().parse_args(["generate", "MODEL", "Once", "upon", "a", "time"])
+        build_parser("0.1.0").parse_args(["generate", "MODEL", "Once", "upon", "a", "time"])
     assert "upon a time: a prompt of several words stands in quotes" in capsys.readouterr().err
 
 

@@ -13,16 +13,15 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airstream.codecs.native import kernel
-from airstream.codecs.registry import (
-    BLOCK_TYPES,
+from airstream.codecs.block_types import BLOCK_TYPES, BlockType
+from airstream.codecs.decode import (
     DECODE_SCRATCH_BYTES,
     DEVICE_SLICE_ELEMENTS,
     STEP_ELEMENTS,
-    BlockType,
     decode_into,
     decode_with_torch,
 )
+from airstream.codecs.native import kernel
 from tests.stand_ins.sim import SimDevice
 
 EVERY_WAY = pytest.mark.parametrize("decode", [decode_into, decode_with_torch], ids=["compiled", "torch"])

@@ -20,7 +20,7 @@ from transformers.conversion_mapping import _build_checkpoint_conversion_mapping
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from airstream import AutoModel, CheckpointError, UnsupportedError, verify
-from airstream.checkpoint.safetensors import CheckpointIndex
+from airstream.checkpoint.safetensors import open_safetensors
 from airstream.compat import suspects
 from airstream.compat.building import build_on_meta
 from airstream.compat.classes import choose_class
@@ -194,7 +194,7 @@ def test_what_is_not_packed_keeps_its_type_as_in_transformers(tmp_path: Path, st
 def test_packed_bytes_travel(quantized: Quantized, name: str) -> None:
     """What is read is what lies in the file: nothing that is packed is cast or expanded on its way."""
     folder = quantized(name)
-    index = CheckpointIndex.open(folder)
+    index = open_safetensors(folder)
     prepared = prepare(folder, LoadOptions(device="cpu", max_context=64))
     plain = [spec for spec in prepared.parts.specs.values() if spec.made_by is None]
     cast = [(spec, spec.pieces[0]) for spec in plain if spec.pieces[0].cast is not None]
@@ -433,7 +433,7 @@ def test_on_a_gpu_fp8_is_streamed_as_it_lies(quantized: Quantized, monkeypatch: 
     quantizer = find_quantizer(config, device)
     assert quantizer is not None
     model = build_on_meta(*choose_class(config, folder, trust_remote_code=False), BF16, None)
-    index = CheckpointIndex.open(folder)
+    index = open_safetensors(folder)
     quantizer.preprocess(model, BF16, device, index.files)
     specs = read_specs(model, index, BF16, quantizer)
     assert all(spec.made_by is None for spec in specs.values())

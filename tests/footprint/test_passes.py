@@ -34,8 +34,8 @@ from airstream.errors import ArgumentError, BudgetError
 from airstream.footprint import allocations
 from airstream.footprint.activations import measure_passes
 from airstream.footprint.allocations import Allocations, History, memory_of
-from airstream.footprint.formulas import footprint
 from airstream.footprint.growth import CONTINUED_SIZES, FRESH_SIZES, Growth, Moment, PassGrowth, growth_of
+from airstream.footprint.of_config import footprint
 from airstream.plan.refusal import remedies_for, too_much
 from airstream.plan.request import Workload
 from airstream.reporting.units import MIB

@@ -9,11 +9,13 @@ import pytest
 import torch
 from transformers import AutoConfig, DeepseekV3Config, FalconConfig, LlamaConfig, OPTConfig, PreTrainedConfig
 
-from airstream.checkpoint.safetensors import ITEM_BYTES, SINGLE_FILE, CheckpointIndex
+from airstream.checkpoint.names import SINGLE_FILE
+from airstream.checkpoint.safetensors import open_safetensors
+from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex
 from airstream.compat.building import build_on_meta
 from airstream.compat.classes import choose_class
 from airstream.compat.traits import measure_cache
-from airstream.footprint.formulas import footprint
+from airstream.footprint.of_config import footprint
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.imagined import IMAGINED_FOLDER, WRITING_ORDER, imagine
 from airstream.layout.parts import Kind, Parts, divide
@@ -23,8 +25,8 @@ from airstream.loading.build import Built
 from airstream.loading.gather import gather_facts
 from airstream.reporting.units import GIB
 from airstream.transfer.accelerator import AcceleratorBackend
-from airstream.transfer.base import Packing
 from airstream.transfer.cpu import CpuBackend
+from airstream.transfer.packing import Packing
 from tests.conftest import WriteTiny
 from tests.stand_ins.tiny_models import TINY
 
@@ -62,14 +64,14 @@ def billions(model: torch.nn.Module) -> float:
 def test_it_is_the_checkpoint_that_transformers_writes(name: str, dtype: torch.dtype, tiny: WriteTiny) -> None:
     """Names, types, shapes, and where in the file every tensor lies."""
     folder = tiny(name, dtype)
-    assert dict(imagine(build_tiny(name, dtype), folder=folder)) == dict(CheckpointIndex.open(folder))
+    assert dict(imagine(build_tiny(name, dtype), folder=folder)) == dict(open_safetensors(folder))
 
 
 @EVERY_MODEL
 @pytest.mark.parametrize("packing", [CpuBackend.packing, AcceleratorBackend.packing], ids=["in place", "aligned"])
 def test_units_are_as_large_as_those_of_the_written_checkpoint(name: str, packing: Packing, tiny: WriteTiny) -> None:
     folder, model = tiny(name, torch.bfloat16), build_tiny(name)
-    imagined, written = parts_of(model, imagine(model)), parts_of(model, CheckpointIndex.open(folder))
+    imagined, written = parts_of(model, imagine(model)), parts_of(model, open_safetensors(folder))
     assert imagined.stacks == written.stacks
     assert [part.name for part in imagined.of(Kind.TABLE)] == [part.name for part in written.of(Kind.TABLE)]
     assert (imagined.head is None) == (written.head is None)
@@ -79,7 +81,7 @@ def test_units_are_as_large_as_those_of_the_written_checkpoint(name: str, packin
 def test_a_sharded_checkpoint_has_the_same_tensors_in_one_file(tiny: WriteTiny) -> None:
     imagined, written = (
         imagine(build_tiny("llama-sharded")),
-        CheckpointIndex.open(tiny("llama-sharded", torch.bfloat16)),
+        open_safetensors(tiny("llama-sharded", torch.bfloat16)),
     )
     assert len(written.files) > 1
     assert imagined.files == (IMAGINED_FOLDER / SINGLE_FILE,)
@@ -91,7 +93,7 @@ def test_a_sharded_checkpoint_has_the_same_tensors_in_one_file(tiny: WriteTiny) 
 @EVERY_MODEL
 def test_it_may_be_stored_in_another_dtype_than_the_model_computes_in(name: str, tiny: WriteTiny) -> None:
     folder = tiny(name, torch.float16)
-    imagined, written = imagine(build_tiny(name, torch.float32), torch.float16, folder), CheckpointIndex.open(folder)
+    imagined, written = imagine(build_tiny(name, torch.float32), torch.float16, folder), open_safetensors(folder)
     kept = {
         key for key in written if written[key].dtype == "F32"
     }  # routers: a model in float32 does not tell them apart
@@ -124,7 +126,7 @@ def test_types_are_ordered_as_the_safetensors_library_orders_them(tmp_path: Path
 
     tensors = {name: torch.zeros(8, dtype=dtype) for name, dtype in TORCH_DTYPES.items()}
     save_file(tensors, tmp_path / SINGLE_FILE)
-    assert tuple(CheckpointIndex.open(tmp_path)) == WRITING_ORDER
+    assert tuple(open_safetensors(tmp_path)) == WRITING_ORDER
 
 
 def test_no_file_is_opened_and_none_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

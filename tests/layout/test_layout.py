@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.core_model_loading import Transpose, WeightConverter
 
-from airstream.checkpoint.safetensors import CheckpointIndex, StoredTensor
+from airstream.checkpoint.safetensors import open_safetensors
+from airstream.checkpoint.stored import StoredTensor
 from airstream.compat import weights
 from airstream.compat.building import build_on_meta
 from airstream.compat.weights import KeyConversion
@@ -39,10 +40,11 @@ from airstream.layout.slab import MAX_GAP_BYTES, Slab, pack
 from airstream.layout.tensors import TensorSpec
 from airstream.layout.tracing import Known, trace
 from airstream.transfer.accelerator import AcceleratorBackend
-from airstream.transfer.base import Packing
 from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES
-from airstream.transfer.reader import Cast, Piece, Reader
+from airstream.transfer.packing import Packing
+from airstream.transfer.piece import Cast, Piece
+from airstream.transfer.reader import Reader
 
 BOTH = [CpuBackend.packing, AcceleratorBackend.packing]
 BOTH_PACKINGS = pytest.mark.parametrize("packing", BOTH, ids=["in place", "aligned"])
@@ -93,7 +95,7 @@ def on_meta(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) ->
 
 
 def specs_of(folder: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> dict[str, TensorSpec]:
-    return read_specs(on_meta(folder, dtype, **changes), CheckpointIndex.open(folder), dtype)
+    return read_specs(on_meta(folder, dtype, **changes), open_safetensors(folder), dtype)
 
 
 def bytes_of(pieces: Iterable[Piece], nbytes: int) -> bytes:
@@ -151,7 +153,7 @@ def test_merged_experts_are_read_expert_by_expert(checkpoint: Any) -> None:
 
 def test_a_sharded_checkpoint_has_the_same_bytes(checkpoint: Any, tmp_path: Path) -> None:
     sharded = write_model(tmp_path, CONFIGS["qwen3_moe"], torch.float32, shard_bytes=100_000)
-    assert len(CheckpointIndex.open(sharded).files) > 3
+    assert len(open_safetensors(sharded).files) > 3
     whole = specs_of(checkpoint("qwen3_moe"))
     for name, spec in specs_of(sharded).items():
         assert bytes_of(spec.pieces, spec.nbytes) == bytes_of(whole[name].pieces, spec.nbytes), name
@@ -188,7 +190,7 @@ def test_a_converter_that_computes_is_left_for_later(llama: Path, monkeypatch: p
     )
     monkeypatch.setattr(weights, "get_model_conversion_mapping", lambda _: [transposed])
     model = on_meta(llama)
-    spec = read_specs(model, CheckpointIndex.open(llama), torch.float32)[name]
+    spec = read_specs(model, open_safetensors(llama), torch.float32)[name]
     assert spec.pieces == ()
     assert spec.made_by is not None
     (raw,) = spec.made_by.sources
@@ -281,7 +283,7 @@ def test_a_slab_read_by_its_pieces_holds_every_tensor(
     slab = pack(specs, packing)
     backend = CpuBackend(chunk_bytes=16384)
     memory = backend.allocate(slab.nbytes)
-    with Reader(CheckpointIndex.open(folder).files, direct=True, chunk_bytes=16384) as reader:
+    with Reader(open_safetensors(folder).files, direct=True, chunk_bytes=16384) as reader:
         reader.read(slab.pieces, backend.landing(memory))
         assert reader.bytes_read == slab.read_bytes
     for spec in specs:
@@ -428,7 +430,7 @@ def test_an_odd_place_in_the_file_does_not_misalign_a_tensor() -> None:
 
 
 def test_every_stored_type_is_known_to_torch() -> None:
-    from airstream.checkpoint.safetensors import ITEM_BYTES
+    from airstream.checkpoint.stored import ITEM_BYTES
 
     assert {name: dtype.itemsize for name, dtype in TORCH_DTYPES.items()} == ITEM_BYTES
 

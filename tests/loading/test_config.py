@@ -12,11 +12,13 @@ import torch
 
 import airstream
 from airstream import AutoModel, auto
-from airstream.cli.parser import build_parser, load_options, parse_memory
+from airstream.cli.options import load_options
+from airstream.cli.parser import build_parser
+from airstream.cli.values import parse_memory
 from airstream.errors import ArgumentError
 from airstream.loading.options import LoadOptions, MaxMemory, named_dtype, parse_max_memory, resolve_device
 from airstream.reporting.units import GIB, MIB
-from airstream.transfer.backends import RUNTIMES
+from airstream.transfer.runtime import RUNTIMES
 
 CPU, ACCELERATOR = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -323,6 +325,6 @@ def test_the_command_line_passes_every_option_on() -> None:
     for name, value in SET.items():
         if name not in NOT_TYPED:
             words += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
-    arguments = build_parser().parse_args(["generate", "model", "prompt", *words])
+    arguments = build_parser("0.1.0").parse_args(["generate", "model", "prompt", *words])
     expected = {name: value for name, value in SET.items() if name not in NOT_TYPED}
     assert load_options(arguments) == expected | {"max_memory": parse_memory(["4GiB"])}

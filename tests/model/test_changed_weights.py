@@ -344,6 +344,6 @@ def test_copies_have_the_values(tiny: WriteTiny, resident: Resident, name: str) 
 
 
 def test_a_copy_that_memory_cannot_hold_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("airstream.model.stored.available_host_bytes", lambda: 1000)
+    monkeypatch.setattr("airstream.model.stored_in_files.available_host_bytes", lambda: 1000)
     with stream(folder) as model, pytest.raises(MemoryError, match=rf"{NAME}.* takes .* copy fewer weights"):
         copy.deepcopy(model.get_parameter(NAME))

@@ -130,7 +130,9 @@ def test_it_is_what_the_checkpoint_says(model: Any, reference: Any) -> None:
     assert model.device == torch.device("cpu")
     assert model.dtype == FP32
     assert not model.training
-    assert [each.requires_grad for each in model.parameters()] == [each.requires_grad for each in reference.parameters()]
+    assert [each.requires_grad for each in model.parameters()] == [
+        each.requires_grad for each in reference.parameters()
+    ]
     assert model.num_parameters() == reference.num_parameters()
 
 
@@ -608,7 +610,7 @@ def test_a_budget_too_small_is_refused_before_anything_is_read(
 ) -> None:
     smallest = smallest_budget(folder, device, **options)
     with monkeypatch.context() as patch:
-        patch.setattr("airstream.transfer.machinery.Reader", lambda *_: pytest.fail("weights would have been read"))
+        patch.setattr("airstream.transfer.opening.Reader", lambda *_: pytest.fail("weights would have been read"))
         for tier, size in smallest.items():
             less = f"{int(size.removesuffix('MiB')) - 1}MiB"
             with pytest.raises(BudgetError, match="does not fit"):

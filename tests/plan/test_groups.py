@@ -10,9 +10,8 @@ import torch
 
 from airstream.layout.tensors import TensorSpec
 from airstream.plan.groups import Known, batch_facts
-from airstream.transfer.backends import packing_of
-from airstream.transfer.base import Packing
-from airstream.transfer.reader import Cast, Piece
+from airstream.transfer.packing import Packing, packing_of
+from airstream.transfer.piece import Cast, Piece
 
 CPU = packing_of(torch.device("cpu"))
 FILE = Path("model.safetensors")

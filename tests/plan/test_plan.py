@@ -33,7 +33,8 @@ from transformers import (
 )
 
 from airstream.errors import BudgetError
-from airstream.footprint.formulas import Footprint, footprint
+from airstream.footprint.formulas import Footprint
+from airstream.footprint.of_config import footprint
 from airstream.layout.ring import ring_bytes
 from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.plan.plan import Plan

@@ -43,6 +43,9 @@ never import each other. `airstream` is the package itself: its public names, lo
 
 FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS.split("\n")) for folder in floor.split()}
 
+LONGEST_CHAIN = 15
+"""Modules of which each imports the next, at most. Whoever looks for what a module stands on reads no more of them."""
+
 MAX_MODULE_LINES = 300
 MAX_FUNCTION_LINES = 50
 """Without the docstring."""
@@ -96,7 +99,7 @@ def test_the_scan_sees_imports() -> None:
     assert {"transfer.machinery", "streaming.fill", "layout.ring", "errors"} <= imports_of("streaming.streamer")
     assert "auto" in imports_of(""), "an import in a function counts"
     assert "system.cache" in imports_of("demo.model"), "`from airstream.system import cache` names a module"
-    assert "streaming.fill" in imports_of("streaming.region"), "an import for type checking alone counts"
+    assert "profiling.profile" in imports_of("model.streamed"), "an import for type checking alone counts"
 
 
 @EVERY_MODULE
@@ -110,6 +113,21 @@ def test_imports_point_down(module: str) -> None:
 def test_there_is_no_import_cycle() -> None:
     order = tuple(TopologicalSorter({module: imports_of(module) for module in TREES}).static_order())
     assert set(order) == set(TREES)
+
+
+@functools.cache
+def longest_chain(module: str) -> tuple[str, ...]:
+    """The longest chain of imports that begins with `module`, of which it is a part."""
+    return (module, *max((longest_chain(target) for target in sorted(imports_of(module))), key=len, default=()))
+
+
+def test_no_chain_of_imports_is_long() -> None:
+    """Every import counts, in functions and for type checking alone, too."""
+    assert longest_chain("errors") == ("errors",)
+    assert longest_chain("auto")[-1] in [module for module in TREES if not imports_of(module)], "it goes to the ground"
+    chain = max(map(longest_chain, TREES), key=len)
+    shown = " > ".join(module or "airstream" for module in chain)
+    assert len(chain) <= LONGEST_CHAIN, f"a chain of {len(chain)} modules, of which each imports the next: {shown}"
 
 
 def test_the_floors_are_the_folders_and_what_the_docs_draw() -> None:

@@ -87,7 +87,7 @@ def commands() -> list[pytest.param]:
 
 @pytest.mark.parametrize("words", commands())
 def test_commands_are_understood(words: list[str]) -> None:
-    assert callable(build_parser().parse_args(words[1:]).run)
+    assert callable(build_parser("0.1.0").parse_args(words[1:]).run)
 
 
 PROGRAMS = sorted({name for document in DOCUMENTS for name in re.findall(r"python -m\s([\w.]+)", document.read_text())})

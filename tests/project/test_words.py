@@ -22,7 +22,7 @@ COUNTED = re.compile(rf" (?:new |more |other |of the )?(?:{NOUNS})\b")
 """What follows a number that may be one. Of what an upper-case constant says there are more."""
 
 NEVER_ONE = {
-    ("airstream/codecs/registry.py", "raw.numel()"),  # below the floor of `counted`, of a block
+    ("airstream/codecs/decode.py", "raw.numel()"),  # below the floor of `counted`, of a block
     ("airstream/rates/measure.py", "other_cores"),  # 1.0 cores
     ("airstream/profiling/plot.py", "len(passes)"),
     ("airstream/repacking/repack.py", "len(stacks)"),

@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM
 
 import airstream
 from airstream import AirstreamError, ArgumentError, CheckpointError, DiskSpaceError
-from airstream.checkpoint.safetensors import CheckpointIndex, StoredTensor
+from airstream.checkpoint.safetensors import open_safetensors
+from airstream.checkpoint.stored import StoredTensor
 from airstream.cli import main
 from airstream.layout.parts import Kind
 from airstream.layout.slab import pack
@@ -38,8 +39,8 @@ from airstream.repacking import write as write_module
 from airstream.repacking.manifest import JOURNAL, MANIFEST, read_manifest
 from airstream.repacking.plan import Member, Order, parse_layers, plan_shards
 from airstream.reporting import units as units_module
-from airstream.transfer.backends import packing_of
 from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.packing import packing_of
 from tests.checkpoint.test_pickles import Save, resident, save, transposed, weights_of  # noqa: F401 - `save` is a fixture
 from tests.conftest import WriteTiny, stream
 from tests.end_to_end.test_exactness import BF16, FP32, assert_equal
@@ -82,7 +83,7 @@ def test_the_same_model(tiny: WriteTiny, tmp_path: Path, name: str, dtype: torch
 @pytest.mark.parametrize("name", ["llama-sharded", "mixtral"])
 def test_each_layer_is_one_run_on_a_page(tiny: WriteTiny, tmp_path: Path, name: str) -> None:
     out = airstream.repack(tiny(name, BF16), tmp_path / "out", progress=False)
-    index = CheckpointIndex.open(out)
+    index = open_safetensors(out)
     for layer in range(4):
         tensors = sorted((t for t in index.values() if t.name.startswith(LAYER.format(layer))), key=lambda t: t.offset)
         assert len({tensor.file for tensor in tensors}) == 1

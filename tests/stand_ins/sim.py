@@ -46,8 +46,8 @@ from torch.utils._pytree import tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 if TYPE_CHECKING:
-    from airstream.transfer.base import Stream
     from airstream.transfer.host_memory import HostBuffer
+    from airstream.transfer.runtime import Stream
 
 __all__ = ["RaceError", "SimDevice", "SimEvent", "SimRuntime", "SimStream", "SimTensor"]
 

@@ -25,7 +25,7 @@ from tests.stand_ins import sim as sim_module
 from tests.stand_ins.sim import Access, History, RaceError, SimDevice, SimEvent, SimRuntime, SimStream, SimTensor
 
 if TYPE_CHECKING:
-    from airstream.transfer.base import Runtime
+    from airstream.transfer.runtime import Runtime
 
 NBYTES = 64  # of a slot
 

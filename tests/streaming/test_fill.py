@@ -20,7 +20,8 @@ from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES, WeightFile
 from airstream.transfer.jobs import ReadCancelled
 from airstream.transfer.machinery import Machinery
-from airstream.transfer.reader import Piece, Reader
+from airstream.transfer.piece import Piece
+from airstream.transfer.reader import Reader
 
 CONTENT = random.Random(5).randbytes(12 * PAGE_BYTES)
 NOTHING = Slab(0, (), {}, ())

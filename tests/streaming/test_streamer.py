@@ -28,7 +28,8 @@ from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.jobs import Job, ReadCancelled
 from airstream.transfer.machinery import Machinery
-from airstream.transfer.reader import Landing, Piece, Reader
+from airstream.transfer.piece import Landing, Piece
+from airstream.transfer.reader import Reader
 
 CHUNK_BYTES = 8192
 NUM_PAGES = 64

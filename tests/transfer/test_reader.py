@@ -23,7 +23,8 @@ from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.jobs import Job, ReadCancelled
 from airstream.transfer.landing import HostLanding, Staging
-from airstream.transfer.reader import Cast, Piece, Reader, split
+from airstream.transfer.piece import Cast, Piece, split
+from airstream.transfer.reader import Reader
 
 FILE_BYTES = 200_001  # ends neither on a page nor on a sector
 CONTENT = random.Random(0).randbytes(FILE_BYTES)

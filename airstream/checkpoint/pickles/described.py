@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from airstream.checkpoint.safetensors import ITEM_BYTES
+from airstream.checkpoint.stored import ITEM_BYTES
 from airstream.reporting.units import counted
 
 MAX_DIMENSIONS = 64

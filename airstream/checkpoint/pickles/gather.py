@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from airstream.checkpoint.pickles.tensors import ScatteredTensor
-from airstream.checkpoint.safetensors import ITEM_BYTES, StoredTensor, read_header
+from airstream.checkpoint.safetensors import read_header
 from airstream.checkpoint.safetensors_writer import header_bytes
+from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
 from airstream.errors import CheckpointError
 from airstream.system.cache import cache_folder, make_once
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 from airstream.checkpoint.pickles.archive import Record, read_records
 from airstream.checkpoint.pickles.described import PickledStorage, PickledTensor
 from airstream.checkpoint.pickles.unpickle import MAX_PICKLE_BYTES, SMALL_WORK, unpickle
-from airstream.checkpoint.safetensors import ITEM_BYTES, StoredTensor
+from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
 from airstream.errors import CheckpointError
 from airstream.reporting.units import counted
 from airstream.system.foreign_files import open_regular

@@ -1,4 +1,4 @@
-"""This has the table of block types, and decodes any number of blocks with little memory."""
+"""This decodes any number of blocks with little memory, by the table of what takes each type apart."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
 
+from airstream.codecs.block_types import BlockType
 from airstream.codecs.grids import by_gguf
 from airstream.codecs.native import DTYPES, kernel
 from airstream.codecs.simple import iq4_nl, mxfp4, q4_0, q4_1, q5_0, q5_1, q8_0
@@ -36,50 +36,31 @@ MEASURED_ELEMENTS = 2 << 20
 """Numbers that are decoded to know the rate: more than a core's own cache holds, as what is decoded later will be."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockType:
-    """Numbers that are stored together.
-
-    Attributes:
-        elements: numbers in a block.
-        nbytes: bytes of a block.
-        unpack: takes blocks (n, nbytes) in uint8 apart.
-    """
-
-    name: str
-    elements: int
-    nbytes: int
-    unpack: Callable[[torch.Tensor], Unpacked]
-
-
-BLOCK_TYPES: Mapping[str, BlockType] = {
-    block.name: block
-    for block in (
-        BlockType("Q4_0", 32, 18, q4_0),
-        BlockType("Q4_1", 32, 20, q4_1),
-        BlockType("Q5_0", 32, 22, q5_0),
-        BlockType("Q5_1", 32, 24, q5_1),
-        BlockType("Q8_0", 32, 34, q8_0),
-        BlockType("Q2_K", 256, 84, q2_k),
-        BlockType("Q3_K", 256, 110, q3_k),
-        BlockType("Q4_K", 256, 144, q4_k),
-        BlockType("Q5_K", 256, 176, q5_k),
-        BlockType("Q6_K", 256, 210, q6_k),
-        BlockType("IQ4_NL", 32, 18, iq4_nl),
-        BlockType("IQ4_XS", 256, 136, iq4_xs),
-        BlockType("MXFP4", 32, 17, mxfp4),
-        BlockType("IQ1_S", 256, 50, by_gguf("IQ1_S")),
-        BlockType("IQ1_M", 256, 56, by_gguf("IQ1_M")),
-        BlockType("IQ2_XXS", 256, 66, by_gguf("IQ2_XXS")),
-        BlockType("IQ2_XS", 256, 74, by_gguf("IQ2_XS")),
-        BlockType("IQ2_S", 256, 82, by_gguf("IQ2_S")),
-        BlockType("IQ3_XXS", 256, 98, by_gguf("IQ3_XXS")),
-        BlockType("IQ3_S", 256, 110, by_gguf("IQ3_S")),
-        BlockType("TQ1_0", 256, 54, by_gguf("TQ1_0")),
-        BlockType("TQ2_0", 256, 66, by_gguf("TQ2_0")),
-    )
+UNPACK: Mapping[str, Callable[[torch.Tensor], Unpacked]] = {
+    "Q4_0": q4_0,
+    "Q4_1": q4_1,
+    "Q5_0": q5_0,
+    "Q5_1": q5_1,
+    "Q8_0": q8_0,
+    "Q2_K": q2_k,
+    "Q3_K": q3_k,
+    "Q4_K": q4_k,
+    "Q5_K": q5_k,
+    "Q6_K": q6_k,
+    "IQ4_NL": iq4_nl,
+    "IQ4_XS": iq4_xs,
+    "MXFP4": mxfp4,
+    "IQ1_S": by_gguf("IQ1_S"),
+    "IQ1_M": by_gguf("IQ1_M"),
+    "IQ2_XXS": by_gguf("IQ2_XXS"),
+    "IQ2_XS": by_gguf("IQ2_XS"),
+    "IQ2_S": by_gguf("IQ2_S"),
+    "IQ3_XXS": by_gguf("IQ3_XXS"),
+    "IQ3_S": by_gguf("IQ3_S"),
+    "TQ1_0": by_gguf("TQ1_0"),
+    "TQ2_0": by_gguf("TQ2_0"),
 }
-"""Every block type by its name in GGUF."""
+"""Takes blocks (n, nbytes) in uint8 apart, by the name of their type."""
 
 
 def decode_into(target: torch.Tensor, raw: torch.Tensor, block: BlockType) -> None:
@@ -109,7 +90,7 @@ def decode_with_torch(target: torch.Tensor, raw: torch.Tensor, block: BlockType)
     slice_blocks = (HOST_SLICE_ELEMENTS if on_host else DEVICE_SLICE_ELEMENTS) // block.elements
     step_blocks = STEP_ELEMENTS // block.elements if on_host else slice_blocks
     for start in range(0, len(blocks), slice_blocks):
-        unpacked = block.unpack(blocks[start : start + slice_blocks])
+        unpacked = UNPACK[block.name](blocks[start : start + slice_blocks])
         for first in range(0, len(unpacked.numbers), step_blocks):
             step = slice(first, first + step_blocks)
             some, scale, shift = (None if part is None else part[step] for part in unpacked)

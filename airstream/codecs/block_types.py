@@ -1,0 +1,53 @@
+"""This has the table of block types: how many numbers a block has, and how many bytes.
+
+It is all that whoever reads headers has to know of packed weights. It refuses to know how a block is decoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class BlockType:
+    """Numbers that are stored together.
+
+    Attributes:
+        elements: numbers in a block.
+        nbytes: bytes of a block.
+    """
+
+    name: str
+    elements: int
+    nbytes: int
+
+
+BLOCK_TYPES: Mapping[str, BlockType] = {
+    block.name: block
+    for block in (
+        BlockType("Q4_0", 32, 18),
+        BlockType("Q4_1", 32, 20),
+        BlockType("Q5_0", 32, 22),
+        BlockType("Q5_1", 32, 24),
+        BlockType("Q8_0", 32, 34),
+        BlockType("Q2_K", 256, 84),
+        BlockType("Q3_K", 256, 110),
+        BlockType("Q4_K", 256, 144),
+        BlockType("Q5_K", 256, 176),
+        BlockType("Q6_K", 256, 210),
+        BlockType("IQ4_NL", 32, 18),
+        BlockType("IQ4_XS", 256, 136),
+        BlockType("MXFP4", 32, 17),
+        BlockType("IQ1_S", 256, 50),
+        BlockType("IQ1_M", 256, 56),
+        BlockType("IQ2_XXS", 256, 66),
+        BlockType("IQ2_XS", 256, 74),
+        BlockType("IQ2_S", 256, 82),
+        BlockType("IQ3_XXS", 256, 98),
+        BlockType("IQ3_S", 256, 110),
+        BlockType("TQ1_0", 256, 54),
+        BlockType("TQ2_0", 256, 66),
+    )
+}
+"""Every block type by its name in GGUF."""

@@ -1,0 +1,44 @@
+"""This refuses what cannot be done to a weight, which is the checkpoint's and in memory only while it computes.
+
+It has the words. It refuses to know what a weight is: whoever stands for one has found out what is done to it.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from airstream.errors import UnsupportedError
+
+
+def refuse_remaking() -> NoReturn:
+    """Raise because somebody makes a weight of the class of another one: tools that move parameters do."""
+    raise UnsupportedError(
+        "a streamed model's weights cannot be moved, offloaded or exchanged by other tools, such as accelerate's "
+        "cpu_offload: it streams them itself. Give from_pretrained() the device= and max_memory= that the model is to "
+        "have, or load the checkpoint with transformers for such a tool"
+    )
+
+
+def refuse_storage(name: str) -> NoReturn:
+    """Raise because somebody asks for the storage of weight `name`: what writes files, or looks for tied weights."""
+    raise UnsupportedError(
+        f"{name!r} has no storage of its own: a streamed model has its weights in place only while it computes, side "
+        "by side. Make copies, {name: weight.clone() for name, weight in model.state_dict().items()}, if there is "
+        "memory for them: those have one, and can be saved"
+    )
+
+
+def refuse_gradient(name: str) -> NoReturn:
+    """Raise because weight `name` is asked for a gradient: an optimizer would change it."""
+    raise UnsupportedError(
+        f"{name!r} has no gradient: a streamed model's weights are not kept. Fine-tune the checkpoint with "
+        "transformers or PEFT"
+    )
+
+
+def refuse_change(name: str) -> NoReturn:
+    """Raise because weight `name` has been changed, or is about to be."""
+    raise UnsupportedError(
+        f"{name!r} has been replaced or changed: a streamed model takes its weights from the checkpoint alone. Change "
+        "and save the checkpoint with transformers, and stream that"
+    )
