@@ -48,6 +48,7 @@ def greedy(model: Any, inputs: Mapping[str, torch.Tensor], new_tokens: int = 8) 
     return model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False).cpu()
 
 
+@torch.no_grad()
 def logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits.cpu()
 

@@ -148,3 +148,35 @@ def test_it_cannot_be_asked_for_again(model: Any) -> None:
     for ask in (lambda weight: weight.requires_grad_(), lambda weight: setattr(weight, "requires_grad", True)):
         with pytest.raises(UnsupportedError, match="Fine-tune"):
             ask(model.lm_head.weight)
+
+
+def test_what_stays_outside_the_layers_asks_when_it_is_called_alone(model: Any) -> None:
+    """As projectors are, which have no layers to take a turn for them."""
+    seen: list[bool] = []
+    norm, hidden = model.model.norm, torch.ones(1, 3, model.config.hidden_size)
+    norm.register_forward_pre_hook(lambda module, _: seen.append(torch_sees(module.weight)))
+    with torch.no_grad():
+        norm(hidden)
+    assert not norm(hidden).requires_grad
+    model(IDS)
+    assert seen == [True, False, True]
+    assert not torch_sees(norm.weight)
+
+
+@pytest.mark.parametrize("path", ["model.layers.1", "model.norm"])
+def test_an_interrupted_call_of_a_part_is_not_taken_for_one_under_way(model: Any, path: str) -> None:
+    """Its end was not seen. Then the module runs in a pass of the whole model, whose turn would end there."""
+    part, hidden = model.get_submodule(path), torch.ones(1, 3, model.config.hidden_size)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = part.register_forward_pre_hook(interrupt)
+    position = model.model.rotary_emb(hidden, torch.arange(3)[None])
+    with pytest.raises(KeyboardInterrupt):
+        part(hidden, **({} if path == "model.norm" else {"position_embeddings": position}))
+    handle.remove()
+    seen: list[bool] = []
+    model.lm_head.register_forward_pre_hook(lambda module, _: seen.append(torch_sees(module.weight)))
+    model(IDS)
+    assert seen == [True]

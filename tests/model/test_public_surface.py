@@ -5,6 +5,7 @@ A method that transformers adds is in no table, and fails the test: somebody has
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -185,7 +186,8 @@ def test_every_public_method_is_in_one_table() -> None:
 
 @pytest.mark.parametrize("name", EQUAL)
 def test_equal(model: Any, resident: Resident, name: str) -> None:
-    assert_same(EQUAL[name](model), EQUAL[name](resident("llama-tied", FP32, FP32)))
+    reference = copy.deepcopy(resident("llama-tied", FP32, FP32))  # some of it changes the model
+    assert_same(EQUAL[name](model), EQUAL[name](reference))
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
