@@ -144,7 +144,7 @@ class Engine:
                 self.plans.admit(beside)
             self._kernel_limit.set()
             gives_back = self.device.type == "cpu" and self.plans.activation_bytes(work) >= GIVEN_BACK_BYTES
-            with giving_back(gives_back), self.observer.one_pass(lambda: work):
+            with giving_back(gives_back), self.observer.one_pass(work):
                 yield
 
     @contextmanager

@@ -157,7 +157,7 @@ def test_interleaved_generations_give_what_they_give_alone(
     reference = resident(name, FP32, FP32)
     with stream(tiny(name, FP32), layers_per_batch=1, prefetch_batches=prefetch_batches) as model:
         order: list[int] = []
-        model._engine.observer.watchers.append(lambda: order.append(threading.get_ident()))
+        model.register_forward_hook(lambda *_: order.append(threading.get_ident()))
         calls = [
             InThread(lambda ids=ids, kwargs=kwargs: model.generate(ids, **kwargs))
             for ids, kwargs in zip(inputs, options, strict=True)
@@ -288,7 +288,7 @@ def test_the_kv_caches_of_all_generations_are_in_the_plan(folder: Path, referenc
     budget = least_memory(folder, **(STREAMING | options))["cpu"] + 400_000
     with stream(folder, max_memory=budget, **options) as model:
         normal, planned = model.plan, []
-        model._engine.observer.watchers.append(lambda: planned.append(model.plan))
+        model.register_forward_hook(lambda *_: planned.append(model.plan))
 
         def begin_second() -> None:
             InThread(lambda: model.generate(IDS, **greedy(150))).finish(120)
@@ -347,7 +347,7 @@ def test_generations_of_a_model_that_keeps_something_of_them_come_one_after_the_
 ) -> None:
     monkeypatch.setattr(generations, "kept_state", lambda _: "self.of_this_generation")
     order: list[int] = []
-    model._engine.observer.watchers.append(lambda: order.append(threading.get_ident()))
+    model.register_forward_hook(lambda *_: order.append(threading.get_ident()))
     calls = [InThread(lambda: model.generate(IDS, **greedy(6))) for _ in range(3)]
     calls.append(InThread(lambda: model(IDS)))
     for call in calls[:3]:

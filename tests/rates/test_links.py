@@ -139,8 +139,7 @@ def said_by_the_live_line(model: Any) -> str:
     """What it names as the source of bytes, "" if it has none."""
     line = LiveLine(model._engine.observer, model.stats, lambda *_: None)
     with line.following():
-        for _ in range(3):
-            model(IDS.to(model.device))
+        model.generate(IDS.to(model.device), max_new_tokens=3, do_sample=False)
     return source_in(line.text())
 
 
