@@ -9,7 +9,7 @@ Whether somebody has changed a weight is asked each time its layer runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -18,8 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from airstream.errors import UnsupportedError
 from airstream.layout.tensors import TensorSpec
 from airstream.model.binding import Binder, Binding, Views
-from airstream.model.conversion import Converter
 from airstream.model.direct import Direct
+from airstream.model.hook import Hook
 from airstream.model.refusals import refuse_tracing
 from airstream.reporting.probe import Probe
 from airstream.streaming.fill import Fill, Resident
@@ -51,20 +51,6 @@ class _Batch:
             for handle in self.parts:
                 handle.remove()
             self.parts.clear()
-
-
-class Hook:
-    """Calls `function`; in a copy of the module, pickled or not, which has weights of its own, nothing."""
-
-    def __init__(self, function: Callable[..., None] | None = None) -> None:
-        self._function = function
-
-    def __call__(self, *args: object) -> None:
-        if self._function is not None:
-            self._function(*args)
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[()]]:
-        return Hook, ()
 
 
 class Residency:
@@ -252,7 +238,7 @@ class Residency:
     def _settle(self, batch: _Batch) -> None:
         """Bind what stays in memory, for good."""
         for resident, binding in batch.resident:
-            settle(resident, self._convert)
+            resident.convert_once(self._convert.fill)
             binding.bind(binding.views(resident.memory, resident.slab.offsets))
         batch.is_settled = True
 
@@ -262,13 +248,6 @@ def _check(bindings: Sequence[Binding], handled: BaseException | None) -> None:
     if sys.exc_info()[1] is handled:
         for binding in bindings:
             binding.check()
-
-
-def settle(resident: Resident, convert: Converter) -> None:
-    """Run the conversions that tensors which have just been loaded for good ask for. Once."""
-    if not resident.converted:
-        convert.fill(resident.slab, resident.memory)
-        resident.converted = True
 
 
 def _parts(unit: nn.Module, name: str, fill: Fill) -> list[nn.Module]:

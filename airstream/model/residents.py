@@ -13,7 +13,6 @@ from airstream.layout.slab import Slab, distinct, pack
 from airstream.layout.tensors import TensorSpec
 from airstream.model.binding import Binder, Binding
 from airstream.model.conversion import Converter, view_of
-from airstream.model.residency import settle
 from airstream.model.row_table import FetchTable, RowTable
 from airstream.model.stored import row_fetcher
 from airstream.streaming.fill import Resident
@@ -83,7 +82,7 @@ def _whole_table(
         fence = machinery.backend.new_fence()
         machinery.backend.end_fill(fence)
         machinery.backend.wait_filled(fence)  # the copies that brought it may still be queued
-        settle(resident, convert)
+        resident.convert_once(convert.fill)
         if listener := machinery.probe.listener:  # this once: from here on no row comes from disk
             listener.begin_wait()
             listener.waited_for_rows(resident.slab.read_bytes)

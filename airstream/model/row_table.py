@@ -13,7 +13,7 @@ from torch import nn
 
 from airstream.errors import ArgumentError, UnsupportedError
 from airstream.model.absent import Absent
-from airstream.model.residency import Hook
+from airstream.model.hook import Hook
 from airstream.model.stored import FetchRows
 from airstream.reporting.units import counted
 

@@ -35,6 +35,12 @@ class Resident:
     loaded: bool = False
     converted: bool = False
 
+    def convert_once(self, convert: Callable[[Slab, torch.Tensor], None]) -> None:
+        """Have `convert` make of the bytes, which have just been loaded, what they are to be. Once."""
+        if not self.converted:
+            convert(self.slab, self.memory)
+            self.converted = True
+
 
 @dataclass(slots=True, eq=False)
 class Hosted:
