@@ -37,6 +37,7 @@ from airstream.plan.policy import GIVEN_BACK_BYTES
 from airstream.plan.request import Workload
 from airstream.profiling.observer import Observer
 from airstream.reporting.stats import MeasuredLink
+from airstream.streaming.measure import measure_link
 from airstream.streaming.store import Store
 from airstream.system.heap import giving_back
 from airstream.system.kernels import KernelLimit
@@ -218,7 +219,7 @@ class Engine:
         with self.guard():
             assert self._executor is not None  # an open engine has one
             try:
-                return self._executor.streamer.measure_link()
+                return measure_link(self._executor.streamer)
             finally:
                 self.observer.forget_spans()
 
