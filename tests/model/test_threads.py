@@ -18,7 +18,6 @@ import pytest
 import torch
 import transformers
 from transformers import LogitsProcessor
-from transformers.generation.streamers import BaseStreamer
 
 from airstream import BudgetError, ClosedError, UnsupportedError
 from airstream.compat.kept_state import kept_state
@@ -29,6 +28,7 @@ from airstream.plan.request import Workload
 from airstream.system.forks import FORKED_INSIDE
 from tests.conftest import STREAMING, Readers, Resident, WriteTiny, least_memory, smallest_budget, stream
 from tests.stand_ins.sim import SimDevice
+from tests.stand_ins.streamers import After
 from tests.stand_ins.threads import InThread
 from tests.stand_ins.tiny_models import VOCAB_SIZE
 
@@ -69,23 +69,6 @@ class Noise(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uniform = torch.rand(scores.shape, generator=self.generator).clamp_min(1e-9)
         return scores - torch.log(-torch.log(uniform))
-
-
-class After(BaseStreamer):
-    """Calls a function, once, when a token has come after the prompt, in the middle of `generate`."""
-
-    def __init__(self, react: Callable[[], Any]) -> None:
-        self.react = react
-        self.count = 0
-        self.result: Any = None
-
-    def put(self, value: torch.Tensor) -> None:
-        self.count += 1
-        if self.count == 3:
-            self.result = self.react()
-
-    def end(self) -> None:
-        pass
 
 
 # --------------------------------------------------------------------------------------------------------------- turns

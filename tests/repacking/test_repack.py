@@ -42,7 +42,7 @@ from airstream.transfer.backends import packing_of
 from airstream.transfer.files import PAGE_BYTES
 from tests.checkpoint.test_pickles import Save, resident, save, transposed, weights_of  # noqa: F401 - `save` is a fixture
 from tests.conftest import WriteTiny, stream
-from tests.end_to_end.test_exactness import BF16, FP32, assert_equal
+from tests.stand_ins.comparing import BF16, FP32, assert_equal
 
 LAYER = "model.layers.{}."
 
