@@ -98,7 +98,7 @@ def _rows(facts: ModelFacts, question: Question, machines: Sequence[Machine]) ->
 
 def _row(precision: str, machine: Machine, facts: ModelFacts, plan: Plan, needed: int, fits: bool) -> Row:
     card = find_card(str(machine.gpu))
-    vram, ram = plan.tiers.values()
+    vram, ram = plan.tiers[plan.computes_on], plan.tiers[HOST]
     per_token = facts.footprint.kv_elements * facts.footprint.item_bytes
     row = Row(
         model=facts.name,

@@ -98,13 +98,19 @@ def of_generation(
 def accepted_tokens(
     result: Any, is_encoder_decoder: bool, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> int | None:
-    """How many tokens a generation gave each sequence: its `result` has the ids of the prompt, too, if it had ids."""
+    """How many tokens a generation gave each sequence: its `result` has the ids of the prompt, too. None if not."""
     ids, sequences = _inputs(args, {"input_ids": kwargs.get("inputs"), **kwargs}), getattr(result, "sequences", result)
     if is_encoder_decoder or ids is None or kwargs.get("inputs_embeds") is not None:
         return None
     if ids.dim() != 2 or not isinstance(sequences, torch.Tensor) or sequences.dim() != 2:
         return None  # some models give several codes for a step
-    return sequences.shape[1] - ids.shape[1]
+    prompt = sequences[0, : ids.shape[1]]
+    return sequences.shape[1] - ids.shape[1] if torch.equal(prompt, ids[0].to(prompt.device)) else None
+
+
+def is_draft(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether `generate(*args, **kwargs)` is asked for a draft, which another generation checks."""
+    return bool(getattr(_given_config(args, kwargs), "is_assistant", False))
 
 
 def asks_for_length(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

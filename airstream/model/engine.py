@@ -37,6 +37,7 @@ from airstream.plan.policy import GIVEN_BACK_BYTES
 from airstream.plan.request import Workload
 from airstream.profiling.observer import Observer
 from airstream.reporting.stats import MeasuredLink
+from airstream.streaming.measure import measure_link
 from airstream.streaming.store import Store
 from airstream.system.heap import giving_back
 from airstream.system.kernels import KernelLimit
@@ -145,7 +146,7 @@ class Engine:
                 self.plans.admit(beside)
             self._kernel_limit.set()
             gives_back = self.device.type == "cpu" and self.plans.activation_bytes(work) >= GIVEN_BACK_BYTES
-            with giving_back(gives_back), self.observer.one_pass(lambda: work):
+            with giving_back(gives_back), self.observer.one_pass(work):
                 yield
 
     @contextmanager
@@ -221,7 +222,7 @@ class Engine:
         with self.guard():
             assert self._executor is not None  # an open engine has one
             try:
-                return self._executor.streamer.measure_link()
+                return measure_link(self._executor.streamer)
             finally:
                 self.observer.forget_spans()
 

@@ -25,7 +25,7 @@ class Gate:
 
     Args:
         ready: called whenever somebody comes in.
-        let_go: called when the outermost use has failed.
+        let_go: called at the end of the outermost use.
         after_fork: called in a forked child before anybody comes in; raises if the model does not work there.
 
     Attributes:
@@ -118,11 +118,9 @@ class Gate:
         is_outermost = self.turns.depth == 1
         try:
             yield
-        except BaseException:
+        finally:
             if is_outermost:
                 self._let_go()
-            raise
-        finally:
             if is_outermost and self._closed:
                 self.closing.close()
 

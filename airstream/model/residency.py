@@ -1,8 +1,8 @@
 """The hooks here have a layer's weights in place exactly while the layer runs.
 
-transformers owns the forward pass; this owns what its modules contain. Before a unit runs, the batch it belongs to is
-acquired from the streamer and its streamed tensors are bound; after it has run, or failed, they are unbound; after the
-last unit of the batch, the batch is released. Tensors that stay in memory are bound once, when they have been loaded.
+transformers owns the forward pass; this owns what its modules contain. Before a unit runs, a lease of its batch is
+taken from the streamer and its streamed tensors are bound; after it has run, or failed, they are unbound; after the
+last unit of the batch, the lease is given back. Tensors that stay in memory are bound once, when they have been loaded.
 Whether somebody has changed a weight is asked each time its layer runs.
 """
 
@@ -23,6 +23,7 @@ from airstream.model.hook import Hook
 from airstream.model.refusals import refuse_tracing
 from airstream.reporting.probe import Probe
 from airstream.streaming.fill import Fill, Resident
+from airstream.streaming.lease import Lease
 from airstream.streaming.streamer import Streamer
 
 MAX_VIEWS_PER_BATCH = 16
@@ -79,7 +80,7 @@ class Residency:
         self._batches: list[_Batch] = []
         self._views: dict[tuple[int, int], list[Views]] = {}
         self._handles: list[RemovableHandle] = []
-        self._held: int | None = None
+        self._lease: Lease | None = None
         self._running: str | None = None
         self._bound: list[Views] = []
         for number, (units, fill) in enumerate(zip(batches, fills, strict=False)):  # tables have no units
@@ -97,14 +98,14 @@ class Residency:
                 binding.check()
 
     def let_go(self) -> None:
-        """Unbind whatever is streamed and bound, and release the batch that is held. Idempotent."""
+        """Unbind whatever is streamed and bound, and give back its batch. Idempotent."""
         self._running = None
-        if self._held is None:
+        if self._lease is None:
             return
-        batch, self._held = self._held, None
-        for binding in self._batches[batch].streamed:
+        lease, self._lease = self._lease, None
+        for binding in self._batches[lease.region.batch].streamed:
             binding.unbind()
-        self._streamer.release(batch)
+        lease.end()
 
     def close(self) -> None:
         """Remove the hooks, unbind everything and forget all views of the ring. Idempotent."""
@@ -216,12 +217,11 @@ class Residency:
         self._running = name
 
     def _hold(self, number: int) -> None:
-        if self._held == number:
+        if self._lease is not None and self._lease.region.batch == number:
             return
         self.let_go()
-        region = self._streamer.acquire(number)
-        self._held = number
-        batch = self._batches[number]
+        self._lease = self._streamer.lease(number)
+        region, batch = self._lease.region, self._batches[number]
         if not batch.is_settled:
             self._settle(batch)
         slab = batch.fill.slab

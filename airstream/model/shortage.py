@@ -39,7 +39,7 @@ def explained(plan: Callable[[], Plan | None]) -> Iterator[None]:
 
 def _by_plan(shortage: ShortageError, plan: Plan) -> BudgetError:
     """The same, in the terms of `plan`."""
-    name = HOST if shortage.is_on_host else next(iter(plan.tiers))
+    name = HOST if shortage.is_on_host else plan.computes_on
     tier = plan.tiers[name]
     memory, key = ("host memory", f'"{name}"') if name == HOST else (f"memory of device {name}", name)
     peak = format_bytes(tier.peak_bytes)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from airstream.compat.steps import SaysSteps
 from airstream.compat.traits import attention_of
 from airstream.errors import UnsupportedError
 from airstream.model import calls as workload
@@ -146,7 +147,7 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
         return result
 
 
-class StreamedModel(WithAdapters, GuardedModule):
+class StreamedModel(WithAdapters, SaysSteps, GuardedModule):
     """What a streamed model has beyond its transformers class."""
 
     _engine: Engine
@@ -243,14 +244,18 @@ class StreamedModel(WithAdapters, GuardedModule):
         defaults: Any = self.generation_config
         work = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
         prompt_tokens = work.prompt if work is not None else 0
+        is_draft = workload.is_draft(args, kwargs)
         with (
             engine.generation(work, is_asked=workload.asks_for_length(args, kwargs)),
-            engine.observer.one_call(prompt_tokens, engine.gate.turns.hold) as accept,
+            engine.observer.one_call(prompt_tokens, is_draft, engine.gate.turns.hold),
             self._show_progress(work, kwargs.get("streamer") is not None),
         ):
             result = super().generate(*args, **kwargs)
-            accept(workload.accepted_tokens(result, config.is_encoder_decoder, args, kwargs))
+            engine.observer.settle(workload.accepted_tokens(result, config.is_encoder_decoder, args, kwargs))
             return result
+
+    def _accept(self, tokens: int) -> None:
+        self._engine.observer.accept(tokens)
 
 
 def make_streamed(

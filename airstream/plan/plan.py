@@ -57,12 +57,13 @@ class Plan:
     """How a model is going to run. Printable; `to_json` and `from_json` are inverse.
 
     Attributes:
+        computes_on: the name of the tier whose memory the device computes in: that of the ring and of what is resident.
         batches: all layers, and the lm_head if it can be streamed, in the order in which the model lists them.
         layers_per_batch, prefetch_batches: layers that move together; batches that are read ahead.
         ring_bytes: memory on the device that what is streamed passes through.
         tables: embedding tables that are resident, by name, and their bytes.
         rows_from_disk: embedding tables of which only the rows needed are read.
-        tiers: memory by name: "cpu", and the accelerator's index as a string; the one that computes is first.
+        tiers: memory by name: "cpu", and the accelerator's index as a string.
         max_context, max_batch_size: tokens per sequence and sequences that KV cache and activations are planned for.
         prediction: how long it is going to take, if the rates of the machine were given.
         would_help: what would make decoding faster, and how many times, if that was asked for.
@@ -71,6 +72,7 @@ class Plan:
     model: str
     dtype: str
     device: str
+    computes_on: str
     batches: tuple[Batch, ...]
     layers_per_batch: int
     prefetch_batches: int
@@ -109,7 +111,7 @@ class Plan:
     @property
     def work_bytes(self) -> int:
         """What the budget of the computing device leaves for KV cache and activations once the weights are placed."""
-        tier = next(iter(self.tiers.values()))
+        tier = self.tiers[self.computes_on]
         return tier.budget_bytes - tier.peak_bytes + tier.items[KV_CACHE] + tier.items[ACTIVATIONS]
 
     @property

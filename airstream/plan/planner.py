@@ -194,6 +194,7 @@ def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing)
         model=facts.name,
         dtype=facts.dtype,
         device=request.device,
+        computes_on=request.tier,
         batches=batches,
         layers_per_batch=frame.layers,
         prefetch_batches=depth,

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from airstream.errors import ArgumentError
+from airstream.plan.step import Step
 from airstream.rates.facts import HardwareFacts, Rate
 
 DISK, HOST_COPY, H2D, MEMORY, COMPUTE = "disk", "host copy", "H2D", "memory bandwidth", "compute"
@@ -35,7 +36,7 @@ class Traffic:
         on_cpu: the CPU computes; then reading and copying take time from it.
         num_layers: the layers that one pass calls.
         weight_bytes: the bytes of all weights that are multiplied with, resident or not, without embedding rows.
-        head_bytes: those of them that are the lm_head, which sees one position of each sequence.
+        head_bytes: those of them that are the lm_head, which sees the positions that are kept.
         expert_bytes: those of them that are routed experts; one token is routed to `expert_share` of those.
         kv_bytes_per_token: keys and values of one token of one sequence, all layers together.
         attention_width: heads times their width: of the queries of one token in one layer.
@@ -75,15 +76,15 @@ class Traffic:
         """
         return self.weight_bytes - self.expert_bytes * (1 - self.expert_share) ** tokens
 
-    def flops(self, batch_size: int, tokens: int, context: int) -> float:
-        """Floating-point operations of a pass: two per weight and token, four per query element and token attended to.
+    def flops(self, step: Step, context: int) -> float:
+        """Floating-point operations of a step: two per weight and token, four per query element and token attended to.
 
         Every layer is taken to attend to the whole context: for sliding windows that is too many.
         """
         idle_bytes = self.expert_bytes * (1 - self.expert_share)
-        elements = (self.weight_bytes - self.head_bytes - idle_bytes) * tokens + self.head_bytes
-        attention = 4 * self.num_layers * self.attention_width * tokens * context
-        return batch_size * (2 * elements / self.item_bytes + attention)
+        elements = (self.weight_bytes - self.head_bytes - idle_bytes) * step.tokens + self.head_bytes * step.kept
+        attention = 4 * self.num_layers * self.attention_width * step.tokens * context
+        return step.sequences * (2 * elements / self.item_bytes + attention)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,9 +159,10 @@ def predict(traffic: Traffic, hardware: HardwareFacts, batch_size: int, prompt_t
         "h2d_pageable": traffic.h2d_pageable_bytes,
     }
     first = warm | {"disk": traffic.first_disk_bytes, "host_copy": 0, "h2d": traffic.first_h2d_bytes}
-    decode = _links(traffic, hardware, warm, batch_size, 1, context)
-    prefill = _links(traffic, hardware, first, batch_size, prompt_tokens, prompt_tokens)
-    warm_prefill = _links(traffic, hardware, warm, batch_size, prompt_tokens, prompt_tokens)
+    prompt = Step(batch_size, prompt_tokens, kept=1, accepted=1)
+    decode = _links(traffic, hardware, warm, Step(batch_size, 1, kept=1, accepted=1), context)
+    prefill = _links(traffic, hardware, first, prompt, prompt_tokens)
+    warm_prefill = _links(traffic, hardware, warm, prompt, prompt_tokens)
     return Prediction(
         batch_size=batch_size,
         prompt_tokens=prompt_tokens,
@@ -176,18 +178,18 @@ def predict(traffic: Traffic, hardware: HardwareFacts, batch_size: int, prompt_t
 
 
 def _links(
-    traffic: Traffic, hardware: HardwareFacts, moved: Mapping[str, int], batch_size: int, tokens: int, context: int
+    traffic: Traffic, hardware: HardwareFacts, moved: Mapping[str, int], step: Step, context: int
 ) -> dict[str, float]:
-    """Seconds that a pass over `tokens` new tokens per sequence keeps each link busy."""
+    """Seconds that a step keeps each link busy."""
     seconds = dict.fromkeys((DISK, HOST_COPY, H2D, MEMORY, COMPUTE), 0.0)
     for name, nbytes in moved.items():
         if nbytes:
             seconds[LINK_OF_RATE[name]] += nbytes / _rate(hardware, name).per_second
     bandwidth = hardware.weights_rate(traffic.dtype).per_second
-    reading = traffic.touched_bytes(batch_size * tokens) / bandwidth
-    multiplying = traffic.flops(batch_size, tokens, context) / hardware.flops_rate(traffic.dtype).per_second
+    reading = traffic.touched_bytes(step.sequences * step.tokens) / bandwidth
+    multiplying = traffic.flops(step, context) / hardware.flops_rate(traffic.dtype).per_second
     seconds[MEMORY if reading >= multiplying else COMPUTE] += max(reading, multiplying)
-    seconds[MEMORY] += batch_size * context * traffic.kv_bytes_per_token / bandwidth
+    seconds[MEMORY] += step.sequences * context * traffic.kv_bytes_per_token / bandwidth
     seconds[COMPUTE] += traffic.num_layers * hardware.layer_seconds
     if traffic.on_cpu and traffic.reads_ahead:  # else the CPU has nothing better to do while it reads
         seconds[COMPUTE] += moved["disk"] * hardware.disk_cpu_seconds_per_byte / hardware.num_cores

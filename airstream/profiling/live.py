@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
+from airstream.plan.step import Step
 from airstream.profiling.observer import Observer
 from airstream.reporting.notebook import in_notebook
 from airstream.reporting.probe import DISK, H2D, HOST_MEMORY, now
@@ -21,8 +22,8 @@ from airstream.reporting.units import counted, format_bytes, format_rate, format
 
 TQDM_FORMAT = "{percentage:3.0f}%|{bar:20}| {desc}"
 
-RECENT_PASSES = 8
-"""Passes whose mean is shown."""
+RECENT_STEPS = 8
+"""Steps whose mean is shown."""
 
 SLOW_SECONDS = 2.0
 """A token that takes longer shows its layers, too."""
@@ -31,28 +32,31 @@ Progress = bool | Literal["auto"]
 
 
 class LiveLine:
-    """Follows the passes of one thread. Each gives one token, but for a prompt that takes several passes.
+    """Follows the steps of one thread.
 
     Args:
         stats: gives what has been streamed and computed so far.
-        on_pass: called after every pass.
+        on_step: called after every step that gave a token.
         max_tokens: the most that the call may give, if that is known.
+
+    Attributes:
+        tokens: what each sequence has been given.
     """
 
     def __init__(
         self,
         observer: Observer,
         stats: StreamStats,
-        on_pass: Callable[[], None] | None = None,
+        on_step: Callable[[], None] | None = None,
         max_tokens: int | None = None,
     ) -> None:
         self.tokens = 0
         self._observer = observer
         self._stats = stats
-        self._on_pass = on_pass
+        self._on_step = on_step
         self._max_tokens = max_tokens
         self._layers_before = 0
-        self._history: deque[tuple[float, int, int]] = deque(maxlen=RECENT_PASSES + 1)
+        self._history: deque[tuple[float, int, int, int]] = deque(maxlen=RECENT_STEPS + 1)
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -66,19 +70,21 @@ class LiveLine:
         finally:
             self._observer.watchers.remove(self._tick)
 
-    def _tick(self) -> None:
+    def _tick(self, step: Step) -> None:
         if self._thread != threading.get_ident():
             return
-        self.tokens += 1
         self._layers_before = self._stats.layers
-        if self.tokens == 2:
-            self._history.popleft()  # the prompt's pass says little about the ones that follow
+        if not step.accepted:
+            return
+        if self.tokens and not self._history[0][1]:
+            self._history.popleft()  # the prompt's step says little about the ones that follow
+        self.tokens += step.accepted
         self._note()
-        if self._on_pass is not None:
-            self._on_pass()
+        if self._on_step is not None:
+            self._on_step()
 
     def _note(self) -> None:
-        self._history.append((now(), self._stats.streamed_bytes, self._stats.host_bytes))
+        self._history.append((now(), self.tokens, self._stats.streamed_bytes, self._stats.host_bytes))
 
     def text(self) -> str:
         """What is to be shown now. May be asked for by any thread."""
@@ -86,7 +92,7 @@ class LiveLine:
 
     def _about_prompt(self) -> str:
         """`"reading the prompt [###.................] layer 12 of 80, 1.9 GB/s, about 40 s"`."""
-        start, bytes_before, _ = self._history[0]
+        start, _, bytes_before, _ = self._history[0]
         seconds = now() - start
         layer, layers = self._layer()
         parts = [f"reading the prompt {bar(max(layer - 1, 0) / layers)} layer {layer} of {layers}"]
@@ -105,8 +111,8 @@ class LiveLine:
     def _about_tokens(self) -> str:
         """`"12 tokens, 1.66 s/token, 2.21 GB/s from disk (96 %), 2.93 GiB"`."""
         history = list(self._history)
-        (start, *before), (end, *after) = history[0], history[-1]
-        seconds = (end - start) / max(1, len(history) - 1)
+        (start, tokens_before, *before), (end, tokens_after, *after) = history[0], history[-1]
+        seconds = (end - start) / max(1, tokens_after - tokens_before)
         tokens = counted(self._max_tokens or self.tokens, "token")
         parts = [f"{self.tokens:,} of {tokens}" if self._max_tokens else tokens, f"{format_seconds(seconds)}/token"]
         for source, limited_by, old, new in zip(
@@ -152,14 +158,14 @@ def _tqdm(observer: Observer, stats: StreamStats, max_tokens: int | None) -> Ite
     out: Any = sys.stdout if in_notebook() else sys.stderr
     with tqdm(total=max_tokens, file=out, unit=" tokens", bar_format=TQDM_FORMAT) as shown:
 
-        def on_pass() -> None:
+        def on_step() -> None:
             shown.set_description_str(line.text(), refresh=False)
-            shown.update(1 if not max_tokens or line.tokens <= max_tokens else 0)
+            shown.update(min(line.tokens, max_tokens or line.tokens) - shown.n)
 
         def before_the_first_token() -> None:
             if not line.tokens:
                 shown.set_description_str(line.text())
 
-        line = LiveLine(observer, stats, on_pass)
+        line = LiveLine(observer, stats, on_step)
         with line.following(), repeating(before_the_first_token):
             yield

@@ -9,6 +9,8 @@ from functools import partial
 
 from airstream.plan.plan import Plan
 from airstream.plan.request import HOST, Request, Workload
+from airstream.plan.step import Step
+from airstream.profiling.call import Call
 from airstream.profiling.profile import Profile
 from airstream.profiling.profile_data import MemoryUse
 from airstream.profiling.recorder import Recorder
@@ -16,8 +18,6 @@ from airstream.rates.facts import Rate
 from airstream.reporting.probe import DISK, H2D, HOST_COPY, now
 from airstream.system.memory import PeakMemory, process_bytes
 from airstream.transfer.machinery import Machinery
-
-Accept = Callable[[int | None], None]
 
 
 class Observer:
@@ -28,7 +28,8 @@ class Observer:
         plan: gives the plan that is being followed.
 
     Attributes:
-        watchers: called after every pass, by the thread that ran it.
+        watchers: told every step, by the thread that took it, when it is known what it gives: of a generation, before
+            its next pass; of a pass that nobody generates with, at its end.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Observer:
         host_bytes: int,
         plan: Callable[[], Plan],
     ) -> None:
-        self.watchers: list[Callable[[], None]] = []
+        self.watchers: list[Callable[[Step], None]] = []
         self.last_profile: Profile | None = None
         self._request = request
         self._probe = machinery.probe
@@ -49,7 +50,7 @@ class Observer:
         self._plan = plan
         self._recorder: Recorder | None = None
         self._inside = False
-        self._mine = threading.local()  # `call`: the innermost call that this thread is in
+        self._mine = threading.local()  # `call`: the innermost call that this thread is in, and who records it
 
     def after_fork(self) -> None:
         """In a forked child: passes and calls of the parent's threads do not end here."""
@@ -91,43 +92,64 @@ class Observer:
         self._recorder = self._probe.listener = recorder
 
     @contextmanager
-    def one_call(self, prompt_tokens: int, turn: Callable[[], AbstractContextManager[None]]) -> Iterator[Accept]:
+    def one_call(
+        self, prompt_tokens: int, is_draft: bool, turn: Callable[[], AbstractContextManager[None]]
+    ) -> Iterator[None]:
         """Around `generate` on a prompt of so many tokens, 0 if that is not known. Others may be under way.
 
         Args:
+            is_draft: it drafts for the call that it is inside of, if it is inside of one.
             turn: nothing else computes while it lasts.
-
-        Yields:
-            What is to be told how many tokens each sequence was given, once that is known.
         """
-        recorder, outer = self._recorder, getattr(self._mine, "call", None)
-        if recorder is None:
-            yield lambda _: None
+        outer, recorder = self._my_call, self._recorder
+        if is_draft and outer[0] is not None:
+            with outer[0].drafting():
+                yield
             return
-        with turn():
-            call = recorder.begin_call(prompt_tokens)
-        self._mine.call = recorder, call
+        call = Call(prompt_tokens)
+        if recorder is not None:
+            with turn():
+                recorder.begin_call(call)
+        self._mine.call = call, recorder
         try:
-            yield partial(setattr, call, "accepted")
+            yield
         finally:
             self._mine.call = outer
-            with turn():
-                recorder.end_call(call)
+            if recorder is not None:
+                with turn():
+                    recorder.end_call(call)
+
+    @property
+    def _my_call(self) -> tuple[Call | None, Recorder | None]:
+        return getattr(self._mine, "call", (None, None))
+
+    def accept(self, tokens: int) -> None:
+        """The generation of the calling thread gives each sequence so many tokens, for the pass that is over."""
+        if (call := self._my_call[0]) is not None:
+            self._tell(call.accept(tokens))
+
+    def settle(self, tokens: int | None) -> None:
+        """The generation of the calling thread has a result of so many tokens per sequence, if that is known."""
+        if (call := self._my_call[0]) is not None:
+            self._tell(call.settle(tokens))
+
+    def _tell(self, step: Step | None) -> None:
+        if step is not None:
+            for watcher in tuple(self.watchers):
+                watcher(step)
 
     @contextmanager
-    def one_pass(self, work: Callable[[], Workload | None]) -> Iterator[None]:
-        """Around a forward pass. A pass within another one, of the base model, is part of it.
-
-        Args:
-            work: says what the pass asks for; only called while profiling.
-        """
+    def one_pass(self, work: Workload | None) -> Iterator[None]:
+        """Around a forward pass that asks for `work`. One within another one, of the base model, is part of it."""
         if self._inside:
             yield
             return
-        recorder, is_complete, self._inside = self._recorder, False, True
-        listening, call = getattr(self._mine, "call", None) or (None, None)
+        (call, listening), recorder, is_complete = self._my_call, self._recorder, False
+        if call is not None:
+            self._tell(call.begin_pass(work))
+        self._inside = True
         if recorder is not None:
-            recorder.begin_pass(work(), call if recorder is listening else None)
+            recorder.begin_pass(work, call if recorder is listening else None)
         try:
             yield
             is_complete = True
@@ -135,8 +157,10 @@ class Observer:
             self._inside = False
             if recorder is not None:
                 recorder.end_pass(is_complete)
-        for watcher in tuple(self.watchers):
-            watcher()
+        if call is not None:
+            call.end_pass(work)
+        else:
+            self._tell(Step.of(work, 0))
 
     def used_bytes(self) -> int:
         """Host memory that the process uses above what it did before the model was loaded."""

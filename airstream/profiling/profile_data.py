@@ -88,13 +88,13 @@ class ProfileData:
     Attributes:
         rates: what each link was measured to be capable of, by its name in `Costs.links`, where that is known.
         is_direct: the disk is read around the page cache; if not, what is "from disk" may come from memory.
-        predicted_seconds: per decoded token, by the plan.
+        predicted_seconds: of a pass that decodes, by the plan.
         prefill, decode: sums over all passes of each kind.
         passes: the first pass, and the latest `MAX_PASSES`.
         layers: by name.
         memory: by tier: "cpu", and the accelerator's index.
         ttft_seconds: what each call of `generate` took to its first new token; the latest `MAX_PASSES`.
-        new_tokens: tokens per sequence that `generate` has chosen; `decoded_tokens`: those of them after a first one.
+        new_tokens: tokens that `generate` has given each sequence; `decoded_tokens`: those by passes that decode.
         spans: the latest, on the clock `probe.now`; `sizes`: (second, what, bytes), for traces.
         started: when the profile began, on that clock.
     """
@@ -138,6 +138,13 @@ class ProfileData:
         return self.decode.wall_seconds / self.decoded_tokens if self.decoded_tokens else None
 
     @property
+    def predicted_seconds_per_token(self) -> float | None:
+        """What the plan says of the passes that decoded, per token that they gave; before there was one, per pass."""
+        if self.predicted_seconds is None or not self.decoded_tokens:
+            return self.predicted_seconds
+        return self.predicted_seconds * self.decode.passes / self.decoded_tokens
+
+    @property
     def bottleneck(self) -> str:
         """What took most of the time: "compute", "sampling and Python", or what computation waited for."""
         costs = self.decode if self.decode.passes else self.prefill
@@ -166,7 +173,7 @@ class ProfileData:
             "new_tokens": self.new_tokens,
             "ttft_seconds": list(self.ttft_seconds),
             "seconds_per_token": self.seconds_per_token,
-            "predicted_seconds_per_token": self.predicted_seconds,
+            "predicted_seconds_per_token": self.predicted_seconds_per_token,
             "is_direct": self.is_direct,
             "rates": {link: _plain(rate) for link, rate in self.rates.items()},
             "memory": {tier: _plain(use) for tier, use in self.memory.items()},

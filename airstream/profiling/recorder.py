@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from airstream.plan.request import Workload
-from airstream.profiling.call import Call, phase_of
+from airstream.profiling.call import DECODE, PREFILL, Call, phase_of
 from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs, LinkUse, add_causes
 from airstream.profiling.intervals import Interval, blame, merge, total
 from airstream.profiling.profile import Profile
@@ -128,17 +128,17 @@ class Recorder:
         current.points.append(self._backend.moment())
         return len(current.points) - 1
 
-    def begin_call(self, prompt_tokens: int = 0) -> Call:
-        """`generate` begins, on a prompt of so many tokens, 0 if that is not known. There may be others under way."""
-        return Call(self._backend.moment(), prompt_tokens)
+    def begin_call(self, call: Call) -> None:
+        """`generate` begins. There may be others under way."""
+        call.start = self._backend.moment()
 
     def end_call(self, call: Call) -> None:
         """It has ended, with a result or without."""
         if self._pass is not None and self._pass.call is call:
             self._finish(self._backend.moment())
-        self._count_first_token(call)
-        self.profile.new_tokens += call.uncounted
-        self.profile.decoded_tokens += call.uncounted
+        self._count_tokens(call)
+        if call.given:
+            self._count_first_token(call)
         self.measure_memory()
 
     def begin_pass(self, work: Workload | None, call: Call | None = None) -> None:
@@ -146,10 +146,14 @@ class Recorder:
         start = self._backend.moment()
         if self._pass is not None:
             start = self._finish(start)
-        if call is not None and not call.passes:
-            start = call.start
+        phase = phase_of(work) if call is None else call.phase
+        if call is not None:
+            start = call.start if call.walks == 1 else start
+            self._count_tokens(call)
+            if phase == DECODE:
+                self._count_first_token(call)
         # Each point is noted once: a device's event is used again once it has been read.
-        self._pass = _Pass(work, phase_of(work, call), [start, self._backend.moment()], call)
+        self._pass = _Pass(work, phase, [start, self._backend.moment()], call)
 
     def end_pass(self, is_complete: bool) -> None:
         """It has ended. What follows until the next one begins, or the call ends, still counts for it."""
@@ -164,8 +168,6 @@ class Recorder:
             unit.end = current.end if unit.end < 0 else unit.end
         if current.call is None:
             self._finish(current.points[current.end])
-        else:
-            current.call.passes += 1
 
     def measure_memory(self) -> None:
         """Note what is used by now."""
@@ -252,26 +254,20 @@ class Recorder:
         if not profile.memory or at[-1] - self._measured_at > MEMORY_SECONDS:
             self.measure_memory()
         self._number += 1
-        self._count_tokens(current, at)
+        if current.call is not None and current.phase == PREFILL:
+            current.call.prefill_end = at[-1] if current.is_complete else None
 
-    def _count_tokens(self, current: _Pass, at: Sequence[float]) -> None:
-        call = current.call
-        if call is None:
-            return
-        if current.phase == "prefill":
-            call.prefill_end = at[-1] if current.is_complete else None
-            return
-        self._count_first_token(call)
-        call.counted += current.is_complete
-        self.profile.new_tokens += current.is_complete
-        self.profile.decoded_tokens += current.is_complete
+    def _count_tokens(self, call: Call) -> None:
+        """Count what the steps of `call` have given since this was asked last, by the thread that generates."""
+        given, decoded = call.counted
+        call.counted = call.given, call.decoded
+        self.profile.new_tokens += call.given - given
+        self.profile.decoded_tokens += call.decoded - decoded
 
     def _count_first_token(self, call: Call) -> None:
         """The prompt is over: its last pass has given the first token."""
         if call.prefill_end is not None:
             self.profile.ttft_seconds.append(call.prefill_end - call.start)
-            call.counted += 1
-            self.profile.new_tokens += 1
             call.prefill_end = None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ class RunReport:
     """Costs of one generation. Seconds are wall time.
 
     Attributes:
+        new_tokens: what each sequence was given; `first_tokens`: those of them that came first, all at once.
         ttft_seconds: from the start of the meter to the first new token.
         streamed_bytes, read_seconds: what was read, and while at least one read was under way.
         stall_seconds: computation waited for reads.
@@ -38,13 +38,14 @@ class RunReport:
     planned_peak_bytes: int
     budget_bytes: int
     source: str = DISK
+    first_tokens: int = 1
 
     @property
     def seconds_per_token(self) -> float:
-        """Seconds for each token after the first, or in all if there is just one."""
-        if self.new_tokens < 2:
-            return self.total_seconds
-        return (self.total_seconds - self.ttft_seconds) / (self.new_tokens - 1)
+        """Seconds for each token after the first ones, or in all if there are no others."""
+        if self.new_tokens <= self.first_tokens:
+            return self.total_seconds / max(self.new_tokens, 1)
+        return (self.total_seconds - self.ttft_seconds) / (self.new_tokens - self.first_tokens)
 
     @property
     def read_bytes_per_second(self) -> float | None:
@@ -57,7 +58,7 @@ class RunReport:
 
     def __str__(self) -> str:
         busy = self.total_seconds - self.stall_seconds
-        later = f", then {format_seconds(self.seconds_per_token)} each" if self.new_tokens > 1 else ""
+        later = f", then {format_seconds(self.seconds_per_token)} each" if self.new_tokens > self.first_tokens else ""
         return "\n".join(
             (
                 f"  tokens    {self.new_tokens} new after {self.prompt_tokens}: first in "
@@ -86,7 +87,7 @@ class Meter:
     def __init__(self, forward_to: Any = None) -> None:
         self.forward_to = forward_to
         self._memory = PeakMemory()
-        self._times: list[float] = []
+        self._given: list[tuple[float, int]] = []
         self._started = 0.0
         self._prompt_tokens = 0
         self._before = StreamStats()
@@ -94,15 +95,19 @@ class Meter:
     def start(self, stats: StreamStats) -> None:
         """Begin to count, from `stats` on."""
         self._before = StreamStats(**asdict(stats))
-        self._times, self._prompt_tokens = [], 0
+        self._given, self._prompt_tokens = [], 0
         self._started = time.perf_counter()
 
     def put(self, value: Any) -> None:
-        """A transformers streamer's: first the prompt's tokens, then each new one as it is chosen."""
+        """A transformers streamer's: first the prompt's tokens, then new ones as they are chosen.
+
+        One for each sequence comes as a tensor of shape (sequences,), several as one of shape (1, tokens).
+        """
+        tokens = value.shape[-1] if value.dim() > 1 else 1
         if self._prompt_tokens == 0:
-            self._prompt_tokens = value.numel()
+            self._prompt_tokens = tokens
         else:
-            self._times.append(time.perf_counter())
+            self._given.append((time.perf_counter(), tokens))
         if self.forward_to is not None:
             self.forward_to.put(value)
 
@@ -113,12 +118,13 @@ class Meter:
 
     def report(self, plan: Plan, stats: StreamStats) -> RunReport:
         """The costs so far, by a model's `plan` and `stats`."""
-        times: Sequence[float] = self._times or (time.perf_counter(),)
+        given = self._given or [(time.perf_counter(), 0)]
         return RunReport(
             prompt_tokens=self._prompt_tokens,
-            new_tokens=len(self._times),
-            ttft_seconds=times[0] - self._started,
-            total_seconds=times[-1] - self._started,
+            new_tokens=sum(tokens for _, tokens in given),
+            first_tokens=given[0][1],
+            ttft_seconds=given[0][0] - self._started,
+            total_seconds=given[-1][0] - self._started,
             streamed_bytes=stats.streamed_bytes - self._before.streamed_bytes,
             read_seconds=stats.read_seconds - self._before.read_seconds,
             stall_seconds=stats.stall_seconds - self._before.stall_seconds,

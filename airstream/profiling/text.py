@@ -39,8 +39,8 @@ def _times(profile: ProfileData) -> Iterator[str]:
         tokens.append(f"first after {format_seconds(profile.ttft_seconds[-1])}")
     if profile.seconds_per_token is not None:
         tokens.append(f"then {format_seconds(profile.seconds_per_token)} each")
-        if profile.predicted_seconds is not None:
-            tokens.append(f"predicted {format_seconds(profile.predicted_seconds)}")
+        if profile.predicted_seconds_per_token is not None:
+            tokens.append(f"predicted {format_seconds(profile.predicted_seconds_per_token)}")
     yield from textwrap.wrap(", ".join(tokens), WIDTH, initial_indent="  ", subsequent_indent="  ")
     yield ""
     columns = [(name, costs) for name, costs in (("prefill", prefill), ("decode", decode)) if costs.passes]

@@ -18,7 +18,7 @@ class StreamStats:
     Attributes:
         streamed_bytes: read from `source`: into the ring, and once for what then stays in memory.
         host_bytes: copied to the device from host memory.
-        stall_seconds: wall time in which `acquire` waited for reads. A device waits for copies itself: see profiles.
+        stall_seconds: wall time in which computation waited for reads. A device waits for copies itself: see profiles.
         read_seconds: wall time in which at least one batch was being read.
         acquired: batches handed out.
         missed: of those, the ones whose read had not even been started.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -25,7 +25,8 @@ class Region:
         fresh: True after a fill; whoever makes something of the bytes in place, once, sets it to False.
         filling: reads are under way.
         work: they, once all of them have been begun.
-        users: calls that wait for it, or compute with it. Without any, it stays intact until its place is needed.
+        users: the threads that wait for it, or took a lease of it, once for each time. Without any, it stays intact
+            until its place is needed.
         read_bytes, host_bytes: the bytes that came from disk and host memory to fill it, until they are reported.
         error: the error that kept it from being filled.
     """
@@ -35,7 +36,7 @@ class Region:
     memory: torch.Tensor
     fresh: bool = True
     filling: bool = True
-    users: int = 0
+    users: list[int] = field(default_factory=list)
     read_bytes: int = 0
     host_bytes: int = 0
     work: Work | None = None

@@ -1,8 +1,8 @@
 """The streamer brings layer batches through a ring of memory: it reads ahead, and hands them out when they are needed.
 
 The streamer executes; it decides nothing. Which layers form a batch, how large the ring is and how far to read ahead
-is in the plan. It knows no model: `acquire` gives the memory of a batch, while the next ones are being read; `release`
-takes it back, and the next read that fits starts at once, wrapping from last to first.
+is in the plan. It knows no model: `lease` gives the memory of a batch, while the next ones are being read; when the
+lease ends, the next read that fits starts at once, wrapping from last to first.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 
-from airstream.errors import ClosedError, UnsupportedError
+from airstream.errors import AirstreamError, ClosedError, UnsupportedError
 from airstream.layout.ring import Ring, room_sizes
-from airstream.reporting.stats import LinkMeter, MeasuredLink, ReadClock
+from airstream.reporting.stats import ReadClock
 from airstream.streaming.fill import Fill, Filling
+from airstream.streaming.lease import Lease
 from airstream.streaming.order import AccessOrder
 from airstream.streaming.region import Region
+from airstream.streaming.room import RoomChanged, no_room
 from airstream.system.forks import FORKED_INSIDE, Forks
 from airstream.transfer.jobs import ReadCancelled
 from airstream.transfer.machinery import Machinery
@@ -34,7 +36,8 @@ class Streamer:
     along when the batch is first read; a batch that has nothing left to stream is then no longer read ahead. `order` is
     that in which to begin, until another one is observed: as they are listed, if it is not given.
 
-    Peak device bytes: `ring_bytes`. Reads run on the reader's threads. All methods may be called from any thread.
+    Peak device bytes: `ring_bytes`. Reads run on the reader's threads. All methods may be called from any thread, and
+    any thread may hold several leases.
     """
 
     def __init__(
@@ -45,9 +48,9 @@ class Streamer:
         machinery: Machinery,
         order: Sequence[int] | None = None,
     ) -> None:
+        self.fills = fills
         self.stats = machinery.stats
         self._probe = machinery.probe
-        self._fills = fills
         self._prefetch = prefetch
         self._reader = machinery.reader
         self._backend = backend = machinery.backend
@@ -58,7 +61,7 @@ class Streamer:
         self._order = AccessOrder(order or range(len(fills)))
         self._regions: dict[int, Region] = {}
         self._fences: list[Any] = [backend.new_fence() for _ in fills]
-        self._changed = threading.Condition()
+        self._changed = RoomChanged()
         self._reading = ReadClock(self.stats)
         self._is_inside = False
         self._closed = False
@@ -69,65 +72,62 @@ class Streamer:
         with self._changed:
             self._read_ahead()
 
-    def acquire(self, batch: int) -> Region:
+    def lease(self, batch: int) -> Lease:
         """The memory of `batch`, filled. Blocks until its bytes are there (or, on a device, on their way).
 
-        Raises ReadError if they could not be read (the next call tries again), ClosedError if the streamer was closed.
+        Raises:
+            ReadError: they could not be read; the next call tries again.
+            ClosedError: the streamer was closed.
+            BudgetError: the ring has no room for it beside leases that nobody could give back any more.
         """
         if listener := self._probe.listener:
             listener.begin_wait()
         self.check_open()
         self._is_inside = True
-        with self._changed:
-            self.check_open()
-            self._order.observe(batch)
-            self.stats.acquired += 1
-            self.stats.missed += batch not in self._regions and not self._fills[batch].is_complete
-            region = self._use(batch)
+        try:
+            with self._changed:
+                region = self._asked_for(batch)
+        except AirstreamError:  # raised where nothing is half done, unlike an interrupt
+            self._is_inside = False
+            raise
         self._is_inside = False
         self._backend.wait_filled(self._fences[batch])
         if listener:
             listener.waited(region.read_bytes, region.host_bytes)
             region.read_bytes = region.host_bytes = 0
-        return region
+        return Lease(region, self._end)
 
-    def release(self, batch: int) -> None:
-        """The last computation with `batch` has been submitted: its place may be reused. Does not block."""
+    def _asked_for(self, batch: int) -> Region:
+        self.check_open()
+        self._order.observe(batch)
+        self.stats.acquired += 1
+        self.stats.missed += batch not in self._regions and not self.fills[batch].is_complete
+        return self._use(batch)
+
+    def _end(self, lease: Lease) -> None:
         if self._forks.is_child:
-            return  # it was acquired in another process
+            return  # it was taken in another process
         self._backend.release()
         was_inside, self._is_inside = self._is_inside, True
         with self._changed:
-            region = self._regions.get(batch)
-            if region is not None and region.users:
-                region.users -= 1
-                if not region.users and self._fills[batch].is_complete:
-                    self._drop(batch)  # it will not be asked for again, and has nothing to give up
+            self._leave(lease.region, lease.thread)
             if not self._closed:
                 self._read_ahead()
             self._changed.notify_all()
         self._is_inside = was_inside
 
-    def measure_link(self) -> MeasuredLink:
-        """Stream every batch once without computing: from when nothing moves until nothing moves any more.
+    def _leave(self, region: Region, thread: int) -> None:
+        """One use of `region` by `thread` is over."""
+        region.users.remove(thread)
+        is_over = not region.users and self.fills[region.batch].is_complete  # nor will it be asked for again
+        if self._regions.get(region.batch) is region and (is_over or region.error is not None):
+            self._drop(region.batch)  # with an error there is nothing in it, whoever else has waited for it
 
-        What is loaded just once, and what has been read ahead, is out of the way first, so that it does not count; what
-        is read ahead at the end does instead. Blocks for all of that, copies to the device included.
-        """
-        for batch, fill in enumerate(self._fills):
-            if any(not once.loaded for once in fill.loaded_once):
-                self._pass_through(batch)
-        self.start()
-        streamed = [batch for batch, fill in enumerate(self._fills) if fill.slab.nbytes]
-        first = next((streamed.index(batch) for batch in self._order.upcoming() if batch in streamed), 0)
-        self._wait_until_quiet()
-        meter = LinkMeter(self.stats)
-        for batch in (*streamed[first:], *streamed[:first]):
-            self._pass_through(batch)
-        self._wait_until_quiet()
-        return meter.measured()
+    def upcoming(self) -> list[int]:
+        """Every batch, in the order in which it is going to be asked for."""
+        return self._order.upcoming()
 
-    def _wait_until_quiet(self) -> None:
+    def wait_until_quiet(self) -> None:
         """Block until nothing that has been begun is under way, neither reads nor copies."""
         with self._changed:
             self._wait_for_fills()  # it knows of reads; the backend knows of pinning and copies
@@ -138,13 +138,9 @@ class Streamer:
         # One without work, here where nothing is being begun, was interrupted while it was: nobody fills it.
         self._changed.wait_for(lambda: not any(each.filling and each.work for each in self._regions.values()))
 
-    def _pass_through(self, batch: int) -> None:
-        self.acquire(batch)
-        self.release(batch)
-
     def after_fork(self) -> None:
         """In a forked child: what was being read never arrives here. The ring is empty; its memory stays."""
-        self._forks, self._changed = Forks(), threading.Condition()
+        self._forks, self._changed = Forks(), RoomChanged()
         self._forget()
 
     def recover(self) -> None:
@@ -184,18 +180,16 @@ class Streamer:
 
     def _use(self, batch: int) -> Region:
         """The region of `batch`, filled, with one user more."""
-        if (stale := self._regions.get(batch)) and stale.error is not None and not stale.users:
+        if (stale := self._regions.get(batch)) and stale.error is not None:
             self._drop(batch)  # reading ahead failed; now that it is needed, the disk may have recovered
         while True:
             region = self._regions.get(batch) or self._read_now(batch)
-            region.users += 1  # before anything else is read, which would take its place
+            region.users.append(threading.get_ident())  # before anything else is read, which would take its place
             self._read_ahead()
             self._wait_until_filled(region)
             if region.error is None:
                 return region
-            region.users -= 1
-            if not region.users and self._regions.get(batch) is region:
-                self._drop(batch)
+            self._leave(region, threading.get_ident())
             if not isinstance(region.error, ReadCancelled):  # given up for another thread: read again
                 raise region.error
 
@@ -208,15 +202,22 @@ class Streamer:
 
     def _upcoming(self) -> list[int]:
         """What to read ahead: the next batches that anything has to come for."""
-        return list(islice((b for b in self._order.upcoming() if not self._fills[b].is_complete), self._prefetch))
+        return list(islice((b for b in self._order.upcoming() if not self.fills[b].is_complete), self._prefetch))
 
     def _read_now(self, batch: int) -> Region:
         """Start reading `batch` ahead of everything else, at the cost of what was read ahead if need be."""
         while batch not in self._regions:
             self.check_open()
             if not self._begin(batch, self._spare(keep=()), urgent=True) and not self._give_up_one():
-                self._changed.wait()  # other threads use the whole ring
+                self._wait_for_room(batch)
         return self._regions[batch]
+
+    def _wait_for_room(self, batch: int) -> None:
+        """Until a lease ends. Raises if those who hold one wait for room themselves."""
+        in_use = [region for region in self._regions.values() if region.users and self._rooms[region.batch]]
+        if not self._changed.wait_for_room({thread for region in in_use for thread in region.users}):
+            held = {region.batch: self._rooms[region.batch] for region in in_use}
+            raise no_room(batch, self._rooms[batch], self._ring.nbytes, held)
 
     def _spare(self, keep: Sequence[int]) -> list[int]:
         """Batches whose places may be taken: whatever nobody uses, and `keep` does not name. None if all have room."""
@@ -228,7 +229,7 @@ class Streamer:
 
     def _begin(self, batch: int, spare: Sequence[int], urgent: bool = False) -> bool:
         """Start reading `batch` if there is room, in place of batches in `spare` if need be."""
-        fill, offset = self._fills[batch], 0
+        fill, offset = self.fills[batch], 0
         if fill.room:
             if (placed := self._ring.place(batch, self._rooms[batch], spare)) is None:
                 return False
@@ -262,7 +263,7 @@ class Streamer:
 
     def _drop(self, batch: int) -> None:
         del self._regions[batch]
-        if self._fills[batch].room:
+        if self.fills[batch].room:
             self._ring.free(batch)
         self._report_ring()
 
@@ -280,7 +281,7 @@ class Streamer:
                     if read_bytes:
                         self.stats.streamed_bytes += read_bytes
                         self.stats.source = self._reader.source
-                    self.stats.host_bytes += self._fills[region.batch].hosted_bytes
+                    self.stats.host_bytes += self.fills[region.batch].hosted_bytes
             except BaseException as raised:  # a device's: whoever waits for the batch has to see it
                 region.error = raised
             region.filling = False

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from airstream import AirstreamError, BudgetError, CheckpointError, CheckpointNotFoundError
 from airstream.checkpoint.adapter_files import CONFIG, PICKLED_WEIGHTS, WEIGHTS, read_adapter_config
 from tests.conftest import WriteTiny, stream
-from tests.end_to_end.test_exactness import logits, prompts
+from tests.stand_ins.comparing import logits, prompts
 
 peft = pytest.importorskip("peft")
 pytestmark = [

@@ -27,7 +27,7 @@ from airstream.plan.predict import predict
 from airstream.plan.traffic import traffic_of
 from airstream.transfer.piece import Cast
 from tests.conftest import least_memory, on_accelerator, stream
-from tests.end_to_end.test_exactness import assert_equal, logits, prompts
+from tests.stand_ins.comparing import assert_equal, logits, prompts
 from tests.stand_ins.sim import SimDevice
 from tests.stand_ins.tiny_gguf import TINY_GGUF, write_tiny_gguf
 

@@ -30,7 +30,7 @@ from airstream.checkpoint.pickles import unpickle as unpickle_module
 from airstream.checkpoint.pickles.tensors import ScatteredTensor, read_pickle
 from airstream.layout.pieces import TORCH_DTYPES
 from tests.conftest import WriteTiny, stream
-from tests.end_to_end.test_exactness import BF16, FP16, FP32, assert_equal
+from tests.stand_ins.comparing import BF16, FP16, FP32, assert_equal
 from tests.stand_ins.limits import limited
 
 Save = Callable[..., Path]

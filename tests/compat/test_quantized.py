@@ -34,10 +34,10 @@ from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
 from airstream.model.absent import Absent
 from tests.conftest import least_memory, on_accelerator, smallest_budget, stream
-from tests.end_to_end.test_exactness import assert_equal, logits, prompts
 from tests.matrix import formats
 from tests.matrix.page import FORMAT_RESULTS
 from tests.model.test_lifecycle import MEASURE
+from tests.stand_ins.comparing import assert_equal, logits, prompts
 from tests.stand_ins.quantized_models import (
     BITSANDBYTES,
     DENSE,

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, dynami
 from airstream import AutoModel, CheckpointNotFoundError, UnsupportedError
 from airstream.cli import main
 from tests.conftest import on_accelerator, stream
-from tests.end_to_end.test_exactness import greedy, logits, prompts
+from tests.stand_ins.comparing import greedy, logits, prompts
 from tests.stand_ins.sim import SimDevice
 from tests.stand_ins.tiny_models import VOCAB_SIZE, tiny_tokenizer
 

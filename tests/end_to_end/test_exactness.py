@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,45 +22,12 @@ from transformers.core_model_loading import Chunk, Concatenate, Transpose, Weigh
 from airstream import AutoModel
 from airstream.model.row_table import RowTable
 from tests.conftest import Resident, WriteTiny, on_accelerator, simulated_accelerator, smallest_budget, stream
+from tests.stand_ins.comparing import BF16, FP16, FP32, assert_equal, greedy, logits, prompts
 from tests.stand_ins.sim import SimDevice
-from tests.stand_ins.tiny_models import LLAMA, TINY, VOCAB_SIZE, TinyModel, write_model
+from tests.stand_ins.tiny_models import LLAMA, TINY, TinyModel, write_model
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-PROMPT_SHAPES = ((1, 12), (1, 1), (2, 9), (3, 17))
 ALIGNMENT = 64
 """Bytes; kernels look at where weights start modulo this, and may sum in another order."""
-
-
-def prompts(batch_size: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Random prompts; every one but the first is shorter, padded on the left."""
-    generator = torch.Generator().manual_seed(100 * batch_size + tokens)
-    ids = torch.randint(3, VOCAB_SIZE, (batch_size, tokens), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(1, batch_size):
-        padding = 1 + (tokens - 2) * row // batch_size
-        ids[row, :padding], mask[row, :padding] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def greedy(model: Any, inputs: Mapping[str, torch.Tensor], new_tokens: int = 8) -> torch.Tensor:
-    """`new_tokens` for every prompt: an end-of-sequence token ends none of them early."""
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
-    return model.generate(**inputs, min_new_tokens=new_tokens, max_new_tokens=new_tokens, do_sample=False).cpu()
-
-
-@torch.no_grad()
-def logits(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    return model(**{name: tensor.to(model.device) for name, tensor in inputs.items()}).logits.cpu()
-
-
-def assert_equal(streamed: Any, reference: Any) -> None:
-    """Logits of several prompts, and tokens generated from one of them."""
-    for shape in PROMPT_SHAPES:
-        inputs = prompts(*shape)
-        expected, actual = logits(reference, inputs), logits(streamed, inputs)
-        assert actual.dtype == expected.dtype
-        assert torch.equal(actual, expected), f"logits of {shape} differ by {(actual - expected).abs().max()}"
-    assert torch.equal(greedy(streamed, prompts(2, 9)), greedy(reference, prompts(2, 9)))
 
 
 # ------------------------------------------------------------------------------------------------ every architecture

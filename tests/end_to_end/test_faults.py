@@ -42,7 +42,7 @@ from airstream.plan.request import Request
 from airstream.transfer import files
 from tests.conftest import STREAMING, least_memory
 from tests.stand_ins.limits import fail_from_within
-from tests.transfer.test_reader import descriptors, reader_threads
+from tests.stand_ins.process import descriptors, reader_threads
 
 CONFIG = LlamaConfig(
     vocab_size=96,

@@ -30,9 +30,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from airstream import ArgumentError, UnsupportedError
-from airstream.compat.traits import CACHE_KEYWORDS
 from airstream.model import calls as workload
 from tests.conftest import Resident, WriteTiny, cache_in, cache_of, stream
+from tests.stand_ins.comparing import Use, compare
 from tests.stand_ins.tiny_models import VOCAB_SIZE
 
 FP32 = torch.float32
@@ -42,9 +42,6 @@ LEFT_PADDED = (torch.arange(12)[None] >= torch.tensor([[0], [5]])).long()
 TURN = torch.randint(3, VOCAB_SIZE, (1, 5), generator=torch.Generator().manual_seed(3))
 GREEDY: dict[str, Any] = {"do_sample": False, "min_new_tokens": 12, "max_new_tokens": 12}
 SAMPLING: dict[str, Any] = {"do_sample": True, "max_new_tokens": 12, "top_p": 0.95, "temperature": 1.3}
-
-Use = Callable[[Any], Any]
-"""Something done with a model, whose result is compared: tensors and what contains them."""
 
 
 @pytest.fixture(scope="module")
@@ -64,30 +61,6 @@ def sliding(tiny: WriteTiny) -> Iterator[Any]:
 def assistant(tiny: WriteTiny) -> Any:
     """A small resident model that drafts: the first layers of another checkpoint."""
     return AutoModelForCausalLM.from_pretrained(tiny("llama-tied", FP32), num_hidden_layers=2).eval()
-
-
-def assert_same(actual: Any, expected: Any) -> None:
-    """Equal to the bit, tensors in containers and outputs included."""
-    assert type(actual) is type(expected)
-    if isinstance(expected, torch.Tensor):
-        assert torch.equal(actual, expected)
-    elif isinstance(expected, dict):
-        assert actual.keys() == expected.keys()
-        for key in expected.keys() - set(CACHE_KEYWORDS):
-            assert_same(actual[key], expected[key])
-    elif isinstance(expected, (tuple, list)):
-        assert len(actual) == len(expected)
-        for one, other in zip(actual, expected, strict=True):
-            assert_same(one, other)
-    else:
-        assert actual == expected
-
-
-def compare(use: Use, streamed: Any, reference: Any) -> None:
-    torch.manual_seed(0)
-    expected = use(reference)
-    torch.manual_seed(0)
-    assert_same(use(streamed), expected)
 
 
 # ------------------------------------------------------------------------------------------------------- strategies

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from tests.conftest import cache_in, cache_of, stream
-from tests.end_to_end.test_generate import compare
+from tests.stand_ins.comparing import compare
 from tests.stand_ins.tiny_models import TOKENS, VOCAB_SIZE, tell_weights_apart, tiny_tokenizer, write_tiny
 
 FP32 = torch.float32

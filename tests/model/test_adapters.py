@@ -18,9 +18,9 @@ from airstream import AutoModel, BudgetError, CheckpointError, CheckpointNotFoun
 from airstream.model.absent import Absent
 from airstream.plan.planner import smallest_plan
 from tests.conftest import Resident, WriteTiny, on_accelerator, stream
-from tests.end_to_end.test_exactness import greedy, logits, prompts
-from tests.model.test_threads import After
+from tests.stand_ins.comparing import greedy, logits, prompts
 from tests.stand_ins.sim import SimDevice
+from tests.stand_ins.streamers import After
 from tests.stand_ins.threads import InThread
 
 peft = pytest.importorskip("peft")

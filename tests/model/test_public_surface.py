@@ -18,7 +18,7 @@ from transformers import LlamaForCausalLM
 from airstream import UnsupportedError
 from airstream.model.refusals import REFUSED
 from tests.conftest import Resident, WriteTiny, stream
-from tests.end_to_end.test_generate import assert_same
+from tests.stand_ins.comparing import assert_same
 from tests.stand_ins.tiny_models import VOCAB_SIZE
 
 FP32 = torch.float32

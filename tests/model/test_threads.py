@@ -18,7 +18,6 @@ import pytest
 import torch
 import transformers
 from transformers import LogitsProcessor
-from transformers.generation.streamers import BaseStreamer
 
 from airstream import BudgetError, ClosedError, UnsupportedError
 from airstream.compat.kept_state import kept_state
@@ -29,6 +28,7 @@ from airstream.plan.request import Workload
 from airstream.system.forks import FORKED_INSIDE
 from tests.conftest import STREAMING, Readers, Resident, WriteTiny, least_memory, smallest_budget, stream
 from tests.stand_ins.sim import SimDevice
+from tests.stand_ins.streamers import After
 from tests.stand_ins.threads import InThread
 from tests.stand_ins.tiny_models import VOCAB_SIZE
 
@@ -69,23 +69,6 @@ class Noise(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uniform = torch.rand(scores.shape, generator=self.generator).clamp_min(1e-9)
         return scores - torch.log(-torch.log(uniform))
-
-
-class After(BaseStreamer):
-    """Calls a function, once, when a token has come after the prompt, in the middle of `generate`."""
-
-    def __init__(self, react: Callable[[], Any]) -> None:
-        self.react = react
-        self.count = 0
-        self.result: Any = None
-
-    def put(self, value: torch.Tensor) -> None:
-        self.count += 1
-        if self.count == 3:
-            self.result = self.react()
-
-    def end(self) -> None:
-        pass
 
 
 # --------------------------------------------------------------------------------------------------------------- turns
@@ -157,7 +140,7 @@ def test_interleaved_generations_give_what_they_give_alone(
     reference = resident(name, FP32, FP32)
     with stream(tiny(name, FP32), layers_per_batch=1, prefetch_batches=prefetch_batches) as model:
         order: list[int] = []
-        model._engine.observer.watchers.append(lambda: order.append(threading.get_ident()))
+        model.register_forward_hook(lambda *_: order.append(threading.get_ident()))
         calls = [
             InThread(lambda ids=ids, kwargs=kwargs: model.generate(ids, **kwargs))
             for ids, kwargs in zip(inputs, options, strict=True)
@@ -288,7 +271,7 @@ def test_the_kv_caches_of_all_generations_are_in_the_plan(folder: Path, referenc
     budget = least_memory(folder, **(STREAMING | options))["cpu"] + 400_000
     with stream(folder, max_memory=budget, **options) as model:
         normal, planned = model.plan, []
-        model._engine.observer.watchers.append(lambda: planned.append(model.plan))
+        model.register_forward_hook(lambda *_: planned.append(model.plan))
 
         def begin_second() -> None:
             InThread(lambda: model.generate(IDS, **greedy(150))).finish(120)
@@ -347,7 +330,7 @@ def test_generations_of_a_model_that_keeps_something_of_them_come_one_after_the_
 ) -> None:
     monkeypatch.setattr(generations, "kept_state", lambda _: "self.of_this_generation")
     order: list[int] = []
-    model._engine.observer.watchers.append(lambda: order.append(threading.get_ident()))
+    model.register_forward_hook(lambda *_: order.append(threading.get_ident()))
     calls = [InThread(lambda: model.generate(IDS, **greedy(6))) for _ in range(3)]
     calls.append(InThread(lambda: model(IDS)))
     for call in calls[:3]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -181,6 +182,10 @@ def test_a_plan_is_the_same_every_time_and_survives_json(situation: tuple[ModelF
     assert again.to_json() == plan.to_json()
     assert str(again) == str(plan)
     assert again.work_bytes == plan.work_bytes
+    assert plan.tiers[plan.computes_on].items["ring"] == plan.ring_bytes
+    turned = json.loads(plan.to_json())
+    turned["tiers"] = dict(reversed(turned["tiers"].items()))
+    assert Plan.from_json(json.dumps(turned)).work_bytes == plan.work_bytes, "an object of JSON has no order"
 
 
 # ------------------------------------------------------------------------------------------------ the best that fits

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from airstream.errors import ArgumentError
 from airstream.plan.predict import COMPUTE, DISK, H2D, HOST_COPY, MEMORY, Prediction, Traffic, predict
+from airstream.plan.step import Step
 from airstream.rates.facts import HardwareFacts, Rate
 from airstream.reporting.units import GIB
 
@@ -321,19 +322,19 @@ def test_of_the_experts_only_those_that_are_routed_to_are_read_and_multiplied() 
     """8 experts, 2 for each token: one token reads a fourth; many read all, and each multiplies with a fourth."""
     experts = traffic(weight_bytes=10_000, head_bytes=0, expert_bytes=8_000, expert_share=2 / 8, attention_width=0)
     assert [experts.touched_bytes(tokens) for tokens in (1, 2, 1000)] == pytest.approx([4_000, 5_500, 10_000])
-    assert experts.flops(1, 1, 0) == 4_000
-    assert experts.flops(3, 100, 0) == 3 * 100 * 4_000
+    assert experts.flops(Step(1, 1, 1, 1), 0) == 4_000
+    assert experts.flops(Step(3, 100, 1, 1), 0) == 3 * 100 * 4_000
 
 
 def test_the_head_sees_one_position_of_each_prompt() -> None:
     moved = traffic(weight_bytes=10_000, head_bytes=2_000, attention_width=0)
-    assert moved.flops(1, 1, 0) == 10_000
-    assert moved.flops(2, 100, 0) == 2 * (100 * 8_000 + 2_000)
+    assert moved.flops(Step(1, 1, 1, 1), 0) == 10_000
+    assert moved.flops(Step(2, 100, 1, 1), 0) == 2 * (100 * 8_000 + 2_000)
 
 
 def test_attention_multiplies_every_query_with_every_key_and_value() -> None:
     moved = traffic(weight_bytes=0, head_bytes=0, num_layers=3, attention_width=64)
-    assert moved.flops(2, 10, 30) == 2 * 3 * (4 * 64 * 10 * 30)
+    assert moved.flops(Step(2, 10, 1, 1), 30) == 2 * 3 * (4 * 64 * 10 * 30)
 
 
 def test_reading_costs_the_cpu_its_time_where_it_computes() -> None:

@@ -32,7 +32,7 @@ def folder(tiny: WriteTiny) -> Path:
     return tiny("llama", torch.bfloat16)
 
 
-def test_the_line_follows_the_passes(folder: Path) -> None:
+def test_the_line_follows_the_steps(folder: Path) -> None:
     shown: list[tuple[int, str]] = []
     with stream(folder) as model:
         engine = model._engine
@@ -80,11 +80,11 @@ def test_a_slow_token_shows_its_layers(folder: Path, monkeypatch: pytest.MonkeyP
     with stream(folder) as model:
         line = LiveLine(model._engine.observer, model._engine.stats)
         with line.following():
-            model(IDS)
             handle = model.model.layers[1].register_forward_pre_hook(lambda *_: texts.append(line.text()))
-            model(IDS)
+            model.generate(IDS, max_new_tokens=2, do_sample=False)
             handle.remove()
-    assert texts[0].endswith(", layer 2 of 4")
+    assert texts[0].startswith("reading the prompt")
+    assert texts[1].endswith(", layer 2 of 4")
 
 
 def test_a_resident_model_reads_nothing(folder: Path) -> None:

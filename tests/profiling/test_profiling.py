@@ -29,7 +29,7 @@ from airstream.rates.facts import Rate
 from airstream.reporting import probe as probe_module
 from airstream.reporting.probe import CONVERT, DISK, H2D, HOST_COPY, LINKS, Probe, Span
 from airstream.transfer.cpu import CpuBackend
-from tests.conftest import Resident, WriteTiny, simulated_accelerator, stream
+from tests.conftest import WriteTiny, simulated_accelerator, stream
 from tests.stand_ins.sim import SimDevice, StillClock
 
 IDS = torch.arange(3, 12)[None]
@@ -422,33 +422,6 @@ def test_the_table_of_large_numbers_fits_too() -> None:
     profile.layer("model.layers." * 9).waited(causes)
     profile.memory["cpu"] = MemoryUse(1 << 42, 1 << 42, 1 << 42)
     assert max(map(len, str(profile).splitlines())) <= 80
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"assistant_model": True},
-        {"prompt_lookup_num_tokens": 3},
-        {"num_beams": 2},
-        {"prefill_chunk_size": 2},
-        {"return_dict_in_generate": True},
-    ],
-    ids=str,
-)
-def test_a_profile_counts_the_tokens_that_a_generation_gives(
-    tiny: WriteTiny, resident: Resident, options: dict[str, Any]
-) -> None:
-    """Not its passes: one that checks a draft accepts several."""
-    if "assistant_model" in options:  # it drafts what the model would say, so that every draft is accepted
-        options = {"assistant_model": resident("llama", torch.float32, torch.float32)}
-    with stream(tiny("llama", torch.float32)) as model, model.profile() as profile:
-        for _ in range(2):
-            model.generate(IDS, max_new_tokens=12, do_sample=False, **options)
-    assert profile.new_tokens == 24
-    assert profile.decoded_tokens == 22
-    assert (profile.decode.passes < 22) is ("assistant_model" in options)
-    assert profile.seconds_per_token == pytest.approx(profile.decode.wall_seconds / 22)
 
 
 def test_what_the_page_cache_gives_is_not_held_against_the_disk(folder: Path) -> None:

@@ -21,6 +21,7 @@ from airstream.rates.links import measure_pinned
 from airstream.reporting.probe import DISK, H2D
 from airstream.transfer import files
 from tests.conftest import WriteTiny, simulated_accelerator, stream
+from tests.stand_ins.threads import InThread
 
 IDS = torch.arange(3, 12)[None]
 SLOW = 20e6
@@ -126,6 +127,17 @@ def test_without_streaming_there_is_no_link(folder: Path) -> None:
         assert said_by_the_report(model) == ""
 
 
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_a_pass_that_ends_within_a_layer_batch_holds_nothing(folder: Path, prefetch: int) -> None:
+    """What it held was never given back: whatever came next waited for it for ever."""
+    with stream(folder, layers_per_batch=2, prefetch_batches=prefetch) as model:
+        model.config.num_hidden_layers = 1  # so drafts the model that leaves early
+        model.model(IDS)
+        link = InThread(model.measure_link).finish(60)
+        assert link.error is None
+        assert link.result.nbytes == model.plan.read_bytes
+
+
 def test_the_live_line_says_what_crosses_the_bus(folder: Path) -> None:
     with simulated_accelerator():
         memory = hosting(folder)
@@ -139,8 +151,7 @@ def said_by_the_live_line(model: Any) -> str:
     """What it names as the source of bytes, "" if it has none."""
     line = LiveLine(model._engine.observer, model.stats, lambda *_: None)
     with line.following():
-        for _ in range(3):
-            model(IDS.to(model.device))
+        model.generate(IDS.to(model.device), max_new_tokens=3, do_sample=False)
     return source_in(line.text())
 
 

@@ -43,7 +43,7 @@ from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.packing import packing_of
 from tests.checkpoint.test_pickles import Save, resident, save, transposed, weights_of  # noqa: F401 - `save` is a fixture
 from tests.conftest import WriteTiny, stream
-from tests.end_to_end.test_exactness import BF16, FP32, assert_equal
+from tests.stand_ins.comparing import BF16, FP32, assert_equal
 
 LAYER = "model.layers.{}."
 

@@ -15,6 +15,7 @@ from airstream.layout.slab import Slab
 from airstream.reporting.probe import Probe
 from airstream.reporting.stats import StreamStats
 from airstream.streaming.fill import Fill, Filling, Resident
+from airstream.streaming.measure import measure_link
 from airstream.streaming.streamer import Streamer
 from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES, WeightFile
@@ -169,15 +170,14 @@ def test_batches_that_stay_are_no_longer_asked_of_the_disk(file: Path, reader: R
         for batch, what in enumerate(fills):
             if passes and what.is_complete:
                 continue  # as the hooks do
-            region = streamer.acquire(batch)
-            assert region.memory.numpy().tobytes() == (content(4 * (batch // 2), 2) if what.slab.nbytes else b"")
-            for stays in what.resident:
-                first_page, num_pages = stays.slab.pieces[0].offset // PAGE_BYTES, len(stays.memory) // PAGE_BYTES
-                assert stays.loaded
-                assert stays.memory.numpy().tobytes() == content(first_page, num_pages)
-            streamer.release(batch)
+            with streamer.lease(batch) as region:
+                assert region.memory.numpy().tobytes() == (content(4 * (batch // 2), 2) if what.slab.nbytes else b"")
+                for stays in what.resident:
+                    first_page, num_pages = stays.slab.pieces[0].offset // PAGE_BYTES, len(stays.memory) // PAGE_BYTES
+                    assert stays.loaded
+                    assert stays.memory.numpy().tobytes() == content(first_page, num_pages)
     assert [what.is_complete for what in fills] == [False, True, False, True, True]
-    link = streamer.measure_link()
+    link = measure_link(streamer)
     streamer.close()
     assert streamer.stats.streamed_bytes == (7 + 4) * PAGE_BYTES, "both have a place of their own: read once each"
     assert (link.nbytes, link.link, link.bytes_per_second) == (0, None, None), "nothing passes any more"

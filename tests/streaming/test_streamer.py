@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airstream.errors import ClosedError, ReadError
+from airstream.errors import BudgetError, ClosedError, ReadError
 from airstream.layout.ring import ring_bytes
 from airstream.layout.slab import Slab
 from airstream.reporting.probe import DISK, Probe
 from airstream.reporting.stats import StreamStats
 from airstream.streaming.fill import Fill
+from airstream.streaming.lease import Lease
 from airstream.streaming.region import Region
 from airstream.streaming.streamer import Streamer
 from airstream.transfer import files
@@ -134,9 +137,8 @@ def new_streamer(slabs: Sequence[Slab], reader: Any, prefetch: int, ring_pages: 
 
 def visit(streamer: Streamer, slabs: Sequence[Slab], batch: int) -> bool:
     """Whether the right bytes are there in between."""
-    right = is_right(streamer.acquire(batch), slabs[batch])
-    streamer.release(batch)
-    return right
+    with streamer.lease(batch) as region:
+        return is_right(region, slabs[batch])
 
 
 class Waiting(threading.Thread):
@@ -196,9 +198,7 @@ def test_any_walk_sees_the_right_bytes_for_as_long_as_it_looks(
     streamer = new_streamer(slabs, reader, prefetch, ring)
     streamer.start()
     for batch in batches:
-        region = streamer.acquire(batch)
-        assert is_right(region, slabs[batch])
-        streamer.release(batch)
+        assert visit(streamer, slabs, batch)
     assert streamer.stats.acquired == len(batches)
     assert streamer.stats.streamed_bytes == sum(slabs[batch].read_bytes for batch in reader.asked)
     streamer.close()
@@ -215,11 +215,10 @@ def test_any_walk_sees_the_right_bytes_with_a_real_reader(
         streamer = new_streamer(slabs, reader, prefetch, ring)
         streamer.start()
         for batch in batches:
-            region = streamer.acquire(batch)
-            assert is_right(region, slabs[batch])
-            time.sleep(0)  # let a reader thread do harm
-            assert is_right(region, slabs[batch])
-            streamer.release(batch)
+            with streamer.lease(batch) as region:
+                assert is_right(region, slabs[batch])
+                time.sleep(0)  # let a reader thread do harm
+                assert is_right(region, slabs[batch])
         streamer.close()
 
 
@@ -229,8 +228,7 @@ def test_a_batch_asked_for_again_is_not_overwritten_by_what_is_read_ahead(file: 
     slabs = slabs_of(file, [2, 3, 6])
     streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=1)
     for batch in [a, b, a, b, c] * 4:
-        assert is_right(streamer.acquire(batch), slabs[batch])
-        streamer.release(batch)
+        assert visit(streamer, slabs, batch)
 
 
 def test_what_was_just_read_is_fresh(file: Path) -> None:
@@ -240,9 +238,9 @@ def test_what_was_just_read_is_fresh(file: Path) -> None:
     streamer = new_streamer(slabs, reader, prefetch=0)
     for batch in (0, 1, 0, 1):
         num_asked = len(reader.asked)
-        assert streamer.acquire(batch).fresh
-        assert len(reader.asked) == num_asked + 1
-        streamer.release(batch)
+        with streamer.lease(batch) as region:
+            assert region.fresh
+            assert len(reader.asked) == num_asked + 1
 
 
 # ------------------------------------------------------------------------------------------------------ reading ahead
@@ -268,9 +266,8 @@ def test_without_prefetch_nothing_is_read_before_it_is_asked_for(file: Path) -> 
     streamer.start()
     assert reader.asked == []
     for batch in (0, 1, 2):
-        streamer.acquire(batch)
-        assert reader.asked == list(range(batch + 1))
-        streamer.release(batch)
+        with streamer.lease(batch):
+            assert reader.asked == list(range(batch + 1))
         assert reader.asked == list(range(batch + 1))
     assert streamer.stats.missed == 3
 
@@ -290,10 +287,10 @@ def read_late(streamer: Streamer, slabs: Sequence[Slab], reader: FakeReader, pas
     streamer.start()
     num_asked = len(reader.asked)
     for batch in list(range(len(slabs))) * passes:
-        assert is_right(streamer.acquire(batch), slabs[batch])
-        late += [batch] if batch in reader.asked[num_asked:] else []
-        num_asked = len(reader.asked)
-        streamer.release(batch)
+        with streamer.lease(batch) as region:
+            assert is_right(region, slabs[batch])
+            late += [batch] if batch in reader.asked[num_asked:] else []
+            num_asked = len(reader.asked)
     return late
 
 
@@ -326,10 +323,10 @@ def test_the_ring_has_room_for_what_is_read_ahead_of_any_sizes(file: Path, pages
     streamer = new_streamer(slabs, reader, prefetch)
     streamer.start()
     for batch in list(range(len(slabs))) * 8:
-        assert is_right(streamer.acquire(batch), slabs[batch])
-        ahead = {(batch + distance) % len(slabs) for distance in range(prefetch + 1)}
-        assert ahead <= streamer._regions.keys()
-        streamer.release(batch)
+        with streamer.lease(batch) as region:
+            assert is_right(region, slabs[batch])
+            ahead = {(batch + distance) % len(slabs) for distance in range(prefetch + 1)}
+            assert ahead <= streamer._regions.keys()
     assert streamer.stats.missed == 0
 
 
@@ -338,7 +335,7 @@ def test_the_batch_that_is_waited_for_is_urgent(file: Path) -> None:
     reader = FakeReader(slabs)
     streamer = new_streamer(slabs, reader, prefetch=1, ring_pages=6)
     streamer.start()
-    waiting = Waiting(lambda: streamer.acquire(2))  # not what had been read ahead
+    waiting = Waiting(lambda: streamer.lease(2).region)  # not what had been read ahead
     until(lambda: 2 in reader.asked)
     assert [request.urgent for request in reader.requests][:2] == [False, True]
     reader.finish_all()
@@ -375,7 +372,7 @@ def test_stalls_are_counted(file: Path) -> None:
     slabs = slabs_of(file, [2])
     reader = FakeReader(slabs)
     streamer = new_streamer(slabs, reader, prefetch=0)
-    waiting = Waiting(lambda: streamer.acquire(0))
+    waiting = Waiting(lambda: streamer.lease(0))
     until(lambda: reader.requests)
     time.sleep(0.1)
     reader.finish()
@@ -416,7 +413,7 @@ def test_a_read_error_surfaces_where_its_batch_is_needed_and_only_there(file: Pa
     reader.finish(ReadError("the disk is on fire"))
     assert visit(streamer, slabs, 0)
     reader.finish()
-    waiting = Waiting(lambda: streamer.acquire(1))
+    waiting = Waiting(lambda: streamer.lease(1))
     until(lambda: reader.asked.count(1) == 2)
     failure = ReadError("it still is")
     reader.finish(failure)
@@ -435,7 +432,7 @@ def test_a_read_that_fails_while_it_is_waited_for_is_not_tried_again_by_itself(f
     reader = FakeReader(slabs)
     streamer = new_streamer(slabs, reader, prefetch)
     streamer.start()
-    waiting = Waiting(lambda: streamer.acquire(0))
+    waiting = Waiting(lambda: streamer.lease(0))
     until(lambda: streamer.stats.acquired == 1 and len(reader.asked) == 1 + prefetch)
     failure = ReadError("the disk is on fire")
     reader.finish(failure)
@@ -470,7 +467,7 @@ def test_the_read_can_be_tried_until_it_works(
         until(lambda: not streamer._reading.num_reading)  # what is read ahead has failed
         for _ in range(num_failures - prefetch):
             with pytest.raises(ReadError, match=r"weights\.bin"):
-                streamer.acquire(1)
+                streamer.lease(1)
         assert visit(streamer, slabs, 1)
         assert visit(streamer, slabs, 2)
         assert next(failures, None) is None
@@ -495,7 +492,7 @@ def test_close_wakes_a_thread_that_waits_for_its_bytes(file: Path) -> None:
     slabs = slabs_of(file, [2] * 3)
     reader = FakeReader(slabs)
     streamer = new_streamer(slabs, reader, prefetch=1)
-    waiting = Waiting(lambda: streamer.acquire(0))
+    waiting = Waiting(lambda: streamer.lease(0))
     until(lambda: reader.requests)
     closing_ends(streamer, reader)
     assert isinstance(waiting.result(), ClosedError)
@@ -504,13 +501,13 @@ def test_close_wakes_a_thread_that_waits_for_its_bytes(file: Path) -> None:
 def test_close_wakes_a_thread_that_waits_for_room(file: Path) -> None:
     slabs = slabs_of(file, [2] * 2)
     streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=0)
-    streamer.acquire(0)
-    waiting = Waiting(lambda: streamer.acquire(1))
+    lease = streamer.lease(0)
+    waiting = Waiting(lambda: streamer.lease(1))
     until(lambda: streamer.stats.acquired == 2)
     time.sleep(0.02)
     streamer.close()
     assert isinstance(waiting.result(), ClosedError)
-    streamer.release(0)
+    lease.end()
 
 
 @pytest.mark.parametrize("attempt", range(10))
@@ -520,7 +517,7 @@ def test_close_wakes_a_thread_that_waits_for_a_read_it_gave_up(file: Path, attem
     reader = FakeReader(slabs)
     streamer = new_streamer(slabs, reader, prefetch=1, ring_pages=2)
     streamer.start()
-    waiting = Waiting(lambda: streamer.acquire(2))
+    waiting = Waiting(lambda: streamer.lease(2))
     until(lambda: reader.requests[0].job.cancelled)
     closing = Waiting(streamer.close)
     time.sleep(0.02)
@@ -529,7 +526,7 @@ def test_close_wakes_a_thread_that_waits_for_a_read_it_gave_up(file: Path, attem
         reader.finish_all()
         time.sleep(0.001)
     assert not closing.is_alive(), "close() waits forever"
-    assert not waiting.is_alive(), "acquire() waits forever"
+    assert not waiting.is_alive(), "lease() waits forever"
     assert isinstance(waiting.outcome, ClosedError)
 
 
@@ -554,12 +551,12 @@ def test_close_at_any_moment(file: Path, seed: int) -> None:
 def test_closing_is_idempotent_and_final(file: Path) -> None:
     slabs = slabs_of(file, [2] * 2)
     streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=1)
-    streamer.acquire(0)
+    lease = streamer.lease(0)
     streamer.close()
     streamer.close()
-    streamer.release(0)
+    lease.end()
     with pytest.raises(ClosedError, match=r"from_pretrained"):
-        streamer.acquire(0)
+        streamer.lease(0)
 
 
 def test_close_skips_what_has_not_been_read(file: Path) -> None:
@@ -582,10 +579,113 @@ def test_two_threads_that_need_different_batches_take_turns(file: Path) -> None:
         def walk(batches: Sequence[int]) -> bool:
             right = True
             for batch in list(batches) * 50:
-                right &= is_right(streamer.acquire(batch), slabs[batch])
-                streamer.release(batch)
+                right &= visit(streamer, slabs, batch)
             return right
 
         walks = [Waiting(lambda: walk([0, 1])), Waiting(lambda: walk([2, 3]))]
         assert [walking.result() for walking in walks] == [True, True]
+        streamer.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- leases
+
+
+def test_a_batch_stays_for_as_long_as_anybody_holds_it(file: Path) -> None:
+    """Several at once, one of them twice, taken and given back by different threads, while others pass by."""
+    slabs = slabs_of(file, [2] * 5)
+    streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=1, ring_pages=8)
+    streamer.start()
+    first = streamer.lease(1)
+    other = Waiting(lambda: streamer.lease(1)).result()
+    third = Waiting(lambda: streamer.lease(3)).result()
+    assert isinstance(other, Lease)
+    assert isinstance(third, Lease)
+
+    def others_pass_by() -> None:
+        for batch in [0, 2, 4] * 5:
+            assert visit(streamer, slabs, batch)
+            assert is_right(other.region, slabs[1])
+            assert is_right(third.region, slabs[3])
+
+    others_pass_by()
+    for _ in range(2):  # the second time nobody gives back what another holds
+        first.end()
+        others_pass_by()
+    assert Waiting(third.end).result() is None
+    other.end()
+    assert not any(region.users for region in streamer._regions.values())
+    assert all(visit(streamer, slabs, batch) for batch in [0, 2, 4, 1, 3])
+
+
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_a_thread_that_has_the_ring_itself_is_told_so(file: Path, prefetch: int) -> None:
+    slabs = slabs_of(file, [2, 2, 4])
+    streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch, ring_pages=4)
+    streamer.start()
+    lease = streamer.lease(0)
+
+    def asks_for_too_much() -> None:
+        with streamer.lease(0), streamer.lease(2):
+            pass
+
+    outcome = Waiting(asks_for_too_much)
+    until(lambda: outcome.outcome is not None or len(streamer._regions[0].users) == 2)
+    lease.end()
+    error = outcome.result()
+    assert isinstance(error, BudgetError)
+    for said in ("batch 2 needs 16.0 KiB", "ring of 16.0 KiB", "batch 0 (8.0 KiB)", "max_memory"):
+        assert said in str(error)
+    assert all(visit(streamer, slabs, batch) for batch in range(3)), "what was refused has left something behind"
+
+
+def test_of_two_threads_that_wait_for_each_other_one_is_told_so(file: Path) -> None:
+    """Whoever closes the circle; what it holds, it gives back, and the other one goes on."""
+    slabs = slabs_of(file, [2] * 4)
+    streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=0, ring_pages=4)
+    both = threading.Barrier(2)
+
+    def hold(mine: int, next_one: int) -> bool:
+        with streamer.lease(mine) as region:
+            both.wait(PATIENCE)
+            return visit(streamer, slabs, next_one) and is_right(region, slabs[mine])
+
+    outcomes = [one.result() for one in [Waiting(lambda: hold(0, 2)), Waiting(lambda: hold(1, 3))]]
+    assert sorted(type(outcome).__name__ for outcome in outcomes) == ["BudgetError", "bool"]
+    assert True in outcomes
+
+
+def test_a_lease_whose_thread_has_ended_is_not_waited_for(file: Path) -> None:
+    slabs = slabs_of(file, [2] * 2)
+    streamer = new_streamer(slabs, FakeReader(slabs, eager=True), prefetch=0)
+    left = Waiting(lambda: streamer.lease(0))
+    lease = left.result()
+    left.join(PATIENCE)
+    assert isinstance(Waiting(lambda: streamer.lease(1)).result(), BudgetError)
+    assert isinstance(lease, Lease)
+    lease.end()
+    assert visit(streamer, slabs, 1)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+@pytest.mark.parametrize("seed", range(6))
+def test_threads_with_leases_all_come_to_their_end(file: Path, seed: int, at_once: int) -> None:
+    """With one at once, somebody can always go on, and none is refused. With several, one may be, and none hangs."""
+    rng = random.Random(seed)
+    slabs = slabs_of(file, [3, 2, 4, 3, 6])
+    with Reader([file], direct=False, num_workers=2, chunk_bytes=CHUNK_BYTES) as reader:
+        streamer = new_streamer(slabs, reader, prefetch=seed % 3)
+
+        def look(batches: Sequence[int]) -> bool:
+            with ExitStack() as held:
+                try:
+                    regions = [held.enter_context(streamer.lease(batch)) for batch in batches]
+                except BudgetError:
+                    return at_once > 1
+                return all(is_right(region, slabs[batch]) for batch, region in zip(batches, regions, strict=True))
+
+        def walk(batches: Sequence[int]) -> bool:
+            return all(look(batches[start : start + at_once]) for start in range(0, len(batches), at_once))
+
+        walks = [Waiting(functools.partial(walk, rng.choices(range(5), k=60))) for _ in range(4)]
+        assert [walking.result() for walking in walks] == [True] * 4
         streamer.close()

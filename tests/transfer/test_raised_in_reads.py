@@ -22,10 +22,10 @@ from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.landing import HostLanding
 from tests.conftest import Resident, WriteTiny, simulated_accelerator, stream
 from tests.stand_ins.limits import fail_from_within
+from tests.stand_ins.process import reader_threads
 from tests.stand_ins.sim import SimStream
 from tests.stand_ins.tiny_gguf import write_tiny_gguf
 from tests.stand_ins.tiny_models import VOCAB_SIZE
-from tests.transfer.test_reader import reader_threads
 
 pytestmark = [
     pytest.mark.skipif(not files.HAS_PREADV, reason="there is no preadv to fail"),

@@ -25,6 +25,7 @@ from airstream.transfer.jobs import Job, ReadCancelled
 from airstream.transfer.landing import HostLanding, Staging
 from airstream.transfer.piece import Cast, Piece, split
 from airstream.transfer.reader import Reader
+from tests.stand_ins.process import descriptors, reader_threads
 
 FILE_BYTES = 200_001  # ends neither on a page nor on a sector
 CONTENT = random.Random(0).randbytes(FILE_BYTES)
@@ -51,19 +52,6 @@ def own_file(tmp_path: Path) -> Path:
 def _no_thread_is_left() -> Iterator[None]:
     yield
     assert not reader_threads()
-
-
-def reader_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("airstream-reader")]
-
-
-def descriptors(folder: Path) -> list[str]:
-    """What this process has open in `folder`, as far as the system tells."""
-    if sys.platform != "linux":
-        return []
-    links = [Path(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]  # noqa: PTH208 - in one go
-    targets = [str(link.readlink()) for link in links if link.is_symlink()]  # the one that listed them is gone
-    return [target for target in targets if target.startswith(str(folder))]
 
 
 def new_memory(nbytes: int) -> torch.Tensor:

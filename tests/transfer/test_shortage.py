@@ -25,8 +25,8 @@ from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.shortage import shortage_in
 from tests.conftest import STREAMING, WriteTiny, least_memory, simulated_accelerator, stream
 from tests.stand_ins.limits import fail_from_within
+from tests.stand_ins.process import descriptors
 from tests.stand_ins.sim import SimDevice, SimRuntime
-from tests.transfer.test_reader import descriptors
 
 IDS = torch.arange(3, 12)[None]
 LONG_IDS = torch.arange(3, 203)[None] % 90

@@ -21,7 +21,7 @@ from airstream.repacking.manifest import MANIFEST
 from airstream.verification import reading
 from tests.checkpoint.test_pickles import Save, save, transposed  # noqa: F401 - `save` is a fixture
 from tests.conftest import WriteTiny
-from tests.end_to_end.test_exactness import BF16, FP32
+from tests.stand_ins.comparing import BF16, FP32
 from tests.stand_ins.tiny_gguf import write_tiny_gguf
 
 Copy = Callable[[str], Path]
