@@ -28,7 +28,19 @@ class Direct:
     @property
     def module(self) -> nn.Module | None:
         """What was called. An interrupt may have ended the call unseen: then the turn is another one by now."""
-        return self._module if self._turn == self._gate.turns.number else None
+        return self._module if self._turn == self.turn else None
+
+    @property
+    def turn(self) -> int:
+        """Which turn it is now."""
+        return self._gate.turns.number
+
+    def was_interrupted(self) -> bool:
+        """Whether the last call ended unseen, in an earlier turn. Says so once."""
+        is_left = self._module is not None and self.module is None
+        if is_left:
+            self._module = None
+        return is_left
 
     @property
     def is_inside(self) -> bool:
@@ -44,7 +56,7 @@ class Direct:
             )
         self._gate.enter()
         self._gate.asking.turn(not torch.is_grad_enabled())
-        self._module, self._turn = module, self._gate.turns.number
+        self._module, self._turn = module, self.turn
 
     def end(self) -> None:
         """It is over."""

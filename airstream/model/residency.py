@@ -134,8 +134,7 @@ class Residency:
             nonlocal handled
             refuse_tracing()
             stats.layers += 1
-            if not self._direct.is_inside:
-                self._start_direct(called, args)
+            self._enter(called, args)
             handled = sys.exc_info()[1]
             for each in before:
                 each.check()
@@ -171,15 +170,15 @@ class Residency:
 
         def onload(called: nn.Module, args: tuple[object, ...]) -> None:
             refuse_tracing()
-            if self._running == name and self._direct.is_inside:
+            is_direct = self._enter(called, args)
+            if self._running == name:
                 return
-            is_direct = not self._direct.is_inside
-            if is_direct:
-                self._start_direct(called, args)
-            handled = sys.exc_info()[1]
+            turn, handled = self._direct.turn, sys.exc_info()[1]
 
             def offload(*_: object) -> None:
                 handle.remove()
+                if self._direct.turn != turn:
+                    return  # of a call that was interrupted
                 try:
                     _check(bindings, handled)
                 finally:
@@ -196,10 +195,15 @@ class Residency:
         for part in _parts(module, name, batch.fill):
             batch.parts.append(part.register_forward_pre_hook(Hook(onload), prepend=True))
 
-    def _start_direct(self, module: nn.Module, args: tuple[object, ...]) -> None:
-        self._direct.start(module, args)
-        self.let_go()  # what an interrupt may have left
-        self._streamer.recover()
+    def _enter(self, module: nn.Module, args: tuple[object, ...]) -> bool:
+        """`module` is called with `args`. Gives whether that is from outside of any call; then it has the turn now."""
+        is_direct = not self._direct.is_inside
+        if is_direct:
+            self._direct.start(module, args)
+        if is_direct or self._direct.was_interrupted():
+            self.let_go()  # what an interrupt may have left
+            self._streamer.recover()
+        return is_direct
 
     def _bring_in(self, name: str, number: int, position: int) -> None:
         """Have the weights of unit `name` in place."""

@@ -163,7 +163,7 @@ def test_what_stays_outside_the_layers_asks_when_it_is_called_alone(model: Any) 
     assert not torch_sees(norm.weight)
 
 
-@pytest.mark.parametrize("path", ["model.layers.1", "model.norm"])
+@pytest.mark.parametrize("path", ["model.layers.1", "model.layers.1.mlp", "model.norm"])
 def test_an_interrupted_call_of_a_part_is_not_taken_for_one_under_way(model: Any, path: str) -> None:
     """Its end was not seen. Then the module runs in a pass of the whole model, whose turn would end there."""
     part, hidden = model.get_submodule(path), torch.ones(1, 3, model.config.hidden_size)
@@ -174,7 +174,7 @@ def test_an_interrupted_call_of_a_part_is_not_taken_for_one_under_way(model: Any
     handle = part.register_forward_pre_hook(interrupt)
     position = model.model.rotary_emb(hidden, torch.arange(3)[None])
     with pytest.raises(KeyboardInterrupt):
-        part(hidden, **({} if path == "model.norm" else {"position_embeddings": position}))
+        part(hidden, **({"position_embeddings": position} if path == "model.layers.1" else {}))
     handle.remove()
     seen: list[bool] = []
     model.lm_head.register_forward_pre_hook(lambda module, _: seen.append(torch_sees(module.weight)))
