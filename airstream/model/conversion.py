@@ -13,11 +13,14 @@ from functools import partial
 import torch
 
 from airstream.compat.assembled import Assembled
+from airstream.compat.blame import told
 from airstream.compat.weights import KeyConversion
+from airstream.errors import AirstreamError, CheckpointError
 from airstream.layout.slab import Slab
 from airstream.layout.tensors import RAW_PREFIX, Conversion, TensorSpec
 from airstream.reporting.probe import CONVERT
 from airstream.transfer.machinery import Machinery
+from airstream.transfer.shortage import shortage_in
 
 Source = tuple[str, str, torch.Tensor]
 """A raw tensor as converters of transformers take it: checkpoint key, pattern, values."""
@@ -48,9 +51,21 @@ def convert_slab(keys: KeyConversion, machinery: Machinery, slab: Slab, memory: 
         if conversion.is_object:
             continue
         with machinery.probe.span(CONVERT, conversion.nbytes, machinery.backend.moment):
-            made = keys.convert(conversion.name, _sources(conversion, memory, slab.offsets))
+            made = _made(keys, conversion, _sources(conversion, memory, slab.offsets))
             for name, value in made.items():
                 view_of(memory, slab.offsets[name], specs[name]).copy_(value)
+
+
+def _made(keys: KeyConversion, conversion: Conversion, sources: list[Source]) -> Mapping[str, torch.Tensor]:
+    try:
+        return keys.convert(conversion.name, sources)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, AirstreamError) or shortage_in(error) is not None:
+            raise
+        raise CheckpointError(
+            f"the packed tensors of {conversion.name!r} cannot be converted as config.json says: {told(error)}. Either "
+            "of them is damaged: download the checkpoint again"
+        ) from error
 
 
 def view_of(memory: torch.Tensor, offset: int, spec: TensorSpec) -> torch.Tensor:
