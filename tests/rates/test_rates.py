@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from airstream import ArgumentError, BudgetError, DiskSpaceError, ReadError
@@ -559,6 +559,7 @@ PLACES = [(), ("disk",), ("weights",), ("weights", "float32"), ("flops",)]
 
 
 @settings(max_examples=100, deadline=None)
+@example(place=(), name="layer_seconds", value=1e308)
 @given(
     place=st.sampled_from(PLACES),
     name=st.sampled_from([*(field.name for field in dataclasses.fields(HardwareFacts)), "per_second", "source", "x"]),
