@@ -19,7 +19,7 @@ from airstream.model.binding import holds
 def check_state_dicts(modules: Iterable[nn.Module]) -> None:
     """Let each of `modules` look at what is about to be loaded into it. A copy of one, of plain weights, lets it be."""
     for module in modules:
-        module.register_load_state_dict_pre_hook(_check)
+        module.register_load_state_dict_pre_hook(_check)  # type: ignore[no-untyped-call]  # torch gives it no types
 
 
 def _check(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: object) -> None:

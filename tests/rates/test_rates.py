@@ -100,7 +100,7 @@ def test_a_rate_is_a_positive_number(number: float) -> None:
 def test_facts_without_arithmetic_are_refused() -> None:
     with pytest.raises(ArgumentError, match="one dtype at least"):
         facts(weights={})
-    with pytest.raises(ArgumentError, match="negative"):
+    with pytest.raises(ArgumentError, match=r"layer_seconds is -1\.0, not from 0 to"):
         facts(layer_seconds=-1.0)
 
 
