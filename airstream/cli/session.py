@@ -14,6 +14,7 @@ from airstream import AutoModel
 from airstream.checkpoint.beside import has_tokenizer
 from airstream.cli.parser import load_options
 from airstream.cli.screen import Printer
+from airstream.compat.blame import told
 from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.profiling.live import LiveLine
 from airstream.reporting.status import can_draw, showing, status
@@ -59,7 +60,7 @@ def check_chat(model: Any) -> None:
 
 
 def encode_chat(model: Any, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """`messages` in the model's chat template, as `encode`."""
+    """`messages` in the model's chat template, as `encode`. Blocks as long as the template likes."""
     check_chat(model)
     try:
         inputs = model.tokenizer.apply_chat_template(
@@ -67,7 +68,9 @@ def encode_chat(model: Any, messages: Sequence[dict[str, str]]) -> dict[str, Any
         )
     except Exception as error:  # a template is a program that somebody else wrote
         roles = ", ".join(message["role"] for message in messages)
-        raise UnsupportedError(f"the chat template of this model refuses the messages ({roles}): {error}") from error
+        raise UnsupportedError(
+            f"the chat template of this model refuses the messages ({roles}): {told(error)}"
+        ) from error
     return dict(inputs.to(model.device))
 
 
