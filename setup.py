@@ -101,7 +101,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["airstream = airstream.cli:main"]},
+    entry_points={"console_scripts": ["airstream = airstream.__main__:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
         "Intended Audience :: Science/Research",

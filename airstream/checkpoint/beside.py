@@ -30,16 +30,30 @@ KINDS: Mapping[re.Pattern[str], Kind] = {
 }
 """Files of JSON that transformers reads, by their names; the first that fits counts."""
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+FIELDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
+    "tokenizer_config.json": {"model_max_length": (int, float)},
+    "processor_config.json": dict.fromkeys(("image_processor", "feature_extractor", "video_processor"), (dict,)),
+    "preprocessor_config.json": {},
+    "video_preprocessor_config.json": {},
+    "chat_template.json": {"chat_template": (str,)},
+}
+"""By file, what a value is where transformers fails with another one and names neither, or fails later: a tokenizer
+compares the length of every text with its own, whatever that is."""
 
-OTHERS = (".model", ".txt", ".jinja", ".tiktoken", ".spm", ".bpe")
+NEEDED = {"chat_template.json": "chat_template"}
+"""What a file is for."""
+
+TEMPLATE, MORE_TEMPLATES = ".jinja", "additional_chat_templates"
+"""How the names of templates end, and the folder of those that are not the first."""
+
+OTHERS = (".model", ".txt", TEMPLATE, ".tiktoken", ".spm", ".bpe")
 """How the names of its other files end."""
 
 OF_TOKENIZERS = ("*token*", "vocab*", "*.model", "*.gguf", "*.py")
 """One of these is there where a tokenizer is."""
 
-MAX_BYTES = 64 << 20
-"""Of these."""
+MAX_BYTES, MAX_TEMPLATE_BYTES = 64 << 20, 1 << 20
+"""Of these, and of a chat template, which is text that somebody wrote: the longest has 30 KB."""
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -53,14 +67,14 @@ def check_small_files(folder: Path) -> None:
     Raises:
         CheckpointError: the message names the file.
     """
-    for file in sorted(folder.iterdir()):
+    for file in sorted((*folder.iterdir(), *(folder / MORE_TEMPLATES).glob(f"*{TEMPLATE}"))):
         kind = next((kind for pattern, kind in KINDS.items() if pattern.fullmatch(file.name)), None)
-        if file.is_dir() and file.suffix != ".json":
+        if file.is_dir() and file.suffix not in (".json", TEMPLATE):
             continue
         if kind is not None:
             _check_json(file, kind)
-            if file.name == TOKENIZER_CONFIG:
-                _check_length(file)
+            if file.name in FIELDS:
+                _check_fields(file)
         elif file.suffix in OTHERS:
             _check_other(file)
 
@@ -75,20 +89,34 @@ def _check_json(file: Path, kind: Kind) -> None:
         raise CheckpointError(f"{file} is not {kind.name}: {error}. Download it again") from None
 
 
-def _check_length(file: Path) -> None:
-    """A tokenizer compares the length of every text with it, whatever it is."""
+def _check_fields(file: Path) -> None:
+    """Refuse `file` unless it is an object whose values are of the types of `FIELDS`."""
     values = read_json(file, SETTINGS)
-    if isinstance(values, dict):
-        check_types(file, values, {"model_max_length": (int, float)})
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} is not a JSON object. Download it again")
+    check_types(file, values, FIELDS[file.name])
+    needed = NEEDED.get(file.name)
+    if needed is not None and values.get(needed) is None:
+        raise CheckpointError(f"{file} has no {needed}, which is all that it is for. Download it again, or remove it")
 
 
 def _check_other(file: Path) -> None:
     with open_regular(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         head = stream.read(HEAD_BYTES)
-    if size > MAX_BYTES:
+    most = MAX_TEMPLATE_BYTES if file.suffix == TEMPLATE else MAX_BYTES
+    if size > most:
         raise CheckpointError(
-            f"{file} has {counted(size, 'byte')}: it is nothing of a tokenizer, which has {MAX_BYTES:,} at most"
+            f"{file} has {counted(size, 'byte')}: it is nothing of a tokenizer, which has {most:,} at most"
         )
+    if file.suffix == TEMPLATE:
+        _check_text(file, most)
     if head.startswith(LFS_POINTER):  # all else may be what it should be: text
         raise CheckpointError(str(complaint(file, head, "")))
+
+
+def _check_text(file: Path, max_bytes: int) -> None:
+    try:
+        read_regular(file, max_bytes, "a chat template").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8 at byte {error.start:,}. Download it again") from None

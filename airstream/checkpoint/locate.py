@@ -12,6 +12,7 @@ from typing import NamedTuple
 from airstream.checkpoint.gguf_split import SPLIT_NAME, split_names
 from airstream.checkpoint.hub import AS_EVER, HubOptions, check_name, resolve
 from airstream.errors import ArgumentError, CheckpointNotFoundError
+from airstream.system.foreign_files import check_folder, unreadable
 
 SUFFIX = ".gguf"
 
@@ -38,8 +39,20 @@ def locate(
 
     Raises:
         CheckpointNotFoundError: there is no such folder, repository or file.
+        CheckpointError: it may not be read.
         ArgumentError: `gguf_file` is not a path inside the repository.
     """
+    try:
+        found = _locate(model, hub, gguf_file, with_code, with_weights)
+    except PermissionError as error:
+        raise unreadable(Path(error.filename or model), error) from error
+    check_folder(found.folder)
+    return found
+
+
+def _locate(
+    model: str | os.PathLike[str], hub: HubOptions, gguf_file: str | None, with_code: bool, with_weights: bool
+) -> Location:
     check_name(model)
     if gguf_file is None:
         path = Path(model).expanduser()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from airstream.compat.blame import told
 from airstream.errors import ArgumentError, UnsupportedError
 
 
@@ -23,7 +24,7 @@ def check_chat(model: Any) -> None:
 
 
 def encode_chat(model: Any, messages: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """`messages` in the model's chat template, as `encode`."""
+    """`messages` in the model's chat template, as `encode`. Blocks as long as the template likes."""
     check_chat(model)
     try:
         inputs = model.tokenizer.apply_chat_template(
@@ -31,5 +32,7 @@ def encode_chat(model: Any, messages: Sequence[dict[str, str]]) -> dict[str, Any
         )
     except Exception as error:  # a template is a program that somebody else wrote
         roles = ", ".join(message["role"] for message in messages)
-        raise UnsupportedError(f"the chat template of this model refuses the messages ({roles}): {error}") from error
+        raise UnsupportedError(
+            f"the chat template of this model refuses the messages ({roles}): {told(error)}"
+        ) from error
     return dict(inputs.to(model.device))

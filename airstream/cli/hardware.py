@@ -14,6 +14,8 @@ from airstream.rates import saved as store
 from airstream.rates.facts import HardwareFacts
 from airstream.system.importing import quiet_imports
 
+AGAIN = "--refresh, when the machine is idle, measures again"
+
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the rates and where each comes from; measure them first if nobody has, or if asked to."""
@@ -21,7 +23,7 @@ def run(arguments: argparse.Namespace) -> None:
     if folder.is_file():
         raise ArgumentError(f"{folder} is a file: name a folder on the disk to measure")
     facts = None if arguments.refresh else store.stored(folder, device)
-    where = f"kept in {store.store_file()}; --refresh measures again"
+    where = f"kept in {store.store_file()}; {AGAIN}"
     if facts is None:
         facts = _measure(folder, device)
         where = _save(folder, device, facts)
@@ -42,6 +44,6 @@ def _measure(folder: Path, device: torch.device) -> HardwareFacts:
 def _save(folder: Path, device: torch.device, facts: HardwareFacts) -> str:
     """Keep the facts if that is possible; what has been measured is shown either way."""
     try:
-        return f"kept in {store.save(folder, device, facts)}; --refresh measures again"
+        return f"kept in {store.save(folder, device, facts)}; {AGAIN}"
     except OSError as error:
         return f"not kept: {store.store_file()} cannot be written ({error.strerror})"

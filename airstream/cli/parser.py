@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from airstream.cli import mistakes, values
+from airstream.cli.starting import starting
 from airstream.cli.values import number
-from airstream.reporting.status import can_draw, status
-from airstream.system.importing import quiet_imports
+from airstream.reporting.status import can_draw
 
 Command = Callable[[argparse.Namespace], int | None]
 """Returns the exit status, if it is not 0."""
@@ -267,7 +267,7 @@ def _command(name: str, check: Callable[[argparse.Namespace], None] | None = Non
             check(arguments)
         if name == "demo" and not can_draw():  # a newcomer's first command should never be silent
             print("airstream: starting: importing torch and transformers", file=sys.stderr, flush=True)
-        with status("starting: importing torch and transformers"), quiet_imports():
+        with starting():
             module = importlib.import_module(f"airstream.cli.{name}")
         exit_status: int | None = module.run(arguments)
         return exit_status

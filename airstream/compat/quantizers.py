@@ -19,8 +19,10 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig, get_hf_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
 from airstream.compat.quiet import quiet_transformers
+from airstream.compat.stated import check_numbers, check_stated
 from airstream.errors import UnsupportedError
 
 PACKAGES: Mapping[str, str] = {
@@ -80,9 +82,18 @@ INSTEAD = "Stream a checkpoint of the model in another format (bf16, bitsandbyte
 class Quantizer:
     """How the weights of one quantised checkpoint become those of its model."""
 
-    def __init__(self, inner: HfQuantizer, method: str) -> None:
+    def __init__(self, inner: HfQuantizer, method: str, settings: Mapping[str, Any]) -> None:
         self.method = method
         self._inner = inner
+        self._settings = settings
+
+    def check(self, index: Mapping[str, StoredTensor]) -> None:
+        """Refuse a checkpoint whose tensors are not packed as its config says.
+
+        Raises:
+            CheckpointError: the message names the file, the tensor and the field.
+        """
+        check_stated(self._settings, self.method, index)
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of everything that is not quantised, if `dtype` is asked for."""
@@ -129,9 +140,10 @@ class Quantizer:
 class IntegerQuantizer(Quantizer):
     """Of a checkpoint whose packed integers are made dense here, for the modules of a model that is not quantised."""
 
-    def __init__(self, method: str, layout: Layout) -> None:
+    def __init__(self, method: str, layout: Layout, settings: Mapping[str, Any]) -> None:
         self.method = method
         self._layout = layout
+        self._settings = settings
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -162,7 +174,8 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
         return None
     method = str(settings.get("quant_method") or "bitsandbytes")
     if method in INTEGER_FORMATS:
-        return IntegerQuantizer(method, _layout(settings, method, str(config.model_type)))
+        check_numbers(settings)
+        return IntegerQuantizer(method, _layout(settings, method, str(config.model_type)), settings)
     if method in REFUSED:
         raise UnsupportedError(f"a checkpoint quantised with {method} cannot be streamed: {REFUSED[method]}. {INSTEAD}")
     if not any(name.startswith(method) for name in AUTO_QUANTIZER_MAPPING):
@@ -190,7 +203,7 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
             f"a checkpoint quantised with {method} cannot run on {device}: {_first_line(error)}. {_remedy(device)}"
         ) from error
     _refuse_what_changes_weights(inner, method)
-    return Quantizer(inner, method)
+    return Quantizer(inner, method, settings)
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:

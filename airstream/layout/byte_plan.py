@@ -76,6 +76,9 @@ def _read_specs(
     dtype_plan = DtypePlan(model, dtype)
     wanted = {name: dtype_plan(name, tensor.dtype) for name, tensor in targets.items()}
     specs: dict[str, TensorSpec] = {}
+    if quantizer is not None:
+        with _noting(faults):
+            quantizer.check(index)
     conversion = conversion_for(model, index, quantizer)
     converted: dict[str, list[tuple[str, str]]] = {}
     sizes = cache(lambda: tuple(_sizes(model.config.to_dict())))  # once: all tensors may be of another model

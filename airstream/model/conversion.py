@@ -13,10 +13,13 @@ from functools import partial
 import torch
 
 from airstream.compat.assembled import Assembled
+from airstream.compat.blame import told
 from airstream.compat.weights import KeyConversion
+from airstream.errors import AirstreamError, CheckpointError
 from airstream.layout.slab import Slab
 from airstream.layout.tensors import RAW_PREFIX, Conversion, view_of
 from airstream.reporting.probe import CONVERT, Moment, Probe
+from airstream.transfer.shortage import shortage_in
 
 Source = tuple[str, str, torch.Tensor]
 """A raw tensor as converters of transformers take it: checkpoint key, pattern, values."""
@@ -49,9 +52,21 @@ def convert_slab(
         if conversion.is_object:
             continue
         with probe.span(CONVERT, conversion.nbytes, moment):
-            made = keys.convert(conversion.name, _sources(conversion, memory, slab.offsets))
+            made = _made(keys, conversion, _sources(conversion, memory, slab.offsets))
             for name, value in made.items():
                 view_of(memory, slab.offsets[name], specs[name]).copy_(value)
+
+
+def _made(keys: KeyConversion, conversion: Conversion, sources: list[Source]) -> Mapping[str, torch.Tensor]:
+    try:
+        return keys.convert(conversion.name, sources)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(error, AirstreamError) or shortage_in(error) is not None:
+            raise
+        raise CheckpointError(
+            f"the packed tensors of {conversion.name!r} cannot be converted as config.json says: {told(error)}. Either "
+            "of them is damaged: download the checkpoint again"
+        ) from error
 
 
 def _build(keys: KeyConversion, conversion: Conversion, memory: torch.Tensor, offsets: Mapping[str, int]) -> Assembled:

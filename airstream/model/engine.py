@@ -30,6 +30,7 @@ from airstream.model.plans import Plans
 from airstream.model.residents import bind_residents
 from airstream.model.row_table import watch_tables
 from airstream.model.shortage import explained
+from airstream.model.state_dicts import check_state_dicts
 from airstream.model.stored_in_files import all_stored
 from airstream.plan.facts import AdapterFacts
 from airstream.plan.plan import Plan
@@ -97,6 +98,7 @@ class Engine:
         leaving = parts.specs_of(Kind.LAYER, Kind.HEAD)
         watch_tables(model, vocabulary_of(model), closing)
         take_out(self.modules, leaving, self.stored, self.device)
+        check_state_dicts(self.modules)
         self._store = Store(parts.specs, self.machinery.backend)
         closing.callback(self._store.close)
         closing.callback(self._stop)

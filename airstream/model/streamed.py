@@ -134,7 +134,7 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
         known = stored.keys() & state_dict.keys()
         for name in known:
             if not holds(state_dict[name], stored[name]):
-                refuse_change(name)
+                refuse_change(stored[name].name)
         rest = {name: value for name, value in state_dict.items() if name not in known}
         result = super().load_state_dict(rest, strict=False, assign=assign)
         result = type(result)([name for name in result.missing_keys if name not in known], result.unexpected_keys)

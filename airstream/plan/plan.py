@@ -175,7 +175,9 @@ def _time_lines(plan: Plan) -> Iterator[str]:
         f"in later calls {format_seconds(expected.warm_prefill_seconds)}"
     )
     for note in expected.notes:
-        yield f"               measured {note} (airstream hardware --refresh)"
+        yield f"               measured {note}"
+    if expected.notes:
+        yield "               airstream hardware --refresh, when the machine is idle, measures again"
     if plan.would_help:
         yield f"  would help   {', '.join(f'{what}: {factor:.1f}x' for what, factor in plan.would_help.items())}"
 

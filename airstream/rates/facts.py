@@ -24,6 +24,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 _ALIKE = {"bfloat16": "float16", "float16": "bfloat16"}
 """The dtype that computes most like another one: as wide, and on the same units of most devices."""
 
+MAX_SECONDS = 86_400
+"""What no single layer takes: a day."""
+
 LINKS: Mapping[str, str] = {
     "h2d": "host to device, pinned",
     "h2d_pageable": "host to device, pageable",
@@ -84,7 +87,7 @@ class HardwareFacts:
         layer_seconds: what a layer of a decode step takes however small its weights are: Python, small kernels.
 
     Raises:
-        ArgumentError: no dtype has a rate, or a time is negative.
+        ArgumentError: no dtype has a rate, or a time is none that anybody waits for.
     """
 
     machine: str
@@ -105,8 +108,9 @@ class HardwareFacts:
             raise ArgumentError("a machine has a name and one core at least")
         if not self.weights or not self.flops:
             raise ArgumentError("weights and flops need the rate of one dtype at least")
-        if not (0 <= self.layer_seconds < math.inf and 0 <= self.disk_cpu_seconds_per_byte < math.inf):
-            raise ArgumentError("layer_seconds and disk_cpu_seconds_per_byte cannot be negative")
+        for name in ("layer_seconds", "disk_cpu_seconds_per_byte"):
+            if not 0 <= getattr(self, name) < MAX_SECONDS:
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}, not from 0 to {MAX_SECONDS:,} seconds")
 
     def weights_rate(self, dtype: str) -> Rate:
         """The rate in `weights` of `dtype`, "bfloat16" or "torch.bfloat16".

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import shlex
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,8 +47,7 @@ def open_regular(file: Path) -> BinaryIO:
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        reason = getattr(error, "strerror", None) or str(error)
-        raise CheckpointError(f"{str(file)[:500]!a} cannot be read: {reason}") from error
+        raise unreadable(file, error) from error
 
 
 def read_regular(file: Path, max_bytes: int, what: str) -> bytes:
@@ -85,6 +85,28 @@ def mapped(file: Path) -> Iterator[mmap.mmap]:
             raise CheckpointError(f"{file} cannot be mapped into memory: {reason}. Copy it to a local disk") from error
     with data:
         yield data
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be listed, or in which no file can be opened.
+
+    Raises:
+        CheckpointError: the message says how that is changed.
+    """
+    try:
+        os.scandir(folder).close()
+        os.stat(os.path.join(folder, os.curdir))  # noqa: PTH116, PTH118 - a Path leaves out the dot
+    except PermissionError as error:
+        raise unreadable(folder, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """What to raise because `error` has come of reading `path`."""
+    reason = getattr(error, "strerror", None) or str(error)
+    remedy = (
+        f". chmod -R u+rX {shlex.quote(str(path))} allows it to its owner" if isinstance(error, PermissionError) else ""
+    )
+    return CheckpointError(f"{str(path)[:500]!a} cannot be read: {reason}{remedy}")
 
 
 def _check_regular(file: Path, mode: int) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import io
 import json
 import sys
+import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from airstream.cli import main
 from airstream.cli.chat import COMMANDS, obey
 from airstream.cli.conversation import Conversation
 from airstream.cli.reading import typed
+from airstream.cli.session import encode_chat
 from airstream.compat.traits import cut_back
 from tests.conftest import WriteTiny, stream
 from tests.stand_ins.tiny_models import tiny_tokenizer
@@ -274,6 +278,37 @@ def test_a_template_that_refuses_is_named(tiny: WriteTiny, tmp_path: Path) -> No
     refused = pytest.raises(UnsupportedError, match=r"refuses the messages \(system, user\): no")
     with stream(folder) as model, refused:
         Conversation(model, "w3", OPTIONS).answer("w5")
+
+
+ABSURD_TEMPLATES = {
+    "a long loop": ("{% for i in range(10**9) %}x{% endfor %}", "Range too big"),
+    "more than memory": ("{{ 'x' * 10**15 }}", "more memory than there is"),
+    "itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+    "deep": ("{{ " + "(" * 300 + "1" + ")" * 300 + " }}", "maximum recursion depth exceeded"),
+    "deep blocks": ("{% if 1 %}" * 200 + "{% endif %}" * 200, "too many levels of indentation"),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD_TEMPLATES)
+def test_a_template_that_asks_for_too_much_is_refused(model: Any, case: str) -> None:
+    model.tokenizer.chat_template, said = ABSURD_TEMPLATES[case]
+    with pytest.raises(UnsupportedError, match=rf"chat template of this model refuses the messages \(user\): .*{said}"):
+        encode_chat(model, [{"role": "user", "content": "w5"}])
+
+
+def test_ctrl_c_ends_a_template_that_does_not(model: Any) -> None:
+    """Loops within loops have no limit in jinja."""
+    model.tokenizer.chat_template = "{{ started() }}" + "{% for i in range(99999) %}" * 4 + "x" + "{% endfor %}" * 4
+
+    def interrupt() -> None:
+        threading.Timer(0.1, _thread.interrupt_main).start()
+
+    render = partial(model.tokenizer.apply_chat_template, started=interrupt)
+    model.tokenizer.apply_chat_template = render
+    with pytest.raises(KeyboardInterrupt):
+        encode_chat(model, [{"role": "user", "content": "w5"}])
+    model.tokenizer.chat_template = TEMPLATE
+    assert encode_chat(model, [{"role": "user", "content": "w5"}])["input_ids"].tolist() == [[5]]
 
 
 @pytest.mark.parametrize(

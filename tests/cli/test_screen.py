@@ -153,6 +153,38 @@ def test_ctrl_c_leaves_nothing(moment: str, folder: Path) -> None:
     assert [line for line in shown if line] == ["^C"]
 
 
+SWALLOWS = """
+import importlib.abc, sys
+class Swallowing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("<torch>", file=sys.stderr, flush=True)
+            try:
+                while True:
+                    pass
+            except BaseException:
+                raise ImportError("torch is not here")
+sys.meta_path.insert(0, Swallowing())
+from airstream.__main__ import main
+sys.exit(main())
+"""
+"""Whatever imports optional packages takes an interrupt for an answer."""
+
+
+def test_ctrl_c_is_heard_though_an_import_swallows_it(folder: Path) -> None:
+    status, written = on_a_terminal(SWALLOWS, "plan", str(folder), interrupt_at="<torch>")
+    assert status == 130
+    assert [line for line in screen(written.replace("<torch>", "")) if line] == ["^C"]
+
+
+@pytest.mark.parametrize("name", ["airstream.cli.parser", "airstream.cli.wording"])
+def test_ctrl_c_before_the_command_line_is_there(name: str) -> None:
+    code = SWALLOWS.replace('"torch"', repr(name)).replace('raise ImportError("torch is not here")', "raise")
+    status, written = on_a_terminal(code, "plan", "x", interrupt_at="<torch>")
+    assert status == 130
+    assert [line for line in screen(written.replace("<torch>", "")) if line] == ["^C"]
+
+
 COMMANDS = """
 import io, sys
 from airstream.cli import main

@@ -379,6 +379,131 @@ def test_the_field_of_a_quantisation_that_makes_no_sense_is_named(
         stream(folder)
 
 
+CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
+    **{
+        f"{name} {field}={value}": (name, {field: value}, rf"tensor '.*' \[4, .*has {own}.* says {field}={value}:")
+        for name in ("gptq 4-bit", "awq", "auto-round")
+        for field, value, own in [
+            ("bits", 8, "4 bits"),
+            ("bits", 3, "4 bits"),
+            *(("group_size", size, "4 groups of 32 inputs") for size in (16, 64, -1, 0)),
+        ]
+    },
+    **{
+        f"gptq {field}={value!r}": (
+            "gptq 4-bit",
+            {field: value},
+            rf"quantization_config\.{field} is '.*no whole number",
+        )
+        for field, value in [("bits", "4"), ("bits", True), ("group_size", 32.0), ("group_size", [32])]
+    },
+    "gptq of some layers": (
+        "gptq 4-bit",
+        {"bits": 8, "dynamic": {"+:.*down_proj": {"bits": 2}}},
+        "4 bits.*says bits=8 or 2",
+    ),
+    "bitsandbytes of 8 bits, called 4": (
+        "bitsandbytes int8",
+        {"load_in_8bit": False, "load_in_4bit": True},
+        "weights of 8 bits.*load_in_4bit=true",
+    ),
+    "bitsandbytes of 4 bits, called 8": (
+        "bitsandbytes nf4",
+        {"load_in_8bit": True, "load_in_4bit": False},
+        "weights of 4 bits.*load_in_8bit=true",
+    ),
+    **{
+        f"compressed-tensors {field}={value}": (
+            "compressed-tensors W4A16",
+            {field: value},
+            rf"weight_packed' \[.*128 bits for each of 4 scales .*{field}={value}",
+        )
+        for field, value in [("num_bits", 8), ("group_size", 16), ("group_size", 64)]
+    },
+}
+"""By what is wrong: a format, what the config says, and what is said of it."""
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_shapes_that_contradict_what_the_config_says(quantized: Quantized, tmp_path: Path, case: str) -> None:
+    name, settings, said = CONTRADICTIONS[case]
+    saved = quantized(name)
+    if name.startswith("compressed"):
+        groups = json.loads((saved / "config.json").read_text())["quantization_config"]["config_groups"]
+        groups["group_0"]["weights"] |= settings
+        settings = {"config_groups": groups}
+    folder = respelled(saved, tmp_path / "other", **settings)
+    with pytest.raises(CheckpointError, match=said) as raised:
+        stream(folder)
+    assert str(folder) in str(raised.value), "the message names the file"
+    assert any(re.search(said, fault) for fault in verify(folder, progress=False).faults)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bits": 8, "dynamic": {"+:.*": {"bits": 4}}},
+        {"bits": 2, "extra_config": {"model.layers.0.mlp.down_proj": {"bits": 4}}},
+        {"group_size": 128, "dynamic": {"-:lm_head": {}, ".*": {"group_size": 32}}},
+        {"bits": None, "group_size": None},
+        {"bits": None, "w_bit": 4, "group_size": None, "q_group_size": 32},
+    ],
+    ids=str,
+)
+def test_a_config_may_say_other_things_of_some_layers_or_nothing(
+    quantized: Quantized, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    folder = respelled(quantized("gptq 4-bit"), tmp_path / "other", **settings)
+    with stream(folder) as model, stream(quantized("gptq 4-bit")) as saved:
+        assert torch.equal(logits(model, prompts(1, 3)), logits(saved, prompts(1, 3)))
+
+
+def test_a_group_size_that_does_not_divide_the_inputs(quantized: Quantized, tmp_path: Path) -> None:
+    """A row of 64 or 128 is one group of 200 at most, by what the config says."""
+    folder = tmp_path / "other"
+    respelled(quantized("gptq 4-bit"), folder, group_size=200)
+    tensors = load_file(folder / "model.safetensors")
+    for key in [key for key in tensors if key.endswith((".scales", ".qzeros"))]:
+        tensors[key] = tensors[key][:1].contiguous()
+    for key in [key for key in tensors if key.endswith(".g_idx")]:
+        tensors[key] = torch.zeros_like(tensors[key])
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with stream(folder) as model:
+        assert logits(model, prompts(1, 3)).isfinite().all()
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "g_idx"])
+def test_integers_that_are_stored_as_other_numbers(quantized: Quantized, tmp_path: Path, part: str) -> None:
+    folder = respelled(quantized("gptq 4-bit"), tmp_path / "other")
+    tensors = load_file(folder / "model.safetensors")
+    key = next(key for key in tensors if key.endswith(part))
+    save_file(tensors | {key: tensors[key].float()}, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor '{key}' .*numbers of type F32.*packs I32"):
+        stream(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("gptq 4-bit act-order", lambda tensors, key: tensors[key + "g_idx"].fill_(9_999)),
+        ("gptq 4-bit act-order", lambda tensors, key: tensors[key + "g_idx"].fill_(-7)),
+    ],
+    ids=["too large", "negative"],
+)
+def test_values_that_no_weight_can_be_made_of(
+    quantized: Quantized, tmp_path: Path, name: str, spoil: Callable[[dict[str, torch.Tensor], str], Any]
+) -> None:
+    folder = respelled(quantized(name), tmp_path / "other")
+    tensors = load_file(folder / "model.safetensors")
+    spoil(tensors, "model.layers.1.mlp.up_proj.")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with (
+        stream(folder) as model,
+        pytest.raises(CheckpointError, match=r"packed tensors of 'model\.layers\.1\.mlp\.up_proj\.weight' cannot be"),
+    ):
+        logits(model, prompts(1, 3))
+
+
 @needs_bitsandbytes
 @pytest.mark.parametrize("listed", [[], ["x"]], ids=str)
 def test_a_weight_that_is_not_packed_where_it_should_be(tmp_path: Path, listed: list[str]) -> None:

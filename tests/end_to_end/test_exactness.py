@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -76,6 +77,25 @@ def test_casts(
     reference = resident(name, stored, dtype)
     with stream(tiny(name, stored), device, dtype=dtype) as model:
         assert_equal(model, reference if device == "cpu" else on_accelerator(reference))
+
+
+FOREIGN_TYPES = ("int32", "int8", "uint8", "uint16", "int64", "bool", "float64", "float8_e4m3fn", "complex64")
+
+
+@pytest.mark.parametrize("stored", FOREIGN_TYPES)
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe", "gpt2"])
+@pytest.mark.filterwarnings("ignore:Casting complex values to real")
+def test_numbers_of_any_type_are_cast_as_transformers_casts_them(tmp_path: Path, name: str, stored: str) -> None:
+    """A weight that is a matrix of integers in the file is one of whole numbers, for transformers, too."""
+    write_model(TINY[name], tmp_path, FP32)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for key in {re.sub(r"\d+", "#", key): key for key in tensors}.values():  # one of each kind
+        whole = tensors[key].mul(8).round()
+        tensors[key] = (whole.abs() if stored.startswith("uint") else whole).to(getattr(torch, stored))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=FP32).eval().requires_grad_(False)
+    with stream(tmp_path, dtype=FP32) as model:
+        assert torch.equal(logits(model, prompts(1, 9)), logits(reference, prompts(1, 9)))
 
 
 @pytest.mark.parametrize(("stored", "dtype"), [(BF16, BF16), (FP32, FP32), (FP32, FP16)])

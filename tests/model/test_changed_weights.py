@@ -132,14 +132,14 @@ def model(request: pytest.FixtureRequest, folder: Path) -> Any:
 
 
 def assert_refused(model: Any, name: str, change: Callable[[], Any]) -> None:
-    """Changing is refused by name, or whatever is computed after it. torch wraps what `load_state_dict` meets."""
+    """Changing is refused by name, or whatever is computed after it."""
     refusal: RuntimeError | None = None
     try:
         change()
     except RuntimeError as error:
         refusal = error
     if refusal is not None:
-        assert isinstance(refusal, UnsupportedError) or "Error(s) in loading state_dict" in str(refusal)
+        assert isinstance(refusal, UnsupportedError)
         assert f"'{name}'" in str(refusal)
         return
     for compute in (lambda: model(IDS), lambda: model(IDS), lambda: model.generate(IDS, max_new_tokens=2)):
@@ -241,6 +241,45 @@ def test_load_state_dict(model: Any, resident: Resident) -> None:
     with pytest.raises(UnsupportedError, match=r"1 that it has no place for, such as 'other'.*strict=False"):
         model.load_state_dict(reference.state_dict() | {"other": torch.zeros(1)})
     assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+PARTS: dict[str, tuple[str, Callable[[Any], nn.Module]]] = {
+    "the module": (f"{PATH}.", lambda model: model.get_submodule(PATH)),
+    "a part of a layer": ("model.layers.1.mlp.", lambda model: model.model.layers[1].mlp),
+    "a layer": ("model.layers.1.", lambda model: model.model.layers[1]),
+    "all layers": ("model.layers.", lambda model: model.model.layers),
+    "the base model": ("model.", lambda model: model.model),
+    "the model": ("", lambda model: model),
+    "in a module of the user's": ("", lambda model: nn.Sequential(model)),
+}
+"""By what a state dict is loaded into: what its names lack of the model's, and how to find it."""
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("part", PARTS)
+def test_a_state_dict_is_refused_by_our_name_wherever_it_is_loaded(
+    model: Any, resident: Resident, part: str, assign: bool
+) -> None:
+    prefix, find = PARTS[part]
+    module, reference = find(model), resident("llama", FP32, FP32)
+    before = "0." if part.startswith("in a module") else ""
+    same = {
+        before + name.removeprefix(prefix): values.clone()
+        for name, values in reference.state_dict().items()
+        if name.startswith(prefix)
+    }
+    module.load_state_dict(same, assign=assign)
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+    name = before + NAME.removeprefix(prefix)
+    for values in (same[name] + 1, same[name][:1], same[name].to("meta")):
+        with pytest.raises(UnsupportedError, match=f"^'{NAME}' has been replaced or changed"):
+            module.load_state_dict(same | {name: values}, assign=assign)
+    assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
+def test_a_copy_of_a_layer_takes_any_state_dict(model: Any) -> None:
+    layer = copy.deepcopy(model.model.layers[1])
+    layer.load_state_dict({name: values * 2 for name, values in layer.state_dict().items()})
 
 
 def test_tying_again_changes_nothing(tiny: WriteTiny, resident: Resident) -> None:

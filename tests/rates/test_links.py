@@ -215,6 +215,6 @@ def test_the_plan_says_how_its_rates_were_measured(
     known = replace(assumed("cpu"), weights={"bfloat16": Rate(15e9, source)})
     monkeypatch.setattr(machine, "facts_for", lambda *_: known)
     text = str(AutoModel.plan(folder, device="cpu"))
-    assert ("airstream hardware --refresh" in text) is bool(said)
+    assert ("airstream hardware --refresh, when the machine is idle, measures again" in text) is bool(said)
     assert said in text
     assert max(map(len, text.splitlines())) <= 100
