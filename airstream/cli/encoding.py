@@ -32,7 +32,6 @@ def encode_chat(model: Any, messages: Sequence[dict[str, str]]) -> dict[str, Any
         )
     except Exception as error:  # a template is a program that somebody else wrote
         roles = ", ".join(message["role"] for message in messages)
-        raise UnsupportedError(
-            f"the chat template of this model refuses the messages ({roles}): {told(error)}"
-        ) from error
+        said = str(error) or told(error)
+        raise UnsupportedError(f"the chat template of this model refuses the messages ({roles}): {said}") from error
     return dict(inputs.to(model.device))

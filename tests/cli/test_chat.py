@@ -8,7 +8,6 @@ import json
 import sys
 import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ from airstream import ArgumentError, UnsupportedError
 from airstream.cli import main
 from airstream.cli.chat import COMMANDS, obey
 from airstream.cli.conversation import Conversation
+from airstream.cli.encoding import encode_chat
 from airstream.cli.reading import typed
-from airstream.cli.session import encode_chat
 from airstream.compat.traits import cut_back
 from tests.conftest import WriteTiny, stream
 from tests.stand_ins.tiny_models import tiny_tokenizer
@@ -298,13 +297,8 @@ def test_a_template_that_asks_for_too_much_is_refused(model: Any, case: str) -> 
 
 def test_ctrl_c_ends_a_template_that_does_not(model: Any) -> None:
     """Loops within loops have no limit in jinja."""
-    model.tokenizer.chat_template = "{{ started() }}" + "{% for i in range(99999) %}" * 4 + "x" + "{% endfor %}" * 4
-
-    def interrupt() -> None:
-        threading.Timer(0.1, _thread.interrupt_main).start()
-
-    render = partial(model.tokenizer.apply_chat_template, started=interrupt)
-    model.tokenizer.apply_chat_template = render
+    model.tokenizer.chat_template = "{% for i in range(99999) %}" * 4 + "x" + "{% endfor %}" * 4
+    threading.Timer(0.5, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         encode_chat(model, [{"role": "user", "content": "w5"}])
     model.tokenizer.chat_template = TEMPLATE
