@@ -36,6 +36,8 @@ class Freezable:
         if requires_grad:
             refuse_gradient(self.stored.name)
         self.stored.is_frozen = True
+        if isinstance(self, torch.Tensor):  # it is, and may be in place at this moment
+            _set(self, False)
         return self
 
     @property
@@ -83,13 +85,13 @@ class Asking:
         return was_on
 
     @contextmanager
-    def during(self) -> Iterator[None]:
-        """While nobody computes a gradient."""
+    def during(self, is_outermost: bool) -> Iterator[None]:
+        """While nobody computes a gradient; then as before, or not at all if this is the outermost use."""
         was_on = self.turn(True)
         try:
             yield
         finally:
-            self.turn(was_on)
+            self.turn(was_on and not is_outermost)
 
 
 def may_ask(weight: Any, is_parameter: bool) -> bool:

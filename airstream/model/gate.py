@@ -51,7 +51,7 @@ class Gate:
         """Around every use of the model. Blocks until it is this thread's turn. No autograd."""
         self._forks.settle(self._after_fork)
         try:
-            with self.turns.hold(), self._leaving(), torch.no_grad(), self.asking.during():
+            with self.turns.hold(), self._leaving(), torch.no_grad(), self.asking.during(self.turns.depth == 1):
                 self.check_open()
                 self._ready()
                 yield

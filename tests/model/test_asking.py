@@ -180,3 +180,4 @@ def test_an_interrupted_call_of_a_part_is_not_taken_for_one_under_way(model: Any
     model.lm_head.register_forward_pre_hook(lambda module, _: seen.append(torch_sees(module.weight)))
     model(IDS)
     assert seen == [True]
+    assert not any(torch_sees(each) for each in model.parameters() if isinstance(each, Weight))
