@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is: workers 
 import copy
 import functools
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +34,8 @@ from tests.stand_ins.sim import SimDevice, SimRuntime
 from tests.stand_ins.tiny_models import write_tiny
 
 torch.set_num_threads(2)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells start what runs in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 

@@ -297,7 +297,7 @@ def test_a_template_that_asks_for_too_much_is_refused(model: Any, case: str) -> 
 
 def test_ctrl_c_ends_a_template_that_does_not(model: Any) -> None:
     """Loops within loops have no limit in jinja."""
-    model.tokenizer.chat_template = "{% for i in range(99999) %}" * 4 + "x" + "{% endfor %}" * 4
+    model.tokenizer.chat_template = "{% for i in range(99999) %}" * 4 + "{% endfor %}" * 4
     threading.Timer(0.5, _thread.interrupt_main).start()
     with pytest.raises(KeyboardInterrupt):
         encode_chat(model, [{"role": "user", "content": "w5"}])
