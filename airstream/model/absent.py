@@ -39,7 +39,7 @@ IN_PLACE = (
 
 
 @unmoved
-class Absent(Freezable, torch.Tensor):
+class Absent(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad as an attribute
     """A weight without its values, which are `stored`."""
 
     stored: Stored

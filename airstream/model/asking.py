@@ -25,14 +25,16 @@ _set: Callable[[torch.Tensor, bool], None] = torch.Tensor.requires_grad.__set__ 
 class Freezable:
     """A tensor that stands for the weight that is `stored`, and says of gradients what transformers' parameters say.
 
-    That it needs none can be said, as of them. What asks for one anew would have an optimizer change it.
+    That it needs none can be said, as of them. It never has one, and what is frozen stays so.
     """
 
     stored: Stored
     _is_param: bool
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freeze it, under all its names. UnsupportedError if it is asked for a gradient."""
+        """Freeze it, under all its names, or leave it as it is. UnsupportedError if it is frozen and asked to ask."""
+        if requires_grad == self.requires_grad:
+            return self
         if requires_grad:
             refuse_gradient(self.stored.name)
         self.stored.is_frozen = True
@@ -48,6 +50,15 @@ class Freezable:
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
         self.requires_grad_(value)
+
+    @property
+    def grad(self) -> None:
+        """None, and it stays so: optimizers would follow it, and what fused ones write is not counted."""
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        if value is not None:
+            refuse_gradient(self.stored.name)
 
 
 Askers = Sequence[tuple[torch.Tensor, Stored]]

@@ -165,8 +165,7 @@ class Engine:
 
     def _let_go(self) -> None:
         if self._executor is not None:
-            self._executor.residency.let_go()
-            self._executor.streamer.recover()
+            self._executor.residency.recover()
 
     def _after_fork(self) -> None:
         begin_anew(self.device, self.gate.turns, self._generations, self.observer)

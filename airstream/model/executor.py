@@ -17,6 +17,7 @@ from airstream.model.direct import Direct
 from airstream.model.gate import Gate
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_tables
+from airstream.model.unit_hooks import UnitHooks
 from airstream.plan.facts import ModelFacts
 from airstream.plan.plan import Plan
 from airstream.streaming.fill import Fill, Resident
@@ -47,8 +48,10 @@ class Executor:
             self.streamer = Streamer(fills, plan.ring_bytes, plan.prefetch_batches, machinery, order)
             closing.callback(self.streamer.close)
             units = [batch.units for batch in plan.batches]
-            self.residency = Residency(binder, units, fills, self.streamer, Direct(gate), machinery.probe)
+            self.residency = Residency(binder, units, fills, self.streamer)
             closing.callback(self.residency.close)
+            hooks = UnitHooks(self.residency, binder.modules, Direct(gate), machinery.probe, machinery.stats)
+            closing.callback(hooks.close)
             resident = partial(_resident, store, parts)
             self._tables = bind_tables(binder, parts.specs_of(Kind.TABLE), resident, machinery)
             for binding in self._tables:

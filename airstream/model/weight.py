@@ -19,7 +19,7 @@ from airstream.model.weight_refusals import refuse_change, refuse_remaking, refu
 
 
 @unmoved
-class Weight(Freezable, torch.Tensor):
+class Weight(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad as an attribute
     """A view of memory that holds the values of `stored`.
 
     Attributes:

@@ -100,18 +100,12 @@ ROADS: Mapping[str, Callable[[Any, torch.Tensor], Any]] = {
     "weight_norm": lambda module, values: parametrizations.weight_norm(module),
     "orthogonal": lambda module, values: parametrizations.orthogonal(module),
     "parametrization": lambda module, values: parametrize.register_parametrization(module, "weight", Half()),
-    "requires_grad_ and a fused optimizer": lambda module, values: step_fused(module.weight.requires_grad_(True)),
-    "requires_grad and a fused optimizer": lambda module, values: step_fused(asking_for_gradient(module.weight)),
+    "a fused optimizer": lambda module, values: step_fused(module.weight),
     "module.load_state_dict": lambda module, values: module.load_state_dict({"weight": values}),
     "module.load_state_dict(assign=True)": lambda module, values: module.load_state_dict(
         {"weight": values}, assign=True
     ),
 }
-
-
-def asking_for_gradient(weight: torch.Tensor) -> torch.Tensor:
-    weight.requires_grad = True
-    return weight
 
 
 def step_fused(weight: torch.Tensor) -> None:
