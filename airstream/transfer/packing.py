@@ -27,7 +27,7 @@ HOST_PACKING = Packing(follows_file=True, alignment=0)
 """Of host memory that reads land in."""
 
 DEVICE_PACKING = Packing(follows_file=False, alignment=256)
-"""Of memory that bytes are copied to."""
+"""Of memory that bytes are copied to. Device allocators align to 256 bytes, and kernels choose an algorithm by that."""
 
 
 def packing_of(device: torch.device) -> Packing:
