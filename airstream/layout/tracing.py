@@ -28,7 +28,7 @@ __all__ = ["Known", "trace"]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of a model's conversions, so that those of equal layers are run once: nothing takes time, too."""
+    """What is known of a model's conversions. Equal layers are run once: even a run on empty tensors takes time."""
 
     expansions: Expansions = field(default_factory=dict)
     moves: dict[Hashable, Moves] = field(default_factory=dict)

@@ -31,7 +31,7 @@ class Converter:
 
     Attributes:
         fill: runs those that a slab asks for, on its bytes, once they are there.
-        build: makes the object of one of them, of a slab that starts with a memory, by the offsets in it.
+        build: makes the object of one of them from views of a memory, by the offsets at which its sources start.
     """
 
     fill: Callable[[Slab, torch.Tensor], None]

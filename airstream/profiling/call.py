@@ -72,7 +72,7 @@ class Call:
         return self._take(tokens) or Step.of(None, tokens)
 
     def settle(self, tokens: int | None) -> Step | None:
-        """Its result has so many tokens: where the steps did not say it, or beams were dropped, others than given."""
+        """Its result has `tokens` per sequence. Corrects the count where steps said nothing, or beams were dropped."""
         missing = 0 if tokens is None or self._is_drafting else tokens - self.given
         return self.accept(missing) if missing else None
 
