@@ -4,6 +4,8 @@ A converter is run on shapes alone: what comes out tells which results are views
 memory a resident model has them. It is run on tensors of row numbers: if it only moves rows, what comes out is a byte
 plan. If it transposes or computes, or makes an object of packed tensors, its sources are read raw, and it runs each
 time they have been read.
+
+It knows converters, headers and shapes. It refuses to know values, devices and budgets.
 """
 
 from __future__ import annotations

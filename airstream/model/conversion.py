@@ -2,6 +2,8 @@
 
 Dense tensors are made in place, in their slab, each time its bytes have come. Weights that are objects are made of
 views, once for each place in memory, and last as long as their layer's bytes come to the same place.
+
+It knows which tensors of a slab have to be made of which. It refuses to know how: that is behind `KeyConversion`.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 `streamed_class(LlamaForCausalLM)` is a subclass of it under the same name, so that whatever looks at the class, by
 `isinstance` or by name, sees what it expects.
+
+It knows which methods transformers and its users call. It refuses to know plans and weights: the engine has them.
 """
 
 from __future__ import annotations
