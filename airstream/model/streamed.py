@@ -1,4 +1,4 @@
-"""The class of a streamed model: the checkpoint's own class, with the few methods that cannot mean what they used to.
+"""This makes the class of a streamed model: a subclass with the few methods that cannot mean what they used to.
 
 `streamed_class(LlamaForCausalLM)` is a subclass of it under the same name, so that whatever looks at the class, by
 `isinstance` or by name, sees what it expects.

@@ -1,4 +1,4 @@
-"""A call of `generate` as it is watched: which of its passes belong to the prompt, and the tokens that its steps give.
+"""This watches a call of `generate`: which of its passes belong to the prompt, and the tokens that its steps give.
 
 It is told of passes and tokens, by the thread that generates. It refuses to know clocks, and what a pass costs.
 """
