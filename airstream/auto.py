@@ -1,4 +1,4 @@
-"""`AutoModel.from_pretrained`: from what the user asks for to a running model. Composes the floors below, no more."""
+"""`AutoModel.from_pretrained` goes from what the user asks for to a running model, by composing the floors below."""
 
 from __future__ import annotations
 

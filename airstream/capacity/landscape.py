@@ -1,6 +1,6 @@
 """A landscape has seconds per token over sizes of memory, for one model and the rates of one machine, by many plans.
 
-It knows plans. It refuses to know pictures (`pictures` draws this), and whether such a machine exists.
+It knows plans. It refuses to know pictures (`map` draws this), and whether such a machine exists.
 """
 
 from __future__ import annotations

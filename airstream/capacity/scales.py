@@ -1,4 +1,4 @@
-"""Round numbers for the logarithmic axes of pictures: seconds in steps of ten, sizes of memory in powers of two.
+"""This has round numbers for the logarithmic axes of pictures: steps of ten in seconds, of two in sizes of memory.
 
 It knows matplotlib's axes. It refuses to know what is drawn between them.
 """

@@ -1,4 +1,7 @@
-"""The table for people and programs: text, Markdown, CSV, JSON. It knows rows; refuses to know where they come from."""
+"""This writes the table for people and programs, as text, Markdown, CSV or JSON.
+
+It knows rows. It refuses to know where they come from.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.json before anybody believes it: an object of JSON, of a size for people, with numbers that a model can have.
+"""This checks config.json before anybody believes it: an object of JSON, small, with numbers that a model can have.
 
 transformers builds as many layers as a config asks for, one by one, and as many names of labels. A count of a billion
 is refused here, where that costs nothing; what no model can be built from is for whoever builds it to say.

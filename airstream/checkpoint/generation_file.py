@@ -1,4 +1,4 @@
-"""generation_config.json before anybody believes it: transformers computes with whatever is there, and fails later.
+"""This checks generation_config.json. transformers computes with whatever is there, and fails later.
 
 It knows which fields there are and of which types their values can be. It refuses to know which values go together.
 """

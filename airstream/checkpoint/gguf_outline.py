@@ -1,4 +1,4 @@
-"""A GGUF file in outline: what it says of the model, without its vocabulary and without its weights.
+"""This makes the outline of a GGUF file: what it says of the model, without its vocabulary and without its weights.
 
 Readers of metadata look at every word of a vocabulary, which takes them a minute for a large one. What they make of the
 outline is what they would make of the file: all entries but the long lists are there, byte for byte, and all tensors by

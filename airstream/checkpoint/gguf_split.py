@@ -1,4 +1,4 @@
-"""The names of the files that a GGUF checkpoint is split in: each says which of how many it is."""
+"""This knows the names of the files that a GGUF checkpoint is split in: each says which of how many it is."""
 
 from __future__ import annotations
 

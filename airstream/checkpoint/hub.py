@@ -3,6 +3,8 @@
 Downloads show progress, resume where they broke off, and are verified by huggingface_hub. Only what is needed comes:
 configuration and tokenizer first, then the shards that the checkpoint's own index names; safetensors if there are any,
 pickles if not.
+
+It knows names of files. It refuses to know what is in them, but for the index of shards.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""This makes inputs of a model out of what somebody has written: a prompt, or the messages of a conversation."""
+"""This makes inputs of a model out of what somebody has written: a prompt, or the messages of a conversation.
+
+It knows tokenizers and chat templates. It refuses to know models.
+"""
 
 from __future__ import annotations
 

@@ -50,4 +50,4 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
         BlockType("TQ2_0", 256, 66),
     )
 }
-"""Every block type by its name in GGUF."""
+"""Every block type by its name: the one that GGUF uses, if GGUF has the type."""

@@ -1,4 +1,7 @@
-"""This decodes any number of blocks with little memory, by the table of what takes each type apart."""
+"""This decodes any number of blocks with little memory, by the table of what takes each type apart.
+
+It knows how much is decoded at a time, and what memory that takes. It refuses to know where blocks come from.
+"""
 
 from __future__ import annotations
 

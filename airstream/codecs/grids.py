@@ -1,4 +1,4 @@
-"""Types whose numbers are looked up in large tables (IQ1, IQ2, IQ3), and the ternary ones, by way of the package gguf.
+"""These types have numbers that are looked up in large tables (IQ1, IQ2, IQ3), or ternary ones. Package gguf has both.
 
 Its tables are used by the compiled kernels, too; its arithmetic, in numpy, is the reference, and slow.
 """

@@ -1,7 +1,8 @@
 """This decodes by blocks.c, where it was compiled when airstream was installed: some times faster than torch, on a CPU.
 
-Optional: without a C compiler, and for what it has no kernel, torch decodes, to the same bits. A kernel holds no lock
-of the interpreter, so that several threads decode at once.
+It is optional: without a C compiler, and for what it has no kernel, torch decodes, to the same bits. A kernel holds no
+lock of the interpreter, so that several threads decode at once. It knows where the library is. It refuses to know when
+it is used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""These types have one scale for a block of 32 numbers: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4.
+"""These types have one scale for a block of numbers: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4. It has 32 of them.
 
-Every function takes blocks of shape (n, bytes per block) and takes them apart into one group of 32 numbers each.
+Every function takes blocks of shape (n, bytes per block) and takes them apart into one group of numbers each.
 """
 
 from __future__ import annotations

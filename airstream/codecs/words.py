@@ -1,4 +1,4 @@
-"""Small fields inside bytes, eight bytes at a time: the cheapest way to take packed numbers apart with torch.
+"""This handles small fields inside bytes, eight bytes at a time: that is cheapest for packed numbers in torch.
 
 A tensor operation costs about the same for an int64 as for a byte, so that masks and shifts run on eight bytes viewed
 as one word wherever their fields cannot run into each other.

@@ -3,6 +3,8 @@
 Such objects, and the modules that hold them, are changed by a forward pass: scales move from the one to the other, or
 the weight is replaced by one that is packed in another way. A layer that is streamed has to begin as it was loaded
 every time, so what a pass has changed is undone after it; nothing outside the slab grows from pass to pass either.
+
+It knows what a pass may change. It refuses to know when a pass is over.
 """
 
 from __future__ import annotations

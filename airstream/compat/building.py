@@ -1,4 +1,7 @@
-"""This builds a model without weights, and does what `from_pretrained` does after the last weight has been loaded."""
+"""This builds a model without weights, and does what `from_pretrained` does after the last weight has been loaded.
+
+It knows the steps of `from_pretrained`, in their order. It refuses to know weights.
+"""
 
 from __future__ import annotations
 

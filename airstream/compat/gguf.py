@@ -3,6 +3,8 @@
 transformers has two ways, which this wraps alike: tables of renames and conversions for the newest architectures, and
 for all others "tensor processors", numpy code that undoes what llama.cpp did to a weight. Either is run as a
 `KeyConversion` is: on row numbers where it only moves rows, else on values.
+
+It refuses to know where bytes lie: `checkpoint.gguf` reads the headers.
 """
 
 from __future__ import annotations

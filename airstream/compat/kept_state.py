@@ -3,6 +3,8 @@
 Qwen2-VL keeps the offset of its positions from the prompt for the tokens that follow, RecurrentGemma the states of its
 layers. Two generations of such a model cannot take turns between passes. transformers has no word for it, but it is
 written in the models' code: a method other than those that build or change a model assigns to an attribute.
+
+It knows source code. It refuses to know who generates, and what happens when two generations meet.
 """
 
 from __future__ import annotations

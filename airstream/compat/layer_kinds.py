@@ -2,6 +2,8 @@
 
 Two layers are of one kind if they have the same modules of the same classes with the same shapes and settings, but for
 their own number. A setting that cannot be compared makes them different: then more is measured than has to be.
+
+It refuses to know what is measured.
 """
 
 from __future__ import annotations

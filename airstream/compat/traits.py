@@ -1,4 +1,7 @@
-"""This asks a model that has been built about itself: its attention, what it keeps from one token to the next."""
+"""This asks a model that has been built about itself: its attention, what it keeps from one token to the next.
+
+It knows names that differ between architectures. It refuses to know what the answers are for.
+"""
 
 from __future__ import annotations
 

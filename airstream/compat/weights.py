@@ -1,4 +1,7 @@
-"""This says what a model's weights are called in a checkpoint, how they are converted, and which dtype each has."""
+"""This says what a model's weights are called in a checkpoint, how they are converted, and which dtype each has.
+
+It knows transformers' tables of renames and converters. It refuses to know files, and where results lie in memory.
+"""
 
 from __future__ import annotations
 

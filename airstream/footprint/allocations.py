@@ -1,4 +1,7 @@
-"""This finds how much memory a computation holds at most, by running it on the meta device, without values."""
+"""This finds how much memory a computation holds at most, by running it on the meta device, without values.
+
+It knows tensors and their memory. It refuses to know what is computed.
+"""
 
 from __future__ import annotations
 

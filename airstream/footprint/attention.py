@@ -1,6 +1,8 @@
 """This says which kernel computes attention on a device, and what it allocates, for passes on the meta device.
 
 torch asks the device which kernel it is, and of the meta device it believes that scores are materialised, as on none.
+
+It knows one operation of torch. It refuses to know models.
 """
 
 from __future__ import annotations

@@ -13,10 +13,10 @@ Size = tuple[int, int]
 """New tokens of a sequence, and all that they attend to, themselves included."""
 
 FRESH_SIZES: tuple[Size, ...] = ((2, 2), (3, 3), (4, 4))
-"""Of the passes that say how a prompt grows of which nothing has been seen: in multiples of a length."""
+"""The sizes of passes over a prompt with an empty cache, in multiples of a length."""
 
 CONTINUED_SIZES: tuple[Size, ...] = ((2, 5), (3, 5), (4, 5), (2, 6), (3, 6))
-"""Of the passes that say how a chunk grows whose beginning is in the cache."""
+"""The sizes of passes over a part of a prompt whose beginning is in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,8 @@ class PassGrowth:
     """How the memory of a pass of one sequence grows, without the KV cache and the lm_head.
 
     Attributes:
-        fresh: the growth of a prompt that nothing is hidden of, and that nothing comes before.
-        continued: the growth of tokens that follow others, or are hidden from some: they have a mask.
+        fresh: the growth of a prompt without padding and with an empty cache.
+        continued: the growth of tokens that follow others in the cache, or have padding: they have a mask.
         window: from this context on these hold, where attention is limited to some of it.
     """
 

@@ -1,6 +1,8 @@
 """This avoids one detail of the lm_head on the CPU that would cost copies of it in memory, and much time.
 
 Small products tell, once, whether torch copies weights on this processor, and which way around that keeps the bits.
+
+It knows one linear layer. It refuses to know models, and what accelerators do.
 """
 
 from __future__ import annotations

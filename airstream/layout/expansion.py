@@ -39,7 +39,7 @@ class Origin:
     is_run: bool
 
     def line_offset(self, stored: Sequence[StoredTensor], dtype: torch.dtype) -> int:
-        """Where within a cache line it starts in a resident model, of sources `stored` of which it has them as `dtype`.
+        """Its offset within a cache line in a resident model, whose sources are `stored`, cast to `dtype`.
 
         Memory that torch allocates starts with a line.
         """

@@ -1,4 +1,4 @@
-"""This reads off moved row numbers from where a converter that only moves rows takes them.
+"""A converter that only moves rows was run on row numbers: this reads from the result where each row came from.
 
 It knows numbers, rows and byte plans. It refuses to know how converters are run.
 """

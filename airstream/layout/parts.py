@@ -4,6 +4,8 @@ A unit is what is streamed as one: a child of an outermost `nn.ModuleList`, whic
 of every architecture. A child that only holds others itself, a stage of a vision tower say, is never called: the layers
 in it are units. Everything outside has a stated place: the lm_head is resident or streamed as the planner decides, of
 embedding tables only the rows that are needed are read, and the small rest is resident.
+
+It knows modules, and which tensors are theirs. It refuses to know budgets, and what of a layer stays in memory.
 """
 
 from __future__ import annotations

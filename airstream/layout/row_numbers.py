@@ -1,4 +1,4 @@
-"""This finds out what tensors of row numbers tell after a converter has moved the rows.
+"""This finds patterns in row numbers that a converter has moved: a permutation, runs, interleaved rows.
 
 It knows numbers. It refuses to know what they stand for.
 """

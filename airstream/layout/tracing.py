@@ -4,6 +4,8 @@ A converter is run on shapes alone: what comes out tells which results are views
 memory a resident model has them. It is run on tensors of row numbers: if it only moves rows, what comes out is a byte
 plan. If it transposes or computes, or makes an object of packed tensors, its sources are read raw, and it runs each
 time they have been read.
+
+It knows converters, headers and shapes. It refuses to know values, devices and budgets.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ __all__ = ["Known", "trace"]
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What is known of a model's conversions, so that those of equal layers are run once: nothing takes time, too."""
+    """What is known of a model's conversions. Equal layers are run once: even a run on empty tensors takes time."""
 
     expansions: Expansions = field(default_factory=dict)
     moves: dict[Hashable, Moves] = field(default_factory=dict)

@@ -1,4 +1,7 @@
-"""This says what weights that are stored as blocks cost: bytes on disk, and time of a CPU to decode them."""
+"""This says what weights that are stored as blocks cost: bytes on disk, and time of a CPU to decode them.
+
+It refuses to know the memory that decoding takes: `transfer.buffers` says that.
+"""
 
 from __future__ import annotations
 

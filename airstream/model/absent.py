@@ -1,9 +1,11 @@
 """An absent tensor stands in the place of a weight that is not in memory.
 
-It has the shape, dtype and device that the weight will have while its layer computes, so that whatever looks at a
-model between two calls (where are its weights, what must an adapter beside them be like?) gets the answer that is true
-when it counts. Its values are in the checkpoint: a copy of it, or a few of its rows, are read from there. Computing
-with it, or changing it, raises, instead of computing garbage.
+It has the shape, dtype and device that the weight will have while its layer computes, so that whatever looks at a model
+between two calls (where are its weights, what must an adapter beside them be like?) gets the answer that is true when
+it counts. Its values are in the checkpoint: a copy of it, or a few of its rows, are read from there. Computing with it,
+or changing it, raises, instead of computing garbage.
+
+It knows what it stands for. It refuses to know how values are read, and when the weight is in its place.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights ask for a gradient while the model computes, wherever those of transformers would.
+"""While the model computes, a weight has `requires_grad=True` wherever that of transformers would.
 
 torch looks at that even where no gradient is computed: a batch whose sequences do not lie side by side, such as the
 last position of each, is multiplied as one matrix by a weight that asks for a gradient, and sequence by sequence by one

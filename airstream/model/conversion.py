@@ -2,6 +2,8 @@
 
 Dense tensors are made in place, in their slab, each time its bytes have come. Weights that are objects are made of
 views, once for each place in memory, and last as long as their layer's bytes come to the same place.
+
+It knows which tensors of a slab have to be made of which. It refuses to know how: that is behind `KeyConversion`.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Converter:
 
     Attributes:
         fill: runs those that a slab asks for, on its bytes, once they are there.
-        build: makes the object of one of them, of a slab that starts with a memory, by the offsets in it.
+        build: makes the object of one of them from views of a memory, by the offsets at which its sources start.
     """
 
     fill: Callable[[Slab, torch.Tensor], None]

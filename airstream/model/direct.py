@@ -2,6 +2,8 @@
 
 Only hooks see such a call: the one before it takes the turn, the one behind it, which also runs after an error, gives
 it back. After an interrupt, which hooks do not see, the turn is free once the thread has left the module.
+
+It knows where a call comes from. It refuses to know what a layer needs to run.
 """
 
 from __future__ import annotations

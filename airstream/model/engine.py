@@ -1,6 +1,9 @@
 """The engine runs a model by a plan, and changes to another plan when memory has to be used otherwise.
 
 It owns what has to be closed: reader, backend, resident weights, and the executor of the current plan.
+
+It knows in which order things are opened, changed and closed. It refuses to know which plan is better (`plans`), whose
+turn it is (`gate`, `generations`), and how a layer gets its weights (`executor`).
 """
 
 from __future__ import annotations

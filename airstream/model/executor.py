@@ -1,6 +1,7 @@
-"""The executor carries out one plan on a model: the streamer, the hooks, the tables. It decides nothing.
+"""The executor carries out one plan on a model: the streamer, the hooks, the tables. A new plan has a new executor.
 
-A new plan has a new executor.
+It knows what has to be read first. It decides nothing, and refuses to know when a plan changes. What stays in memory
+belongs to the store, and outlives it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """This binds what stays in place while a model runs: small weights outside the layers, and embedding tables.
 
 Of a table that is not in memory, only the rows that are looked up are read from disk.
+
+It knows what is read once. It refuses to know which tables stay: that is in the plan.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""A row table is an embedding table that stays on disk. Looking rows up reads just those rows."""
+"""A row table is an embedding table that stays on disk. Looking rows up reads just those rows.
+
+It knows which rows are looked up. It refuses to know files and formats: what is `stored` reads itself.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""This says that the machine has less memory than the plan was made for, and lets go of what can be missed."""
+"""This says that the machine has less memory than the plan was made for, and lets go of what can be missed.
+
+It knows the plan. It refuses to know how a refusal of memory looks: `transfer.shortage` recognises it.
+"""
 
 from __future__ import annotations
 

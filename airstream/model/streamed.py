@@ -1,7 +1,9 @@
-"""The class of a streamed model: the checkpoint's own class, with the few methods that cannot mean what they used to.
+"""This makes the class of a streamed model: a subclass with the few methods that cannot mean what they used to.
 
 `streamed_class(LlamaForCausalLM)` is a subclass of it under the same name, so that whatever looks at the class, by
 `isinstance` or by name, sees what it expects.
+
+It knows which methods transformers and its users call. It refuses to know plans and weights: the engine has them.
 """
 
 from __future__ import annotations

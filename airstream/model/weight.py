@@ -3,6 +3,8 @@
 torch counts the changes in place of every tensor (`_version`), those through its views and detached twins as well. Each
 weight has a count of its own, though all of a slab share their memory: reads that fill the slab do not count. `.data`,
 by which torch steps around the count, is a twin here, and cannot be set. It costs nothing while the model computes.
+
+It knows whether it was written to. It refuses to know what follows from that: `Binding` asks, and refuses it.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 Groups are runs of neighbours in the file. They are given away from the two ends of the batch, the smaller end first:
 what is left to stream stays one run, and small steps come first, while budgets are small.
+
+It knows how tensors lie in files and in slabs. It refuses to know budgets, and how many groups stay.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The plan says what stays in memory, what is streamed, through how much ring, and what the peak will be.
 
-Numbers and names only. It prints as a table and round-trips through JSON; whatever executes it decides nothing.
+It has numbers and names only. It prints as a table and round-trips through JSON. It refuses to know how it was made;
+whatever executes it decides nothing.
 """
 
 from __future__ import annotations

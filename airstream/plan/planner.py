@@ -3,6 +3,9 @@
 First the frames: the longest context that the budgets hold, and all ways to move layers that leave room for it. In
 each, what is left of the budgets is filled with resident tensors, spread evenly over the layers. The one that moves
 least wins.
+
+It knows tiers with budgets, groups of tensors with sizes, and frames. It refuses to know devices and modules, how
+groups were formed (`groups`), and in which order they become resident (`spread`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """This says of work that does not fit what it needs, and which smaller work would fit in the same memory.
 
-It knows sizes. It refuses to decide whether the work is refused.
+It knows sizes and numbers of positions, and refuses work that the model has no positions for. It refuses to decide
+whether work fits into memory.
 """
 
 from __future__ import annotations

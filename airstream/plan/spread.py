@@ -3,6 +3,8 @@
 Access is cyclic, so every resident byte saves as much as any other, and a link that never idles wants what is left to
 be spread evenly over the pass. It also keeps the ring small: if every layer streams a tenth of itself, a slot of the
 ring is a tenth of a layer.
+
+It knows the sizes of groups. It refuses to know how many of them stay.
 """
 
 from __future__ import annotations

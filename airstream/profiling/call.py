@@ -1,4 +1,4 @@
-"""A call of `generate` as it is watched: which of its passes belong to the prompt, and the tokens that its steps give.
+"""This watches a call of `generate`: which of its passes belong to the prompt, and the tokens that its steps give.
 
 It is told of passes and tokens, by the thread that generates. It refuses to know clocks, and what a pass costs.
 """
@@ -72,7 +72,7 @@ class Call:
         return self._take(tokens) or Step.of(None, tokens)
 
     def settle(self, tokens: int | None) -> Step | None:
-        """Its result has so many tokens: where the steps did not say it, or beams were dropped, others than given."""
+        """Its result has `tokens` per sequence. Corrects the count where steps said nothing, or beams were dropped."""
         missing = 0 if tokens is None or self._is_drafting else tokens - self.given
         return self.accept(missing) if missing else None
 

@@ -1,4 +1,7 @@
-"""The observer watches a model run, for profiles and for whoever shows progress. It changes nothing."""
+"""The observer watches a model run, for profiles and for whoever shows progress. It changes nothing.
+
+It knows passes, calls of `generate`, and who watches. It refuses to know what each of them cost: see `recorder`.
+"""
 
 from __future__ import annotations
 

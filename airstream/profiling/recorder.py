@@ -2,6 +2,8 @@
 
 Everything happens on two clocks at once: the host's, and the stream on which the device computes. While a pass runs,
 points on both are only noted. Once it is over the recorder waits for the device, a single time, and reads them all.
+
+It knows spans and points in time. It refuses to know who reports them, and how a profile is shown.
 """
 
 from __future__ import annotations

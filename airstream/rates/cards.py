@@ -1,4 +1,4 @@
-"""GPUs that people have, from their data sheets, and what a machine with one of them can be expected to do.
+"""This has GPUs that people have, from their data sheets, and says what a machine with one can be expected to do.
 
 It knows `cards.json` and two shares of the data sheets' peaks. It refuses to know torch, and which cards are in this
 machine.

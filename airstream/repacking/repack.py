@@ -1,7 +1,10 @@
-"""`airstream.repack`: a checkpoint written anew so that each layer is one run of bytes, or just some of its layers.
+"""`airstream.repack` writes a checkpoint anew so that each layer is one run of bytes, or just some of its layers.
 
 The result takes its name when it is complete; before that it lies in a hidden folder beside it, from which a run that
 was killed goes on. The original is only read.
+
+It knows folders and what a killed run has left. It refuses to know the order of tensors (`plan`), and how a file is
+written (`write`).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 Most models visit every layer once per pass, always in the same order. Some call layers several times, skip a vision
 tower on text, or run an encoder once and a decoder per token. All of them repeat themselves, so the prediction is what
 followed the last time, found by a cursor that walks the history a period behind.
+
+It knows numbers of batches. It refuses to know what is in them, and which of them are in memory.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ class Work(Protocol):
 
 @dataclass(slots=True)
 class Region:
-    """A layer batch in the ring. One of which nothing is streamed takes no room there.
+    """A layer batch in the ring. If nothing of the batch is streamed, it takes no room there.
 
     Attributes:
         memory: the bytes of the batch on the device, as a uint8 tensor.

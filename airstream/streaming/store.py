@@ -1,8 +1,7 @@
 """The store holds tensors that stay in memory from pass to pass, and says what has to come for each layer batch.
 
-It survives a change of plan.
-
-It knows which groups of tensors are in which memory. It refuses to know why: that is in the plan.
+It survives a change of plan. It knows which groups of tensors are in which memory. It refuses to know why: that is in
+the plan.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Notices that this process is a fork of the one in which something was made: threads and held locks do not cross.
+"""This notices that the process is a fork of the one in which something was made: threads and locks do not cross.
 
-Nothing is registered with the interpreter: whoever owns threads asks, which costs a tenth of a microsecond.
+It registers nothing with the interpreter: whoever owns threads asks, which costs a tenth of a microsecond. It refuses
+to know what has to be made anew.
 """
 
 from __future__ import annotations

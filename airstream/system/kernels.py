@@ -2,8 +2,8 @@
 
 Where a processor computes in half precision with AVX-512, a linear layer has a kernel for every number of rows,
 and two caches keep 1,024 of them: one of the process (oneDNN's), and one of each thread (of the layer above it).
-Either reads its limit from the environment when it is first used, and torch has no function for it. So they are made
-to be used while the environment names the limit. What the user has set stays; so does a cache that was in use before.
+Either reads its limit from the environment when it is first used, and torch has no function for it. So both are used
+once here, while the environment names the limit. What the user has set stays; so does a cache that was in use before.
 It changes no bit: a kernel that was forgotten is compiled again. It knows nothing of models.
 """
 

@@ -1,4 +1,7 @@
-"""This says how much memory there is to use: of the host, of this process's control group, of a device."""
+"""This says how much memory there is to use: of the host, of this process's control group, of a device.
+
+It knows what the system and drivers count. It refuses to know which share may be used, and what for.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
 """The accelerator backend copies what was read from small pinned staging buffers to the device, on a copy stream.
 
-Each reader thread owns two staging buffers: while one is being copied, it reads into the other. So host memory does
-not grow with the layers, a layer of any size streams through it, and disk and bus work at the same time within a layer.
+Each reader thread owns two staging buffers: while one is being copied, it reads into the other. So host memory does not
+grow with the layers, a layer of any size streams through it, and disk and bus work at the same time within a layer.
+
+It knows which copies and computations wait for which. It refuses to know what a device calls that: see `Runtime`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,6 @@ class AcceleratorBackend(Backend):
     (`wait_filled`), and copies wait for the last computation that was released before they were queued (`begin_fill`).
     """
 
-    # 256 bytes is what device allocators give and what matrix kernels ask about when they choose an algorithm.
     packing = DEVICE_PACKING
 
     def __init__(

@@ -2,6 +2,8 @@
 
 A host clock around asynchronous work measures how long it takes to queue it. Here events are queued with the work, and
 read once the device has passed them; an event that the host has waited for ties the two clocks together.
+
+It knows events and streams. It refuses to know what is timed.
 """
 
 from __future__ import annotations

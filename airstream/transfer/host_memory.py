@@ -2,6 +2,8 @@
 
 `torch.empty` and pinned allocators round sizes up (torch's pinned allocator to the next power of two, so 20 GB pins 32)
 and leave the first touch, at about 1.5 GB/s, to the token loop. An anonymous mapping does neither.
+
+It knows pages. It refuses to know what they hold, and how they are pinned.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 In place is possible if the tensor lies at the same spot within a page as in its file (direct reads demand that) and is
 stored in the dtype it is wanted in.
+
+It knows dtypes, blocks and pages. It refuses to know who reads, when all has landed, and which tensor it was.
 """
 
 from __future__ import annotations

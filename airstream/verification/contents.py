@@ -1,4 +1,7 @@
-"""This says all that is wrong with the headers of a checkpoint, as far as they can be read, not the first of it."""
+"""This says all that is wrong with the headers of a checkpoint, as far as they can be read, not the first of it.
+
+It knows formats of checkpoints, and reads no weight. It refuses to know what the model would need.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`airstream.verify`: whether a checkpoint is complete and uncorrupted. Composes what the modules beside it look at."""
+"""`airstream.verify` says whether a checkpoint is complete and uncorrupted. It composes the modules beside it."""
 
 from __future__ import annotations
 

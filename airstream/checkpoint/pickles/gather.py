@@ -1,7 +1,7 @@
-"""This brings tensors that no range of a file holds together, once: in a safetensors file in airstream's cache folder.
+"""Some tensors are not one range of a file: this copies them, once, into a safetensors file in the cache folder.
 
 It knows strided views and byte order. Only what cannot be read in place is copied, one tensor at a time, so that host
-memory holds the largest of them twice at most.
+memory holds the largest of them twice at most. It refuses to know what pickles say.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ some of which still allocate what a file claims (`bytearray(10**12)` is on the l
 file: it knows the instructions that `torch.save` writes, and a table of names that stand for descriptions. Any other
 name is refused when it is read, whether or not it would have been called.
 
-It knows neither where storages lie nor whether they are there: see `pickles`.
+It knows neither where storages lie nor whether they are there: `tensors` does.
 """
 
 from __future__ import annotations
