@@ -151,6 +151,7 @@ class Residency:
         for batch in self._batches:
             for _, binding in batch.resident:
                 binding.unbind()
+            batch.units.clear()  # which know it: in a circle, memory would wait for the garbage collector
         self._batches.clear()
 
     def _hold(self, batch: Batch) -> None:

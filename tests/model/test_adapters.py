@@ -456,10 +456,8 @@ def test_weights_that_an_adapter_brings_along_have_to_be_the_checkpoints(
         with stream(folder, max_memory="64MiB") as model:
             if is_loaded:
                 model(**IDS)
-            wrapped = peft.PeftModel.from_pretrained(model, other, low_cpu_mem_usage=True)
-            for _ in range(2):
-                with pytest.raises(UnsupportedError, match=f"{target}.weight' has been replaced"):
-                    wrapped(**IDS)
+            with pytest.raises(UnsupportedError, match=f"{target}.weight' has been replaced"):
+                peft.PeftModel.from_pretrained(model, other, low_cpu_mem_usage=True)
 
 
 def test_single_tokens_are_refused(folder: Path, resident: Resident, adapter: Write) -> None:
