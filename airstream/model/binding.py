@@ -24,7 +24,7 @@ from airstream.model.absent import Absent
 from airstream.model.asking import Askers, Asking, may_ask
 from airstream.model.conversion import Converter
 from airstream.model.stored import Stored
-from airstream.model.weight import Weight, weight_of
+from airstream.model.weight import Loan, Weight, can_be_lent, weight_of
 from airstream.model.weight_refusals import refuse_change
 
 
@@ -36,12 +36,14 @@ class Views:
         weights: those among them that nothing may write to, and of what each has the values.
         assembled: those among them that a forward pass changes, and what undoes that.
         askers: those among them that ask for a gradient while the model computes.
+        loans: what those among them live on whose memory is going to hold others.
     """
 
     tensors: Sequence[torch.Tensor]
     weights: Sequence[tuple[Weight | Absent, Stored]] = ()
     assembled: Sequence[Assembled] = ()
     askers: Askers = ()
+    loans: Sequence[Loan] = ()
 
 
 class Modules(Protocol):
@@ -107,20 +109,26 @@ class Binding:
         self._was_changed: str | None = None
 
     @torch.inference_mode(False)  # torch counts no changes of what is made in it
-    def views(self, memory: torch.Tensor, offsets: Mapping[str, int]) -> Views:
-        """The tensors as views of `memory`, a uint8 slab in which they start at `offsets`. Ready for `bind`."""
+    def views(self, memory: torch.Tensor, offsets: Mapping[str, int], is_lent: bool = False) -> Views:
+        """The tensors as views of `memory`, a uint8 slab in which they start at `offsets`. Ready for `bind`.
+
+        Args:
+            is_lent: the memory is going to hold others.
+        """
         tensors: list[torch.Tensor] = []
-        assembled, askers = [], []
+        assembled, askers, loans = [], [], []
         for spec, stored, (_, _, is_parameter) in zip(self._specs, self._stored, self._places, strict=True):
             if spec.made_by is not None and spec.made_by.is_object:
                 assembled.append(self._build(spec.made_by, memory, offsets))
                 tensors.append(assembled[-1].tensor)
             else:
-                weight = weight_of(view_of(memory, offsets[spec.name], spec), stored, is_parameter)
+                weight = weight_of(view_of(memory, offsets[spec.name], spec), stored, is_parameter, is_lent)
                 tensors.append(weight)
                 if may_ask(weight, is_parameter):
                     askers.append((weight, stored))
-        return self.guarded(tensors, assembled, askers)
+                if is_lent and isinstance(weight, Weight) and can_be_lent(weight):
+                    loans.append(Loan(weight))
+        return self.guarded(tensors, assembled, askers, loans)
 
     def bind(self, views: Views) -> None:
         """Put the tensors of `views` in place.
@@ -133,6 +141,8 @@ class Binding:
         self._current = views
         for (registry, leaf, _), tensor in zip(self._places, views.tensors, strict=True):
             registry[leaf] = tensor
+        for loan in views.loans:
+            loan.begin()
         self._asking.add(views.askers)
 
     def unbind(self) -> None:
@@ -147,6 +157,8 @@ class Binding:
                 registry[leaf] = placeholder
         for assembled in bound.assembled:
             assembled.restore()
+        for loan in bound.loans:
+            loan.end()
 
     def check(self) -> None:
         """Costs a microsecond for a layer, unless something has been changed: then the values are compared.
@@ -166,12 +178,16 @@ class Binding:
         return None
 
     def guarded(
-        self, tensors: Sequence[torch.Tensor], assembled: Sequence[Assembled] = (), askers: Askers = ()
+        self,
+        tensors: Sequence[torch.Tensor],
+        assembled: Sequence[Assembled] = (),
+        askers: Askers = (),
+        loans: Sequence[Loan] = (),
     ) -> Views:
         """`tensors`, one for each place, ready for `bind`."""
         pairs = zip(tensors, self._stored, strict=True)
         weights = [(own, stored) for own, stored in pairs if isinstance(own, Weight | Absent)]
-        return Views(tensors, weights, assembled, askers)
+        return Views(tensors, weights, assembled, askers, loans)
 
     def _judge(self) -> None:
         """Accept changes that have left the checkpoint's values, which adapters bring along; refuse others.

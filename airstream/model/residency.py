@@ -169,7 +169,7 @@ class Residency:
         if key not in self._views:
             if len(self._views) > MAX_VIEWS_PER_BATCH * len(self._batches):
                 self._views.clear()  # places in the ring repeat; only a restless order of layers gets here
-            self._views[key] = [unit.streamed.views(region.memory, slab.offsets) for unit in batch.units]
+            self._views[key] = [unit.streamed.views(region.memory, slab.offsets, is_lent=True) for unit in batch.units]
         self._bound = self._views[key]
 
     def _settle(self, batch: Batch) -> None:

@@ -1,7 +1,9 @@
-"""This refuses state dicts with other values than the checkpoint's, wherever in a model they are loaded.
+"""State dicts have the checkpoint's values, those that are loaded into a module and those that are taken from one.
 
-torch collects what fails while it copies values, and raises one error of its own for all of it. What is asked before a
-module copies anything is raised as it is. It knows one module's own tensors. It refuses to know models.
+Others are refused. torch collects what fails while it copies values, and raises one error of its own for all of it;
+what is asked before a module copies anything is raised as it is. A state dict that is taken while a layer computes, in
+a hook or by another thread, has no weights whose memory is going to hold others. It knows one module's own tensors. It
+refuses to know models.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from typing import Any
 
 from torch import nn
 
+from airstream.model.absent import Absent
 from airstream.model.binding import holds
+from airstream.model.weight import Weight
 from airstream.model.weight_refusals import refuse_change
 
 
@@ -20,6 +24,7 @@ def check_state_dicts(modules: Iterable[nn.Module]) -> None:
     """Let each of `modules` look at what is about to be loaded into it. A copy of one, of plain weights, lets it be."""
     for module in modules:
         module.register_load_state_dict_pre_hook(_check)  # type: ignore[no-untyped-call]  # torch gives it no types
+        module.register_state_dict_post_hook(_keep_no_loans)  # type: ignore[no-untyped-call]
 
 
 def _check(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: object) -> None:
@@ -31,3 +36,11 @@ def _check(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str,
         if not holds(state_dict[prefix + name], stored):
             refuse_change(stored.name)
         state_dict[prefix + name] = ours
+
+
+def _keep_no_loans(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: object) -> None:
+    """Put what reads its values from the checkpoint in the place of weights that are lent."""
+    for name in (*module._parameters, *module._buffers):
+        weight = state_dict.get(prefix + name)
+        if isinstance(weight, Weight) and weight.is_lent:
+            state_dict[prefix + name] = Absent(weight.stored, weight.shape, weight.dtype, weight.device)

@@ -9,6 +9,7 @@ It knows whether it was written to. It refuses to know what follows from that: `
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -26,11 +27,14 @@ class Weight(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
 
     Attributes:
         accepted: the changes in place that have left the checkpoint's values.
+        is_lent: the memory is going to hold other weights. A copy of this one is read from the checkpoint, whenever it
+            is made and by whichever thread.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as nn.Parameter has it
     stored: Stored
     accepted: int
+    is_lent = False
     _is_param = False  # what `isinstance(..., nn.Parameter)` looks for
 
     @staticmethod
@@ -43,7 +47,12 @@ class Weight(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
         return self._version != self.accepted
 
     def detach(self) -> Weight:
-        return _make(torch.Tensor._make_subclass(Weight, super().detach()), self.stored, False)
+        return _make(torch.Tensor._make_subclass(Weight, super().detach()), self.stored, False, self.is_lent)
+
+    def clone(self, *, memory_format: torch.memory_format | None = torch.preserve_format) -> torch.Tensor:
+        if self.is_lent:
+            return self.stored.read().to(self.dtype, memory_format=memory_format)
+        return super().clone(memory_format=memory_format)
 
     @property
     def data(self) -> Weight:
@@ -60,7 +69,7 @@ class Weight(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
             refuse_change(self.stored.name)
         if value.shape != self.shape or not torch.equal(value, self.to(value.dtype)):
             refuse_change(self.stored.name)
-        torch.Tensor.data.__set__(self, value)  # type: ignore[attr-defined]  # torch has it as an attribute
+        _set_data(self, value)
         self.accepted = self._version
 
     def untyped_storage(self) -> NoReturn:
@@ -82,13 +91,38 @@ class Weight(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
         return nn.Parameter(values, self.requires_grad) if self._is_param else values
 
 
-def weight_of(view: torch.Tensor, stored: Stored, is_parameter: bool) -> torch.Tensor:
+def weight_of(view: torch.Tensor, stored: Stored, is_parameter: bool, is_lent: bool) -> torch.Tensor:
     """`view` as a weight that counts its own changes. A device whose tensors have a class of their own keeps that."""
     if type(view) is not torch.Tensor:
         return nn.Parameter(view, requires_grad=False) if is_parameter else view
-    return _make(torch.Tensor._make_subclass(Weight, view.data), stored, is_parameter)
+    return _make(torch.Tensor._make_subclass(Weight, view.data), stored, is_parameter, is_lent)
 
 
-def _make(weight: Any, stored: Stored, is_parameter: bool) -> Weight:
-    weight.stored, weight._is_param, weight.accepted = stored, is_parameter, weight._version
+class Loan:
+    """The memory that is lent to a weight. Whoever keeps that when the loan is over finds no numbers, not others."""
+
+    __slots__ = ("_blank", "_view", "_weight")
+
+    def __init__(self, weight: Weight) -> None:
+        self._weight = weight
+        self._view = weight.detach()
+        self._blank = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+
+    def begin(self) -> None:
+        _set_data(self._weight, self._view)
+
+    def end(self) -> None:
+        _set_data(self._weight, self._blank)
+
+
+def can_be_lent(weight: torch.Tensor) -> bool:
+    """Whether there is a value of its type that is no number."""
+    return weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
+_set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+
+
+def _make(weight: Any, stored: Stored, is_parameter: bool, is_lent: bool) -> Weight:
+    weight.stored, weight._is_param, weight.is_lent, weight.accepted = stored, is_parameter, is_lent, weight._version
     return weight
