@@ -16,8 +16,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from airstream.compat.config_names import config_value
 from airstream.compat.layer_kinds import kind_of
-from airstream.compat.traits import CACHE_KEYWORDS, attention_of, config_value, tensors_in
+from airstream.compat.traits import CACHE_KEYWORDS, attention_of, tensors_in
 from airstream.footprint.allocations import History
 from airstream.footprint.attention import FusedAttention
 from airstream.footprint.growth import CONTINUED_SIZES, FRESH_SIZES, Growth, PassGrowth, Size, growth_of

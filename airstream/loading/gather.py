@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from airstream.compat.config_names import EXPERT_COUNTS, ROUTED_COUNTS, first_count, head_count, head_width
 from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention
 from airstream.footprint.lm_head import Way, copies_weights, way_of
-from airstream.footprint.of_config import first_count, footprint
+from airstream.footprint.of_config import footprint
 from airstream.layout.parts import Kind, Part, Parts
 from airstream.layout.slab import distinct, pack, stored_specs
 from airstream.layout.tensors import TensorSpec
@@ -31,9 +32,6 @@ KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
 UNPACKING_CODE_BYTES = 32 * MIB
 """Memory of libraries that compute with packed weights, loaded by the first pass, and of what kernels keep. Fitted to
 measured peaks of 4-bit bitsandbytes and FP8, which were up to 24 MiB above the plan without it."""
-
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What configs call the number of experts of a layer."""
 
 
 def gather_facts(
@@ -106,17 +104,15 @@ def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
     expert_bytes, expert_share = sum(spec.nbytes for spec in in_layers if ".experts." in spec.name), 1.0
     text = model.config.get_text_config(decoder=True)
     if expert_bytes:
-        routed = first_count(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", default=1)
+        routed = first_count(text, *ROUTED_COUNTS, default=1)
         expert_share = routed / first_count(text, *EXPERT_COUNTS, default=routed)
-    heads = first_count(text, "num_attention_heads", "n_head", "num_heads", default=1)
-    hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
     return Arithmetic(
         num_layers=len(parts.of(Kind.LAYER)),
         weight_bytes=sum(spec.nbytes for spec in in_layers) + head_bytes,
         head_bytes=head_bytes,
         expert_bytes=expert_bytes,
         expert_share=min(expert_share, 1.0),
-        attention_width=heads * first_count(text, "head_dim", default=hidden // heads),
+        attention_width=head_count(text) * head_width(text),
     )
 
 
