@@ -45,7 +45,7 @@ class Traffic:
         decoding_seconds_per_byte: what a CPU core takes for a byte from disk or page cache, where weights are packed.
         cached_bytes: read out of the page cache in every pass, not from disk.
         h2d_bytes, h2d_pageable_bytes: the bytes that cross to the accelerator in every pass, from pinned memory and
-            from other.
+            from other. A plan has none of the latter: what could not be pinned crosses by way of pinned buffers.
         first_h2d_bytes: the bytes that cross from pinned memory in the first pass.
         reads_ahead: the next layers move while one is computed.
     """
