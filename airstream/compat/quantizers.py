@@ -24,6 +24,7 @@ from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers
 from airstream.compat.quiet import quiet_transformers
 from airstream.compat.stated import check_numbers, check_stated
 from airstream.errors import UnsupportedError
+from airstream.reporting.first_line import first_line
 
 PACKAGES: Mapping[str, str] = {
     "bitsandbytes": "bitsandbytes",
@@ -195,12 +196,12 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
     except ImportError as error:
         package = PACKAGES.get(method, method)
         raise UnsupportedError(
-            f'the checkpoint is quantised with {method}: pip install "{package}" accelerate ({_first_line(error)}; '
+            f'the checkpoint is quantised with {method}: pip install "{package}" accelerate ({first_line(error)}; '
             'airstream\'s extra "quant" has what most checkpoints need)'
         ) from error
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise UnsupportedError(
-            f"a checkpoint quantised with {method} cannot run on {device}: {_first_line(error)}. {_remedy(device)}"
+            f"a checkpoint quantised with {method} cannot run on {device}: {first_line(error)}. {_remedy(device)}"
         ) from error
     _refuse_what_changes_weights(inner, method)
     return Quantizer(inner, method, settings)
@@ -258,7 +259,3 @@ def _refuse_what_changes_weights(inner: HfQuantizer, method: str) -> None:
 
 def _remedy(device: torch.device) -> str:
     return f"Load it on a GPU. Else: {INSTEAD[0].lower()}{INSTEAD[1:]}" if device.type == "cpu" else INSTEAD
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from airstream.errors import ClosedError
+from airstream.errors import CLOSED, ClosedError
 from airstream.model.asking import Asking
 from airstream.model.turns import Turns, is_running
 from airstream.system.forks import Forks
@@ -79,7 +79,7 @@ class Gate:
         """Raise ClosedError if it is closed."""
         if self._closed:
             self._rest_if_abandoned()
-            raise ClosedError("the model is closed: load it again with from_pretrained()")
+            raise ClosedError(CLOSED)
 
     def shut(self, is_abandoned: bool = False) -> None:
         """Let nobody in from now on. `finish_closing` does the rest.

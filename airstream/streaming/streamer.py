@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from airstream.errors import AirstreamError, ClosedError, UnsupportedError
+from airstream.errors import CLOSED, AirstreamError, ClosedError, UnsupportedError
 from airstream.layout.ring import Ring, room_sizes
 from airstream.reporting.stats import ReadClock
 from airstream.streaming.fill import Fill, Filling
@@ -176,7 +176,7 @@ class Streamer:
         if self._forks.is_child:
             raise UnsupportedError(FORKED_INSIDE)
         if self._closed:
-            raise ClosedError("the model is closed: load it again with from_pretrained()")
+            raise ClosedError(CLOSED)
 
     def _use(self, batch: int) -> Region:
         """The region of `batch`, filled, with one user more."""

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from airstream.errors import AirstreamError, ClosedError, UnsupportedError
+from airstream.errors import CLOSED, AirstreamError, ClosedError, UnsupportedError
 from airstream.reporting.probe import DISK, PAGE_CACHE, Probe
 from airstream.reporting.units import counted
 from airstream.system.forks import Forks
@@ -127,7 +127,7 @@ class Reader:
         job = Job(len(steps), on_done)
         with self._wake:
             if self._closed:
-                raise ClosedError("the model is closed: load it again with from_pretrained()")
+                raise ClosedError(CLOSED)
             entries = [(job, step) for step in steps]
             if urgent:
                 self._queue.extendleft(reversed(entries))
