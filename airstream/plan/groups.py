@@ -64,7 +64,7 @@ def _sizes(specs: Sequence[TensorSpec], packing: Packing) -> _Sizes:
     for count in range(len(groups) + 1):
         rest = tuple(spec for group in groups[count:] for spec in group)
         slab = pack(rest, packing)
-        slabs.append(max(slab.nbytes, 0 if packing.follows_file else _apart(rest)))
+        slabs.append(max(slab.nbytes, 0 if packing.follows_file else _apart(rest, packing)))
         reads.append(slab.read_bytes)
     sized = ((tuple(numbers[spec.name] for spec in group), *_group_bytes(group, packing)) for group in groups)
     return _Sizes(tuple(sized), tuple(slabs), tuple(reads))
@@ -86,10 +86,9 @@ def _kind_of(specs: Sequence[TensorSpec]) -> Hashable:
     return tuple((spec.dtype, spec.nbytes, spec.line_offset, len(spec.pieces)) for spec in specs), tuple(places)
 
 
-def _apart(specs: Sequence[TensorSpec]) -> int:
-    """The bytes of a slab for an accelerator in which each tensor lies by itself, whatever comes from host memory."""
-    made = [spec for spec in specs if spec.made_by is not None and not spec.made_by.is_object]
-    return round_up(sum(round_up(spec.nbytes, 256) for spec in (*stored_specs(specs), *made)), PAGE_BYTES)
+def _apart(specs: Sequence[TensorSpec], packing: Packing) -> int:
+    """The bytes of a slab in which each tensor lies by itself: some of them may come from host memory."""
+    return pack(specs, packing, elsewhere={spec.name for spec in stored_specs(specs)}).nbytes
 
 
 def _group_bytes(specs: Sequence[TensorSpec], packing: Packing) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from airstream.footprint.formulas import Footprint
+from airstream.plan.policy import PROMPT_TOKENS
 from airstream.rates.facts import HardwareFacts
 
 HOST = "cpu"
@@ -99,7 +100,7 @@ class Request:
     driver_bytes: int = 0
     workload: Workload | None = None
     hardware: HardwareFacts | None = None
-    prompt_tokens: int = 512
+    prompt_tokens: int = PROMPT_TOKENS
 
     @property
     def tier(self) -> str:

@@ -38,7 +38,6 @@ class AcceleratorBackend(Backend):
     (`wait_filled`), and copies wait for the last computation that was released before they were queued (`begin_fill`).
     """
 
-    # 256 bytes is what device allocators give and what matrix kernels ask about when they choose an algorithm.
     packing = DEVICE_PACKING
 
     def __init__(

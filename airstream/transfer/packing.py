@@ -27,7 +27,8 @@ HOST_PACKING = Packing(follows_file=True, alignment=0)
 """Of host memory that reads land in."""
 
 DEVICE_PACKING = Packing(follows_file=False, alignment=256)
-"""Of memory that bytes are copied to."""
+"""Of memory that bytes are copied to. Device allocators give multiples of 256 bytes, and matrix kernels ask about them
+when they choose an algorithm."""
 
 
 def packing_of(device: torch.device) -> Packing:
