@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from airstream.compat.config_names import EXPERT_COUNTS, ROUTED_COUNTS, first_co
 from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention
 from airstream.footprint.lm_head import Way, copies_weights, way_of
 from airstream.footprint.of_config import footprint
-from airstream.layout.parts import Kind, Part, Parts
+from airstream.layout.parts import Kind, Parts
 from airstream.layout.slab import distinct, pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.loading.build import Built
@@ -48,7 +49,7 @@ def gather_facts(
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     resident = pack(distinct(parts.specs_of(Kind.RESIDENT)), packing)
     head = batch_facts((parts.head.name,), parts.head.specs, packing, {}) if parts.head else None
-    head_pieces = {spec.pieces for spec in parts.specs_of(Kind.HEAD)}
+    head_bytes = {spec.identity for spec in parts.specs_of(Kind.HEAD)}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
     copied_bytes = head.slab_bytes[0] if head and device.type == "cpu" else 0
     way = way_of(model.dtype) if copied_bytes else Way.TOGETHER
@@ -62,7 +63,7 @@ def gather_facts(
         head=head,
         resident_bytes=resident.nbytes + buffers,
         tables={spec.name: Group((spec.name,), pack((spec,), packing).nbytes, None) for spec in _tables(parts)},
-        tables_of_head=frozenset(spec.name for spec in _tables(parts) if spec.pieces in head_pieces),
+        tables_of_head=frozenset(spec.name for spec in _tables(parts) if spec.identity in head_bytes),
         checkpoint_bytes=sum(spec.nbytes for spec in distinct(stored_specs(everything))),
         has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) or any(folder.glob("*.gguf")),
         conversion_bytes=_conversion_bytes(parts, everything),
@@ -86,16 +87,7 @@ def gather_facts(
 
 def _tables(parts: Parts) -> list[TensorSpec]:
     """The embedding tables, one of those that are tied."""
-    return list({spec.pieces: spec for spec in parts.specs_of(Kind.TABLE)}.values())
-
-
-def group(parts: Parts, count: int) -> Iterator[Sequence[Part]]:
-    """The layers in batches of `count`. Those of different stacks are never in one batch."""
-    layers, start = parts.of(Kind.LAYER), 0
-    for size in parts.stacks:
-        stack = layers[start : start + size]
-        yield from (stack[first : first + count] for first in range(0, size, count))
-        start += size
+    return distinct(parts.specs_of(Kind.TABLE))
 
 
 def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
@@ -125,7 +117,7 @@ def needs_staging(parts: Parts, packing: Packing) -> bool:
 
 def _batches(parts: Parts, count: int, packing: Packing) -> Iterator[BatchFacts]:
     known: Known = {}
-    for layers in group(parts, count):
+    for layers in chain.from_iterable(parts.in_batches(count)):
         specs = (spec for layer in layers for spec in layer.specs)
         yield batch_facts([layer.name for layer in layers], specs, packing, known)
 

@@ -93,8 +93,7 @@ def all_stored(
     """The checkpoint's weights by every name they have."""
     by_bytes: dict[object, Stored] = {}
     return {
-        spec.name: by_bytes.setdefault(spec.pieces or spec.name, StoredInFiles(spec, reader, convert, device))
-        for spec in specs
+        spec.name: by_bytes.setdefault(spec.identity, StoredInFiles(spec, reader, convert, device)) for spec in specs
     }
 
 

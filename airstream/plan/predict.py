@@ -20,8 +20,10 @@ from typing import Any
 from airstream.errors import ArgumentError
 from airstream.plan.step import Step
 from airstream.rates.facts import HardwareFacts, Rate
+from airstream.reporting.probe import DISK, H2D, HOST_COPY
 
-DISK, HOST_COPY, H2D, MEMORY, COMPUTE = "disk", "host copy", "H2D", "memory bandwidth", "compute"
+MEMORY, COMPUTE = "memory bandwidth", "compute"
+"""The links that are not between two memories; a profile measures the others under the names that they have here."""
 
 LINK_OF_RATE = {"disk": DISK, "host_copy": HOST_COPY, "h2d": H2D, "h2d_pageable": H2D}
 """Fields of `HardwareFacts`, and the link that each is a rate of."""

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from airstream.footprint.formulas import Footprint
-from airstream.plan.policy import PROMPT_TOKENS
 from airstream.rates.facts import HardwareFacts
 
 HOST = "cpu"
@@ -91,6 +90,7 @@ class Request:
     device: str
     budgets: Mapping[str, int]
     budget_notes: Mapping[str, str]
+    prompt_tokens: int
     prefetch_batches: int | None = None
     max_context: int | None = None
     max_batch_size: int = 1
@@ -100,7 +100,6 @@ class Request:
     driver_bytes: int = 0
     workload: Workload | None = None
     hardware: HardwareFacts | None = None
-    prompt_tokens: int = PROMPT_TOKENS
 
     @property
     def tier(self) -> str:

@@ -21,7 +21,7 @@ from airstream.transfer.buffers import BUFFERS_PER_WORKER
 from airstream.transfer.clock import DeviceClock
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
-from airstream.transfer.landing import HostLanding, Staging, cast_into
+from airstream.transfer.landing import HostLanding, Staging, cast_into, staged
 from airstream.transfer.packing import DEVICE_PACKING
 from airstream.transfer.piece import Cast, Piece
 from airstream.transfer.pinning import Pinner, Pinning
@@ -263,12 +263,10 @@ class _Lane:
 
     def window(self, piece: Piece) -> memoryview:
         self._next()
-        phase = piece.offset % PAGE_BYTES
-        return self._buffers[self._turn].view[phase : phase + piece.nbytes]
+        return self._buffers[self._turn].view[staged(piece)]
 
     def send(self, piece: Piece, destination: torch.Tensor) -> None:
-        phase = piece.offset % PAGE_BYTES
-        source = self._buffers[self._turn].tensor[phase : phase + piece.nbytes]
+        source = self._buffers[self._turn].tensor[staged(piece)]
         if piece.cast is not None and piece.cast.is_blocks:
             self._bus.expand(destination, source, piece.cast)
             self._bus.stream.record_event(self._sent[self._turn])

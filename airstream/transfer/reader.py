@@ -19,7 +19,7 @@ from airstream.reporting.units import counted
 from airstream.system.forks import Forks
 from airstream.transfer.descriptors import MAX_OPEN_FILES, Descriptors
 from airstream.transfer.files import EdgePages, WeightFile, failure_of
-from airstream.transfer.jobs import Errand, Job, OnDone, ReadCancelled
+from airstream.transfer.jobs import Errand, Job, OnDone, Outcome, ReadCancelled
 from airstream.transfer.piece import Landing, Piece, split
 
 CHUNK_BYTES = 8 << 20
@@ -140,17 +140,9 @@ class Reader:
 
     def read(self, pieces: Sequence[Piece], landing: Landing) -> None:
         """Read `pieces` and wait for them. Raises what the reads raised."""
-        done = threading.Event()
-        outcome: list[BaseException | None] = []
-
-        def on_done(error: BaseException | None) -> None:
-            outcome.append(error)
-            done.set()
-
-        self.submit(pieces, landing, on_done, urgent=True)
-        done.wait()
-        if outcome[0] is not None:
-            raise outcome[0]
+        outcome = Outcome()
+        self.submit(pieces, landing, outcome, urgent=True)
+        outcome.wait()
 
     def wait_until_idle(self) -> None:
         """Block until nothing is read, and nothing waits to be. Reader threads must not call this."""
