@@ -17,7 +17,7 @@ from airstream.capacity.table import Table
 from airstream.errors import ArgumentError
 from airstream.loading.machine import THIS_MACHINE, Machine, Question, request_for
 from airstream.loading.options import parse_max_memory
-from airstream.loading.prepare import ask
+from airstream.loading.prepare import prepare_for_planning
 from airstream.plan.facts import ModelFacts
 from airstream.plan.plan import Plan
 from airstream.plan.planner import make_plan, plan_or_none, smallest_plan
@@ -72,7 +72,7 @@ def plan_table(
     rows: list[Row] = []
     for model in models:
         dtype = {} if "torch_dtype" in options else {"dtype": "float16"}
-        asked = ask(model, dtype | options, machines[0], prompt_tokens)
+        asked = prepare_for_planning(model, dtype | options, machines[0], prompt_tokens)
         facts = replace(asked.facts, name=short_name(model))
         question = Question(
             asked.options, machines[0], asked.folder, asked.device, asked.staged, asked.request.prompt_tokens

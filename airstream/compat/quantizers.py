@@ -22,7 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
 from airstream.compat.quiet import quiet_transformers
-from airstream.compat.stated import check_numbers, check_stated
+from airstream.compat.stated import check_stated, check_stated_numbers
 from airstream.errors import UnsupportedError
 from airstream.reporting.first_line import first_line
 
@@ -175,7 +175,7 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
         return None
     method = str(settings.get("quant_method") or "bitsandbytes")
     if method in INTEGER_FORMATS:
-        check_numbers(settings)
+        check_stated_numbers(settings)
         return IntegerQuantizer(method, _layout(settings, method, str(config.model_type)), settings)
     if method in REFUSED:
         raise UnsupportedError(f"a checkpoint quantised with {method} cannot be streamed: {REFUSED[method]}. {INSTEAD}")

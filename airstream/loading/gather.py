@@ -21,7 +21,7 @@ from airstream.layout.tensors import TensorSpec
 from airstream.loading.build import Built
 from airstream.loading.packed import measure_packed
 from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
-from airstream.plan.groups import Known, batch_facts, growth_bytes
+from airstream.plan.groups import KnownSizes, batch_facts, growth_bytes
 from airstream.plan.policy import AUTO_BATCH_BYTES
 from airstream.reporting.units import MIB
 from airstream.transfer.files import PAGE_BYTES
@@ -116,7 +116,7 @@ def needs_staging(parts: Parts, packing: Packing) -> bool:
 
 
 def _batches(parts: Parts, count: int, packing: Packing) -> Iterator[BatchFacts]:
-    known: Known = {}
+    known: KnownSizes = {}
     for layers in chain.from_iterable(parts.in_batches(count)):
         specs = (spec for layer in layers for spec in layer.specs)
         yield batch_facts([layer.name for layer in layers], specs, packing, known)

@@ -41,7 +41,7 @@ class Executor:
         gate: Gate,
         plan: Plan,
     ) -> None:
-        fills = store.fills(plan, facts)
+        fills = store.change_to(plan, facts)
         with ExitStack() as closing:
             order = _order(len(plan.batches), fills, _first_batches(parts, plan))
             self.streamer = Streamer(fills, plan.ring_bytes, plan.prefetch_batches, machinery, order)

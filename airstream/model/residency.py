@@ -230,7 +230,7 @@ class Residency:
             self._settle(batch)
         slab = batch.fill.slab
         if region.fresh:
-            self._convert.fill(slab, region.memory)
+            self._convert.run(slab, region.memory)
             region.fresh = False
         key = (number, region.offset)
         if key not in self._views:
@@ -242,7 +242,7 @@ class Residency:
     def _settle(self, batch: _Batch) -> None:
         """Bind what stays in memory, for good."""
         for resident, binding in batch.resident:
-            resident.convert_once(self._convert.fill)
+            resident.convert_once(self._convert.run)
             binding.bind(binding.views(resident.memory, resident.slab.offsets))
         batch.is_settled = True
 

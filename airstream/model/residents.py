@@ -29,7 +29,7 @@ def bind_residents(binder: Binder, residents: Sequence[TensorSpec], machinery: M
     machinery.reader.read(slab.pieces, backend.landing(memory))
     backend.end_fill(fence)
     backend.wait_filled(fence)
-    binder.convert.fill(slab, memory)
+    binder.convert.run(slab, memory)
     at = {spec.identity: slab.offsets[spec.name] for spec in slab.specs if spec.name in slab.offsets}
     bindings = []
     for spec in residents:
@@ -77,7 +77,7 @@ def _whole_table(
         fence = machinery.backend.new_fence()
         machinery.backend.end_fill(fence)
         machinery.backend.wait_filled(fence)  # the copies that brought it may still be queued
-        resident.convert_once(convert.fill)
+        resident.convert_once(convert.run)
         if listener := machinery.probe.listener:  # this once: from here on no row comes from disk
             listener.begin_wait()
             listener.waited_for_rows(resident.slab.read_bytes)

@@ -56,7 +56,7 @@ class StoredInFiles(Stored):
             )
         memory = torch.empty(slab.nbytes, dtype=torch.uint8)
         self._reader.read(slab.pieces, HostLanding(memory, Staging(self._reader.chunk_bytes)))
-        self._convert.fill(slab, memory)
+        self._convert.run(slab, memory)
         values = view_of(memory, slab.offsets[spec.name], spec)
         return (values if spec.made_by is None else values.clone()).to(self._device)  # without what it was made of
 

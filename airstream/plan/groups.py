@@ -36,11 +36,11 @@ class _Sizes:
     reads: tuple[int, ...]
 
 
-Known = dict[Hashable, _Sizes]
+KnownSizes = dict[Hashable, _Sizes]
 """What is known of batches, so that those that lie in their files alike are laid out once: experts are many tensors."""
 
 
-def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Packing, known: Known) -> BatchFacts:
+def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Packing, known: KnownSizes) -> BatchFacts:
     """The sizes of the batch `units` whose tensors are `specs`, for every number of its groups that is resident.
 
     `known` is for all calls with one packing, and gets what is found out.

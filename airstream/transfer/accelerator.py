@@ -35,7 +35,7 @@ class AcceleratorBackend(Backend):
     """Slabs in device memory, filled by asynchronous copies, guarded by events.
 
     Two orders are kept without ever blocking the host: a computation waits for the copies that fill its slab
-    (`wait_filled`), and copies wait for the last computation that was released before they were queued (`begin_fill`).
+    (`wait_filled`), and copies wait for the last computation that was marked before they were queued (`begin_fill`).
     """
 
     packing = DEVICE_PACKING
@@ -65,17 +65,17 @@ class AcceleratorBackend(Backend):
     def allocate(self, nbytes: int, touch: bool = True) -> torch.Tensor:  # noqa: ARG002 - device memory never faults
         with allocating(nbytes, is_on_host=False):
             memory = self._runtime.empty(nbytes)
-        self.release()  # the allocator may hand out memory that queued computations still use: copies wait for them
+        self.mark_computed()  # the allocator may give memory that queued computations still use: copies wait for them
         return memory
 
     def landing(self, memory: torch.Tensor) -> DeviceLanding:
         return DeviceLanding(memory, self._lanes)
 
-    def host(self, nbytes: int) -> HostedWeights:
+    def allocate_host(self, nbytes: int) -> HostedWeights:
         pinning = Pinning(self._runtime, buffer := HostBuffer(nbytes, touch=False))  # pinning touches it, too
         return HostedWeights(buffer, pinning, self._pinner, self._bus, self._lanes, self._chunk_bytes, self._staging)
 
-    def settle(self) -> None:
+    def wait_pinned(self) -> None:
         self._pinner.wait()
 
     def is_worker(self, thread: threading.Thread) -> bool:
@@ -93,7 +93,7 @@ class AcceleratorBackend(Backend):
     def wait_filled(self, fence: Any) -> None:
         self._runtime.compute_stream().wait_event(fence)
 
-    def release(self) -> None:
+    def mark_computed(self) -> None:
         self._runtime.compute_stream().record_event(self._computed)
 
     def moment(self) -> Moment:

@@ -123,7 +123,7 @@ class Reader:
         return self._enqueue([partial(_do, errand) for errand in errands], on_done, urgent)
 
     def _enqueue(self, steps: Sequence[_Step], on_done: OnDone, urgent: bool) -> Job:
-        self._forks.settle(self._restart)
+        self._forks.restart_in_child(self._restart)
         job = Job(len(steps), on_done)
         with self._wake:
             if self._closed:
@@ -146,14 +146,14 @@ class Reader:
 
     def wait_until_idle(self) -> None:
         """Block until nothing is read, and nothing waits to be. Reader threads must not call this."""
-        self._forks.settle(self._restart)
+        self._forks.restart_in_child(self._restart)
         with self._wake:
             self._wake.notify_all()  # whoever put the last reads in may have been interrupted before it said so
             self._wake.wait_for(lambda: not self._queue and not self._num_busy)
 
     def close(self) -> None:
         """Skip what waits, end the threads, close the files. Idempotent; blocks for the reads under way."""
-        self._forks.settle(self._forget_parent)
+        self._forks.restart_in_child(self._forget_parent)
         with self._wake:
             self._closed = True
             for job, _ in self._queue:

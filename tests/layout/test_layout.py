@@ -38,7 +38,7 @@ from airstream.layout.byte_plan import read_specs
 from airstream.layout.pieces import TORCH_DTYPES
 from airstream.layout.slab import MAX_GAP_BYTES, Slab, pack
 from airstream.layout.tensors import TensorSpec
-from airstream.layout.tracing import Known, trace
+from airstream.layout.tracing import KnownConversions, trace
 from airstream.transfer.accelerator import AcceleratorBackend
 from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES
@@ -505,7 +505,7 @@ def test_what_a_converter_hands_on_lies_where_the_file_has_it(kind: str, stored:
     index = {"in": StoredTensor("in", Path("a"), IN_FILE, nbytes, stored, (ROWS, COLUMNS))}
     targets = {name: value.to("meta") for name, value in make(torch.zeros(ROWS, COLUMNS)).items()}
     wanted = dict.fromkeys(targets, torch.float32)
-    specs = trace(OneConverter(make), "out", [("in", "a pattern")], index, targets, wanted, Known())  # type: ignore[arg-type]
+    specs = trace(OneConverter(make), "out", [("in", "a pattern")], index, targets, wanted, KnownConversions())  # type: ignore[arg-type]
     assert {spec.name for spec in specs} == expected.keys()
     for spec in specs:
         place, is_bytes = expected[spec.name]
