@@ -31,7 +31,7 @@ from airstream.checkpoint.safetensors import open_safetensors
 from airstream.checkpoint.stored import StoredTensor
 from airstream.compat import weights
 from airstream.compat.building import build_on_meta
-from airstream.compat.weights import KeyConversion
+from airstream.compat.weights import MappedConversion
 from airstream.errors import CheckpointError
 from airstream.layout import slab as slab_module
 from airstream.layout.byte_plan import read_specs
@@ -196,7 +196,7 @@ def test_a_converter_that_computes_is_left_for_later(llama: Path, monkeypatch: p
     (raw,) = spec.made_by.sources
     assert raw.shape == tuple(stored.shape)
     value = value_of(bytes_of(raw.pieces, raw.nbytes), raw)
-    made = KeyConversion(model).convert(spec.made_by.name, [(raw.name, spec.made_by.patterns[0], value)])
+    made = MappedConversion(model).convert(spec.made_by.name, [(raw.name, spec.made_by.patterns[0], value)])
     assert torch.equal(made[name], tensors[name])
     slab = pack([spec], CpuBackend.packing)
     assert slab.conversions == (spec.made_by,)
