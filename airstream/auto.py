@@ -24,7 +24,7 @@ from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.loading.arguments import adopt, refuse_unnamed
 from airstream.loading.machine import THIS_MACHINE, Machine
 from airstream.loading.options import LoadOptions, MaxMemory
-from airstream.loading.prepare import DEFAULTS, STEPS, ask, prepare
+from airstream.loading.prepare import DEFAULTS, STEPS, prepare, prepare_for_planning
 from airstream.loading.prepared import Prepared
 from airstream.model.engine import Engine
 from airstream.model.forked import compute_on_one_thread
@@ -155,7 +155,7 @@ class AutoModel:
             options: as `from_pretrained`.
         """
         refuse_unnamed(unnamed)
-        prepared = ask(pretrained_model_name_or_path, options, machine, prompt_tokens)
+        prepared = prepare_for_planning(pretrained_model_name_or_path, options, machine, prompt_tokens)
         return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
 
 

@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+CLOSED = "the model is closed: load it again with from_pretrained()"
+"""What whoever comes too late is told, wherever in the model they are."""
+
+
 class AirstreamError(Exception):
     """The root of everything airstream raises on purpose."""
 

@@ -9,10 +9,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from airstream.errors import BudgetError
 from airstream.plan.facts import ModelFacts
 from airstream.plan.plan import Plan
-from airstream.plan.planner import make_plan, smallest_plan
+from airstream.plan.planner import make_plan, plan_or_none, smallest_plan
 from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import HOST, Request
 
@@ -75,7 +74,7 @@ def survey(facts: ModelFacts, request: Request) -> Landscape:
     the page cache.
     """
     whole = make_plan(facts, replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), hardware=None))
-    asked = _plan_or_none(facts, request)
+    asked = plan_or_none(facts, request)
     request = replace(request, max_context=(asked or whole).max_context, direct_io=True)
     whole = make_plan(facts, replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), hardware=None))
     least, most = smallest_plan(facts, request).peak_bytes, whole.peak_bytes
@@ -117,15 +116,8 @@ def _spots(
 
 def _spot(facts: ModelFacts, request: Request, memory: Mapping[str, int]) -> Spot | None:
     budgets = {name: int(AUTO_SHARE * nbytes) for name, nbytes in memory.items()}
-    plan = _plan_or_none(facts, replace(request, budgets=budgets))
+    plan = plan_or_none(facts, replace(request, budgets=budgets))
     return None if plan is None else _of_plan(plan)
-
-
-def _plan_or_none(facts: ModelFacts, request: Request) -> Plan | None:
-    try:
-        return make_plan(facts, request)
-    except BudgetError:
-        return None
 
 
 def _of_plan(plan: Plan) -> Spot:

@@ -17,7 +17,7 @@ from airstream.capacity.landscape import Landscape, survey
 from airstream.capacity.rows import short_name
 from airstream.capacity.scales import levels_between, set_seconds, set_sizes, size_text
 from airstream.loading.machine import THIS_MACHINE, Machine
-from airstream.loading.prepare import ask
+from airstream.loading.prepare import prepare_for_planning
 from airstream.plan.facts import ModelFacts
 from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import Request
@@ -71,7 +71,7 @@ def plot_plan(
     figure = new_figure()
     if file is not None:
         check_file(figure, Path(file))
-    asked = ask(model, options, machine)
+    asked = prepare_for_planning(model, options, machine)
     landscape = survey(asked.facts, asked.request)
     axes = figure.subplots()
     if landscape.device_bytes:

@@ -14,13 +14,13 @@ import torch
 
 from airstream.capacity.rows import Row, short_name
 from airstream.capacity.table import Table
-from airstream.errors import ArgumentError, BudgetError
+from airstream.errors import ArgumentError
 from airstream.loading.machine import THIS_MACHINE, Machine, Question, request_for
 from airstream.loading.options import parse_max_memory
-from airstream.loading.prepare import ask
+from airstream.loading.prepare import prepare_for_planning
 from airstream.plan.facts import ModelFacts
 from airstream.plan.plan import Plan
-from airstream.plan.planner import make_plan, smallest_plan
+from airstream.plan.planner import make_plan, plan_or_none, smallest_plan
 from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import HOST, Request
 from airstream.plan.whatif import FOUR_BIT, quantised
@@ -72,7 +72,7 @@ def plan_table(
     rows: list[Row] = []
     for model in models:
         dtype = {} if "torch_dtype" in options else {"dtype": "float16"}
-        asked = ask(model, dtype | options, machines[0], prompt_tokens)
+        asked = prepare_for_planning(model, dtype | options, machines[0], prompt_tokens)
         facts = replace(asked.facts, name=short_name(model))
         question = Question(
             asked.options, machines[0], asked.folder, asked.device, asked.staged, asked.request.prompt_tokens
@@ -88,7 +88,7 @@ def _rows(facts: ModelFacts, question: Question, machines: Sequence[Machine]) ->
         needed: dict[int, int] = {}  # by context
         for machine in machines:
             request = request_for(replace(question, machine=machine), stored)
-            plan = _plan_or_none(stored, request)
+            plan = plan_or_none(stored, request)
             shown = plan or smallest_plan(stored, request)
             context = shown.max_context
             if context not in needed:
@@ -133,13 +133,6 @@ def _needed_bytes(facts: ModelFacts, request: Request, context: int) -> int:
     """The device's peak under the plan that has room for everything."""
     roomy = replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), max_context=context, hardware=None)
     return make_plan(facts, roomy).tiers[request.tier].peak_bytes
-
-
-def _plan_or_none(facts: ModelFacts, request: Request) -> Plan | None:
-    try:
-        return make_plan(facts, request)
-    except BudgetError:
-        return None
 
 
 def _notes(request: Request) -> Iterator[str]:

@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from airstream.errors import AirstreamError, CheckpointNotFoundError, DiskSpaceError
+from airstream.reporting.first_line import first_line
 from airstream.system.disk_space import FULL, remedy_for
 
 OFFLINE = (
@@ -56,20 +57,20 @@ def explain(error: Exception, name: str, revision: str | None, token: str | bool
                 f"the model is private, {_log_in(token)}"
             )
         if isinstance(cause, HFValidationError):
-            return CheckpointNotFoundError(f"{name!r} is neither a local folder nor a hub id: {_first_line(cause)}")
+            return CheckpointNotFoundError(f"{name!r} is neither a local folder nor a hub id: {first_line(cause)}")
         if isinstance(cause, OfflineModeIsEnabled):
             return CheckpointNotFoundError(f"{name!r} {OFFLINE}")
         if isinstance(cause, HfHubHTTPError):
             return CheckpointNotFoundError(_of_status(cause, name))
         if isinstance(cause, OSError) and cause.errno in FULL:
             return DiskSpaceError(
-                f"downloading {name!r} failed: {_first_line(cause)}. {remedy_for(cause.errno or 0, MAKE_ROOM)}"
+                f"downloading {name!r} failed: {first_line(cause)}. {remedy_for(cause.errno or 0, MAKE_ROOM)}"
             )
     if isinstance(error, LocalEntryNotFoundError) and len(causes) == 1:
         return CheckpointNotFoundError(f"{name!r} {OFFLINE}")
     return CheckpointNotFoundError(
         f"there is no folder {name!r} here, and downloading {name!r} failed: {_of_network(causes)} "
-        f"({_first_line(causes[-1])}). Try again: it resumes"
+        f"({first_line(causes[-1])}). Try again: it resumes"
     )
 
 
@@ -83,14 +84,14 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 def _of_status(error: HfHubHTTPError, name: str) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return f"the hub does not accept the token: make a new one, and pass it as token=... ({_first_line(error)})"
+        return f"the hub does not accept the token: make a new one, and pass it as token=... ({first_line(error)})"
     if status == 403:
-        return f"the token may not read {name!r}: give it the right to, at the hub ({_first_line(error)})"
+        return f"the token may not read {name!r}: give it the right to, at the hub ({first_line(error)})"
     if status == 429:
-        return f"the hub has had too many requests from here: wait, or pass token=... ({_first_line(error)})"
+        return f"the hub has had too many requests from here: wait, or pass token=... ({first_line(error)})"
     if status is not None and status >= 500:
-        return f"downloading {name!r} failed: the hub is down or busy ({_first_line(error)}). Try again later"
-    return f"downloading {name!r} failed: {_first_line(error)}. Try again: it resumes"
+        return f"downloading {name!r} failed: the hub is down or busy ({first_line(error)}). Try again later"
+    return f"downloading {name!r} failed: {first_line(error)}. Try again: it resumes"
 
 
 def _of_network(causes: list[BaseException]) -> str:
@@ -119,7 +120,3 @@ def _then(token: str | bool | None) -> str:
     if _has_token(token):
         return "with the account of your token, and wait if its owners have to agree"
     return f"with your account, and {_log_in(token)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

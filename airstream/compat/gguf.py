@@ -2,7 +2,7 @@
 
 transformers has two ways, which this wraps alike: tables of renames and conversions for the newest architectures, and
 for all others "tensor processors", numpy code that undoes what llama.cpp did to a weight. Either is run as a
-`KeyConversion` is: on row numbers where it only moves rows, else on values.
+`MappedConversion` is: on row numbers where it only moves rows, else on values.
 
 It refuses to know where bytes lie: `checkpoint.gguf` reads the headers.
 """
@@ -28,7 +28,7 @@ from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.gguf_outline import write_outline
 from airstream.checkpoint.stored import CheckpointIndex
 from airstream.compat.quantizers import Quantizer
-from airstream.compat.weights import KeyConversion
+from airstream.compat.weights import KeyConversion, MappedConversion
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.reporting.extras import install
 from airstream.reporting.units import counted
@@ -122,14 +122,14 @@ _HALVES = {"BF16": torch.bfloat16, "F16": torch.float16}
 def conversion_for(model: PreTrainedModel, index: CheckpointIndex, quantizer: Quantizer | None = None) -> KeyConversion:
     """How the keys of `index` become names of `model`; with `quantizer`, if the checkpoint has one."""
     if not isinstance(index, GgufIndex):
-        return KeyConversion(model, quantizer)
+        return MappedConversion(model, quantizer)
     mappings = _table_of_mappings()
     if index.architecture in mappings:
-        return _MappedConversion(model, mapping=mappings[index.architecture](model.config))
+        return _TableConversion(model, mapping=mappings[index.architecture](model.config))
     return _ProcessedConversion(model, index.architecture)
 
 
-class _MappedConversion(KeyConversion):
+class _TableConversion(MappedConversion):
     """By a table of renames and converters. They work in the dtype that the file has."""
 
     keeps_views = True
@@ -150,7 +150,6 @@ class _ProcessedConversion(KeyConversion):
             get_gguf_hf_weights_map,
         )
 
-        self._quantizer = None
         processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self._process = processor(config=_Fields(model.config)).process
         self._pattern = None if processor is TensorProcessor else "processed"

@@ -41,7 +41,7 @@ def one_of_each_kind(part: nn.Module, states: Sequence[object]) -> Iterator[list
         yield []
         return
     parent, name, layers = stacks[0]
-    kinds = [(kind_of(layer), _settings(state)) for layer, state in zip(layers, states, strict=True)]
+    kinds = [(layer_kind(layer), _settings(state)) for layer, state in zip(layers, states, strict=True)]
     firsts = {kind: number for number, kind in reversed(list(enumerate(kinds)))}
     sizes = Counter(kinds)
     needed = max(firsts.values()) + 1
@@ -61,7 +61,7 @@ def _stacks(module: nn.Module) -> Iterator[tuple[nn.Module, str, nn.ModuleList]]
             yield from _stacks(child)
 
 
-def kind_of(layer: nn.Module) -> Hashable:
+def layer_kind(layer: nn.Module) -> Hashable:
     """Equal for layers that are alike."""
     return tuple((name, type(module), _shapes(module), _settings(module)) for name, module in layer.named_modules())
 

@@ -9,6 +9,7 @@ read.
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ from transformers.quantizers.base import HfQuantizer
 from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
 from airstream.compat.quiet import quiet_transformers
-from airstream.compat.stated import check_numbers, check_stated
+from airstream.compat.stated import check_stated, check_stated_numbers
 from airstream.errors import UnsupportedError
+from airstream.reporting.first_line import first_line
 
 PACKAGES: Mapping[str, str] = {
     "bitsandbytes": "bitsandbytes",
@@ -79,12 +81,11 @@ MIN_SCRATCH_ITEM_BYTES: Mapping[str, int] = {"compressed-tensors": 12}
 INSTEAD = "Stream a checkpoint of the model in another format (bf16, bitsandbytes, FP8, GGUF) instead"
 
 
-class Quantizer:
+class Quantizer(ABC):
     """How the weights of one quantised checkpoint become those of its model."""
 
-    def __init__(self, inner: HfQuantizer, method: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, method: str, settings: Mapping[str, Any]) -> None:
         self.method = method
-        self._inner = inner
         self._settings = settings
 
     def check(self, index: Mapping[str, StoredTensor]) -> None:
@@ -95,37 +96,27 @@ class Quantizer:
         """
         check_stated(self._settings, self.method, index)
 
+    @abstractmethod
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype of everything that is not quantised, if `dtype` is asked for."""
-        return self._inner.update_dtype(dtype)
 
+    @abstractmethod
     def preprocess(
         self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, files: Sequence[Path]
     ) -> None:
         """Put the modules that hold quantised weights into `model`, which is on the meta device."""
-        with quiet_transformers(), torch.device("meta"):
-            self._inner.preprocess_model(
-                model=model,
-                dtype=dtype,
-                device_map={"": str(device)},
-                checkpoint_files=[str(file) for file in files],
-                use_kernels=False,
-            )
-        model.eval()
 
+    @abstractmethod
     def finish(self, model: PreTrainedModel) -> None:
         """What `from_pretrained` does with `model` once its weights are there."""
-        model.hf_quantizer = self._inner
-        with quiet_transformers():
-            self._inner.postprocess_model(model)
 
+    @abstractmethod
     def mapping(self, model: PreTrainedModel) -> list[Any]:
         """The renames and converters of checkpoint keys, those of the format included."""
-        return get_model_conversion_mapping(model, None, self._inner)
 
+    @abstractmethod
     def is_load_operation(self, converter: Any) -> bool:
         """Whether `converter` begins with what makes weights of the packed tensors of the format."""
-        return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)
 
     def scratch_bytes(self, elements: int) -> int:
         """What dequantising `elements` takes at least, whatever a run on the meta device says."""
@@ -137,13 +128,47 @@ class Quantizer:
         return self.method in OBJECTS
 
 
+class _OfTransformers(Quantizer):
+    """Of a checkpoint whose format transformers knows how to read."""
+
+    def __init__(self, inner: HfQuantizer, method: str, settings: Mapping[str, Any]) -> None:
+        super().__init__(method, settings)
+        self._inner = inner
+
+    def dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return self._inner.update_dtype(dtype)
+
+    def preprocess(
+        self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, files: Sequence[Path]
+    ) -> None:
+        with quiet_transformers(), torch.device("meta"):
+            self._inner.preprocess_model(
+                model=model,
+                dtype=dtype,
+                device_map={"": str(device)},
+                checkpoint_files=[str(file) for file in files],
+                use_kernels=False,
+            )
+        model.eval()
+
+    def finish(self, model: PreTrainedModel) -> None:
+        model.hf_quantizer = self._inner
+        with quiet_transformers():
+            self._inner.postprocess_model(model)
+
+    def mapping(self, model: PreTrainedModel) -> list[Any]:
+        return get_model_conversion_mapping(model, None, self._inner)
+
+    def is_load_operation(self, converter: Any) -> bool:
+        return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)
+
+
 class IntegerQuantizer(Quantizer):
     """Of a checkpoint whose packed integers are made dense here, for the modules of a model that is not quantised."""
 
     def __init__(self, method: str, layout: Layout, settings: Mapping[str, Any]) -> None:
-        self.method = method
+        super().__init__(method, settings)
         self._layout = layout
-        self._settings = settings
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -174,7 +199,7 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
         return None
     method = str(settings.get("quant_method") or "bitsandbytes")
     if method in INTEGER_FORMATS:
-        check_numbers(settings)
+        check_stated_numbers(settings)
         return IntegerQuantizer(method, _layout(settings, method, str(config.model_type)), settings)
     if method in REFUSED:
         raise UnsupportedError(f"a checkpoint quantised with {method} cannot be streamed: {REFUSED[method]}. {INSTEAD}")
@@ -195,15 +220,15 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
     except ImportError as error:
         package = PACKAGES.get(method, method)
         raise UnsupportedError(
-            f'the checkpoint is quantised with {method}: pip install "{package}" accelerate ({_first_line(error)}; '
+            f'the checkpoint is quantised with {method}: pip install "{package}" accelerate ({first_line(error)}; '
             'airstream\'s extra "quant" has what most checkpoints need)'
         ) from error
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise UnsupportedError(
-            f"a checkpoint quantised with {method} cannot run on {device}: {_first_line(error)}. {_remedy(device)}"
+            f"a checkpoint quantised with {method} cannot run on {device}: {first_line(error)}. {_remedy(device)}"
         ) from error
     _refuse_what_changes_weights(inner, method)
-    return Quantizer(inner, method, settings)
+    return _OfTransformers(inner, method, settings)
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:
@@ -258,7 +283,3 @@ def _refuse_what_changes_weights(inner: HfQuantizer, method: str) -> None:
 
 def _remedy(device: torch.device) -> str:
     return f"Load it on a GPU. Else: {INSTEAD[0].lower()}{INSTEAD[1:]}" if device.type == "cpu" else INSTEAD
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__).rstrip(".")

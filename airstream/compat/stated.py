@@ -39,7 +39,7 @@ def check_stated(settings: Settings, method: str, index: Index) -> None:
         )
 
 
-def check_numbers(settings: Settings) -> None:
+def check_stated_numbers(settings: Settings) -> None:
     """Refuse `settings` whose numbers are none, lest a comparison with them means nothing.
 
     Raises:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel
 
+from airstream.compat.config_names import config_value
 from airstream.compat.layer_kinds import one_of_each_kind
 
 CACHE_KEYWORDS = ("cache", "past_key_values")
@@ -139,15 +140,6 @@ def cut_back(cache: Any, tokens: int) -> bool:
     except (AttributeError, RuntimeError, ValueError, TypeError):  # windows that have slid on, and states, cannot
         return False
     return True
-
-
-def config_value(config: Any, name: str) -> Any:
-    """The attribute `name` of `config`, None if it has none; of layers that differ in it, the largest."""
-    try:
-        return getattr(config, name, None)
-    except RuntimeError:  # transformers refuses to say for all layers what is not the same in all of them
-        values = [value for layer in config.per_layer_config if isinstance(value := getattr(layer, name, None), int)]
-        return max(values, default=None)
 
 
 def measure_cache(model: PreTrainedModel) -> CacheSize | None:

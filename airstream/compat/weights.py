@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import weakref
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
@@ -43,18 +44,59 @@ class DtypePlan:
         return next((kept for pattern, kept in self._exceptions if pattern.search(name)), declared)
 
 
-class KeyConversion:
-    """How keys of a checkpoint become names of `model`: renames, and operations that merge, split, reorder, unpack.
-
-    Args:
-        quantizer: of the checkpoint, if it is quantised.
-        mapping: the renames and operations, if they are not those of the model's class.
+class KeyConversion(ABC):
+    """How keys of a checkpoint become names of a model. Nothing is packed, unless a subclass says so.
 
     Attributes:
         keeps_views: what converters give is kept as it is, a transposed view of its source as well.
     """
 
     keeps_views = False
+
+    @abstractmethod
+    def rename(self, key: str) -> tuple[str, str | None]:
+        """The name that checkpoint key `key` belongs to, and the pattern of the converter that makes it, if any."""
+
+    @abstractmethod
+    def source_dtype(self, pattern: str | None, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
+        """What a checkpoint tensor of `stored` is to be cast to, for a parameter of `wanted`, before any converter."""
+
+    @abstractmethod
+    def convert(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """Run the converter of `name` on its `sources`: (checkpoint key, pattern, tensor), in natural key order."""
+
+    def unpacks(self, pattern: str | None) -> bool:  # noqa: ARG002
+        """Whether the converter of `pattern` begins with what makes weights of packed tensors."""
+        return False
+
+    def makes_object(self, pattern: str) -> bool:  # noqa: ARG002
+        """Whether the converter of `pattern` puts packed tensors together to one object: see `assemble`."""
+        return False
+
+    def scratch_bytes(self, elements: int) -> int:  # noqa: ARG002
+        """What making `elements` of packed tensors takes at least."""
+        return 0
+
+    def expansion(self, name: str) -> tuple[int, int]:
+        """What computing with the object in the place of parameter `name` takes: bytes for a moment, and for longer."""
+        raise NotImplementedError(f"{name} is no object: see `makes_object`")
+
+    def assemble(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> Assembled:
+        """The object that takes the place of parameter `name`, made of views in `sources`: no values are copied.
+
+        Raises:
+            CheckpointError: the tensors do not go together.
+        """
+        raise NotImplementedError(f"{name} is no object: see `makes_object`")
+
+
+class MappedConversion(KeyConversion):
+    """By transformers' renames, and its operations that merge, split, reorder, unpack.
+
+    Args:
+        quantizer: of the checkpoint, if it is quantised.
+        mapping: the renames and operations, if they are not those of the model's class.
+    """
 
     def __init__(
         self,
@@ -74,7 +116,6 @@ class KeyConversion:
         self._by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
 
     def rename(self, key: str) -> tuple[str, str | None]:
-        """The name that checkpoint key `key` belongs to, and the pattern of the converter that makes it, if any."""
         name, pattern = self._renamed(key)
         name = self._in_model(name)
         if name not in self._targets and key in self._targets:
@@ -82,31 +123,25 @@ class KeyConversion:
         return name, pattern
 
     def unpacks(self, pattern: str | None) -> bool:
-        """Whether the converter of `pattern` begins with what makes weights of packed tensors."""
         if self._quantizer is None or pattern is None:
             return False
         return self._quantizer.is_load_operation(self._by_pattern[pattern])
 
     def makes_object(self, pattern: str) -> bool:
-        """Whether the converter of `pattern` puts packed tensors together to one object: see `assemble`."""
         return self._quantizer is not None and self._quantizer.makes_objects and self.unpacks(pattern)
 
     def source_dtype(self, pattern: str | None, stored: torch.dtype, wanted: torch.dtype) -> torch.dtype:
-        """What a checkpoint tensor of `stored` is to be cast to, for a parameter of `wanted`, before any converter."""
         if self._quantizer is not None and (self.unpacks(pattern) or not stored.is_floating_point):
             return stored
         return wanted
 
     def expansion(self, name: str) -> tuple[int, int]:
-        """What computing with the object in the place of parameter `name` takes: bytes for a moment, and for longer."""
         return expansion_bytes(self._model, name), growth_bytes(self._model, name)
 
     def scratch_bytes(self, elements: int) -> int:
-        """What making `elements` of packed tensors takes at least."""
         return self._quantizer.scratch_bytes(elements) if self._quantizer is not None else 0
 
     def convert(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Run the converter of `name` on its `sources`: (checkpoint key, pattern, tensor), in natural key order."""
         converter = _fresh(self._by_pattern[sources[0][1]])
         for key, pattern, tensor in sources:
             # A callable is what the synchronous loader adds: no thread pool per call.
@@ -115,11 +150,6 @@ class KeyConversion:
         return {key: value[0] if isinstance(value, list) else value for key, value in converted.items()}
 
     def assemble(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> Assembled:
-        """The object that takes the place of parameter `name`, made of views in `sources`: no values are copied.
-
-        Raises:
-            CheckpointError: the tensors do not go together.
-        """
         return assemble(self._model, name, lambda: self.convert(name, sources)[name])
 
 

@@ -19,8 +19,9 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
-from airstream.compat.layer_kinds import kind_of
-from airstream.compat.traits import CACHE_KEYWORDS, attention_of, config_value, tensors_in
+from airstream.compat.config_names import config_value
+from airstream.compat.layer_kinds import layer_kind
+from airstream.compat.traits import CACHE_KEYWORDS, attention_of, tensors_in
 from airstream.footprint.allocations import History
 from airstream.footprint.attention import FusedAttention
 from airstream.footprint.growth import CONTINUED_SIZES, FRESH_SIZES, Growth, PassGrowth, Size, growth_of
@@ -162,7 +163,7 @@ def _beginnings(part: nn.Module) -> dict[nn.ModuleList, int]:
     for name, module in part.named_modules():
         if isinstance(module, nn.ModuleList) and not (inside and name.startswith(inside)):
             inside = f"{name}."
-            kinds = [kind_of(layer) for layer in module]
+            kinds = [layer_kind(layer) for layer in module]
             types = getattr(part.config, "layer_types", None) or ()
             if len(types) == len(kinds):
                 kinds = list(zip(kinds, types, strict=True))

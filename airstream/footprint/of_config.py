@@ -7,17 +7,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from airstream.compat.traits import CacheSize, config_value
+from airstream.compat.config_names import (
+    LAYER_COUNTS,
+    MLP_WIDTHS,
+    POSITION_COUNTS,
+    ROUTED_COUNTS,
+    config_value,
+    first_count,
+    head_count,
+    head_width,
+    hidden_size,
+)
+from airstream.compat.traits import CacheSize
 from airstream.footprint.formulas import HIDDEN_COPIES, Footprint
 from airstream.footprint.growth import PassGrowth
 
 PATCHES_OF_AN_IMAGE = 1024
 """Where images may have any size."""
-
-MLP_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "d_ff", "decoder_ffn_dim")
-
-POSITION_COUNTS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
-"""What configs call the longest context."""
 
 
 def footprint(
@@ -38,14 +44,12 @@ def footprint(
         passes: how they grow, where that has been measured.
     """
     text = config.get_text_config(decoder=True)
-    hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
-    heads = first_count(text, "num_attention_heads", "n_head", "num_heads", "decoder_attention_heads", default=1)
-    layers = first_count(text, "num_hidden_layers", "n_layer", "num_layers", "decoder_layers", default=1)
+    hidden, heads = hidden_size(text), head_count(text)
+    layers = first_count(text, *LAYER_COUNTS, default=1)
     intermediate = first_count(text, *MLP_WIDTHS, default=4 * hidden)
-    routed = first_count(text, "num_experts_per_tok", default=0) * first_count(
-        text, "moe_intermediate_size", default=intermediate
-    )
-    per_layer = _kv_elements_per_layer(text, hidden, heads)
+    routed = first_count(text, *ROUTED_COUNTS, default=0)
+    routed *= first_count(text, "moe_intermediate_size", default=intermediate)
+    per_layer = _kv_elements_per_layer(text, heads)
     if config_value(config, "is_encoder_decoder"):
         per_layer *= 2  # of the sequence that is written, and of the one that was read
     pixel_bytes, image_values = _of_images(config, item_bytes, hidden)
@@ -70,16 +74,15 @@ def footprint(
     )
 
 
-def _kv_elements_per_layer(text: Any, hidden: int, heads: int) -> int:
+def _kv_elements_per_layer(text: Any, heads: int) -> int:
     if first_count(text, "kv_lora_rank", default=0):  # multi-head latent attention: the latents are what is cached
         return first_count(text, "kv_lora_rank", default=0) + first_count(text, "qk_rope_head_dim", default=0)
-    head_dim = first_count(text, "head_dim", "kv_channels", "d_kv", default=hidden // heads)
     kv_heads = first_count(text, "num_key_value_heads", "num_kv_heads", default=heads)
     if config_value(text, "new_decoder_architecture"):  # Falcon 40B and 180B repeat keys and values before caching
         kv_heads = heads
     elif config_value(text, "multi_query"):  # Falcon 7B, StarCoder
         kv_heads = 1
-    return 2 * kv_heads * head_dim
+    return 2 * kv_heads * head_width(text)
 
 
 def _of_images(config: Any, item_bytes: int, width: int) -> tuple[float, int]:
@@ -98,12 +101,3 @@ def _of_images(config: Any, item_bytes: int, width: int) -> tuple[float, int]:
     size = first_count(vision, "image_size", default=0)
     per_value = item_bytes * (1 + (HIDDEN_COPIES * hidden + 3 * intermediate) / patch)
     return per_value, 3 * size**2 if size else PATCHES_OF_AN_IMAGE * patch
-
-
-def first_count(config: Any, *names: str, default: int) -> int:
-    """The first of the attributes that is a positive number: configs name one thing differently, or leave it None."""
-    for name in names:
-        value = config_value(config, name)
-        if isinstance(value, int) and value > 0:
-            return value
-    return default

@@ -29,7 +29,7 @@ from airstream.compat.weights import DtypePlan, may_be_missing, natural_order, t
 from airstream.errors import CheckpointError
 from airstream.layout.pieces import dtype_of, plain_spec
 from airstream.layout.tensors import TensorSpec
-from airstream.layout.tracing import Known, trace
+from airstream.layout.tracing import KnownConversions, trace
 from airstream.reporting.units import counted
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _read_specs(
             specs[name] = plain_spec(name, stored, conversion.source_dtype(None, dtype_of(stored), wanted[name]))
         else:
             converted.setdefault(name, []).append((key, pattern))
-    known = Known()
+    known = KnownConversions()
     for name, sources in converted.items():
         with _noting(faults):
             for spec in trace(conversion, name, sources, index, targets, wanted, known):

@@ -18,7 +18,7 @@ from airstream.footprint.allocations import Allocations, memory_of
 from airstream.layout.pieces import dtype_of
 from airstream.layout.tensors import CACHE_LINE_BYTES
 
-__all__ = ["Expansion", "Expansions", "Origin", "expand", "kind_of", "try_convert"]
+__all__ = ["Expansion", "Expansions", "Origin", "expand", "conversion_kind", "try_convert"]
 
 NUMBER = re.compile(r"\d+")
 """A number in the name of a weight: that of its layer, say."""
@@ -63,7 +63,7 @@ Expansions = dict[Hashable, Expansion]
 """What is known of conversions, so that those of equal layers are run once: running them on nothing takes time, too."""
 
 
-def kind_of(
+def conversion_kind(
     name: str,
     sources: Sequence[tuple[str, str]],
     stored: Sequence[StoredTensor],
@@ -83,7 +83,7 @@ def expand(
     known: Expansions,
 ) -> Expansion | None:
     """What the converter makes of tensors without values; None if it cannot. The same for the same kinds of tensors."""
-    kind = kind_of(name, sources, stored, target)
+    kind = conversion_kind(name, sources, stored, target)
     if kind in known:
         (origin,) = known[kind].origins.values()
         return replace(known[kind], shapes={name: target[0]}, origins={name: origin})

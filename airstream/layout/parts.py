@@ -68,6 +68,16 @@ class Parts:
         """The tensors of all parts of these kinds."""
         return [spec for part in self.parts if part.kind in kinds for spec in part.specs]
 
+    def in_batches(self, count: int) -> list[list[list[Part]]]:
+        """The layers of each stack in batches of `count`: those of different stacks are never in one batch."""
+        layers, start = self.of(Kind.LAYER), 0
+        stacks = []
+        for size in self.stacks:
+            stack = layers[start : start + size]
+            stacks.append([stack[first : first + count] for first in range(0, size, count)])
+            start += size
+        return stacks
+
     @property
     def head(self) -> Part | None:
         """The lm_head, if it can be streamed."""

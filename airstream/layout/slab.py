@@ -37,7 +37,7 @@ class Slab:
 
 def distinct(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """`specs` without those that are made of the same bytes as another one."""
-    return list({(spec.pieces or spec.name): spec for spec in specs}.values())
+    return list({spec.identity: spec for spec in specs}.values())
 
 
 def stored_specs(specs: Iterable[TensorSpec]) -> list[TensorSpec]:

@@ -44,6 +44,11 @@ class TensorSpec:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
+    def identity(self) -> object:
+        """Equal for tensors that are made of the same bytes."""
+        return self.pieces or self.name
+
+    @property
     def stored(self) -> tuple[TensorSpec, ...]:
         """The tensors that are read for it: itself, or what it is made of."""
         return self.made_by.sources if self.made_by is not None else (self,)

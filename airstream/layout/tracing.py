@@ -19,17 +19,17 @@ import torch
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.compat.weights import KeyConversion
 from airstream.errors import CheckpointError
-from airstream.layout.expansion import Expansion, Expansions, expand, kind_of, try_convert
+from airstream.layout.expansion import Expansion, Expansions, conversion_kind, expand, try_convert
 from airstream.layout.moves import Moves, find_moves, spec_of_moves
 from airstream.layout.pieces import TORCH_DTYPES, dtype_of, item_of, piece_of, plain_spec
 from airstream.layout.tensors import RAW_PREFIX, Conversion, TensorSpec
 from airstream.reporting.units import counted
 
-__all__ = ["Known", "trace"]
+__all__ = ["KnownConversions", "trace"]
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class KnownConversions:
     """What is known of a model's conversions. Equal layers are run once: even a run on empty tensors takes time."""
 
     expansions: Expansions = field(default_factory=dict)
@@ -43,7 +43,7 @@ def trace(
     index: CheckpointIndex,
     targets: Mapping[str, torch.Tensor],
     wanted: Mapping[str, torch.dtype],
-    known: Known,
+    known: KnownConversions,
 ) -> list[TensorSpec]:
     """What one converter makes of `sources`: byte plans if it only moves rows, else specs that it has to make.
 
@@ -111,7 +111,7 @@ def _specs_of_numbers(
     expansion: Expansion | None,
     targets: Mapping[str, torch.Tensor],
     wanted: Mapping[str, torch.dtype],
-    known: Known,
+    known: KnownConversions,
 ) -> list[TensorSpec] | None:
     """Byte plans, found by running the converter on row numbers; None if it did more than move rows.
 
@@ -122,7 +122,7 @@ def _specs_of_numbers(
     if any(width % item_of(tensor.dtype)[0] for tensor in stored):  # a row is not made of blocks
         return None
     first = dtype_of(stored[0])
-    kind = kind_of(name, sources, stored, (_shape_of(targets, name), wanted[name]))
+    kind = conversion_kind(name, sources, stored, (_shape_of(targets, name), wanted[name]))
     moves = {name: known.moves[kind]} if len(stored) > 1 and kind in known.moves else None
     if moves is None:
         outputs = try_convert(conversion, name, sources, _numbered(stored, width))

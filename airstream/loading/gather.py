@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from airstream.compat.config_names import EXPERT_COUNTS, ROUTED_COUNTS, first_count, head_count, head_width
 from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention
 from airstream.footprint.lm_head import Way, copies_weights, way_of
-from airstream.footprint.of_config import first_count, footprint
-from airstream.layout.parts import Kind, Part, Parts
+from airstream.footprint.of_config import footprint
+from airstream.layout.parts import Kind, Parts
 from airstream.layout.slab import distinct, pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.loading.build import Built
 from airstream.loading.packed import measure_packed
 from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
-from airstream.plan.groups import Known, batch_facts, growth_bytes
+from airstream.plan.groups import KnownSizes, batch_facts, growth_bytes
 from airstream.plan.policy import AUTO_BATCH_BYTES
 from airstream.reporting.units import MIB
 from airstream.transfer.files import PAGE_BYTES
@@ -31,9 +33,6 @@ KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
 UNPACKING_CODE_BYTES = 32 * MIB
 """Memory of libraries that compute with packed weights, loaded by the first pass, and of what kernels keep. Fitted to
 measured peaks of 4-bit bitsandbytes and FP8, which were up to 24 MiB above the plan without it."""
-
-EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What configs call the number of experts of a layer."""
 
 
 def gather_facts(
@@ -50,7 +49,7 @@ def gather_facts(
     buffers = sum(buffer.nbytes for _, buffer in model.named_non_persistent_buffers())
     resident = pack(distinct(parts.specs_of(Kind.RESIDENT)), packing)
     head = batch_facts((parts.head.name,), parts.head.specs, packing, {}) if parts.head else None
-    head_pieces = {spec.pieces for spec in parts.specs_of(Kind.HEAD)}
+    head_bytes = {spec.identity for spec in parts.specs_of(Kind.HEAD)}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
     copied_bytes = head.slab_bytes[0] if head and device.type == "cpu" else 0
     way = way_of(model.dtype) if copied_bytes else Way.TOGETHER
@@ -64,7 +63,7 @@ def gather_facts(
         head=head,
         resident_bytes=resident.nbytes + buffers,
         tables={spec.name: Group((spec.name,), pack((spec,), packing).nbytes, None) for spec in _tables(parts)},
-        tables_of_head=frozenset(spec.name for spec in _tables(parts) if spec.pieces in head_pieces),
+        tables_of_head=frozenset(spec.name for spec in _tables(parts) if spec.identity in head_bytes),
         checkpoint_bytes=sum(spec.nbytes for spec in distinct(stored_specs(everything))),
         has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) or any(folder.glob("*.gguf")),
         conversion_bytes=_conversion_bytes(parts, everything),
@@ -88,16 +87,7 @@ def gather_facts(
 
 def _tables(parts: Parts) -> list[TensorSpec]:
     """The embedding tables, one of those that are tied."""
-    return list({spec.pieces: spec for spec in parts.specs_of(Kind.TABLE)}.values())
-
-
-def group(parts: Parts, count: int) -> Iterator[Sequence[Part]]:
-    """The layers in batches of `count`. Those of different stacks are never in one batch."""
-    layers, start = parts.of(Kind.LAYER), 0
-    for size in parts.stacks:
-        stack = layers[start : start + size]
-        yield from (stack[first : first + count] for first in range(0, size, count))
-        start += size
+    return distinct(parts.specs_of(Kind.TABLE))
 
 
 def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
@@ -106,17 +96,15 @@ def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
     expert_bytes, expert_share = sum(spec.nbytes for spec in in_layers if ".experts." in spec.name), 1.0
     text = model.config.get_text_config(decoder=True)
     if expert_bytes:
-        routed = first_count(text, "num_experts_per_tok", "num_experts_per_token", "moe_topk", default=1)
+        routed = first_count(text, *ROUTED_COUNTS, default=1)
         expert_share = routed / first_count(text, *EXPERT_COUNTS, default=routed)
-    heads = first_count(text, "num_attention_heads", "n_head", "num_heads", default=1)
-    hidden = first_count(text, "hidden_size", "d_model", "n_embd", "dim", default=1024)
     return Arithmetic(
         num_layers=len(parts.of(Kind.LAYER)),
         weight_bytes=sum(spec.nbytes for spec in in_layers) + head_bytes,
         head_bytes=head_bytes,
         expert_bytes=expert_bytes,
         expert_share=min(expert_share, 1.0),
-        attention_width=heads * first_count(text, "head_dim", default=hidden // heads),
+        attention_width=head_count(text) * head_width(text),
     )
 
 
@@ -128,8 +116,8 @@ def needs_staging(parts: Parts, packing: Packing) -> bool:
 
 
 def _batches(parts: Parts, count: int, packing: Packing) -> Iterator[BatchFacts]:
-    known: Known = {}
-    for layers in group(parts, count):
+    known: KnownSizes = {}
+    for layers in chain.from_iterable(parts.in_batches(count)):
         specs = (spec for layer in layers for spec in layer.specs)
         yield batch_facts([layer.name for layer in layers], specs, packing, known)
 

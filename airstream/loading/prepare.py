@@ -37,7 +37,7 @@ DEFAULTS: Mapping[str, Any] = {option.name: option.default for option in fields(
 _PLAN_DEFAULTS: Mapping[str, Any] = {**DEFAULTS, "machine": THIS_MACHINE, "prompt_tokens": None}
 
 
-def ask(
+def prepare_for_planning(
     name: str | os.PathLike[str],
     options: Mapping[str, Any],
     machine: Machine = THIS_MACHINE,

@@ -26,7 +26,7 @@ from airstream.checkpoint.adapter_files import (
 )
 from airstream.checkpoint.hub import HubOptions, resolve
 from airstream.compat.blame import blamed_on
-from airstream.errors import BudgetError, CheckpointError, CheckpointNotFoundError
+from airstream.errors import ArgumentError, BudgetError, CheckpointError, CheckpointNotFoundError
 from airstream.reporting.units import format_bytes
 from airstream.system.memory import available_host_bytes
 
@@ -76,7 +76,7 @@ class Source:
 
     def _folder(self, files: list[str]) -> Path:
         if self._name is None:
-            raise ValueError("load_adapter() needs a folder or hub id, or both peft_config= and adapter_state_dict=")
+            raise ArgumentError("load_adapter() needs a folder or hub id, or both peft_config= and adapter_state_dict=")
         try:
             return resolve(self._name, self._hub, weight_files=files)
         except CheckpointNotFoundError as error:

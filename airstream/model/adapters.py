@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from airstream.compat.blame import blamed_on
-from airstream.errors import CheckpointError, UnsupportedError
+from airstream.errors import ArgumentError, CheckpointError, UnsupportedError
 from airstream.model.adapter_source import Source
 from airstream.model.stored import Stored
 from airstream.model.wrappers import cast_copies, costs, freeze, refuse_merging, strangers
@@ -100,7 +100,7 @@ class WithAdapters:
             )
         name = adapter_name or "default"
         if name in self._names:
-            raise ValueError(f"there is an adapter {name!r} already: delete_adapter({name!r}), or give another name")
+            raise ArgumentError(f"there is an adapter {name!r} already: delete_adapter({name!r}), or give another name")
         with self._engine.between_generations():
             source = Source(peft_model_id, {**download, **(adapter_kwargs or {})})
             config = source.config() if peft_config is None else peft_config
@@ -181,10 +181,10 @@ class WithAdapters:
     def _check_known(self, names: Collection[str]) -> None:
         _check_peft()
         if not self._names:
-            raise ValueError("there is no adapter: load one with load_adapter()")
+            raise ArgumentError("there is no adapter: load one with load_adapter()")
         unknown = [name for name in names if name not in self._names]
         if unknown:
-            raise ValueError(f"there is no adapter {unknown[0]!r}: those loaded are {', '.join(self._names)}")
+            raise ArgumentError(f"there is no adapter {unknown[0]!r}: those loaded are {', '.join(self._names)}")
 
     def _switch(self, on: bool) -> None:
         self._check_known([])

@@ -32,11 +32,11 @@ class Converter:
     """The conversions of one model.
 
     Attributes:
-        fill: runs those that a slab asks for, on its bytes, once they are there.
+        run: runs those that a slab asks for, on its bytes, once they are there.
         build: makes the object of one of them from views of a memory, by the offsets at which its sources start.
     """
 
-    fill: Callable[[Slab, torch.Tensor], None]
+    run: Callable[[Slab, torch.Tensor], None]
     build: Callable[[Conversion, torch.Tensor, Mapping[str, int]], Assembled]
 
 

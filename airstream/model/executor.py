@@ -43,7 +43,7 @@ class Executor:
         gate: Gate,
         plan: Plan,
     ) -> None:
-        fills = store.fills(plan, facts)
+        fills = store.change_to(plan, facts)
         with ExitStack() as closing:
             order = _order(len(plan.batches), fills, _first_batches(parts, plan))
             self.streamer = Streamer(fills, plan.ring_bytes, plan.prefetch_batches, machinery, order)
@@ -87,8 +87,8 @@ class Executor:
 
 def _first_batches(parts: Parts, plan: Plan) -> list[int]:
     """The batch that each stack of layers begins with."""
-    sizes = (-(-size // plan.layers_per_batch) for size in parts.stacks)
-    return list(accumulate(sizes, initial=0))[: len(parts.stacks)]
+    sizes = [len(batches) for batches in parts.in_batches(plan.layers_per_batch)]
+    return list(accumulate(sizes, initial=0))[: len(sizes)]
 
 
 def _order(num_batches: int, fills: Sequence[Fill], firsts: Sequence[int]) -> list[int]:
@@ -104,6 +104,6 @@ def _order(num_batches: int, fills: Sequence[Fill], firsts: Sequence[int]) -> li
 
 def _resident(store: Store, parts: Parts, table: TensorSpec) -> Resident | None:
     """Where the bytes of `table` stay, if they do: under its own name, or as what it is tied to."""
-    tied = (spec for spec in parts.specs_of(Kind.TABLE, Kind.HEAD) if spec.pieces == table.pieces)
+    tied = (spec for spec in parts.specs_of(Kind.TABLE, Kind.HEAD) if spec.identity == table.identity)
     names = [table.name, *(spec.name for spec in tied)]
     return next(filter(None, map(store.resident, names)), None)

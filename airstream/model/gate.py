@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from airstream.errors import ClosedError
+from airstream.errors import CLOSED, ClosedError
 from airstream.model.asking import Asking
 from airstream.model.turns import Turns, is_running
 from airstream.system.forks import Forks
@@ -49,7 +49,7 @@ class Gate:
     @contextmanager
     def inside(self) -> Iterator[None]:
         """Around every use of the model. Blocks until it is this thread's turn. No autograd."""
-        self._forks.settle(self._after_fork)
+        self._forks.restart_in_child(self._after_fork)
         try:
             with self.turns.hold(), self._leaving(), torch.no_grad(), self.asking.during(self.turns.depth == 1):
                 self.check_open()
@@ -61,7 +61,7 @@ class Gate:
 
     def enter(self) -> None:
         """Come in where no `with` can be, in the hook of a module. `leave` goes out again, also after an error."""
-        self._forks.settle(self._after_fork)
+        self._forks.restart_in_child(self._after_fork)
         self.turns.enter(_is_in_a_module)
         if self._closed:
             self.leave()
@@ -79,7 +79,7 @@ class Gate:
         """Raise ClosedError if it is closed."""
         if self._closed:
             self._rest_if_abandoned()
-            raise ClosedError("the model is closed: load it again with from_pretrained()")
+            raise ClosedError(CLOSED)
 
     def shut(self, is_abandoned: bool = False) -> None:
         """Let nobody in from now on. `finish_closing` does the rest.

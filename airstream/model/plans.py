@@ -13,7 +13,7 @@ from dataclasses import replace
 from airstream.errors import BudgetError
 from airstream.plan.facts import AdapterFacts, ModelFacts
 from airstream.plan.plan import Plan
-from airstream.plan.planner import make_plan, smallest_plan
+from airstream.plan.planner import make_plan, plan_or_none, smallest_plan
 from airstream.plan.policy import GROWTH, MIN_GAIN
 from airstream.plan.refusal import check_positions, too_much
 from airstream.plan.request import Request, Workload
@@ -153,7 +153,4 @@ class Plans:
 
     def _with_room_for(self, work: Workload) -> Plan | None:
         request = replace(self.request, max_context=work.context, max_batch_size=work.batch_size, workload=work)
-        try:
-            return make_plan(self.facts, request)
-        except BudgetError:
-            return None
+        return plan_or_none(self.facts, request)

@@ -163,7 +163,7 @@ class Residency:
         if not batch.is_settled:
             self._settle(batch)
         if region.fresh:
-            self._convert.fill(slab, region.memory)
+            self._convert.run(slab, region.memory)
             region.fresh = False
         key = (batch.number, region.offset)
         if key not in self._views:
@@ -175,7 +175,7 @@ class Residency:
     def _settle(self, batch: Batch) -> None:
         """Bind what stays in memory, for good."""
         for resident, binding in batch.resident:
-            resident.convert_once(self._convert.fill)
+            resident.convert_once(self._convert.run)
             binding.bind(binding.views(resident.memory, resident.slab.offsets))
         batch.is_settled = True
 

@@ -31,8 +31,8 @@ def bind_residents(binder: Binder, residents: Sequence[TensorSpec], machinery: M
     machinery.reader.read(slab.pieces, backend.landing(memory))
     backend.end_fill(fence)
     backend.wait_filled(fence)
-    binder.convert.fill(slab, memory)
-    at = {_identity(spec): slab.offsets[spec.name] for spec in slab.specs if spec.name in slab.offsets}
+    binder.convert.run(slab, memory)
+    at = {spec.identity: slab.offsets[spec.name] for spec in slab.specs if spec.name in slab.offsets}
     bindings = []
     for spec in residents:
         binding = Binding(binder, [spec])
@@ -65,12 +65,7 @@ def bind_tables(
 
 def _offsets(spec: TensorSpec, slab: Slab, at: Mapping[object, int]) -> Mapping[str, int]:
     """Where `spec`, whose bytes may be in `slab` under another name, starts."""
-    return slab.offsets if _identity(spec) not in at else {**slab.offsets, spec.name: at[_identity(spec)]}
-
-
-def _identity(spec: TensorSpec) -> object:
-    """Equal for tensors that are made of the same bytes."""
-    return spec.pieces or spec.name
+    return slab.offsets if spec.identity not in at else {**slab.offsets, spec.name: at[spec.identity]}
 
 
 def _whole_table(
@@ -84,11 +79,11 @@ def _whole_table(
         fence = machinery.backend.new_fence()
         machinery.backend.end_fill(fence)
         machinery.backend.wait_filled(fence)  # the copies that brought it may still be queued
-        resident.convert_once(convert.fill)
+        resident.convert_once(convert.run)
         if listener := machinery.probe.listener:  # this once: from here on no row comes from disk
             listener.begin_wait()
             listener.waited_for_rows(resident.slab.read_bytes)
-        (name,) = (other.name for other in resident.slab.specs if _identity(other) == _identity(spec))
+        (name,) = (other.name for other in resident.slab.specs if other.identity == spec.identity)
         offset = resident.slab.offsets[name]
         binding.bind(binding.views(resident.memory, {spec.name: offset}))
         return view_of(resident.memory, offset, spec)

@@ -56,7 +56,7 @@ class StoredInFiles(Stored):
             )
         memory = torch.empty(slab.nbytes, dtype=torch.uint8)
         self._reader.read(slab.pieces, HostLanding(memory, Staging(self._reader.chunk_bytes)))
-        self._convert.fill(slab, memory)
+        self._convert.run(slab, memory)
         values = view_of(memory, slab.offsets[spec.name], spec)
         return (values if spec.made_by is None else values.clone()).to(self._device)  # without what it was made of
 
@@ -93,8 +93,7 @@ def all_stored(
     """The checkpoint's weights by every name they have."""
     by_bytes: dict[object, Stored] = {}
     return {
-        spec.name: by_bytes.setdefault(spec.pieces or spec.name, StoredInFiles(spec, reader, convert, device))
-        for spec in specs
+        spec.name: by_bytes.setdefault(spec.identity, StoredInFiles(spec, reader, convert, device)) for spec in specs
     }
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from airstream.compat.steps import SaysSteps
 from airstream.compat.traits import attention_of
 from airstream.errors import UnsupportedError
-from airstream.model import calls as workload
+from airstream.model import calls
 from airstream.model.adapters import WithAdapters
 from airstream.model.binding import holds
 from airstream.model.engine import Engine  # not for type checking alone: transformers evaluates the annotations
@@ -49,7 +49,7 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
         refuse_tracing()
         refuse_gradients(self, args, kwargs)
         config = getattr(self, "config", None)
-        with self._engine.part_pass(lambda: workload.of_pass(args, kwargs, config), workload.has_cache(kwargs)):
+        with self._engine.part_pass(lambda: calls.of_pass(args, kwargs, config), calls.has_cache(kwargs)):
             return super().__call__(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> GuardedModule:
@@ -222,8 +222,8 @@ class StreamedModel(WithAdapters, SaysSteps, GuardedModule):
         refuse_tracing()
         self._check_inputs("model", args, kwargs)
         refuse_gradients(self, args, kwargs)
-        work = workload.of_pass(args, kwargs, self.config)
-        with self._engine.one_pass(work, workload.has_cache(kwargs), self._heed_adapters):
+        work = calls.of_pass(args, kwargs, self.config)
+        with self._engine.one_pass(work, calls.has_cache(kwargs), self._heed_adapters):
             return super().__call__(*args, **kwargs)
 
     def _check_inputs(self, call: str, args: Any, kwargs: Any) -> None:
@@ -244,16 +244,16 @@ class StreamedModel(WithAdapters, SaysSteps, GuardedModule):
             self._heed_adapters()
         config: Any = self.config
         defaults: Any = self.generation_config
-        work = workload.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
+        work = calls.of_generation(defaults, config.is_encoder_decoder, args, kwargs)
         prompt_tokens = work.prompt if work is not None else 0
-        is_draft = workload.is_draft(args, kwargs)
+        is_draft = calls.is_draft(args, kwargs)
         with (
-            engine.generation(work, is_asked=workload.asks_for_length(args, kwargs)),
+            engine.generation(work, is_asked=calls.asks_for_length(args, kwargs)),
             engine.observer.one_call(prompt_tokens, is_draft, engine.gate.turns.hold),
             self._show_progress(work, kwargs.get("streamer") is not None),
         ):
             result = super().generate(*args, **kwargs)
-            engine.observer.settle(workload.accepted_tokens(result, config.is_encoder_decoder, args, kwargs))
+            engine.observer.correct(calls.accepted_tokens(result, config.is_encoder_decoder, args, kwargs))
             return result
 
     def _accept(self, tokens: int) -> None:

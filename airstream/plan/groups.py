@@ -38,11 +38,11 @@ class _Sizes:
     reads: tuple[int, ...]
 
 
-Known = dict[Hashable, _Sizes]
+KnownSizes = dict[Hashable, _Sizes]
 """What is known of batches, so that those that lie in their files alike are laid out once: experts are many tensors."""
 
 
-def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Packing, known: Known) -> BatchFacts:
+def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Packing, known: KnownSizes) -> BatchFacts:
     """The sizes of the batch `units` whose tensors are `specs`, for every number of its groups that is resident.
 
     `known` is for all calls with one packing, and gets what is found out.
@@ -66,7 +66,7 @@ def _sizes(specs: Sequence[TensorSpec], packing: Packing) -> _Sizes:
     for count in range(len(groups) + 1):
         rest = tuple(spec for group in groups[count:] for spec in group)
         slab = pack(rest, packing)
-        slabs.append(max(slab.nbytes, 0 if packing.follows_file else _apart(rest)))
+        slabs.append(max(slab.nbytes, 0 if packing.follows_file else _apart(rest, packing)))
         reads.append(slab.read_bytes)
     sized = ((tuple(numbers[spec.name] for spec in group), *_group_bytes(group, packing)) for group in groups)
     return _Sizes(tuple(sized), tuple(slabs), tuple(reads))
@@ -88,10 +88,9 @@ def _kind_of(specs: Sequence[TensorSpec]) -> Hashable:
     return tuple((spec.dtype, spec.nbytes, spec.line_offset, len(spec.pieces)) for spec in specs), tuple(places)
 
 
-def _apart(specs: Sequence[TensorSpec]) -> int:
-    """The bytes of a slab for an accelerator in which each tensor lies by itself, whatever comes from host memory."""
-    made = [spec for spec in specs if spec.made_by is not None and not spec.made_by.is_object]
-    return round_up(sum(round_up(spec.nbytes, 256) for spec in (*stored_specs(specs), *made)), PAGE_BYTES)
+def _apart(specs: Sequence[TensorSpec], packing: Packing) -> int:
+    """The bytes of a slab in which each tensor lies by itself: some of them may come from host memory."""
+    return pack(specs, packing, elsewhere={spec.name for spec in stored_specs(specs)}).nbytes
 
 
 def _group_bytes(specs: Sequence[TensorSpec], packing: Packing) -> tuple[int, int]:

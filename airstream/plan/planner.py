@@ -84,6 +84,14 @@ def make_plan(facts: ModelFacts, request: Request) -> Plan:
     raise BudgetError(too_small(smallest_plan(facts, request), _shorter(facts, request)))
 
 
+def plan_or_none(facts: ModelFacts, request: Request) -> Plan | None:
+    """The best plan that fits the budgets, for who wants no message where there is none."""
+    try:
+        return make_plan(facts, request)
+    except BudgetError:
+        return None
+
+
 def cost(plan: Plan, steps_down: int) -> tuple[float, float]:
     """What a pass moves by `plan`, from disk and over the bus, and what is lost by how it is moved. Less is better.
 

@@ -1,6 +1,7 @@
 """This has every number of a plan that somebody chose, with the reason for it.
 
 It knows no model and no machine. What a disk, a kernel or an allocator demands stays with the mechanism that meets it.
+Which embedding tables are large, and so parts of their own, is known before there is a plan: `layout/parts.py`.
 """
 
 from __future__ import annotations

@@ -20,8 +20,10 @@ from typing import Any
 from airstream.errors import ArgumentError
 from airstream.plan.step import Step
 from airstream.rates.facts import HardwareFacts, Rate
+from airstream.reporting.probe import DISK, H2D, HOST_COPY
 
-DISK, HOST_COPY, H2D, MEMORY, COMPUTE = "disk", "host copy", "H2D", "memory bandwidth", "compute"
+MEMORY, COMPUTE = "memory bandwidth", "compute"
+"""The links that are not between two memories; a profile measures the others under the names that they have here."""
 
 LINK_OF_RATE = {"disk": DISK, "host_copy": HOST_COPY, "h2d": H2D, "h2d_pageable": H2D}
 """Fields of `HardwareFacts`, and the link that each is a rate of."""
@@ -45,7 +47,7 @@ class Traffic:
         decoding_seconds_per_byte: what a CPU core takes for a byte from disk or page cache, where weights are packed.
         cached_bytes: read out of the page cache in every pass, not from disk.
         h2d_bytes, h2d_pageable_bytes: the bytes that cross to the accelerator in every pass, from pinned memory and
-            from other.
+            from other. A plan has none of the latter: what could not be pinned crosses by way of pinned buffers.
         first_h2d_bytes: the bytes that cross from pinned memory in the first pass.
         reads_ahead: the next layers move while one is computed.
     """

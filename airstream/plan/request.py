@@ -90,6 +90,7 @@ class Request:
     device: str
     budgets: Mapping[str, int]
     budget_notes: Mapping[str, str]
+    prompt_tokens: int
     prefetch_batches: int | None = None
     max_context: int | None = None
     max_batch_size: int = 1
@@ -99,7 +100,6 @@ class Request:
     driver_bytes: int = 0
     workload: Workload | None = None
     hardware: HardwareFacts | None = None
-    prompt_tokens: int = 512
 
     @property
     def tier(self) -> str:

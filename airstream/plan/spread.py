@@ -31,9 +31,9 @@ def resident_order(batches: Sequence[BatchFacts]) -> list[int]:
     return [batch for _, _, batch in sorted(steps)]
 
 
-def counts_after(order: Sequence[int], steps: int, num_batches: int, start: Sequence[int] | None = None) -> list[int]:
-    """How many groups every batch has given after the first `steps` of `order`, on top of `start`."""
-    counts = list(start) if start is not None else [0] * num_batches
+def counts_after(order: Sequence[int], steps: int, num_batches: int) -> list[int]:
+    """How many groups every batch has given after the first `steps` of `order`."""
+    counts = [0] * num_batches
     for batch in order[:steps]:
         counts[batch] += 1
     return counts

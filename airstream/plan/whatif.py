@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from airstream.errors import BudgetError
 from airstream.plan.facts import BatchFacts, Group, ModelFacts
 from airstream.plan.plan import Plan
-from airstream.plan.planner import make_plan
+from airstream.plan.planner import plan_or_none
 from airstream.plan.policy import MORE_BYTES, WORTH_SAYING
 from airstream.plan.request import HOST, Request
 from airstream.rates.facts import Rate
@@ -28,11 +27,8 @@ def with_advice(plan: Plan, facts: ModelFacts, request: Request) -> Plan:
         return plan
     factors = {}
     for what, other_facts, other_request in _alternatives(facts, request):
-        try:
-            other = make_plan(other_facts, other_request)
-        except BudgetError:
-            continue
-        if other.prediction is not None:
+        other = plan_or_none(other_facts, other_request)
+        if other is not None and other.prediction is not None:
             factors[what] = round(plan.prediction.decode_seconds / other.prediction.decode_seconds, 2)
     best = sorted(((factor, what) for what, factor in factors.items() if factor >= WORTH_SAYING), reverse=True)
     return replace(plan, would_help={what: factor for factor, what in best})

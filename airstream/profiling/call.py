@@ -71,7 +71,7 @@ class Call:
         self.decoded += tokens if self.phase == DECODE else 0
         return self._take(tokens) or Step.of(None, tokens)
 
-    def settle(self, tokens: int | None) -> Step | None:
+    def correct(self, tokens: int | None) -> Step | None:
         """Its result has `tokens` per sequence. Corrects the count where steps said nothing, or beams were dropped."""
         missing = 0 if tokens is None or self._is_drafting else tokens - self.given
         return self.accept(missing) if missing else None

@@ -131,10 +131,10 @@ class Observer:
         if (call := self._my_call[0]) is not None:
             self._tell(call.accept(tokens))
 
-    def settle(self, tokens: int | None) -> None:
+    def correct(self, tokens: int | None) -> None:
         """The generation of the calling thread has a result of so many tokens per sequence, if that is known."""
         if (call := self._my_call[0]) is not None:
-            self._tell(call.settle(tokens))
+            self._tell(call.correct(tokens))
 
     def _tell(self, step: Step | None) -> None:
         if step is not None:

@@ -10,7 +10,6 @@ import contextlib
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from airstream.rates.effort import Effort
 from airstream.reporting.units import format_bytes
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
-from airstream.transfer.jobs import ReadCancelled
+from airstream.transfer.jobs import Outcome, ReadCancelled
 from airstream.transfer.landing import HostLanding, Staging
 from airstream.transfer.piece import Piece
 from airstream.transfer.reader import CHUNK_BYTES, Reader
@@ -66,22 +65,15 @@ def _read(reader: Reader, pieces: Sequence[Piece], landing: HostLanding, effort:
 
     What was under way at that point is waited for and counts, bytes and seconds.
     """
-    done = threading.Event()
-    outcome: list[BaseException | None] = []
-
-    def on_done(error: BaseException | None) -> None:
-        outcome.append(error)
-        done.set()
-
+    outcome = Outcome()
     started, cpu_started = time.perf_counter(), time.process_time()
-    job = reader.submit(pieces, landing, on_done)
-    while not done.wait(effort.disk_seconds):
-        if reader.bytes_read:  # or else the disk is so slow that the time is not up before the first read
-            job.cancel()
-            done.wait()
+    job = reader.submit(pieces, landing, outcome)
+    with contextlib.suppress(ReadCancelled):
+        while not outcome.wait(effort.disk_seconds):
+            if reader.bytes_read:  # or else the disk is so slow that the time is not up before the first read
+                job.cancel()
+                outcome.wait()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    if outcome[0] is not None and not isinstance(outcome[0], ReadCancelled):
-        raise outcome[0]
     return DiskSpeed(reader.bytes_read / seconds, cpu_seconds / reader.bytes_read, reader.direct)
 
 

@@ -18,7 +18,7 @@ from airstream.transfer.reader import CHUNK_BYTES
 from airstream.transfer.runtime import Runtime
 from airstream.transfer.torch_runtime import runtime_of
 
-__all__ = ["LinkSpeed", "measure_host_copy", "measure_link", "measure_pinned"]
+__all__ = ["LinkSpeed", "measure_bus", "measure_host_copy", "measure_pinned"]
 
 QUICK_BYTES = 256 * MIB
 """Copied in a quick measurement, again and again from the same place."""
@@ -50,7 +50,7 @@ def measure_host_copy(effort: Effort) -> float:
     return effort.copy_bytes / seconds
 
 
-def measure_link(device: torch.device, pin: bool, effort: Effort) -> LinkSpeed:
+def measure_bus(device: torch.device, pin: bool, effort: Effort) -> LinkSpeed:
     """Copy to `device` and back, in pieces as large as the reader's, one behind the other. Blocks meanwhile.
 
     Peak bytes: `effort.pinned_bytes` of host memory, `effort.copy_bytes` on the device.

@@ -14,7 +14,7 @@ from airstream.rates.disk import measure_disk
 from airstream.rates.effort import Effort
 from airstream.rates.facts import HardwareFacts, Rate, measured_today
 from airstream.rates.identity import OtherLoad, machine_name, usable_cores
-from airstream.rates.links import measure_host_copy, measure_link
+from airstream.rates.links import measure_bus, measure_host_copy
 from airstream.reporting.units import MIB
 from airstream.system.memory import available_host_bytes
 from airstream.transfer.backends import create_backend
@@ -108,8 +108,8 @@ def _rates(by_dtype: Mapping[str, float], source: str) -> dict[str, Rate]:
 def _links(device: torch.device, effort: Effort, progress: Progress) -> dict[str, float]:
     """Bytes per second. Where memory cannot be pinned, "h2d" and "d2h" are as slow as the rest."""
     progress(f"the link to {device}")
-    pinned = measure_link(device, pin=True, effort=effort)
-    pageable = measure_link(device, pin=False, effort=effort)
+    pinned = measure_bus(device, pin=True, effort=effort)
+    pageable = measure_bus(device, pin=False, effort=effort)
     return {"h2d": pinned.h2d, "h2d_pageable": pageable.h2d, "d2h": pinned.d2h, "d2h_pageable": pageable.d2h}
 
 

@@ -23,7 +23,7 @@ from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.names import SHARD_INDEX
 from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex
-from airstream.compat.weights import KeyConversion, natural_order, tied_names
+from airstream.compat.weights import KeyConversion, MappedConversion, natural_order, tied_names
 from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
 from airstream.layout.parts import find_units
 from airstream.loading.options import LoadOptions
@@ -186,7 +186,7 @@ def _planned(
         raise ArgumentError(f"layers={layers!r}: {type(model).__name__} has {len(stacks)} stacks of layers, not one")
     chosen = parse_layers(layers, len(stacks[0])) if layers is not None else None
     names = list(model.state_dict())
-    members = _members(index, KeyConversion(model), set(names))
+    members = _members(index, MappedConversion(model), set(names))
     return plan_shards(members, Order(names, stacks, tied_names(model)), chosen, shard_bytes), chosen
 
 

@@ -16,9 +16,7 @@ from airstream.repacking.plan import Shard
 from airstream.transfer.descriptors import Descriptors
 from airstream.transfer.files import WeightFile, failure_of
 from airstream.transfer.host_memory import HostBuffer
-
-CHUNK_BYTES = 8 << 20
-"""Read at once. Two of them are all the memory it takes: one is read while the other one is hashed and written."""
+from airstream.transfer.reader import CHUNK_BYTES
 
 OnBytes = Callable[[int], object]
 

@@ -28,8 +28,8 @@ class Store:
         self._resident: dict[Names, Resident] = {}
         self._hosted: dict[Names, Hosted] = {}
 
-    def fills(self, plan: Plan, facts: ModelFacts) -> list[Fill]:
-        """What has to come for every batch of `plan`, and behind them for every resident table.
+    def change_to(self, plan: Plan, facts: ModelFacts) -> list[Fill]:
+        """Hold what stays in `plan`; returns what has to come for every batch, then for every resident table.
 
         Memory of what does not stay in `plan` is given back first, memory of what stays is allocated, not yet read.
         What nothing uses any more must have been unbound.
@@ -73,7 +73,7 @@ class Store:
     def _make_hosted(self, names: Names) -> Hosted:
         if names not in self._hosted:
             slab = pack(stored_specs(self._named(names)), HOST_PACKING)
-            self._hosted[names] = Hosted(slab, self._backend.host(slab.nbytes))
+            self._hosted[names] = Hosted(slab, self._backend.allocate_host(slab.nbytes))
         return self._hosted[names]
 
     def _named(self, names: Iterable[str]) -> Sequence[TensorSpec]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from airstream.errors import AirstreamError, ClosedError, UnsupportedError
+from airstream.errors import CLOSED, AirstreamError, ClosedError, UnsupportedError
 from airstream.layout.ring import Ring, room_sizes
 from airstream.reporting.stats import ReadClock
 from airstream.streaming.fill import Fill, Filling
@@ -107,7 +107,7 @@ class Streamer:
     def _end(self, lease: Lease) -> None:
         if self._forks.is_child:
             return  # it was taken in another process
-        self._backend.release()
+        self._backend.mark_computed()
         was_inside, self._is_inside = self._is_inside, True
         with self._changed:
             self._leave(lease.region, lease.thread)
@@ -131,7 +131,7 @@ class Streamer:
         """Block until nothing that has been begun is under way, neither reads nor copies."""
         with self._changed:
             self._wait_for_fills()  # it knows of reads; the backend knows of pinning and copies
-        self._backend.settle()
+        self._backend.wait_pinned()
         self._backend.synchronize()
 
     def _wait_for_fills(self) -> None:
@@ -176,7 +176,7 @@ class Streamer:
         if self._forks.is_child:
             raise UnsupportedError(FORKED_INSIDE)
         if self._closed:
-            raise ClosedError("the model is closed: load it again with from_pretrained()")
+            raise ClosedError(CLOSED)
 
     def _use(self, batch: int) -> Region:
         """The region of `batch`, filled, with one user more."""

@@ -33,10 +33,10 @@ class Forks:
 
     @property
     def is_child(self) -> bool:
-        """Whether this is a fork of the process in which `settle` was called last, or this was made."""
+        """Whether this is a fork of the process in which `restart_in_child` was called last, or this was made."""
         return self._pid != os.getpid()
 
-    def settle(self, restart: Callable[[], None]) -> None:
+    def restart_in_child(self, restart: Callable[[], None]) -> None:
         """In a child, `restart`, once, whichever thread comes first; what it raises, it raises each time."""
         if not self.is_child:
             return

@@ -23,7 +23,7 @@ from airstream.transfer.buffers import BUFFERS_PER_WORKER
 from airstream.transfer.clock import DeviceClock
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
-from airstream.transfer.landing import HostLanding, Staging, cast_into
+from airstream.transfer.landing import HostLanding, Staging, cast_into, staged
 from airstream.transfer.packing import DEVICE_PACKING
 from airstream.transfer.piece import Cast, Piece
 from airstream.transfer.pinning import Pinner, Pinning
@@ -37,7 +37,7 @@ class AcceleratorBackend(Backend):
     """Slabs in device memory, filled by asynchronous copies, guarded by events.
 
     Two orders are kept without ever blocking the host: a computation waits for the copies that fill its slab
-    (`wait_filled`), and copies wait for the last computation that was released before they were queued (`begin_fill`).
+    (`wait_filled`), and copies wait for the last computation that was marked before they were queued (`begin_fill`).
     """
 
     packing = DEVICE_PACKING
@@ -67,17 +67,17 @@ class AcceleratorBackend(Backend):
     def allocate(self, nbytes: int, touch: bool = True) -> torch.Tensor:  # noqa: ARG002 - device memory never faults
         with allocating(nbytes, is_on_host=False):
             memory = self._runtime.empty(nbytes)
-        self.release()  # the allocator may hand out memory that queued computations still use: copies wait for them
+        self.mark_computed()  # the allocator may give memory that queued computations still use: copies wait for them
         return memory
 
     def landing(self, memory: torch.Tensor) -> DeviceLanding:
         return DeviceLanding(memory, self._lanes)
 
-    def host(self, nbytes: int) -> HostedWeights:
+    def allocate_host(self, nbytes: int) -> HostedWeights:
         pinning = Pinning(self._runtime, buffer := HostBuffer(nbytes, touch=False))  # pinning touches it, too
         return HostedWeights(buffer, pinning, self._pinner, self._bus, self._lanes, self._chunk_bytes, self._staging)
 
-    def settle(self) -> None:
+    def wait_pinned(self) -> None:
         self._pinner.wait()
 
     def is_worker(self, thread: threading.Thread) -> bool:
@@ -95,7 +95,7 @@ class AcceleratorBackend(Backend):
     def wait_filled(self, fence: Any) -> None:
         self._runtime.compute_stream().wait_event(fence)
 
-    def release(self) -> None:
+    def mark_computed(self) -> None:
         self._runtime.compute_stream().record_event(self._computed)
 
     def moment(self) -> Moment:
@@ -265,12 +265,10 @@ class _Lane:
 
     def window(self, piece: Piece) -> memoryview:
         self._next()
-        phase = piece.offset % PAGE_BYTES
-        return self._buffers[self._turn].view[phase : phase + piece.nbytes]
+        return self._buffers[self._turn].view[staged(piece)]
 
     def send(self, piece: Piece, destination: torch.Tensor) -> None:
-        phase = piece.offset % PAGE_BYTES
-        source = self._buffers[self._turn].tensor[phase : phase + piece.nbytes]
+        source = self._buffers[self._turn].tensor[staged(piece)]
         if piece.cast is not None and piece.cast.is_blocks:
             self._bus.expand(destination, source, piece.cast)
             self._bus.stream.record_event(self._sent[self._turn])

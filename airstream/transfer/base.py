@@ -23,7 +23,7 @@ class Backend(ABC):
 
     The life of a layer batch: `begin_fill` (the ring's bytes may be overwritten from here on), reads that land through
     `landing`, `end_fill` when the last of them has landed, `wait_filled` before the model computes with it, and
-    `release` once its last computation has been submitted. None of these blocks the host.
+    `mark_computed` once its last computation has been submitted. None of these blocks the host.
     """
 
     device: torch.device
@@ -50,7 +50,7 @@ class Backend(ABC):
 
     @abstractmethod
     def begin_fill(self) -> None:
-        """Order all copies that follow behind the computations released so far."""
+        """Order all copies that follow behind the computations marked so far."""
 
     @abstractmethod
     def end_fill(self, fence: Any) -> None:
@@ -61,14 +61,14 @@ class Backend(ABC):
         """Order the computation that follows in the calling thread behind `fence`."""
 
     @abstractmethod
-    def release(self) -> None:
+    def mark_computed(self) -> None:
         """Mark the computation submitted so far, by the calling thread, as the last reader of what it has read."""
 
-    def host(self, nbytes: int) -> HostedMemory:
+    def allocate_host(self, nbytes: int) -> HostedMemory:
         """Host memory for weights that cross to the device on every pass. Only where device and host are two."""
         raise NotImplementedError("host and device memory are one here: there is nothing to copy")
 
-    def settle(self) -> None:  # noqa: B027 - where nothing is copied, nothing makes copies faster
+    def wait_pinned(self) -> None:  # noqa: B027 - where nothing is copied, nothing makes copies faster
         """Block until copies from host memory are as fast as they are going to be. Never called in the token loop."""
 
     def is_worker(self, thread: threading.Thread) -> bool:  # noqa: ARG002

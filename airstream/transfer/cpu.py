@@ -40,7 +40,7 @@ class CpuBackend(Backend):
     def wait_filled(self, fence: None) -> None:
         pass
 
-    def release(self) -> None:
+    def mark_computed(self) -> None:
         pass
 
     def moment(self) -> float:

@@ -20,6 +20,26 @@ Errand = Callable[[int], None]
 """Something a reader thread does besides reading; it is given its number."""
 
 
+class Outcome:
+    """How a job ends, for a thread that waits for it. This is what to call when it has ended."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+
+    def __call__(self, error: BaseException | None) -> None:
+        self._error = error
+        self._ended.set()
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """Block until the job has ended, at most so long; whether it has. Raises its error."""
+        if not self._ended.wait(seconds):
+            return False
+        if self._error is not None:
+            raise self._error
+        return True
+
+
 class Job:
     """Reads, or errands, that belong together."""
 

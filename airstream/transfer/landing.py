@@ -50,21 +50,25 @@ class HostLanding:
         """The memory itself if the piece can land in place, else the staging buffer of this reader thread."""
         if self._in_place(piece, direct):
             return self._view[piece.target : piece.target + piece.nbytes]
-        phase = piece.offset % PAGE_BYTES
-        return self._staging.buffer(worker).view[phase : phase + piece.nbytes]
+        return self._staging.buffer(worker).view[staged(piece)]
 
     def landed(self, worker: int, piece: Piece, direct: bool) -> None:
         """Copy or decode `piece` from the staging buffer to its place, unless it is there already."""
         if self._in_place(piece, direct):
             return
-        phase = piece.offset % PAGE_BYTES
-        raw = self._staging.buffer(worker).tensor[phase : phase + piece.nbytes]
+        raw = self._staging.buffer(worker).tensor[staged(piece)]
         with self._staging.probe.span(CONVERT if piece.cast else HOST_COPY, piece.nbytes):
             cast_into(self._memory[piece.target : piece.target + piece.target_bytes], raw, piece.cast)
 
     def _in_place(self, piece: Piece, direct: bool) -> bool:
         congruent = (self._address + piece.target - piece.offset) % PAGE_BYTES == 0
         return piece.cast is None and (congruent or not direct)
+
+
+def staged(piece: Piece) -> slice:
+    """Where `piece` lies in a staging buffer: at its place within a page, which direct reads want."""
+    phase = piece.offset % PAGE_BYTES
+    return slice(phase, phase + piece.nbytes)
 
 
 def cast_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast | None) -> None:

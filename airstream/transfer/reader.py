@@ -13,13 +13,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from airstream.errors import AirstreamError, ClosedError, UnsupportedError
+from airstream.errors import CLOSED, AirstreamError, ClosedError, UnsupportedError
 from airstream.reporting.probe import DISK, PAGE_CACHE, Probe
 from airstream.reporting.units import counted
 from airstream.system.forks import Forks
 from airstream.transfer.descriptors import MAX_OPEN_FILES, Descriptors
 from airstream.transfer.files import EdgePages, WeightFile, failure_of
-from airstream.transfer.jobs import Errand, Job, OnDone, ReadCancelled
+from airstream.transfer.jobs import Errand, Job, OnDone, Outcome, ReadCancelled
 from airstream.transfer.piece import Landing, Piece, split
 
 CHUNK_BYTES = 8 << 20
@@ -123,11 +123,11 @@ class Reader:
         return self._enqueue([partial(_do, errand) for errand in errands], on_done, urgent)
 
     def _enqueue(self, steps: Sequence[_Step], on_done: OnDone, urgent: bool) -> Job:
-        self._forks.settle(self._restart)
+        self._forks.restart_in_child(self._restart)
         job = Job(len(steps), on_done)
         with self._wake:
             if self._closed:
-                raise ClosedError("the model is closed: load it again with from_pretrained()")
+                raise ClosedError(CLOSED)
             entries = [(job, step) for step in steps]
             if urgent:
                 self._queue.extendleft(reversed(entries))
@@ -140,28 +140,20 @@ class Reader:
 
     def read(self, pieces: Sequence[Piece], landing: Landing) -> None:
         """Read `pieces` and wait for them. Raises what the reads raised."""
-        done = threading.Event()
-        outcome: list[BaseException | None] = []
-
-        def on_done(error: BaseException | None) -> None:
-            outcome.append(error)
-            done.set()
-
-        self.submit(pieces, landing, on_done, urgent=True)
-        done.wait()
-        if outcome[0] is not None:
-            raise outcome[0]
+        outcome = Outcome()
+        self.submit(pieces, landing, outcome, urgent=True)
+        outcome.wait()
 
     def wait_until_idle(self) -> None:
         """Block until nothing is read, and nothing waits to be. Reader threads must not call this."""
-        self._forks.settle(self._restart)
+        self._forks.restart_in_child(self._restart)
         with self._wake:
             self._wake.notify_all()  # whoever put the last reads in may have been interrupted before it said so
             self._wake.wait_for(lambda: not self._queue and not self._num_busy)
 
     def close(self) -> None:
         """Skip what waits, end the threads, close the files. Idempotent; blocks for the reads under way."""
-        self._forks.settle(self._forget_parent)
+        self._forks.restart_in_child(self._forget_parent)
         with self._wake:
             self._closed = True
             for job, _ in self._queue:

@@ -16,9 +16,9 @@ from airstream.layout.pieces import TORCH_DTYPES
 from airstream.reporting.units import counted, round_up
 from airstream.transfer.files import PAGE_BYTES, WeightFile, failure_of
 from airstream.transfer.host_memory import HostBuffer
+from airstream.transfer.reader import CHUNK_BYTES
 from airstream.verification.checksums import Checksum
 
-CHUNK_BYTES = 8 << 20
 OnBytes = Callable[[int], object]
 
 

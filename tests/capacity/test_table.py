@@ -22,7 +22,7 @@ from airstream.capacity.plan_table import CARDS
 from airstream.capacity.rows import Row
 from airstream.capacity.table import FORMATS, Table, as_markdown, as_text
 from airstream.cli import main
-from airstream.loading.prepare import ask
+from airstream.loading.prepare import prepare_for_planning
 from airstream.plan.whatif import FOUR_BIT
 from airstream.reporting.units import GIB, MIB
 
@@ -241,7 +241,7 @@ CARD = Machine(gpu="3060 12GB", ram="8GiB", disk_gbps=3.5)
 
 @pytest.fixture(scope="module")
 def found(configs: dict[str, Path]) -> Landscape:
-    asked = ask(configs["llama-8b"], {"max_context": 1024}, CARD)
+    asked = prepare_for_planning(configs["llama-8b"], {"max_context": 1024}, CARD)
     return survey(asked.facts, asked.request)
 
 
@@ -332,7 +332,7 @@ def test_a_picture_says_what_the_plan_says(configs: dict[str, Path], ram: str) -
     """Nobody names a context: the plan's own is the picture's, not the one that unlimited memory would have."""
     machine = Machine(ram=ram, disk_gbps=3.5)
     plan = AutoModel.plan(configs["llama-8b"], machine=machine, device="cpu")
-    asked = ask(configs["llama-8b"], {"device": "cpu"}, machine)
+    asked = prepare_for_planning(configs["llama-8b"], {"device": "cpu"}, machine)
     found = survey(asked.facts, asked.request)
     assert plan.prediction is not None
     assert found.context == plan.max_context

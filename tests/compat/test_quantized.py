@@ -26,7 +26,7 @@ from airstream.compat.building import build_on_meta
 from airstream.compat.classes import choose_class
 from airstream.compat.integers import AWQ, CUTS_FUSED_WEIGHTS, GPTQ, Layout, with_unpacking
 from airstream.compat.quantizers import find_quantizer
-from airstream.compat.weights import KeyConversion
+from airstream.compat.weights import MappedConversion
 from airstream.footprint.allocations import Allocations
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.tensors import RAW_PREFIX
@@ -214,7 +214,7 @@ def test_what_dequantising_takes_is_planned(quantized: Quantized, name: str) -> 
     folder = quantized(name)
     prepared = prepare(folder, LoadOptions(device="cpu", max_context=64))
     tensors = load_file(folder / "model.safetensors")
-    keys = KeyConversion(prepared.model, prepared.quantizer)
+    keys = MappedConversion(prepared.model, prepared.quantizer)
     conversions = {spec.made_by for spec in prepared.parts.specs.values()} - {None}
     assert conversions
     for conversion in conversions:
@@ -229,13 +229,13 @@ def test_what_dequantising_takes_is_planned(quantized: Quantized, name: str) -> 
 def test_what_equal_layers_take_is_found_out_once(quantized: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
     """A converter of a large weight takes a tenth of a second even without values, and a model has hundreds of them."""
     runs: list[str] = []
-    real = KeyConversion.convert
+    real = MappedConversion.convert
 
-    def counting(self: KeyConversion, name: str, sources: Any) -> Any:
+    def counting(self: MappedConversion, name: str, sources: Any) -> Any:
         runs.append(name)
         return real(self, name, sources)
 
-    monkeypatch.setattr(KeyConversion, "convert", counting)
+    monkeypatch.setattr(MappedConversion, "convert", counting)
     prepared = prepare(quantized("gptq 4-bit"), LoadOptions(device="cpu", max_context=64))
     made = [spec for spec in prepared.parts.specs.values() if spec.made_by is not None]
     assert len({re.sub(r"\d+", "", spec.name) for spec in made}) == len(runs) < len(made)
@@ -266,15 +266,15 @@ def test_a_pass_leaves_nothing_behind(quantized: Quantized, name: str) -> None:
     """Objects are made once for each place in the ring, and give all memory back when the model is closed."""
     with stream(quantized(name)) as model:
         built = 0
-        real = KeyConversion.assemble
+        real = MappedConversion.assemble
 
-        def counting(self: KeyConversion, *arguments: Any) -> Any:
+        def counting(self: MappedConversion, *arguments: Any) -> Any:
             nonlocal built
             built += 1
             return real(self, *arguments)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(KeyConversion, "assemble", counting)
+            patch.setattr(MappedConversion, "assemble", counting)
             for _ in range(8):  # until every layer has been in every place of the ring
                 logits(model, prompts(1, 5))
             before = built

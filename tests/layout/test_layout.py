@@ -31,14 +31,14 @@ from airstream.checkpoint.safetensors import open_safetensors
 from airstream.checkpoint.stored import StoredTensor
 from airstream.compat import weights
 from airstream.compat.building import build_on_meta
-from airstream.compat.weights import KeyConversion
+from airstream.compat.weights import MappedConversion
 from airstream.errors import CheckpointError
 from airstream.layout import slab as slab_module
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.pieces import TORCH_DTYPES
 from airstream.layout.slab import MAX_GAP_BYTES, Slab, pack
 from airstream.layout.tensors import TensorSpec
-from airstream.layout.tracing import Known, trace
+from airstream.layout.tracing import KnownConversions, trace
 from airstream.transfer.accelerator import AcceleratorBackend
 from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES
@@ -196,7 +196,7 @@ def test_a_converter_that_computes_is_left_for_later(llama: Path, monkeypatch: p
     (raw,) = spec.made_by.sources
     assert raw.shape == tuple(stored.shape)
     value = value_of(bytes_of(raw.pieces, raw.nbytes), raw)
-    made = KeyConversion(model).convert(spec.made_by.name, [(raw.name, spec.made_by.patterns[0], value)])
+    made = MappedConversion(model).convert(spec.made_by.name, [(raw.name, spec.made_by.patterns[0], value)])
     assert torch.equal(made[name], tensors[name])
     slab = pack([spec], CpuBackend.packing)
     assert slab.conversions == (spec.made_by,)
@@ -505,7 +505,7 @@ def test_what_a_converter_hands_on_lies_where_the_file_has_it(kind: str, stored:
     index = {"in": StoredTensor("in", Path("a"), IN_FILE, nbytes, stored, (ROWS, COLUMNS))}
     targets = {name: value.to("meta") for name, value in make(torch.zeros(ROWS, COLUMNS)).items()}
     wanted = dict.fromkeys(targets, torch.float32)
-    specs = trace(OneConverter(make), "out", [("in", "a pattern")], index, targets, wanted, Known())  # type: ignore[arg-type]
+    specs = trace(OneConverter(make), "out", [("in", "a pattern")], index, targets, wanted, KnownConversions())  # type: ignore[arg-type]
     assert {spec.name for spec in specs} == expected.keys()
     for spec in specs:
         place, is_bytes = expected[spec.name]

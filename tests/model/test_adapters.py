@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from airstream import AutoModel, BudgetError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream import ArgumentError, AutoModel, BudgetError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.model.absent import Absent
 from airstream.plan.planner import smallest_plan
 from tests.conftest import Resident, WriteTiny, on_accelerator, stream
@@ -472,16 +472,16 @@ def test_arguments(folder: Path, first: Path, tmp_path: Path) -> None:
     with stream(folder, max_memory="64MiB") as model:
         with pytest.raises(CheckpointNotFoundError, match="no PEFT adapter"):
             model.load_adapter(tmp_path)
-        with pytest.raises(ValueError, match="folder or hub id"):
+        with pytest.raises(ArgumentError, match="folder or hub id"):
             model.load_adapter()
         for call in (model.enable_adapters, model.disable_adapters, model.active_adapters):
-            with pytest.raises(ValueError, match="there is no adapter"):
+            with pytest.raises(ArgumentError, match="there is no adapter"):
                 call()
         model.load_adapter(first, "a")
-        with pytest.raises(ValueError, match="an adapter 'a' already"):
+        with pytest.raises(ArgumentError, match="an adapter 'a' already"):
             model.load_adapter(first, "a")
         for call in (model.set_adapter, model.delete_adapter):
-            with pytest.raises(ValueError, match="no adapter 'b': those loaded are a"):
+            with pytest.raises(ArgumentError, match="no adapter 'b': those loaded are a"):
                 call("b")
 
 

@@ -209,7 +209,7 @@ def test_pinned_memory_is_given_back(tiny: WriteTiny, monkeypatch: pytest.Monkey
         memory = least_memory(tiny("llama", FP32), "sim:0", **STREAMING) | {"cpu": 1 << 30}
         model = stream(tiny("llama", FP32), "sim:0", max_memory=memory)
         logits(model, IDS)
-        model._engine.machinery.backend.settle()
+        model._engine.machinery.backend.wait_pinned()
         assert len(pinned) > 8 + 8  # more than the staging buffers
         model.close()
         assert pinned == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from airstream.layout.tensors import TensorSpec
-from airstream.plan.groups import Known, batch_facts
+from airstream.plan.groups import KnownSizes, batch_facts
 from airstream.transfer.packing import Packing, packing_of
 from airstream.transfer.piece import Cast, Piece
 
@@ -76,7 +76,7 @@ VARIED = {
 @pytest.mark.parametrize("packing", [CPU, Packing(follows_file=False, alignment=256)], ids=["CPU", "device"])
 @pytest.mark.parametrize("batches", VARIED.values(), ids=VARIED)
 def test_what_is_known_of_other_batches_changes_nothing(batches: list[list[TensorSpec]], packing: Packing) -> None:
-    known: Known = {}
+    known: KnownSizes = {}
     for number, specs in enumerate([*batches, *batches]):
         named = [replace(spec, name=f"{number}.{spec.name}") for spec in specs]
         units = [f"layers.{number}"]
@@ -84,7 +84,7 @@ def test_what_is_known_of_other_batches_changes_nothing(batches: list[list[Tenso
 
 
 def test_batches_that_lie_alike_are_laid_out_once() -> None:
-    known: Known = {}
+    known: KnownSizes = {}
     for layer in range(50):
         batch_facts((f"layers.{layer}",), layers(1, start=layer * 4096 * 99), CPU, known)
     assert len(known) == 1

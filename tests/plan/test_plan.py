@@ -40,7 +40,7 @@ from airstream.layout.ring import ring_bytes
 from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.plan.plan import Plan
 from airstream.plan.planner import cost, enough_ahead, make_plan
-from airstream.plan.policy import CONTEXTS, MAX_AHEAD, MIN_OVERLAPPED_CONTEXT
+from airstream.plan.policy import CONTEXTS, MAX_AHEAD, MIN_OVERLAPPED_CONTEXT, PROMPT_TOKENS
 from airstream.plan.request import Request
 from airstream.plan.text import change_of
 from airstream.plan.whatif import quantised, with_advice
@@ -97,13 +97,17 @@ def facts_of(
     )
 
 
+def asked(**fields: Any) -> Request:
+    return Request(**{"prompt_tokens": PROMPT_TOKENS} | fields)
+
+
 def on_cpu(budget: int, **changes: Any) -> Request:
-    return Request(device="cpu", budgets={"cpu": budget}, budget_notes={"cpu": "given"}, **changes)
+    return asked(device="cpu", budgets={"cpu": budget}, budget_notes={"cpu": "given"}, **changes)
 
 
 def on_cuda(device_budget: int, host_budget: int, **changes: Any) -> Request:
     budgets, notes = {"0": device_budget, "cpu": host_budget}, {"0": "given", "cpu": "90% of the 251.32 GiB available"}
-    return Request(device="cuda:0", budgets=budgets, budget_notes=notes, staging_bytes=STAGING, **changes)
+    return asked(device="cuda:0", budgets=budgets, budget_notes=notes, staging_bytes=STAGING, **changes)
 
 
 @st.composite
@@ -552,7 +556,7 @@ def test_on_an_accelerator_the_host_has_only_the_staging_buffers() -> None:
 
 @pytest.mark.parametrize(("device", "tier"), [("cpu", "cpu"), ("cuda:0", "0"), ("cuda:3", "3"), ("xpu", "0")])
 def test_the_tier_of_a_device(device: str, tier: str) -> None:
-    assert Request(device=device, budgets={}, budget_notes={}).tier == tier
+    assert asked(device=device, budgets={}, budget_notes={}).tier == tier
 
 
 @pytest.mark.parametrize("where", [on_cpu(200 * GIB), on_cpu(3 * GIB), on_cuda(24 * GIB, 200 * GIB)], ids=str)

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from airstream.errors import ArgumentError
-from airstream.plan.predict import COMPUTE, DISK, H2D, HOST_COPY, MEMORY, Prediction, Traffic, predict
+from airstream.plan.predict import COMPUTE, MEMORY, Prediction, Traffic, predict
 from airstream.plan.step import Step
 from airstream.rates.facts import HardwareFacts, Rate
+from airstream.reporting.probe import DISK, H2D, HOST_COPY
 from airstream.reporting.units import GIB
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"

@@ -178,7 +178,7 @@ def test_pinned_memory_is_given_back_when_copies_fail(sim: SimDevice, monkeypatc
     monkeypatch.setattr(SimRuntime, "unpin", lambda _, buffer: pinned.clear())
     monkeypatch.setattr(SimRuntime, "copy", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        measure.measure_link(sim.device, pin=True, effort=TINY)
+        measure.measure_bus(sim.device, pin=True, effort=TINY)
     assert not pinned
 
 

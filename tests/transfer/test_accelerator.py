@@ -46,7 +46,7 @@ def test_nothing_races_and_the_tokens_are_right(folder: Path, sim: SimDevice) ->
     [
         ("wait_filled", "computation does not wait for the copies that fill its slab"),
         ("begin_fill", "copies do not wait for the computation that still reads what they overwrite"),
-        ("release", "the end of a computation is not marked, so that there is nothing to wait for"),
+        ("mark_computed", "the end of a computation is not marked, so that there is nothing to wait for"),
         ("end_fill", "the end of the copies is not marked"),
     ],
 )

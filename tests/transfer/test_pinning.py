@@ -84,7 +84,7 @@ def test_no_pass_waits_for_memory_to_be_pinned(folder: Path, expected: torch.Ten
             logits_of(model)
         assert before.total.links[HOST_COPY].nbytes > 0
         gate.opened.set()
-        model._engine.machinery.backend.settle()
+        model._engine.machinery.backend.wait_pinned()
         logits_of(model)  # the last that was read ahead the long way
         with model.profile() as after:
             assert torch.equal(logits_of(model), expected)
@@ -96,14 +96,14 @@ def test_pinning_begins_with_the_first_pass_and_is_never_again(folder: Path) -> 
     with simulated_accelerator(pin_bytes_per_second=50e6) as sim, hosting(folder) as model:
         loaded = len([name for name, *_ in sim.pins if name == "MainThread"])
         logits_of(model)
-        model._engine.machinery.backend.settle()
+        model._engine.machinery.backend.wait_pinned()
         count = len(sim.pins)
         pinned = [nbytes for name, *_, nbytes in sim.pins if name == "airstream-pinning"]
         assert sum(pinned) >= model.plan.hosted_bytes
         assert len(pinned) + loaded == count, "another thread than its own pins"
         for _ in range(4):
             logits_of(model)
-        model._engine.machinery.backend.settle()
+        model._engine.machinery.backend.wait_pinned()
         assert len(sim.pins) == count, "memory was pinned in the token loop"
         assert all(thread.name != "airstream-pinning" for thread in threading.enumerate())
     assert sim.pinned_bytes == 0
@@ -138,7 +138,7 @@ def test_where_it_is_refused_somebody_is_told_once(folder: Path, caplog: pytest.
         hosting(folder) as model,
     ):
         logits_of(model)
-        model._engine.machinery.backend.settle()
+        model._engine.machinery.backend.wait_pinned()
     assert len([record for record in caplog.records if "weights could not be pinned" in record.message]) == 1
 
 
