@@ -66,21 +66,25 @@ Askers = Sequence[tuple[torch.Tensor, Stored]]
 
 
 class Asking:
-    """The weights in place of one model."""
+    """The weights in place of one model.
+
+    Attributes:
+        is_on: they ask.
+    """
 
     def __init__(self) -> None:
         self._in_place: dict[int, Askers] = {}
-        self._is_on = False
+        self.is_on = False
 
     def add(self, weights: Askers) -> None:
         """`weights` are in place from now on."""
         self._in_place[id(weights)] = weights
-        if self._is_on:
+        if self.is_on:
             _ask(weights)
 
     def remove(self, weights: Askers) -> None:
         """They are not any more. Those that never were are nothing to it."""
-        if self._in_place.pop(id(weights), None) is not None and self._is_on:
+        if self._in_place.pop(id(weights), None) is not None and self.is_on:
             _be_silent(weights)
 
     def turn(self, is_on: bool) -> bool:
@@ -89,7 +93,7 @@ class Asking:
         Under autocast a weight that is cast first does not ask: neither does what torch makes of it without gradients,
         and torch would keep that for as long as autocast lasts.
         """
-        was_on, self._is_on = self._is_on, is_on
+        was_on, self.is_on = self.is_on, is_on
         if was_on is not is_on:
             for weights in self._in_place.values():
                 (_ask if is_on else _be_silent)(weights)

@@ -24,7 +24,7 @@ from airstream.layout.parts import Kind
 from airstream.loading.prepared import Prepared
 from airstream.model.binding import Binder, OriginalModules, take_out
 from airstream.model.conversion import converter_of
-from airstream.model.direct import refuse_when_closed, take_turns
+from airstream.model.direct import Direct, refuse_when_closed, take_turns
 from airstream.model.executor import Executor
 from airstream.model.forked import begin_anew
 from airstream.model.gate import Gate
@@ -69,6 +69,7 @@ class Engine:
         self.modules = OriginalModules(model)
         self.head = model.get_submodule(prepared.parts.head.name) if prepared.parts.head else None
         self.gate = Gate(self._get_ready, self._let_go, self._after_fork)
+        self._direct = Direct(self.gate)
         self._generations = Generations(self.gate, self.plans, self.modules)
         self.between_generations = self._generations.between
         self.machinery = machinery
@@ -95,7 +96,7 @@ class Engine:
         self._binder = Binder(self.modules, self.stored, convert, self.gate.asking)
         self._residents = bind_residents(self._binder, parts.specs_of(Kind.RESIDENT), self.machinery)
         closing.callback(self._unbind_residents)
-        closing.callback(take_turns(self.modules.owners(parts.specs_of(Kind.RESIDENT)), self.gate))
+        closing.callback(take_turns(self.modules.owners(parts.specs_of(Kind.RESIDENT)), self._direct))
         if self.head is not None and self.device.type == "cpu":
             closing.callback(take_sequences_apart(self.head))
         leaving = parts.specs_of(Kind.LAYER, Kind.HEAD)
@@ -108,7 +109,7 @@ class Engine:
         closing.callback(lambda: refuse_when_closed(self.modules.owners(leaving), self.gate))
 
     def _execute(self, plan: Plan) -> Executor:
-        return Executor(self._binder, self._parts, self._facts, self._store, self.machinery, self.gate, plan)
+        return Executor(self._binder, self._parts, self._facts, self._store, self.machinery, self._direct, plan)
 
     @property
     def plan(self) -> Plan:

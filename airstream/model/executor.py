@@ -15,7 +15,6 @@ from airstream.layout.parts import Kind, Parts
 from airstream.layout.tensors import TensorSpec
 from airstream.model.binding import Binder
 from airstream.model.direct import Direct
-from airstream.model.gate import Gate
 from airstream.model.residency import Residency
 from airstream.model.residents import bind_tables
 from airstream.model.unit_hooks import UnitHooks
@@ -40,7 +39,7 @@ class Executor:
         facts: ModelFacts,
         store: Store,
         machinery: Machinery,
-        gate: Gate,
+        direct: Direct,
         plan: Plan,
     ) -> None:
         fills = store.change_to(plan, facts)
@@ -51,7 +50,7 @@ class Executor:
             units = [batch.units for batch in plan.batches]
             self.residency = Residency(binder, units, fills, self.streamer)
             closing.callback(self.residency.close)
-            hooks = UnitHooks(self.residency, binder.modules, Direct(gate), machinery.probe, machinery.stats)
+            hooks = UnitHooks(self.residency, binder.modules, direct, machinery.probe, machinery.stats)
             closing.callback(hooks.close)
             resident = partial(_resident, store, parts)
             self._tables = bind_tables(binder, parts.specs_of(Kind.TABLE), resident, machinery)

@@ -13,7 +13,7 @@ import torch
 
 from airstream.errors import CLOSED, ClosedError
 from airstream.model.asking import Asking
-from airstream.model.turns import Turns, is_running
+from airstream.model.turns import Turns
 from airstream.system.forks import Forks
 
 REST_SECONDS = 5.0
@@ -59,10 +59,14 @@ class Gate:
             self._rest_if_abandoned()
             raise
 
-    def enter(self) -> None:
-        """Come in where no `with` can be, in the hook of a module. `leave` goes out again, also after an error."""
+    def enter(self, is_at_work: Callable[[int], bool]) -> None:
+        """Come in where no `with` can be, in the hook of a module. `leave` goes out again, also after an error.
+
+        Args:
+            is_at_work: whether the thread, given by number, still is where it came in.
+        """
         self._forks.restart_in_child(self._after_fork)
-        self.turns.enter(_is_in_a_module)
+        self.turns.enter(is_at_work)
         if self._closed:
             self.leave()
         self.check_open()
@@ -123,8 +127,3 @@ class Gate:
                 self._let_go()
             if is_outermost and self._closed:
                 self.closing.close()
-
-
-def _is_in_a_module(thread: int) -> bool:
-    """Whether `thread` is inside a call of any module."""
-    return is_running(torch.nn.Module._call_impl.__code__, thread)

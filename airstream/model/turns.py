@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import CodeType
+from types import FrameType
 
 from airstream.system.forks import Forks
 
@@ -62,7 +62,7 @@ class Turns:
     @contextmanager
     def hold(self) -> Iterator[None]:
         """The turn, for as long as this lasts. Blocks until it comes, the longest waiting first."""
-        self._revoke_stale()
+        self.revoke_stale()
         depth = self.depth if self.is_mine else 0
         try:
             self._take()
@@ -76,7 +76,7 @@ class Turns:
         An interrupt may keep `leave` from being called: then the turn ends with what `is_at_work`, given the thread,
         denies.
         """
-        self._revoke_stale()
+        self.revoke_stale()
         self._take()
         if self.depth == 1:
             self._is_at_work = is_at_work
@@ -98,7 +98,7 @@ class Turns:
             self._tickets.append(ticket)
         try:
             while not ticket.called.acquire(timeout=LOOK_SECONDS):
-                self._revoke_stale()
+                self.revoke_stale()
         except BaseException:  # an interrupt
             with self._lock:
                 if ticket in self._tickets:
@@ -127,7 +127,7 @@ class Turns:
     def _begin(self, thread: int) -> None:
         self._owner, self.depth, self.number = thread, 1, self.number + 1
 
-    def _revoke_stale(self) -> None:
+    def revoke_stale(self) -> None:
         """Take the turn from a thread that has left its work without giving it back."""
         with self._lock:
             is_at_work, owner = self._is_at_work, self._owner
@@ -135,9 +135,9 @@ class Turns:
                 self._hand_over()
 
 
-def is_running(code: CodeType, thread: int) -> bool:
-    """Whether `thread` is somewhere inside of `code`."""
+def is_on_stack(wanted: FrameType, thread: int) -> bool:
+    """Whether `thread` has not left the call whose frame is `wanted`."""
     frame = sys._current_frames().get(thread)
-    while frame is not None and frame.f_code is not code:
+    while frame is not None and frame is not wanted:
         frame = frame.f_back
     return frame is not None

@@ -43,17 +43,20 @@ class UnitHooks:
         self._parts: defaultdict[Batch, list[RemovableHandle]] = defaultdict(list)
         for unit in residency.units:
             module, call = modules.get_submodule(unit.name), _UnitCall(self, unit)
-            self._units.append(module.register_forward_pre_hook(Hook(call.begin), prepend=True))
+            self._units.append(module.register_forward_pre_hook(Hook(call.begin), prepend=True, with_kwargs=True))
             self._units.append(module.register_forward_hook(Hook(call.end), always_call=True))
             for part in _parts(module, unit):
                 begin = Hook(_PartCalls(self, unit).begin)
-                self._parts[unit.batch].append(part.register_forward_pre_hook(begin, prepend=True))
+                self._parts[unit.batch].append(part.register_forward_pre_hook(begin, prepend=True, with_kwargs=True))
 
-    def enter(self, module: nn.Module, args: tuple[object, ...]) -> bool:
-        """`module` is called with `args`. Gives whether that is from outside of any call; then it has the turn now."""
+    def enter(self, module: nn.Module, inputs: object) -> bool:
+        """`module` is called with `inputs`. Gives whether from outside of any call: then it has the turn now."""
         is_direct = not self.direct.is_inside
         if is_direct:
-            self.direct.start(module, args)
+            self.direct.refuse_gradients(module, inputs)
+            self.direct.start(module)
+        else:
+            self.direct.refuse_graph()
         if is_direct or self.direct.was_interrupted():
             self.residency.recover()
         return is_direct
@@ -78,11 +81,11 @@ class _UnitCall:
         self._unit = unit
         self._handled: BaseException | None = None
 
-    def begin(self, called: nn.Module, args: tuple[object, ...]) -> None:
+    def begin(self, called: nn.Module, *inputs: object) -> None:
         hooks, unit = self._hooks, self._unit
         refuse_tracing()
         hooks.stats.layers += 1
-        hooks.enter(called, args)
+        hooks.enter(called, inputs)
         self._handled = sys.exc_info()[1]
         if unit.is_first:
             unit.batch.check_residents()
@@ -117,9 +120,9 @@ class _PartCalls:
         self._hooks = hooks
         self._unit = unit
 
-    def begin(self, called: nn.Module, args: tuple[object, ...]) -> None:
+    def begin(self, called: nn.Module, *inputs: object) -> None:
         refuse_tracing()
-        is_direct = self._hooks.enter(called, args)
+        is_direct = self._hooks.enter(called, inputs)
         if self._hooks.residency.running is self._unit:
             return
         _PartCall(self._hooks, self._unit, called, is_direct)  # before anything that fails, for it sees the end

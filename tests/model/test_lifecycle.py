@@ -28,13 +28,12 @@ from transformers.generation.streamers import BaseStreamer
 import airstream
 from airstream import AutoModel, BudgetError, CheckpointError, ClosedError, ReadError, UnsupportedError
 from airstream.model.absent import Absent
-from airstream.model.turns import is_running
 from airstream.streaming import streamer
 from airstream.streaming.streamer import Streamer
 from airstream.transfer.files import WeightFile
 from tests.conftest import Readers, Resident, WriteTiny, cache_in, cache_of, on_accelerator, smallest_budget, stream
 from tests.stand_ins.sim import SimDevice
-from tests.stand_ins.threads import InThread
+from tests.stand_ins.threads import InThread, is_running
 from tests.stand_ins.tiny_models import LLAMA, VOCAB_SIZE, TinyModel, write_model
 
 pytestmark = pytest.mark.timeout(120)  # what hangs here hangs for good

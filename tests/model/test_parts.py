@@ -19,6 +19,7 @@ from tests.conftest import STREAMING, least_memory, stream
 from tests.matrix.cases import CAUSAL_LM, IMAGE_TEXT_TO_TEXT, SEQ2SEQ_LM
 from tests.matrix.examine import write
 from tests.matrix.inputs import inputs_of, text
+from tests.stand_ins.threads import InThread
 
 KINDS = {
     "llama": CAUSAL_LM,
@@ -137,3 +138,100 @@ def test_modules_whose_weights_stay_are_called_without_a_detour(tmp_path: Path) 
         model(**text(model))
         hooked = [name for name, module in model.named_modules() if module._forward_pre_hooks]
         assert set(hooked) == {*units(model), "model.embed_tokens", "model.norm"}  # and what is outside the layers
+
+
+GRADIENT_CALLS: dict[str, Callable[[Any, torch.Tensor], Any]] = {
+    "by position": lambda layer, x: layer.mlp(x),
+    "by keyword": lambda layer, x: layer.mlp(x=x),
+    "a part's part": lambda layer, x: layer.mlp.up_proj(input=x),
+    "in a tuple": lambda layer, x: layer(x.detach(), position_embeddings=(x[..., :16], x[..., :16])),
+}
+
+
+@pytest.mark.parametrize("call", GRADIENT_CALLS.values(), ids=GRADIENT_CALLS)
+def test_inputs_that_ask_for_a_gradient_are_seen_wherever_they_stand(
+    tmp_path: Path, call: Callable[[Any, torch.Tensor], Any]
+) -> None:
+    """The graph would keep the ring's memory, which holds other weights when it is walked back."""
+    write(CAUSAL_LM, "llama", tmp_path)
+    with stream(tmp_path) as model:
+        hidden = torch.ones(1, 2, model.config.hidden_size, requires_grad=True)
+        with torch.enable_grad(), pytest.raises(UnsupportedError, match="no_grad"):
+            call(model.model.layers[1], hidden)
+        assert not model._engine.gate.turns.is_taken
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT
+def test_so_is_an_adapter_that_is_trained(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    write(CAUSAL_LM, "llama", tmp_path)
+    with stream(tmp_path) as model:
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["up_proj"], init_lora_weights=False))
+        hidden = torch.ones(1, 2, model.config.hidden_size)
+        with torch.enable_grad(), pytest.raises(UnsupportedError, match="no_grad"):
+            model.model.layers[1].mlp(hidden)
+        with torch.no_grad():
+            model.model.layers[1].mlp(hidden)
+
+
+def test_a_hook_that_switches_autograd_on_records_no_part(tmp_path: Path) -> None:
+    write(CAUSAL_LM, "llama", tmp_path)
+    with stream(tmp_path) as model:
+
+        def call_again(module: nn.Module, args: Any, output: Any) -> None:
+            with torch.enable_grad():
+                module.up_proj(args[0])
+
+        model.model.layers[1].mlp.register_forward_hook(call_again)
+        with pytest.raises(UnsupportedError, match="computes no gradients"):
+            model(**text(model))
+
+
+INTERRUPTED = ("layers.1", "layers.1.mlp", "layers.1.mlp.up_proj", "norm")
+
+
+@pytest.mark.parametrize("budget", [{}, {"max_memory": "1GiB"}], ids=["streamed", "resident"])
+@pytest.mark.parametrize("path", INTERRUPTED)
+def test_a_part_can_be_called_again_after_an_interrupt(tmp_path: Path, path: str, budget: dict[str, Any]) -> None:
+    """In the same thread, before the whole model runs: the turn of the interrupted call is over."""
+    write(CAUSAL_LM, "llama", tmp_path)
+    with stream(tmp_path, **budget) as model:
+        part = model.model.get_submodule(path)
+        hidden = torch.ones(1, 2, model.config.hidden_size)
+        position = model.model.rotary_emb(hidden, torch.arange(2)[None])
+        arguments = {"position_embeddings": position} if path == "layers.1" else {}
+        expected = part(hidden, **arguments)
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        for register in (part.register_forward_pre_hook, part.register_forward_hook):
+            handle = register(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                part(hidden, **arguments)
+            handle.remove()
+            assert torch.equal(part(hidden, **arguments)[0], expected[0])
+            assert not model._engine.gate.turns.is_taken
+            model.lm_head(hidden)
+            assert not model._engine.gate.turns.is_taken
+
+
+def test_a_module_that_outlives_the_interrupt_of_a_part_keeps_no_turn(tmp_path: Path) -> None:
+    """It is still inside a call of a module, but not of the part's."""
+    write(CAUSAL_LM, "llama", tmp_path)
+    with stream(tmp_path) as model:
+        inputs = text(model)
+
+        class Patient(nn.Module):
+            def forward(self, hidden: torch.Tensor) -> Any:
+                try:
+                    model.model.layers[1].mlp(hidden)
+                except KeyboardInterrupt:
+                    return InThread(lambda: model(**inputs)).finish().error
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        model.model.layers[1].mlp.register_forward_pre_hook(interrupt)
+        error = Patient()(torch.ones(1, 2, model.config.hidden_size))
+        assert isinstance(error, KeyboardInterrupt), "the model's own pass meets the hook, too: it was let in"

@@ -23,13 +23,13 @@ from airstream import BudgetError, ClosedError, UnsupportedError
 from airstream.compat.kept_state import kept_state
 from airstream.model import generations
 from airstream.model.absent import Absent
-from airstream.model.turns import Turns, is_running
+from airstream.model.turns import Turns
 from airstream.plan.request import Workload
 from airstream.system.forks import FORKED_INSIDE
 from tests.conftest import STREAMING, Readers, Resident, WriteTiny, least_memory, smallest_budget, stream
 from tests.stand_ins.sim import SimDevice
 from tests.stand_ins.streamers import After
-from tests.stand_ins.threads import InThread
+from tests.stand_ins.threads import InThread, is_running
 from tests.stand_ins.tiny_models import VOCAB_SIZE
 
 pytestmark = pytest.mark.timeout(300)  # what hangs here hangs for good

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 
@@ -28,3 +30,11 @@ class InThread(threading.Thread):
         self.join(timeout=seconds)
         assert not self.is_alive(), "the thread hangs"
         return self
+
+
+def is_running(code: CodeType, thread: int) -> bool:
+    """Whether `thread` is somewhere inside of `code`."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
