@@ -42,6 +42,7 @@ class Direct:
         self._module: nn.Module | None = None
         self._frame: FrameType | None = None
         self._turn = 0
+        self._was_interrupted = False
 
     @property
     def module(self) -> nn.Module | None:
@@ -54,11 +55,11 @@ class Direct:
         return self._gate.turns.number
 
     def was_interrupted(self) -> bool:
-        """Whether the last call ended unseen, in an earlier turn. Says so once."""
-        is_left = self._module is not None and self.module is None
-        if is_left:
-            self._module = self._frame = None
-        return is_left
+        """Whether a call has ended unseen, in an earlier turn. Says so once."""
+        if self._module is not None and self.module is None:
+            self._module, self._frame, self._was_interrupted = None, None, True
+        was_interrupted, self._was_interrupted = self._was_interrupted, False
+        return was_interrupted
 
     @property
     def is_inside(self) -> bool:
@@ -72,6 +73,7 @@ class Direct:
         frame = _call_of(module)
         self._gate.enter(partial(is_on_stack, frame))
         self._gate.asking.turn(not torch.is_grad_enabled())
+        self._was_interrupted |= self._module is not None
         self._module, self._frame, self._turn = module, frame, self.turn
 
     def refuse_gradients(self, module: nn.Module, inputs: object) -> None:

@@ -109,9 +109,11 @@ class Loan:
         self._blank = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
 
     def begin(self) -> None:
+        """The memory holds the weight's values now."""
         _set_data(self._weight, self._view)
 
     def end(self) -> None:
+        """It is going to hold others."""
         _set_data(self._weight, self._blank)
 
 

@@ -212,7 +212,12 @@ def test_a_part_can_be_called_again_after_an_interrupt(tmp_path: Path, path: str
             handle.remove()
             assert torch.equal(part(hidden, **arguments)[0], expected[0])
             assert not model._engine.gate.turns.is_taken
-            model.lm_head(hidden)
+            handle = register(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                part(hidden, **arguments)
+            handle.remove()
+            model.model.norm(hidden)  # has a turn of its own, and nothing to recover
+            model(**text(model))
             assert not model._engine.gate.turns.is_taken
 
 
