@@ -24,7 +24,7 @@ from airstream.model.gate import Gate
 from airstream.model.hook import Hook
 from airstream.model.turns import is_on_stack
 
-CALL = nn.Module._call_impl.__code__
+CALL = torch.nn.Module._call_impl.__code__
 """Where torch calls a module with its hooks."""
 
 
