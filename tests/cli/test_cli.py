@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import BertConfig, BertForSequenceClassification, BertModel, GenerationConfig
 
 from airstream import ArgumentError, Plan
 from airstream.cli import demo, main
@@ -138,6 +138,20 @@ def test_an_error_is_one_line_and_status_one(capsys: pytest.CaptureFixture[str])
 def test_a_question_too_many_for_a_plain_model(tiny: WriteTiny, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", tiny("gpt2", torch.bfloat16), "w5", "--chat") == 1
     assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertModel])
+def test_a_model_that_generates_no_text_is_refused_before_its_weights_are_read(
+    command: str, cls: type, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("airstream.auto.Engine", None)  # whoever loads fails
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=99)
+    cls(config).save_pretrained(tmp_path / "bertcls")
+    assert run(command, tmp_path / "bertcls", *(["w5"] if command == "generate" else [])) == 1
+    err = capsys.readouterr().err
+    assert f"bertcls is a {cls.__name__}, which generates no text: from Python, AutoModel.from_pretrained(...)" in err
+    assert err.count("\n") == 1
 
 
 def test_memory_by_name() -> None:
@@ -306,6 +320,8 @@ AT_ONCE = [
     ("plan m --table --gpu 3090,4O90", 1, "did you mean"),
     ("plan m --gpu 3090 --device cpu", 1, "both name what computes"),
     ("plan m --ram much", 2, "'much' is not a size"),
+    ("plan m --ram 64", 2, "argument --ram: '64' is 64 B, in which no model runs; did you mean \"64GiB\"?"),
+    ("plan m --ram 65536", 2, 'did you mean "65536MiB"?'),
     ("plan m --disk-gbps 0", 2, "must be a number above 0"),
     ("plan m --prompt-tokens 0", 2, "at least 1"),
     ("plan m --prompt-tokens 9 --max-context 8", 1, "do not fit into --max-context 8"),
