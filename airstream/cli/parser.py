@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 from airstream.cli import mistakes, values
 from airstream.cli.starting import starting
 from airstream.cli.values import number
+from airstream.reporting.alike import nearest
 from airstream.reporting.status import can_draw
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -26,14 +27,51 @@ NAMED_SIZE = re.compile(r"[\w:]+=[\w.]+")
 DEVICE = "device that computes (default: the accelerator if there is one, else cpu)"
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("-m", "--model", "-hf"), "MODEL without an option"),
+    **dict.fromkeys(("-p", "--prompt"), "PROMPT in quotes without an option"),
+    **dict.fromkeys(("-n", "--n-predict", "--predict", "--max-tokens"), "--max-new-tokens"),
+    **dict.fromkeys(("-c", "--ctx-size"), "--max-context"),
+    **dict.fromkeys(("-s", "-seed"), "--seed"),
+    **dict.fromkeys(("-r", "--reverse-prompt"), "--stop"),
+    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers"), "--max-memory"),
+    "-sys": "--system",
+}
+"""What the same is called in other programs, llama.cpp first of all."""
+
+CHOICE = re.compile(r"invalid choice: '(?P<given>[^']*)' \(choose from (?P<known>.*)\)")
+
+
 class Parser(argparse.ArgumentParser):
     """Tells a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}{self._meant(message)} (`{self.prog} --help` says more)\n")
+
+    def _meant(self, message: str) -> str:
+        """What is likely meant instead of what `message` refuses."""
+        choice = CHOICE.search(message)
+        if choice is not None:
+            return _asked([nearest(choice["given"], re.findall(r"[\w-]+", choice["known"]))])
         left = message.removeprefix("unrecognized arguments: ")
-        if left != message and not any(word.startswith("-") for word in left.split()):
-            message += ": a prompt of several words stands in quotes"
-        self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` says more)\n")
+        if left == message:
+            return ""
+        options = [word.partition("=")[0] for word in left.split() if word.startswith("-")]
+        if not options:
+            return ": a prompt of several words stands in quotes"
+        return _asked([self._option_meant(option) for option in options])
+
+    def _option_meant(self, option: str) -> str | None:
+        known = self._option_string_actions
+        meant = ELSEWHERE.get(option.replace("_", "-"))
+        if meant is not None and (meant in known or not meant.startswith("-")):
+            return meant
+        return nearest(option, [name for name in known if name.startswith("--")])
+
+
+def _asked(guesses: Sequence[str | None]) -> str:
+    found = list(dict.fromkeys(guess for guess in guesses if guess is not None))
+    return f": did you mean {' and '.join(found)}?" if found else ""
 
 
 class CommandParser(Parser):
@@ -47,9 +85,12 @@ class CommandParser(Parser):
             return super().parse_known_args(args, namespace)
         self._is_mixing = True  # what mixes comes here again, for options and for the others
         try:
-            return self.parse_known_intermixed_args(_one_by_one(args), namespace)
+            parsed, left = self.parse_known_intermixed_args(_one_by_one(args), namespace)
         finally:
             self._is_mixing = False
+        if left:  # told here, where it is known whose options there are
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return parsed, left
 
 
 def _one_by_one(args: Sequence[str]) -> list[str]:

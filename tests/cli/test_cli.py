@@ -254,7 +254,12 @@ MISTAKES = [
     ("--prefetch-batches -1", "must be a whole number at least 0, or auto"),
     ("--max-context x", "must be a whole number at least 1"),
     ("--max-batch-size 0", "must be a whole number at least 1"),
-    ("--nope", "unrecognized"),
+    ("--nope", "unrecognized arguments: --nope (`airstream "),
+    ("--max_context 2", "did you mean --max-context?"),
+    ("--Max_Memory=4GiB", "did you mean --max-memory?"),
+    ("-n 5", "did you mean --max-new-tokens?"),
+    ("-c 512 --n-gpu-layers 9", "did you mean --max-context and --max-memory?"),
+    ("-m llama", "did you mean MODEL without an option?"),
     ("--dtype int8", "'int8' is not a type that models compute in"),
     ("--dtype bfloat", "not a type that models compute in"),
     ("--max-memory 4GX", "'4GX' is not a size"),
@@ -295,6 +300,12 @@ print(json.dumps(told))
 AT_ONCE = [
     ("", 2, "the following arguments are required: COMMAND"),
     ("generat m p", 2, "invalid choice: 'generat'"),
+    ("genrate m p", 2, "did you mean generate? (`airstream --help` says more)"),
+    ("Chat m", 2, "did you mean chat?"),
+    ("plan m --table --format txt", 2, "did you mean text?"),
+    ("generate -m m -p hi", 2, "did you mean MODEL without an option and PROMPT in quotes without an option?"),
+    ("generate m p --max_new_tokens 2", 2, "did you mean --max-new-tokens? (`airstream generate --help` says more)"),
+    ("plan m -n 5", 2, "unrecognized arguments: -n 5 (`airstream plan --help` says more)"),
     *((f"generate m p {words}", 2, said) for words, said in MISTAKES),
     *((f"chat m {words}", 2, said) for words, said in MISTAKES),
     ("generate m", 1, "give one prompt"),
@@ -360,6 +371,31 @@ def test_mistakes_are_told_before_torch_is_imported() -> None:
         assert said in err, words
         assert got == status, words
         assert err.count("\n") == 1, words
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("LLAMA-bfloat16", "./llama-bfloat16"),
+        ("llama_bfloat16", "./llama-bfloat16"),
+        ("./llama-bfloat", "./llama-bfloat16"),
+        ("models/Qwen2", "models/qwen2"),
+        ("./models/qwn2", "models/qwen2"),
+        ("tiny-q4.gguf", "./Tiny-Q4.gguf"),
+        ("./other", ""),
+    ],
+)
+def test_a_name_that_is_nearly_that_of_something_here(
+    typed: str, meant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("llama-bfloat16", "models/qwen2"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "Tiny-Q4.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", typed, "hi", "--local-files-only") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert (f"Did you mean {meant!r}?" in err) if meant else ("Did you mean" not in err)
 
 
 @pytest.mark.parametrize("command", ["generate", "repack"])
