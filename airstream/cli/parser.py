@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from airstream.cli import mistakes, values
+from airstream.cli.slips import meant_instead
 from airstream.cli.starting import starting
 from airstream.cli.values import number
-from airstream.reporting.alike import nearest
 from airstream.reporting.status import can_draw
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -27,51 +27,12 @@ NAMED_SIZE = re.compile(r"[\w:]+=[\w.]+")
 DEVICE = "device that computes (default: the accelerator if there is one, else cpu)"
 
 
-ELSEWHERE = {
-    **dict.fromkeys(("-m", "--model", "-hf"), "MODEL without an option"),
-    **dict.fromkeys(("-p", "--prompt"), "PROMPT in quotes without an option"),
-    **dict.fromkeys(("-n", "--n-predict", "--predict", "--max-tokens"), "--max-new-tokens"),
-    **dict.fromkeys(("-c", "--ctx-size"), "--max-context"),
-    **dict.fromkeys(("-s", "-seed"), "--seed"),
-    **dict.fromkeys(("-r", "--reverse-prompt"), "--stop"),
-    **dict.fromkeys(("-ngl", "--n-gpu-layers", "--gpu-layers"), "--max-memory"),
-    "-sys": "--system",
-}
-"""What the same is called in other programs, llama.cpp first of all."""
-
-CHOICE = re.compile(r"invalid choice: '(?P<given>[^']*)' \(choose from (?P<known>.*)\)")
-
-
 class Parser(argparse.ArgumentParser):
     """Tells a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}{self._meant(message)} (`{self.prog} --help` says more)\n")
-
-    def _meant(self, message: str) -> str:
-        """What is likely meant instead of what `message` refuses."""
-        choice = CHOICE.search(message)
-        if choice is not None:
-            return _asked([nearest(choice["given"], re.findall(r"[\w-]+", choice["known"]))])
-        left = message.removeprefix("unrecognized arguments: ")
-        if left == message:
-            return ""
-        options = [word.partition("=")[0] for word in left.split() if word.startswith("-")]
-        if not options:
-            return ": a prompt of several words stands in quotes"
-        return _asked([self._option_meant(option) for option in options])
-
-    def _option_meant(self, option: str) -> str | None:
-        known = self._option_string_actions
-        meant = ELSEWHERE.get(option.replace("_", "-"))
-        if meant is not None and (meant in known or not meant.startswith("-")):
-            return meant
-        return nearest(option, [name for name in known if name.startswith("--")])
-
-
-def _asked(guesses: Sequence[str | None]) -> str:
-    found = list(dict.fromkeys(guess for guess in guesses if guess is not None))
-    return f": did you mean {' and '.join(found)}?" if found else ""
+        meant = meant_instead(message, self.format_usage())
+        self.exit(2, f"{self.prog}: {message}{meant} (`{self.prog} --help` says more)\n")
 
 
 class CommandParser(Parser):
@@ -166,7 +127,7 @@ def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="continue a prompt; the text appears as it is generated")
     generate.add_argument("model", help="folder or hub id of a checkpoint, or a .gguf file")
     generate.add_argument("prompt", nargs="?", help='the text to continue; "-" reads it from standard input')
-    generate.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file, but for its last line end")
+    generate.add_argument("--file", "-f", metavar="FILE", help="read the prompt from a file, but for its last line end")
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     generate.add_argument("--system", metavar="TEXT", help="with the chat template: a system message before the prompt")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")

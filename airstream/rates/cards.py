@@ -184,7 +184,7 @@ def _suggestion(name: str) -> str:
 
 
 def _nearest_first(name: str) -> list[str]:
-    """The names of all cards, those first that are written most like `name`; in the table's order if it says nothing."""
+    """The names of all cards, those first that are written most like `name`; as in the table if it says nothing."""
     names = [card.name for card in all_cards()]
     if not _words(name):
         return names

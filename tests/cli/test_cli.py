@@ -81,6 +81,16 @@ def test_json_has_text_and_costs(folder: Path, capsys: pytest.CaptureFixture[str
     assert 0 < result["ttft_seconds"] <= result["total_seconds"]
 
 
+@pytest.mark.parametrize(("max_context", "is_told"), [(8, True), (12, True), (13, False), (64, False)])
+def test_a_context_that_was_exceeded_is_told(
+    max_context: int, is_told: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = " ".join(["w5"] * 11)
+    assert run("generate", folder, prompt, "--max-new-tokens", 2, "--max-context", max_context) == 0
+    told = f"--max-context {max_context} is what memory was planned for, and no limit: prompt and answer took 13 tokens"
+    assert (told in capsys.readouterr().err) == is_told
+
+
 def test_stats_go_to_standard_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("generate", folder, "w5 w6", "--max-new-tokens", 2, "--stats", "--chat")
     printed = capsys.readouterr()
