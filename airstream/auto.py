@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from airstream.checkpoint.beside import check_small_files
 from airstream.checkpoint.gguf import GgufIndex
@@ -44,6 +45,8 @@ Beside = Literal["tokenizer", "processor"]
 """What lies beside a model's weights and makes its inputs."""
 
 LAST_STEP = "reading the small parts"
+
+NOTHING: Mapping[str, Any] = {}
 
 
 class AutoModel:
@@ -133,7 +136,7 @@ class AutoModel:
             profiling_mode=profiling_mode,
             progress=progress,
         )
-        return _load(pretrained_model_name_or_path, options, foreign)
+        return load_model(pretrained_model_name_or_path, options, foreign)
 
     @classmethod
     def plan(
@@ -159,7 +162,13 @@ class AutoModel:
         return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
 
 
-def _load(name: str | os.PathLike[str], options: LoadOptions, foreign: Mapping[str, Any]) -> StreamedModel:
+def load_model(
+    name: str | os.PathLike[str],
+    options: LoadOptions,
+    foreign: Mapping[str, Any] = NOTHING,
+    check: Callable[[PreTrainedModel], None] = lambda _: None,
+) -> StreamedModel:
+    """As `from_pretrained`, once `check` has let pass the model, which has no weights then."""
     host_bytes = process_bytes()
     options = LoadOptions(**adopt(foreign, vars(options), DEFAULTS))
     check_name(name)
@@ -170,6 +179,7 @@ def _load(name: str | os.PathLike[str], options: LoadOptions, foreign: Mapping[s
     plan: Plan | None = None
     with showing(activity.text, bool(options.progress)), explained(lambda: plan):
         prepared = prepare(name, options, begin=activity.begin)
+        check(prepared.model)
         plan = make_plan(prepared.facts, prepared.request)
         activity.begin(LAST_STEP)
         return _assemble(prepared, plan, host_bytes)

@@ -22,6 +22,7 @@ from airstream.checkpoint.hub_errors import explain
 from airstream.checkpoint.names import PICKLE_FILE, PICKLE_INDEX, SHARD_INDEX, SINGLE_FILE, file_name
 from airstream.checkpoint.safetensors import read_weight_map
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.reporting.alike import meant_path
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
@@ -97,7 +98,7 @@ def resolve(
     except AirstreamError:
         raise
     except (HTTPError, HFValidationError, OSError) as error:
-        raise explain(error, name, hub.revision, hub.token) from error
+        raise explain(error, name, hub.revision, hub.token, hub.cache_dir) from error
 
 
 def check_name(model: object) -> None:
@@ -136,7 +137,7 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
         )
     name = os.fspath(model)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_absolute():
-        raise CheckpointNotFoundError(f"there is no folder {name!r}")
+        raise CheckpointNotFoundError(f"there is no folder {name!r}{meant_path(name)}")
     return None
 
 

@@ -7,7 +7,9 @@ downloaded.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
@@ -21,8 +23,11 @@ from huggingface_hub.errors import (
 )
 
 from airstream.errors import AirstreamError, CheckpointNotFoundError, DiskSpaceError
+from airstream.reporting.alike import meant_path
 from airstream.reporting.first_line import first_line
 from airstream.system.disk_space import FULL, remedy_for
+
+Folder = str | os.PathLike[str]
 
 OFFLINE = (
     "is neither a local folder nor complete in the hub's cache, and the hub may not be asked (offline: "
@@ -42,8 +47,21 @@ CONNECTION: tuple[tuple[tuple[str, ...], str], ...] = (
 """What is in the message of an error of the network, and what it says of the hub."""
 
 
-def explain(error: Exception, name: str, revision: str | None, token: str | bool | None) -> AirstreamError:
+def explain(
+    error: Exception,
+    name: str,
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: Folder | None,
+) -> AirstreamError:
     """The error to raise for `error`, which came of downloading the repository `name`."""
+    found = _explained(error, name, revision, token, _again(name, cache_dir))
+    return CheckpointNotFoundError(f"{found}{meant_path(name)}") if isinstance(found, FileNotFoundError) else found
+
+
+def _explained(
+    error: Exception, name: str, revision: str | None, token: str | bool | None, again: str
+) -> AirstreamError:
     causes = list(_causes(error))
     of = f"{name!r} (revision {revision or 'main'})"
     for cause in causes:
@@ -61,7 +79,7 @@ def explain(error: Exception, name: str, revision: str | None, token: str | bool
         if isinstance(cause, OfflineModeIsEnabled):
             return CheckpointNotFoundError(f"{name!r} {OFFLINE}")
         if isinstance(cause, HfHubHTTPError):
-            return CheckpointNotFoundError(_of_status(cause, name))
+            return CheckpointNotFoundError(_of_status(cause, name, again))
         if isinstance(cause, OSError) and cause.errno in FULL:
             return DiskSpaceError(
                 f"downloading {name!r} failed: {first_line(cause)}. {remedy_for(cause.errno or 0, MAKE_ROOM)}"
@@ -70,7 +88,7 @@ def explain(error: Exception, name: str, revision: str | None, token: str | bool
         return CheckpointNotFoundError(f"{name!r} {OFFLINE}")
     return CheckpointNotFoundError(
         f"there is no folder {name!r} here, and downloading {name!r} failed: {_of_network(causes)} "
-        f"({first_line(causes[-1])}). Try again: it resumes"
+        f"({first_line(causes[-1])}). {again}"
     )
 
 
@@ -81,7 +99,13 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__
 
 
-def _of_status(error: HfHubHTTPError, name: str) -> str:
+def _again(name: str, cache_dir: Folder | None) -> str:
+    """What to do once the network is there: what has been begun goes on."""
+    blobs = Path(cache_dir or constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "blobs")
+    return "Try again: it resumes" if any(blobs.glob("*")) else "Try again later"
+
+
+def _of_status(error: HfHubHTTPError, name: str, again: str) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
         return f"the hub does not accept the token: make a new one, and pass it as token=... ({first_line(error)})"
@@ -91,7 +115,7 @@ def _of_status(error: HfHubHTTPError, name: str) -> str:
         return f"the hub has had too many requests from here: wait, or pass token=... ({first_line(error)})"
     if status is not None and status >= 500:
         return f"downloading {name!r} failed: the hub is down or busy ({first_line(error)}). Try again later"
-    return f"downloading {name!r} failed: {first_line(error)}. Try again: it resumes"
+    return f"downloading {name!r} failed: {first_line(error)}. {again}"
 
 
 def _of_network(causes: list[BaseException]) -> str:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from airstream.checkpoint.gguf_split import SPLIT_NAME, split_names
 from airstream.checkpoint.hub import AS_EVER, HubOptions, check_name, resolve
 from airstream.errors import ArgumentError, CheckpointNotFoundError
+from airstream.reporting.alike import meant_path
 from airstream.system.foreign_files import check_folder, unreadable
 
 SUFFIX = ".gguf"
@@ -60,6 +61,7 @@ def _locate(
             if not path.is_file():
                 raise CheckpointNotFoundError(
                     f"there is no file {os.fspath(model)!r}. One in a hub repository is named with gguf_file=..."
+                    f"{meant_path(os.fspath(model))}"
                 )
             if hub.subfolder:
                 raise ArgumentError(f"subfolder= is of a folder or repository, and {os.fspath(model)!r} is a file")

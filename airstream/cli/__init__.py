@@ -1,8 +1,9 @@
 """The command line parses `airstream demo | generate | chat | plan | ...`, calls and prints; it decides nothing.
 
-It refuses to know how a model runs: it calls what every user can call, and looks at the engine for the status line
-alone. Read `parser` first, then `values` and `mistakes`, which refuse what cannot be meant, then the module that has
-the name of a command; `session` is what those that generate text share.
+It refuses to know how a model runs: it calls what every user can call, asks before weights are read whether there will
+be text, and looks at the engine for the status line alone. Read `parser` first, then `values` and `mistakes`, which
+refuse what cannot be meant, and `slips`, which guesses what was, then the module that has the name of a command;
+`session` is what those that generate text share.
 """
 
 from __future__ import annotations

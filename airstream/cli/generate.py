@@ -48,6 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
                 else "complete"
             )
             note(f"({choice.words}; {end})")
+        if arguments.max_context and (took := report.prompt_tokens + len(ids)) > arguments.max_context:
+            planned = f"--max-context {arguments.max_context} is what memory was planned for, and no limit"
+            note(f"({planned}: prompt and answer took {counted(took, 'token')})")
         if arguments.stats:
             note(str(report))
         if is_profiling:

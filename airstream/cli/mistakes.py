@@ -16,6 +16,7 @@ from airstream.cli.reading import prompt_of
 from airstream.cli.values import parse_memory
 from airstream.errors import ArgumentError, CheckpointNotFoundError
 from airstream.rates.cards import find_card
+from airstream.reporting.alike import meant_path
 from airstream.reporting.figure import check_file, check_folder, new_figure
 from airstream.reporting.status import status
 
@@ -158,7 +159,7 @@ def _check_model(name: str) -> None:
         raise ArgumentError("the model's name is empty: name a folder or a hub id")
     if name.startswith((".", "/", "~")) and not _exists(name):
         kind = "file" if name.endswith(".gguf") else "folder"
-        raise CheckpointNotFoundError(f"there is no {kind} {name!r}")
+        raise CheckpointNotFoundError(f"there is no {kind} {name!r}{meant_path(name)}")
 
 
 def _check_picture(file: str | None) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from airstream.cli import mistakes, values
+from airstream.cli.slips import meant_instead
 from airstream.cli.starting import starting
 from airstream.cli.values import number
 from airstream.reporting.status import can_draw
@@ -30,10 +31,8 @@ class Parser(argparse.ArgumentParser):
     """Tells a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
-        left = message.removeprefix("unrecognized arguments: ")
-        if left != message and not any(word.startswith("-") for word in left.split()):
-            message += ": a prompt of several words stands in quotes"
-        self.exit(2, f"{self.prog}: {message} (`{self.prog} --help` says more)\n")
+        meant = meant_instead(message, self.format_usage())
+        self.exit(2, f"{self.prog}: {message}{meant} (`{self.prog} --help` says more)\n")
 
 
 class CommandParser(Parser):
@@ -47,9 +46,12 @@ class CommandParser(Parser):
             return super().parse_known_args(args, namespace)
         self._is_mixing = True  # what mixes comes here again, for options and for the others
         try:
-            return self.parse_known_intermixed_args(_one_by_one(args), namespace)
+            parsed, left = self.parse_known_intermixed_args(_one_by_one(args), namespace)
         finally:
             self._is_mixing = False
+        if left:  # told here, where it is known whose options there are
+            self.error(f"unrecognized arguments: {' '.join(left)}")
+        return parsed, left
 
 
 def _one_by_one(args: Sequence[str]) -> list[str]:
@@ -125,7 +127,7 @@ def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="continue a prompt; the text appears as it is generated")
     generate.add_argument("model", help="folder or hub id of a checkpoint, or a .gguf file")
     generate.add_argument("prompt", nargs="?", help='the text to continue; "-" reads it from standard input')
-    generate.add_argument("-f", "--file", metavar="FILE", help="read the prompt from a file, but for its last line end")
+    generate.add_argument("--file", "-f", metavar="FILE", help="read the prompt from a file, but for its last line end")
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
     generate.add_argument("--system", metavar="TEXT", help="with the chat template: a system message before the prompt")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")

@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from airstream import AutoModel
+from airstream.auto import load_model
 from airstream.checkpoint.beside import has_tokenizer
 from airstream.cli.options import load_options
 from airstream.cli.screen import Printer
-from airstream.errors import CheckpointNotFoundError
+from airstream.errors import CheckpointNotFoundError, UnsupportedError
+from airstream.loading.options import LoadOptions
 from airstream.profiling.live import LiveLine
 from airstream.reporting.status import showing, status
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> Any:
     """The model that `arguments` name. `printing` shows how it generates, so the model itself does not."""
-    model = AutoModel.from_pretrained(arguments.model, **load_options(arguments), **options)
+    check = partial(_check_generates, Path(arguments.model).absolute().name)
+    model = load_model(arguments.model, LoadOptions(**load_options(arguments), **options), check=check)
     try:
         with status("loading the tokenizer"):
             model.tokenizer  # noqa: B018 - a checkpoint without one is refused before anybody has typed anything
@@ -30,6 +33,15 @@ def load(arguments: argparse.Namespace, **options: Any) -> Any:
         model.close()
         raise
     return model
+
+
+def _check_generates(name: str, model: Any) -> None:
+    """Raise for a model that has nothing to do with prompts, before its weights are read."""
+    if not model.can_generate():
+        raise UnsupportedError(
+            f"{name} is a {type(model).__name__}, which generates no text: from Python, "
+            "AutoModel.from_pretrained(...)(**inputs) gives what it computes"
+        )
 
 
 def _without_tokenizer(folder: Path) -> CheckpointNotFoundError | None:

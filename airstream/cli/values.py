@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from airstream.errors import ArgumentError
-from airstream.reporting.units import parse_budget, parse_bytes, parse_shard_size
+from airstream.reporting.units import parse_budget, parse_shard_size
 
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64", "bf16", "fp16", "fp32", "half", "float", "double")
 """Types that models compute in, by all their names."""
@@ -78,13 +78,13 @@ def device(given: str) -> str:
 
 
 def size(given: str) -> str:
-    """`"4GiB"`."""
-    return _checked(given, parse_bytes)
+    """`"4GiB"`, and not the 4 bytes that are left where the unit is forgotten."""
+    return _checked(given, parse_budget)
 
 
 def budget(given: str) -> str:
-    """`"4GiB"`, and not the 4 bytes that are left where the unit is forgotten; `"auto"` for most of what there is."""
-    return given if given == "auto" else _checked(given, parse_budget)
+    """As `size`, or `"auto"` for most of what there is."""
+    return given if given == "auto" else size(given)
 
 
 def memory(given: str) -> str:

@@ -23,7 +23,7 @@ from airstream.rates.cards import Card, card_facts, find_card
 from airstream.rates.facts import HardwareFacts, Rate, measured_today
 from airstream.rates.links import measure_pinned
 from airstream.rates.saved import facts_for
-from airstream.reporting.units import GIB, format_bytes, parse_bytes
+from airstream.reporting.units import GIB, format_bytes, parse_budget, parse_bytes
 from airstream.system import memory as hardware
 from airstream.transfer.buffers import decoding_bytes, staging_bytes
 from airstream.transfer.reader import CHUNK_BYTES, NUM_WORKERS
@@ -53,7 +53,7 @@ class Machine:
         if self.gpu is not None:
             find_card(self.gpu)
         if self.ram is not None:
-            parse_bytes(self.ram, "ram")
+            parse_budget(self.ram, "ram")
         number = self.disk_gbps
         if number is not None and (
             not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < math.inf
@@ -89,6 +89,11 @@ class Machine:
         if self.gpu is not None:
             return hardware.LIBRARY_BYTES["cuda"]
         return 0 if device.type == "cpu" else hardware.driver_bytes(device)
+
+    def described(self, device: torch.device) -> dict[str, str]:
+        """The arguments that memories come from which are not looked at, but described."""
+        ram = {} if self.ram is None else {HOST: "ram"}
+        return ram if self.gpu is None else {**ram, str(device.index): "gpu"}
 
     def memory(self, device: torch.device, given: Mapping[str, int]) -> dict[str, tuple[int, str]]:
         """Bytes of each memory, and in words what they are. Accelerators whose budget is `given` are not looked at."""
@@ -139,6 +144,7 @@ def request_for(question: Question, facts: ModelFacts) -> Request:
         device=str(device),
         budgets=budgets,
         budget_notes=notes,
+        described={name: words for name, words in machine.described(device).items() if name not in given},
         prefetch_batches=None if options.prefetch_batches == "auto" else options.prefetch_batches,
         max_context=options.max_context,
         max_batch_size=options.max_batch_size,

@@ -17,11 +17,10 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from airstream.errors import UnsupportedError
 from airstream.model.asking import Freezable
 from airstream.model.moving import unmoved
 from airstream.model.stored import FetchRows, Stored
-from airstream.model.weight_refusals import refuse_change, refuse_remaking, refuse_storage
+from airstream.model.weight_refusals import refuse_absent, refuse_change, refuse_remaking, refuse_storage
 
 ATEN = torch.ops.aten
 TO_COPY = torch.ops.aten._to_copy.default
@@ -89,6 +88,9 @@ class Absent(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
     def numpy(self, *, force: bool = False) -> Any:
         return self.stored.read().numpy(force=force)
 
+    def tolist(self) -> NoReturn:
+        refuse_absent(self.stored.name, "tolist()", writes=False)
+
     def untyped_storage(self) -> NoReturn:
         refuse_storage(self.stored.name)
 
@@ -113,11 +115,7 @@ class Absent(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
             return Excerpt(_pick(absent.stored.rows, numbers), absent.stored.name)
         if func is ATEN.copy_.default and args[0] is absent and (args[1] is absent or absent.stored.has(args[1])):
             return absent  # adapters bring along the embeddings that they were trained with: they are here already
-        raise UnsupportedError(
-            f"{absent.stored.name!r} is not in memory: a streamed model has its weights in place only while it "
-            f"computes, and cannot change them ({func}). weight.clone() reads it from the checkpoint. An adapter that "
-            "looks at weights when it is loaded needs model.load_adapter(...) or PEFT's low_cpu_mem_usage=True"
-        )
+        return refuse_absent(absent.stored.name, str(func), writes=func._schema.is_mutable)
 
 
 class Excerpt(torch.Tensor):

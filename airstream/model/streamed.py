@@ -213,6 +213,7 @@ class StreamedModel(WithAdapters, SaysSteps, GuardedModule):
         self._engine.close()
 
     def __enter__(self) -> StreamedModel:
+        self._engine.gate.check_open()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -5,9 +5,37 @@ It has the words. It refuses to know what a weight is: whoever stands for one ha
 
 from __future__ import annotations
 
+import sys
 from typing import NoReturn
 
 from airstream.errors import UnsupportedError
+
+OF_ADAPTERS = (
+    "An adapter that looks at weights when it is loaded needs model.load_adapter(...) or PEFT's low_cpu_mem_usage=True"
+)
+
+
+def refuse_absent(name: str, operation: str, *, writes: bool) -> NoReturn:
+    """Raise because `operation` needs values of weight `name`, which are not in memory, or `writes` some."""
+    if writes:
+        raise UnsupportedError(
+            f"{name!r} is not in memory: a streamed model has its weights in place only while it computes, and cannot "
+            f"change them ({operation}). weight.clone() reads it from the checkpoint. {OF_ADAPTERS}"
+        )
+    raise UnsupportedError(
+        f"weight.clone() reads {name!r} from the checkpoint: do the operation ({operation}) on that. A streamed model "
+        f"has its weights in memory only while it computes{f'. {OF_ADAPTERS}' if _is_in_peft() else ''}"
+    )
+
+
+def _is_in_peft() -> bool:
+    """Whether it is PEFT that looks at a weight, while it loads an adapter."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__", "").startswith("peft."):
+            return True
+    return False
 
 
 def refuse_remaking() -> NoReturn:

@@ -81,7 +81,7 @@ def make_plan(facts: ModelFacts, request: Request) -> Plan:
         plans = [(_fill(facts, request, frame), frame.steps_down) for frame in fitting]
         if plans:
             return with_prediction(min(plans, key=lambda each: cost(*each))[0], facts, request)
-    raise BudgetError(too_small(smallest_plan(facts, request), _shorter(facts, request)))
+    raise BudgetError(too_small(smallest_plan(facts, request), request.described, _shorter(facts, request)))
 
 
 def plan_or_none(facts: ModelFacts, request: Request) -> Plan | None:

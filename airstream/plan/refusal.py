@@ -61,17 +61,23 @@ def remedies_for(work: Workload, need: Footprint, left: int) -> Iterator[str]:
     if work.prompt and work.context > work.prompt:
         new = largest(lambda count: replace(work, context=work.prompt + count), work.context - work.prompt)
         if new:
-            yield f"max_new_tokens={new} would fit"
+            beyond = ", beyond what the model was made for" if work.prompt >= need.max_position else ""
+            yield f"max_new_tokens={_advised(new, need.max_position - work.prompt)} would fit{beyond}"
             return
     answer = max(work.context - work.prompt, 0) if work.prompt else 0
     fits = largest(lambda count: of_length(work, count, answer), work.prompt or work.context)
     if fits:
-        yield f"{counted(fits, 'token')} would fit"
+        yield f"{counted(_advised(fits, need.max_position - answer), 'token')} would fit"
     chunk = largest(lambda count: replace(work, tokens=count, logits=1), work.tokens - 1)
     if chunk >= MIN_CHUNK:
         yield f"generate(..., prefill_chunk_size={chunk}) reads a prompt of this length in pieces that fit"
     if work.batch_size > 1 and (batch := largest(lambda count: replace(work, batch_size=count), work.batch_size - 1)):
         yield f"a batch of {batch} would fit"
+
+
+def _advised(fits: int, positions: int) -> int:
+    """As many tokens as fit, but no more than the model has `positions` left for, if any."""
+    return min(fits, positions) if positions > 0 else fits
 
 
 def of_length(work: Workload, tokens: int, answer: int) -> Workload:

@@ -6,7 +6,7 @@ Both are numbers. They refuse to know the model: its sizes are in `facts`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from airstream.footprint.formulas import Footprint
 from airstream.rates.facts import HardwareFacts
@@ -81,6 +81,7 @@ class Request:
     Attributes:
         budgets: bytes per tier: "cpu", and the index of the accelerator if one is used.
         budget_notes: per tier, where the budget comes from.
+        described: per tier that is a share of a described machine's memory, the argument that describes it.
         driver_bytes: the bytes of host memory that an accelerator's driver and libraries take.
         decoding_bytes: the bytes that decoding packed weights takes where the model computes.
         workload: what to make room for, whatever `max_context` and `max_batch_size` say, once it has outgrown them.
@@ -100,6 +101,7 @@ class Request:
     driver_bytes: int = 0
     workload: Workload | None = None
     hardware: HardwareFacts | None = None
+    described: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tier(self) -> str:

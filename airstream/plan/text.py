@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from airstream.plan.plan import Plan, tier_name
+from collections.abc import Mapping
+
+from airstream.plan.plan import Plan, Tier, tier_name
+from airstream.plan.policy import AUTO_SHARE
 from airstream.reporting.units import MIB, counted, format_bytes
+
+NOTHING: Mapping[str, str] = {}
 
 
 def change_of(before: Plan, after: Plan) -> str:
@@ -18,18 +23,27 @@ def change_of(before: Plan, after: Plan) -> str:
     return ", ".join(parts)
 
 
-def too_small(plan: Plan, shorter: int = 0) -> str:
-    """The message for a budget that even `plan`, the smallest there is, does not fit; a `shorter` context may."""
+def too_small(plan: Plan, described: Mapping[str, str] = NOTHING, shorter: int = 0) -> str:
+    """The message for a budget that even `plan`, the smallest there is, does not fit; a `shorter` context may.
+
+    Args:
+        described: as in a request.
+    """
     nbytes, largest = max(((batch.nbytes, batch.units[0]) for batch in plan.batches), default=(0, "nothing"))
     needs = []
     for name, tier in plan.tiers.items():
-        if tier.peak_bytes > tier.budget_bytes:
+        if _is_short(tier):
             parts = " + ".join(f"{label} {format_bytes(nbytes)}" for label, nbytes in tier.items.items() if nbytes)
             needs.append(
                 f"{tier_name(name)} needs {format_bytes(tier.peak_bytes)} ({parts}), "
-                f"max_memory gives {format_bytes(tier.budget_bytes)}"
+                f"{_source(described.get(name), tier)} {format_bytes(tier.budget_bytes)}"
             )
-    remedy = ", ".join(f"{_key(name)}: {_rounded_up(tier.peak_bytes)}" for name, tier in plan.tiers.items())
+    budgets = {name: tier for name, tier in plan.tiers.items() if name not in described}
+    sizes = ", ".join(f"{_key(name)}: {_rounded_up(tier.peak_bytes)}" for name, tier in budgets.items())
+    remedies = [f"max_memory={{{sizes}}}"] if any(map(_is_short, budgets.values())) else []
+    remedies += [
+        _larger(described[name], tier) for name, tier in plan.tiers.items() if name in described and _is_short(tier)
+    ]
     instead = (
         f"max_context={shorter} would fit; longer prompts are read in pieces by generate(..., prefill_chunk_size=), as "
         "far as their KV cache fits. "
@@ -39,8 +53,23 @@ def too_small(plan: Plan, shorter: int = 0) -> str:
     return (
         f"{plan.model} does not fit: {'; '.join(needs)}. {instead}The largest layer batch is {largest!r} with "
         f"{format_bytes(nbytes)}; the smallest budget that would do, for batches of {plan.max_batch_size} x "
-        f"{counted(plan.max_context, 'token')}, is max_memory={{{remedy}}}"
+        f"{counted(plan.max_context, 'token')}, is {' and '.join(remedies)}"
     )
+
+
+def _is_short(tier: Tier) -> bool:
+    return tier.peak_bytes > tier.budget_bytes
+
+
+def _source(argument: str | None, tier: Tier) -> str:
+    """Who gives a budget, and what it is a share of."""
+    return "max_memory gives" if argument is None else f"{argument}= ({tier.budget_note}) gives"
+
+
+def _larger(argument: str, tier: Tier) -> str:
+    """The memory of a described machine whose share is enough for `tier`."""
+    nbytes = int(tier.peak_bytes / AUTO_SHARE) + 1
+    return f"ram={_rounded_up(nbytes)}" if argument == "ram" else f"a gpu= of {format_bytes(nbytes)}"
 
 
 def _rounded_up(nbytes: int) -> str:

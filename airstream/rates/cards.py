@@ -174,10 +174,18 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def _suggestion(name: str) -> str:
-    """Cards of the same number; or else such as are written alike; or else all."""
+    """Cards of the same number; or else such as are written alike; or else all, the nearest first."""
     models = {word for word in _words(name) if re.search(r"\d(?!.*gb)", word)}
     same_number = [card.name for card in all_cards() if models & _words(card.name)]
     by_key = {" ".join(sorted(_words(card.name))): card.name for card in all_cards()}
     alike = [by_key[key] for key in difflib.get_close_matches(" ".join(sorted(_words(name))), by_key)]
     close = same_number or alike
-    return f"did you mean {_listed(close)}?" if close else f"there is of {_listed(card.name for card in all_cards())}"
+    return f"did you mean {_listed(close)}?" if close else f"there is of {_listed(_nearest_first(name))}"
+
+
+def _nearest_first(name: str) -> list[str]:
+    """The names of all cards, those first that are written most like `name`; as in the table if it says nothing."""
+    names = [card.name for card in all_cards()]
+    if not _words(name):
+        return names
+    return sorted(names, key=lambda other: -difflib.SequenceMatcher(None, name.lower(), other.lower()).ratio())

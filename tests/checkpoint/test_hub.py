@@ -376,7 +376,7 @@ REFUSALS: list[tuple[str, Callable[[Any], Any], dict[str, Any], str]] = [
         "reset",
         breaks(httpx.ReadError("reset by peer")),
         {},
-        r"cannot be reached \(reset by peer\)\. Try again: it resumes",
+        r"cannot be reached \(reset by peer\)\. Try again later",
     ),
     ("told not to ask", status(200), {"local_files_only": True}, "neither .*offline: local_files_only.*Connect once"),
 ]
@@ -394,6 +394,15 @@ def test_the_hub_says_no_and_the_message_says_why(
     assert "'some/model'" in str(caught.value) or "token" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert caught.value.__cause__ is not None
+
+
+def test_what_was_begun_resumes(server: Answer, tmp_path: Path) -> None:
+    blobs = tmp_path / "models--some--model" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "0123.incomplete").touch()
+    server(breaks(httpx.ReadError("reset by peer")))
+    with pytest.raises(CheckpointNotFoundError, match="Try again: it resumes"):
+        resolve("some/model", HubOptions(cache_dir=tmp_path))
 
 
 def test_told_to_stay_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

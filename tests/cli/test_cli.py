@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import BertConfig, BertForSequenceClassification, BertModel, GenerationConfig
 
 from airstream import ArgumentError, Plan
 from airstream.cli import demo, main
@@ -81,6 +81,16 @@ def test_json_has_text_and_costs(folder: Path, capsys: pytest.CaptureFixture[str
     assert 0 < result["ttft_seconds"] <= result["total_seconds"]
 
 
+@pytest.mark.parametrize(("max_context", "is_told"), [(8, True), (12, True), (13, False), (64, False)])
+def test_a_context_that_was_exceeded_is_told(
+    max_context: int, is_told: bool, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = " ".join(["w5"] * 11)
+    assert run("generate", folder, prompt, "--max-new-tokens", 2, "--max-context", max_context) == 0
+    told = f"--max-context {max_context} is what memory was planned for, and no limit: prompt and answer took 13 tokens"
+    assert (told in capsys.readouterr().err) == is_told
+
+
 def test_stats_go_to_standard_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("generate", folder, "w5 w6", "--max-new-tokens", 2, "--stats", "--chat")
     printed = capsys.readouterr()
@@ -138,6 +148,20 @@ def test_an_error_is_one_line_and_status_one(capsys: pytest.CaptureFixture[str])
 def test_a_question_too_many_for_a_plain_model(tiny: WriteTiny, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", tiny("gpt2", torch.bfloat16), "w5", "--chat") == 1
     assert "no chat template" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("cls", [BertForSequenceClassification, BertModel])
+def test_a_model_that_generates_no_text_is_refused_before_its_weights_are_read(
+    command: str, cls: type, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("airstream.auto.Engine", None)  # whoever loads fails
+    config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=99)
+    cls(config).save_pretrained(tmp_path / "bertcls")
+    assert run(command, tmp_path / "bertcls", *(["w5"] if command == "generate" else [])) == 1
+    err = capsys.readouterr().err
+    assert f"bertcls is a {cls.__name__}, which generates no text: from Python, AutoModel.from_pretrained(...)" in err
+    assert err.count("\n") == 1
 
 
 def test_memory_by_name() -> None:
@@ -240,7 +264,12 @@ MISTAKES = [
     ("--prefetch-batches -1", "must be a whole number at least 0, or auto"),
     ("--max-context x", "must be a whole number at least 1"),
     ("--max-batch-size 0", "must be a whole number at least 1"),
-    ("--nope", "unrecognized"),
+    ("--nope", "unrecognized arguments: --nope (`airstream "),
+    ("--max_context 2", "did you mean --max-context?"),
+    ("--Max_Memory=4GiB", "did you mean --max-memory?"),
+    ("-n 5", "did you mean --max-new-tokens?"),
+    ("-c 512 --n-gpu-layers 9", "did you mean --max-context and --max-memory?"),
+    ("-m llama", "did you mean MODEL without an option?"),
     ("--dtype int8", "'int8' is not a type that models compute in"),
     ("--dtype bfloat", "not a type that models compute in"),
     ("--max-memory 4GX", "'4GX' is not a size"),
@@ -281,6 +310,12 @@ print(json.dumps(told))
 AT_ONCE = [
     ("", 2, "the following arguments are required: COMMAND"),
     ("generat m p", 2, "invalid choice: 'generat'"),
+    ("genrate m p", 2, "did you mean generate? (`airstream --help` says more)"),
+    ("Chat m", 2, "did you mean chat?"),
+    ("plan m --table --format txt", 2, "did you mean text?"),
+    ("generate -m m -p hi", 2, "did you mean MODEL without an option and PROMPT in quotes without an option?"),
+    ("generate m p --max_new_tokens 2", 2, "did you mean --max-new-tokens? (`airstream generate --help` says more)"),
+    ("plan m -n 5", 2, "unrecognized arguments: -n 5 (`airstream plan --help` says more)"),
     *((f"generate m p {words}", 2, said) for words, said in MISTAKES),
     *((f"chat m {words}", 2, said) for words, said in MISTAKES),
     ("generate m", 1, "give one prompt"),
@@ -306,6 +341,8 @@ AT_ONCE = [
     ("plan m --table --gpu 3090,4O90", 1, "did you mean"),
     ("plan m --gpu 3090 --device cpu", 1, "both name what computes"),
     ("plan m --ram much", 2, "'much' is not a size"),
+    ("plan m --ram 64", 2, "argument --ram: '64' is 64 B, in which no model runs; did you mean \"64GiB\"?"),
+    ("plan m --ram 65536", 2, 'did you mean "65536MiB"?'),
     ("plan m --disk-gbps 0", 2, "must be a number above 0"),
     ("plan m --prompt-tokens 0", 2, "at least 1"),
     ("plan m --prompt-tokens 9 --max-context 8", 1, "do not fit into --max-context 8"),
@@ -344,6 +381,31 @@ def test_mistakes_are_told_before_torch_is_imported() -> None:
         assert said in err, words
         assert got == status, words
         assert err.count("\n") == 1, words
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("LLAMA-bfloat16", "./llama-bfloat16"),
+        ("llama_bfloat16", "./llama-bfloat16"),
+        ("./llama-bfloat", "./llama-bfloat16"),
+        ("models/Qwen2", "models/qwen2"),
+        ("./models/qwn2", "models/qwen2"),
+        ("tiny-q4.gguf", "./Tiny-Q4.gguf"),
+        ("./other", ""),
+    ],
+)
+def test_a_name_that_is_nearly_that_of_something_here(
+    typed: str, meant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("llama-bfloat16", "models/qwen2"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "Tiny-Q4.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", typed, "hi", "--local-files-only") == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert (f"Did you mean {meant!r}?" in err) if meant else ("Did you mean" not in err)
 
 
 @pytest.mark.parametrize("command", ["generate", "repack"])

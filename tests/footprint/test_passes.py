@@ -398,6 +398,24 @@ def test_the_remedies_fit(work: Workload, share: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("prompt", "context", "said"),
+    [
+        (100, 6000, "What would help: raise max_memory; max_new_tokens=412 would fit"),
+        (600, 6000, "would fit, beyond what the model was made for"),
+        (5000, 5100, "made for 512 positions"),
+        (0, 6000, "; 512 tokens would fit"),
+    ],
+)
+def test_the_remedies_stay_within_the_positions_that_the_message_names(prompt: int, context: int, said: str) -> None:
+    need = footprint(LlamaConfig(max_position_embeddings=512), 2, eager_attention=False)
+    work = Workload(batch_size=1, context=context, tokens=prompt or context, logits=1, prompt=prompt)
+    assert said in too_much(work, need, left=int(0.9 * work.bytes(need)))
+    small = Workload(batch_size=1, context=500, tokens=100, logits=1, prompt=100)
+    few = next(iter(remedies_for(small, need, int(0.9 * small.bytes(need)))))
+    assert 0 < int(few.removeprefix("max_new_tokens=").removesuffix(" would fit")) < 400
+
+
+@pytest.mark.parametrize(
     ("config", "limit"),
     [
         (GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=4, n_positions=40), 40),

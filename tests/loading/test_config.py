@@ -309,7 +309,7 @@ NOT_TYPED = {"model_class", "profiling_mode", "progress"}
 
 def test_from_pretrained_names_every_option_and_passes_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr(auto, "_load", lambda name, options, foreign: made.append(vars(options)))
+    monkeypatch.setattr(auto, "load_model", lambda name, options, foreign: made.append(vars(options)))
     defaults = {field.name: field.default for field in fields(LoadOptions)}
     signature = inspect.signature(AutoModel.from_pretrained).parameters.values()
     named = {each.name: each.default for each in signature if each.kind is inspect.Parameter.KEYWORD_ONLY}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,36 @@ def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def run(*words: Any) -> int:
     return main([str(word) for word in words])
+
+
+@pytest.mark.parametrize(
+    ("given", "option", "remedies"),
+    [
+        (["--ram", "100MiB", "--device", "cpu"], "--ram (90% of the 100 MiB of RAM", r"is --ram (\d+MiB)$"),
+        (
+            ["--ram", "2MiB", "--gpu", "1060"],
+            "--ram (90% of the 2.0 MiB of RAM",
+            r"is --ram (\d+MiB)$",
+        ),
+        (["--max-memory", "100MiB", "--device", "cpu"], "--max-memory gives", r"is --max-memory (\d+MiB)$"),
+    ],
+    ids=["ram", "ram and gpu", "max memory"],
+)
+def test_what_does_not_fit_a_machine_names_the_options_that_describe_it(
+    given: list[str],
+    option: str,
+    remedies: str,
+    configs: dict[str, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["plan", configs["llama-3-8b"], "--max-context", 16]
+    assert run(*words, *given) == 1
+    err = capsys.readouterr().err
+    assert option in err
+    enough = re.search(remedies, err, re.MULTILINE)
+    assert enough is not None, err
+    assert run(*words, given[0], enough[1], *given[2:]) == 0
+    assert ("max-memory" in err) == ("--max-memory" in given)
 
 
 # ------------------------------------------------------------------------------------------------- for other machines
@@ -91,6 +122,7 @@ def test_more_of_a_machine_is_never_slower(configs: dict[str, Path]) -> None:
     [
         ({"gpu": "RTX 3091"}, "RTX 3090"),
         ({"ram": "lots"}, "ram='lots'"),
+        ({"ram": 64}, 'ram=64 is 64 B, in which no model runs; did you mean "64GiB"'),
         ({"disk_gbps": 0}, "disk_gbps=0"),
         ({"disk_gbps": float("nan")}, "disk_gbps=nan"),
     ],

@@ -376,6 +376,32 @@ def test_copies_have_the_values(tiny: WriteTiny, resident: Resident, name: str) 
         assert all(torch.equal(copied[key], expected[key]) for key in expected)
 
 
+READS: Mapping[str, Callable[[torch.Tensor], Any]] = {
+    "sum": lambda weight: weight.sum(),
+    "T": lambda weight: weight.T,
+    "equal": lambda weight: torch.equal(weight, torch.zeros(weight.shape)),
+    "equal to it": lambda weight: torch.equal(torch.zeros(weight.shape), weight),
+    "tolist": lambda weight: weight.tolist(),
+    "iteration": list,
+    "in": lambda weight: 0.5 in weight,
+    "product": lambda weight: torch.ones(1, weight.shape[0]) @ weight,
+    "a column": lambda weight: weight[:, 0],
+    "norm": torch.linalg.norm,
+    "dlpack": lambda weight: torch.from_dlpack(weight),
+}
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_who_only_reads_is_told_what_to_write(folder: Path, read: Callable[[torch.Tensor], Any]) -> None:
+    with stream(folder) as model:
+        weight = model.get_parameter(NAME)
+        with pytest.raises(UnsupportedError) as caught:
+            read(weight)
+        assert str(caught.value).startswith(f"weight.clone() reads {NAME!r} from the checkpoint")
+        assert "adapter" not in str(caught.value)
+        assert "change" not in str(caught.value)
+
+
 def test_a_copy_that_memory_cannot_hold_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("airstream.model.stored_in_files.available_host_bytes", lambda: 1000)
     with stream(folder) as model, pytest.raises(MemoryError, match=rf"{NAME}.* takes .* copy fewer weights"):

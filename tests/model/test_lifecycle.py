@@ -222,12 +222,19 @@ USES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def enter(model: Any) -> None:
+    with model:
+        raise Mishap
+
+
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
 def test_use_after_close(folder: Path, use: Callable[[Any], Any]) -> None:
     with stream(folder) as model:
         use(model)
     with pytest.raises(ClosedError, match="from_pretrained"):
         use(model)
+    with pytest.raises(ClosedError, match="from_pretrained"):
+        enter(model)
     assert model.plan.peak_bytes["cpu"] > 0
     assert model.stats.streamed_bytes > 0
 

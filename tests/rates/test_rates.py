@@ -672,6 +672,8 @@ def test_names_are_taken_forgivingly(spelling: str, name: str) -> None:
         ("A100", "may be A100 PCIe 40GB, A100 PCIe 80GB, A100 SXM 40GB or A100 SXM 80GB"),
         ("H100", "may be H100 PCIe or H100 SXM"),
         ("4O90", "did you mean"),
+        ("RTX 9999", "there is of RTX 3090, "),
+        ("MI999", "there is of MI210, MI300X, "),
         ("", "there is of GTX 1060 6GB, "),
         ("nvidia", "there is of GTX 1060 6GB, "),
     ],
