@@ -9,6 +9,7 @@ It knows whether it was written to. It refuses to know what follows from that: `
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -106,7 +107,7 @@ class Loan:
     def __init__(self, weight: Weight) -> None:
         self._weight = weight
         self._view = weight.detach()
-        self._blank = torch.full((), torch.nan, dtype=weight.dtype, device=weight.device).expand(weight.shape)
+        self._blank = _nan(weight.dtype, weight.device).expand(weight.shape)
 
     def begin(self) -> None:
         """The memory holds the weight's values now."""
@@ -115,6 +116,11 @@ class Loan:
     def end(self) -> None:
         """It is going to hold others."""
         _set_data(self._weight, self._blank)
+
+
+@functools.cache
+def _nan(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.full((), torch.nan, dtype=dtype, device=device)
 
 
 def can_be_lent(weight: torch.Tensor) -> bool:

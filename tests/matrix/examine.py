@@ -248,5 +248,5 @@ def own_tensors(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def missing_from(module: Any) -> set[str]:
     """The tensors of `module` that are not in memory."""
-    tensors = module.state_dict(keep_vars=True)
-    return {name for name, tensor in tensors.items() if tensor.is_meta or isinstance(tensor, Absent)}
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name for name, tensor in tensors if tensor.is_meta or isinstance(tensor, Absent)}
