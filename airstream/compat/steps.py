@@ -5,15 +5,15 @@ It knows the one method that every way of decoding in transformers calls then. I
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 
 class SaysSteps:
-    """A mixin for a model class that generates."""
+    """A mixin for a model class that generates, and has `_accept`."""
 
-    def _accept(self, tokens: int) -> None:
-        """Each sequence is given so many tokens, for the pass that is over."""
-        raise NotImplementedError
+    _accept: Callable[[int], None]
+    """Called with the tokens that each sequence is given for the pass that is over."""
 
     def _update_model_kwargs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
         # outputs, model_kwargs, is_encoder_decoder, num_new_tokens

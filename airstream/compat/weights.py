@@ -65,21 +65,21 @@ class KeyConversion(ABC):
     def convert(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Run the converter of `name` on its `sources`: (checkpoint key, pattern, tensor), in natural key order."""
 
-    def unpacks(self, pattern: str | None) -> bool:  # noqa: ARG002
+    def unpacks(self, pattern: str | None) -> bool:  # noqa: ARG002 - asked by those that override it
         """Whether the converter of `pattern` begins with what makes weights of packed tensors."""
         return False
 
-    def makes_object(self, pattern: str) -> bool:  # noqa: ARG002
+    def makes_object(self, pattern: str) -> bool:  # noqa: ARG002 - asked by those that override it
         """Whether the converter of `pattern` puts packed tensors together to one object: see `assemble`."""
         return False
 
-    def scratch_bytes(self, elements: int) -> int:  # noqa: ARG002
+    def scratch_bytes(self, elements: int) -> int:  # noqa: ARG002 - asked by those that override it
         """What making `elements` of packed tensors takes at least."""
         return 0
 
     def expansion(self, name: str) -> tuple[int, int]:
         """What computing with the object in the place of parameter `name` takes: bytes for a moment, and for longer."""
-        raise NotImplementedError(f"{name} is no object: see `makes_object`")
+        raise TypeError(f"{name} is no object: see `makes_object`")
 
     def assemble(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> Assembled:
         """The object that takes the place of parameter `name`, made of views in `sources`: no values are copied.
@@ -87,7 +87,7 @@ class KeyConversion(ABC):
         Raises:
             CheckpointError: the tensors do not go together.
         """
-        raise NotImplementedError(f"{name} is no object: see `makes_object`")
+        raise TypeError(f"{name} is no object, for all its {len(sources)} tensors: see `makes_object`")
 
 
 class MappedConversion(KeyConversion):

@@ -95,7 +95,7 @@ def sequence_by_sequence(hidden: torch.Tensor, weight: torch.Tensor, way: Way) -
 
 def _asks(weight: torch.Tensor) -> bool:
     """Whether torch itself sees that `weight` asks for a gradient: it multiplies slices as one matrix then."""
-    return bool(torch.Tensor.requires_grad.__get__(weight))  # type: ignore[attr-defined]
+    return bool(torch.Tensor.requires_grad.__get__(weight))  # type: ignore[attr-defined]  # torch has it as an attribute
 
 
 def _is_batched(hidden: torch.Tensor, has_bias: bool) -> bool:

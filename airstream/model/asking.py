@@ -19,7 +19,8 @@ import torch
 from airstream.model.stored import Stored
 from airstream.model.weight_refusals import refuse_gradient
 
-_set: Callable[[torch.Tensor, bool], None] = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]  # past what Weight says
+_set: Callable[[Any, bool], None] = torch.Tensor.requires_grad.__set__  # type: ignore[attr-defined]
+"""Past what `Freezable` says: torch has it as an attribute."""
 
 
 class Freezable:
@@ -38,8 +39,7 @@ class Freezable:
         if requires_grad:
             refuse_gradient(self.stored.name)
         self.stored.is_frozen = True
-        if isinstance(self, torch.Tensor):  # it is, and may be in place at this moment
-            _set(self, False)
+        _set(self, False)  # it may be in place at this moment
         return self
 
     @property
