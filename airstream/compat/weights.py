@@ -29,6 +29,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from airstream.compat.assembled import Assembled, assemble, expansion_bytes, growth_bytes
 from airstream.compat.quantizers import Quantizer
 from airstream.compat.renames import Renames
+from airstream.reporting.units import counted
 
 
 class DtypePlan:
@@ -87,7 +88,9 @@ class KeyConversion(ABC):
         Raises:
             CheckpointError: the tensors do not go together.
         """
-        raise TypeError(f"{name} is no object, for all its {len(sources)} tensors: see `makes_object`")
+        raise TypeError(
+            f"{name} is no object, though {counted(len(sources), 'tensor')} came for it: see `makes_object`"
+        )
 
 
 class MappedConversion(KeyConversion):
