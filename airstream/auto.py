@@ -6,6 +6,7 @@ import os
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from airstream.plan.planner import make_plan
 from airstream.plan.request import Workload
 from airstream.plan.whatif import with_advice
 from airstream.profiling.live import progress
+from airstream.repacking.cached import packed_copy
 from airstream.reporting.status import Activity, showing
 from airstream.system.forks import is_forked
 from airstream.system.memory import process_bytes
@@ -70,6 +72,7 @@ class AutoModel:
         page_cache: bool | Literal["auto"] = "auto",
         model_class: Any = None,
         attn_implementation: str | None = None,
+        compression: str | None = None,
         gguf_file: str | None = None,
         subfolder: str = "",
         variant: str | None = None,
@@ -101,6 +104,8 @@ class AutoModel:
             layers_per_batch, prefetch_batches: layers that move as one unit, and how many such units are read ahead.
             page_cache: read through the operating system's page cache; "auto" does if the checkpoint will stay there.
             model_class: instead of the one that the checkpoint names: a class or auto class of transformers, or a name.
+            compression: pack the checkpoint once, into the cache folder, and stream from there: "lossless" takes
+                three quarters of the bytes of bfloat16, and gives every bit back.
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
             attn_implementation, ...: the others are as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
@@ -125,6 +130,7 @@ class AutoModel:
             page_cache=page_cache,
             model_class=model_class,
             attn_implementation=attn_implementation,
+            compression=compression,
             gguf_file=gguf_file,
             subfolder=subfolder,
             variant=variant,
@@ -175,6 +181,9 @@ def load_model(
     if is_forked():
         compute_on_one_thread()
     # Without the time at first: where something is downloaded, the hub draws bars.
+    if options.compression is not None:
+        name = packed_copy(name, options, options.compression)
+        options = replace(options, compression=None, subfolder="", variant=None, revision=None)
     activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
     plan: Plan | None = None
     with showing(activity.text, bool(options.progress)), explained(lambda: plan):

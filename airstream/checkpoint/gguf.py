@@ -192,7 +192,8 @@ class _Parser:
             if offset % alignment:
                 raise self._fault(f"tensor {name!r} begins at byte {offset:,} of the data, off {alignment}")
             nbytes = self._nbytes(name, shape, dtype)
-            tensors.append(StoredTensor(name, self._file, start + offset, nbytes, dtype, shape, resident_offset=0))
+            place = (name, self._file, start + offset, nbytes, dtype, shape)
+            tensors.append(StoredTensor(*place, resident_offset=0, block=BLOCK_TYPES.get(dtype)))
         tensors.sort(key=lambda tensor: (tensor.offset, tensor.end))
         self._check_places(tensors, start)
         return tuple(tensors)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from airstream.checkpoint.names import SHARD_INDEX, SINGLE_FILE, file_name
+from airstream.checkpoint.packed_tensors import unfold
 from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex, StoredTensor
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 from airstream.reporting.units import counted, format_bytes
@@ -82,6 +83,7 @@ def read_header(file: Path) -> list[StoredTensor]:
         _stored_tensor(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"
     ]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.end))
+    tensors = unfold(file, tensors, header.get("__metadata__"))
     end, previous = data_start, "the header"
     for tensor in tensors:
         if tensor.offset < end:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from airstream.codecs.block_types import BlockType
+
 ITEM_BYTES: Mapping[str, int] = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
     "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
@@ -23,7 +25,9 @@ class StoredTensor:
     """One tensor of a checkpoint: `nbytes` bytes at `offset` of `file`, row-major, little-endian.
 
     Attributes:
+        dtype: safetensors' name of what its numbers are, or that of the blocks that GGUF packs them in.
         resident_offset: where in memory of its own a resident model has it, in bytes. None if it maps the file.
+        block: the blocks that its numbers are packed in, if they are.
     """
 
     name: str
@@ -33,6 +37,7 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]
     resident_offset: int | None = None
+    block: BlockType | None = None
 
     @property
     def end(self) -> int:

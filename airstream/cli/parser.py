@@ -13,6 +13,7 @@ from airstream.cli import mistakes, values
 from airstream.cli.slips import meant_instead
 from airstream.cli.starting import starting
 from airstream.cli.values import number
+from airstream.codecs.names import CODECS
 from airstream.reporting.status import can_draw
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -162,6 +163,12 @@ def _add_files(commands: Any) -> None:
         "--layers", type=values.layers, metavar="5:15", help="only layers 5 to 14, for a machine that runs only these"
     )
     repack.add_argument(
+        "--codec",
+        choices=CODECS,
+        help="lossless packs weights in bfloat16 to three quarters of their bytes, for airstream alone; every bit "
+        "comes back, and without a codec what is packed is unpacked",
+    )
+    repack.add_argument(
         "--shard-size",
         type=values.shard_size,
         default="4GiB",
@@ -219,6 +226,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         "--page-cache", action=argparse.BooleanOptionalAction, help="read through the page cache (default: if it fits)"
     )
     group.add_argument("--attn-implementation", help="as in transformers")
+    group.add_argument("--compression", choices=CODECS, help="pack the checkpoint once, into the cache folder")
     _add_source(group)
 
 

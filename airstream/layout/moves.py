@@ -79,7 +79,7 @@ def spec_of_moves(
     """The byte plan of `name`, whose rows of `width` come from `stored` as `moves` says. It starts a cache line."""
     if moves.deal is not None and (piece := dealt_piece(stored[0], width, *moves.deal, dtype)) is not None:
         return TensorSpec(name, dtype, moves.shape, (piece,), line_offset=0)
-    row_bytes = [width // elements * nbytes for elements, nbytes in (item_of(tensor.dtype) for tensor in stored)]
+    row_bytes = [width // elements * nbytes for elements, nbytes in (item_of(tensor) for tensor in stored)]
     pieces = tuple(
         piece_of(stored[number], first * row_bytes[number], count * row_bytes[number], begin * row_bytes[number], dtype)
         for begin, number, first, count in moves.runs

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from airstream.checkpoint.stored import StoredTensor
-from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.block_types import BlockType
 from airstream.layout.tensors import CACHE_LINE_BYTES, TensorSpec
 from airstream.transfer.piece import Cast, Piece
 
@@ -29,43 +29,43 @@ MAX_ITEM_BYTES = 8 << 20
 
 def piece_of(stored: StoredTensor, start: int, nbytes: int, target: int, dtype: torch.dtype) -> Piece:
     """`nbytes` of `stored` from byte `start`, for a tensor of `dtype`, at its byte `target` (before a cast)."""
-    if TORCH_DTYPES.get(stored.dtype) == dtype:
+    if stored.block is None and TORCH_DTYPES[stored.dtype] == dtype:
         return Piece(stored.file, stored.offset + start, nbytes, target)
-    elements, item_bytes = item_of(stored.dtype)
-    cast = Cast(_name_of(stored), str(dtype).removeprefix("torch."), item_bytes, elements * dtype.itemsize)
+    elements, item_bytes = item_of(stored)
+    cast = Cast(_source_of(stored), str(dtype).removeprefix("torch."), item_bytes, elements * dtype.itemsize)
     target = target // item_bytes * cast.target_item_bytes
     return Piece(stored.file, stored.offset + start, nbytes, target, cast)
 
 
 def dealt_piece(stored: StoredTensor, width: int, rows: int, ways: int, dtype: torch.dtype) -> Piece | None:
     """All of `stored`, every `rows` rows of it dealt `ways` ways; None if so many are too much to be read at once."""
-    elements, item_bytes = item_of(stored.dtype)
+    elements, item_bytes = item_of(stored)
     source_bytes, target_bytes = rows * width // elements * item_bytes, rows * width * dtype.itemsize
     if target_bytes > MAX_ITEM_BYTES or source_bytes > MAX_ITEM_BYTES:
         return None
-    cast = Cast(_name_of(stored), str(dtype).removeprefix("torch."), source_bytes, target_bytes)
+    cast = Cast(_source_of(stored), str(dtype).removeprefix("torch."), source_bytes, target_bytes)
     return Piece(stored.file, stored.offset, stored.nbytes, 0, replace(cast, rows=rows, ways=ways))
 
 
-def _name_of(stored: StoredTensor) -> str:
-    """Its type as a `Cast` calls it."""
-    return stored.dtype if stored.dtype in BLOCK_TYPES else str(TORCH_DTYPES[stored.dtype]).removeprefix("torch.")
+def _source_of(stored: StoredTensor) -> str | BlockType:
+    """What a `Cast` is from."""
+    return stored.block or str(TORCH_DTYPES[stored.dtype]).removeprefix("torch.")
 
 
-def item_of(stored: str) -> tuple[int, int]:
+def item_of(stored: StoredTensor) -> tuple[int, int]:
     """Elements and bytes of what a file cannot store less of: one number, or a block of them."""
-    if stored in BLOCK_TYPES:
-        return BLOCK_TYPES[stored].elements, BLOCK_TYPES[stored].nbytes
-    return 1, TORCH_DTYPES[stored].itemsize
+    if stored.block is not None:
+        return stored.block.elements, stored.block.nbytes
+    return 1, TORCH_DTYPES[stored.dtype].itemsize
 
 
 def dtype_of(stored: StoredTensor) -> torch.dtype:
-    """The dtype of its numbers; blocks become float32 before they are rounded to anything else."""
-    return TORCH_DTYPES.get(stored.dtype, torch.float32)
+    """The dtype of its numbers, unpacked."""
+    return TORCH_DTYPES[stored.dtype] if stored.block is None else getattr(torch, stored.block.dtype)
 
 
 def plain_spec(name: str, stored: StoredTensor, dtype: torch.dtype) -> TensorSpec:
     """`stored` as it lies, cast to `dtype`."""
     piece = piece_of(stored, 0, stored.nbytes, 0, dtype)
-    line_offset = stored.resident_offset if piece.cast is None else 0
+    line_offset = stored.resident_offset if dtype_of(stored) == dtype else 0
     return TensorSpec(name, dtype, stored.shape, (piece,), line_offset=line_offset and line_offset % CACHE_LINE_BYTES)

@@ -59,7 +59,7 @@ def trace(
         if conversion.makes_object(sources[0][1]):
             return [_object_of(conversion, name, sources, stored, wanted)]
     else:
-        if all(tensor.resident_offset is None for tensor in stored):  # else numpy may be asked, which makes values
+        if not conversion.keeps_views:  # else numpy may be asked, which makes values
             expansion = expand(conversion, name, sources, stored, kind, known.expansions)
         specs = _specs_of_views(expansion, stored, targets, wanted) if expansion is not None else None
         specs = specs or _specs_of_numbers(conversion, name, sources, stored, expansion, targets, wanted, known)
@@ -96,9 +96,11 @@ def _specs_of_views(
         if origin.source is None or not origin.is_run or _shape_of(targets, name) != shape:
             return None
         tensor, dtype = stored[origin.source], wanted[name]
-        start = origin.start // dtype.itemsize * dtype_of(tensor).itemsize
-        nbytes = math.prod(shape) * dtype_of(tensor).itemsize
-        piece = piece_of(tensor, start, nbytes, 0, dtype)
+        start, count = origin.start // dtype.itemsize, math.prod(shape)
+        elements, item_bytes = item_of(tensor)
+        if start % elements or count % elements:
+            return None
+        piece = piece_of(tensor, start // elements * item_bytes, count // elements * item_bytes, 0, dtype)
         specs.append(TensorSpec(name, dtype, shape, (piece,), line_offset=origin.line_offset(stored, dtype)))
     return specs
 
@@ -119,7 +121,7 @@ def _specs_of_numbers(
     source has few, and how they move may depend on more than shapes: on the heads of just that layer, say.
     """
     width = _common_width(stored)
-    if any(width % item_of(tensor.dtype)[0] for tensor in stored):  # a row is not made of blocks
+    if any(width % item_of(tensor)[0] for tensor in stored):  # a row is not made of blocks
         return None
     first = dtype_of(stored[0])
     kind = conversion_kind(name, sources, stored, (_shape_of(targets, name), wanted[name]))

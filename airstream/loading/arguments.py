@@ -95,7 +95,6 @@ KERNELS = "choose how attention is computed with attn_implementation="
 ONE_DEVICE = "one device computes, which device= names, and layers are streamed to it"
 
 REFUSED: Mapping[str, str] = {
-    "compression": QUANTISE,
     "load_in_4bit": QUANTISE,
     "load_in_8bit": QUANTISE,
     "quantization": QUANTISE,

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 
 from airstream.checkpoint.hub import HubOptions
+from airstream.codecs.names import codec_named
 from airstream.errors import ArgumentError
 from airstream.reporting.units import parse_budget
 from airstream.system.memory import default_device, describe_devices, is_present
@@ -47,6 +48,7 @@ class LoadOptions:
     page_cache: bool | Literal["auto"] = "auto"
     model_class: Any = None
     attn_implementation: str | None = None
+    compression: str | None = None
     gguf_file: str | None = None
     subfolder: str = ""
     variant: str | None = None
@@ -86,6 +88,8 @@ class LoadOptions:
                 f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", torch.float16... Weights '
                 "are not quantised here: name a checkpoint that is"
             )
+        if self.compression is not None:
+            codec_named(self.compression)
         check_inside("subfolder", self.subfolder)
         if self.variant is not None and not (isinstance(self.variant, str) and re.fullmatch(r"[\w-]+", self.variant)):
             raise ArgumentError(f'variant={self.variant!r} is not a part of a file\'s name: use one such as "fp16"')

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import decoding_seconds
 from airstream.layout.tensors import TensorSpec
 
@@ -27,8 +27,12 @@ def measure_packed(specs: Iterable[TensorSpec]) -> Packed | None:
     for spec in specs:
         sources |= {each.name: each for each in (spec.made_by.sources if spec.made_by else (spec,))}
     pieces = [piece for spec in sources.values() for piece in spec.pieces]
-    blocks = [(piece.nbytes, BLOCK_TYPES[piece.cast.source]) for piece in pieces if piece.cast and piece.cast.is_blocks]
+    casts = [(piece.nbytes, piece.cast.source) for piece in pieces if piece.cast]
+    blocks = [(nbytes, source) for nbytes, source in casts if isinstance(source, BlockType)]
     if not blocks:
         return None
-    seconds = sum(nbytes / block.nbytes * block.elements * decoding_seconds(block) for nbytes, block in blocks)
+    typical = {block.name: block for _, block in blocks}  # each tensor may have blocks of its own size
+    seconds = sum(
+        nbytes / block.nbytes * block.elements * decoding_seconds(typical[block.name]) for nbytes, block in blocks
+    )
     return Packed(sum(piece.nbytes for piece in pieces), seconds)

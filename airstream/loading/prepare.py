@@ -20,6 +20,7 @@ from airstream.checkpoint.stored import CheckpointIndex
 from airstream.errors import ArgumentError, CheckpointError
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.imagined import imagine
+from airstream.layout.imagined_packing import imagine_packed
 from airstream.layout.parts import divide
 from airstream.loading.arguments import adopt
 from airstream.loading.build import build_model
@@ -99,6 +100,8 @@ def prepare(
     model, dtype, quantizer = built.model, built.dtype, built.quantizer
     begin(STEPS[3])
     index = index or imagine(model)
+    if options.compression is not None and not with_weights:  # what is loaded has been packed
+        index = imagine_packed(index)
     parts = divide(model, read_specs(model, index, dtype, quantizer))
     packing = packing_of(device)
     facts = gather_facts(os.fspath(name), folder, built, parts, device, packing, options.layers_per_batch)

@@ -60,7 +60,7 @@ class Run(NamedTuple):
 
 
 def plan_shards(
-    members: Iterable[Member], order: Order, layers: tuple[int, int] | None, shard_bytes: int
+    members: Iterable[Member], order: Order, layers: tuple[int, int] | None, shard_bytes: int, on_pages: bool = True
 ) -> list[Shard]:
     """The files of the repacked checkpoint.
 
@@ -69,6 +69,7 @@ def plan_shards(
         layers: the first layer that is kept and the one behind the last; all, if not given. What comes before the
             layers (embeddings) goes with the first layer, what comes behind them (norm, lm_head) with the last one.
         shard_bytes: what a file should not be larger than. A layer is never cut.
+        on_pages: every layer begins on a page. Not where tensors are packed, for they are unpacked from a buffer.
     """
     runs = _runs(_distinct(members, order.ties), order)
     if layers is not None:
@@ -79,7 +80,7 @@ def plan_shards(
         tensors = [member.tensor for member in run.members]
         tensors.sort(key=lambda tensor: -ITEM_BYTES[tensor.dtype])  # keeps every element on a multiple of its size
         nbytes = sum(tensor.nbytes for tensor in tensors)
-        if not files or size % PAGE_BYTES or size + nbytes > shard_bytes:
+        if not files or (on_pages and size % PAGE_BYTES) or size + nbytes > shard_bytes:
             files.append([])
             size = 0
         files[-1] += tensors

@@ -36,11 +36,18 @@ def is_done(target: Path, facts: Mapping[str, Any]) -> bool:
         return True
     if there.get("source") != facts["source"]:
         what = "a repack of another checkpoint, or of this one before it was changed"
+    elif there.get("codec") != facts.get("codec"):
+        what = f"a repack of the same checkpoint {_codec_of(there)}, not {_codec_of(facts)}"
     elif there.get("layers") != facts["layers"]:
         what = f"a repack of the same checkpoint with {_layers_of(there)}, not with {_layers_of(facts)}"
     else:
         what = "a repack of the same checkpoint already, in files of other sizes (shard_size=...)"
     raise ArgumentError(f"{target} is {what}: use it as it is, remove it first, or name another folder")
+
+
+def _codec_of(facts: Mapping[str, Any]) -> str:
+    codec = facts.get("codec")
+    return "without a codec" if codec is None else f"with codec={codec!r}"
 
 
 def _layers_of(facts: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 from airstream.checkpoint.safetensors_writer import header_bytes
 from airstream.repacking.plan import Shard
@@ -42,9 +43,7 @@ def write_shard(file: Path, shard: Shard, on_bytes: OnBytes) -> str:
 
         def take(chunk: memoryview | bytes) -> None:
             digest.update(chunk)
-            done = 0
-            while done < len(chunk):
-                done += out.write(chunk[done:]) or 0
+            write_all(out, chunk)
 
         take(header_of(shard))
         pending: Future[None] | None = None
@@ -58,6 +57,13 @@ def write_shard(file: Path, shard: Shard, on_bytes: OnBytes) -> str:
         os.fsync(out.fileno())
     part.replace(file)
     return digest.hexdigest()
+
+
+def write_all(out: BinaryIO, chunk: memoryview | bytes) -> None:
+    """Write all of `chunk` to `out`, which has no buffer and may take less at a time."""
+    done = 0
+    while done < len(chunk):
+        done += out.write(chunk[done:]) or 0
 
 
 def _chunks(shard: Shard) -> Iterator[memoryview]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import STEP_ELEMENTS, decode_into
 from airstream.reporting.probe import CONVERT, HOST_COPY, Probe
 from airstream.transfer.files import PAGE_BYTES
@@ -95,8 +95,8 @@ def _deal_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast) -> None:
 
 def _numbers_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast) -> None:
     numbers = target.view(getattr(torch, cast.target))
-    if cast.is_blocks:
-        decode_into(numbers, raw, BLOCK_TYPES[cast.source])
+    if isinstance(cast.source, BlockType):
+        decode_into(numbers, raw, cast.source)
         return
     source = getattr(torch, cast.source)
     if raw.storage_offset() % source.itemsize:

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.block_types import BlockType
 
 
 @dataclass(frozen=True, slots=True)
 class Cast:
     """Items are stored as `source` and wanted as `target` (names as in `torch.<name>`).
 
-    An item is a number, or, if `source` is the name of a block type, a block of several, or, if `ways` is more than 1,
-    so many `rows` that are dealt out in turn: row r of the item goes to run r % ways of the runs that it becomes.
+    An item is a number, or, if `source` is a type of blocks, a block of several, or, if `ways` is more than 1, so many
+    `rows` that are dealt out in turn: row r of the item goes to run r % ways of the runs that it becomes.
     """
 
-    source: str
+    source: str | BlockType
     target: str
     source_item_bytes: int
     target_item_bytes: int
@@ -30,7 +30,7 @@ class Cast:
     @property
     def is_blocks(self) -> bool:
         """Whether an item is a block."""
-        return self.source in BLOCK_TYPES
+        return isinstance(self.source, BlockType)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from airstream.errors import CLOSED, AirstreamError, ClosedError, UnsupportedError
+from airstream.errors import CLOSED, AirstreamError, CheckpointError, ClosedError, UnsupportedError
 from airstream.reporting.probe import DISK, PAGE_CACHE, Probe
 from airstream.reporting.units import counted
 from airstream.system.forks import Forks
@@ -199,7 +200,8 @@ class Reader:
                     edges.read_direct(file, window, piece.offset)
                 else:
                     file.read_into(window, piece.offset, piece.nbytes)
-            landing.landed(worker, piece, direct)
+            with _blamed_on(piece):
+                landing.landed(worker, piece, direct)
         except AirstreamError:
             raise
         except (OSError, MemoryError) as error:  # as its file's errors are, those of the memory around it
@@ -207,6 +209,16 @@ class Reader:
             raise failure_of(what, error) from error
         with self._wake:
             self.bytes_read += piece.nbytes
+
+
+@contextmanager
+def _blamed_on(piece: Piece) -> Iterator[None]:
+    """Name the file in what is said of bytes that cannot be unpacked."""
+    try:
+        yield
+    except CheckpointError as error:
+        where = f"{piece.file}, of {counted(piece.nbytes, 'byte')} at {piece.offset:,}"
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _do(errand: Errand, worker: int, _: EdgePages) -> None:

@@ -1,4 +1,5 @@
-"""This reads every byte of a file once, around the page cache: for its checksum, and for values that are no numbers.
+"""This reads every byte of a file once, around the page cache: for its checksum, for those of its blocks, and for
+values that are no numbers.
 
 It knows files and elements. A disk that fails to give a byte back is a fault like any other.
 """
@@ -12,6 +13,7 @@ import torch
 
 from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
 from airstream.errors import BudgetError, CheckpointError, ReadError
+from airstream.layout.block_check import BlockCheck
 from airstream.layout.pieces import TORCH_DTYPES
 from airstream.reporting.units import counted, round_up
 from airstream.transfer.files import PAGE_BYTES, WeightFile, failure_of
@@ -22,17 +24,21 @@ from airstream.verification.checksums import Checksum
 OnBytes = Callable[[int], object]
 
 
-def check_file(file: Path, checksum: Checksum | None, tensors: Sequence[StoredTensor], on_bytes: OnBytes) -> list[str]:
+def check_file(
+    file: Path, checksum: Checksum | None, tensors: Sequence[StoredTensor], deep: bool, on_bytes: OnBytes
+) -> list[str]:
     """What is wrong with the bytes of `file`: that it cannot be read is. Blocks; takes 16 MiB of memory.
 
     Args:
         checksum: that it should have, if that is known.
-        tensors: in it, whose values are to be looked at.
+        tensors: in it. Blocks that have a checksum of their own are unpacked.
+        deep: look at the values of those that are not packed.
 
     Raises:
         BudgetError: there is not so much memory.
     """
-    scans = [_Scan(tensor) for tensor in tensors if _has_fractions(tensor)]
+    scans: list[_Scan | BlockCheck] = [_Scan(tensor) for tensor in tensors if deep and _has_fractions(tensor)]
+    scans += [BlockCheck(tensor) for tensor in tensors if BlockCheck.can_check(tensor)]
     try:
         size = file.stat().st_size
         digest = checksum.digest(size) if checksum is not None else None
@@ -65,8 +71,7 @@ def check_file(file: Path, checksum: Checksum | None, tensors: Sequence[StoredTe
 
 def _has_fractions(tensor: StoredTensor) -> bool:
     """Whether its values may be NaN: not those of blocks of packed weights, which are whole numbers beside a scale."""
-    dtype = TORCH_DTYPES.get(tensor.dtype)
-    return dtype is not None and dtype.is_floating_point
+    return tensor.block is None and TORCH_DTYPES[tensor.dtype].is_floating_point
 
 
 def _chunks(file: Path, size: int) -> Iterator[tuple[int, memoryview]]:

@@ -36,7 +36,8 @@ def verify(
 
     Headers against their files; every tensor that the model of config.json needs, with its shape; checksums, where
     there is something to compare with: the manifest of `airstream.repack`, the names that the hub's cache gives its
-    files. All weights are read once, at the speed of the disk, so that what the disk cannot give back is found too.
+    files, the blocks of weights that are packed without loss. All weights are read once, at the speed of the disk, so
+    that what the disk cannot give back is found too.
 
     Args:
         model: a folder, a hub id or a GGUF file.
@@ -122,7 +123,7 @@ def _read_files(
     from tqdm import tqdm
 
     files = sorted({*contents.files, *checksums})
-    tensors = {file: [t for t in contents.tensors.values() if t.file == file] if deep else [] for file in files}
+    tensors = {file: [t for t in contents.tensors.values() if t.file == file] for file in files}
     total = sum(_size(file) for file in files)
     off = None if progress else True
     with (
@@ -136,7 +137,7 @@ def _read_files(
             bar.update(count)
 
         def check(file: Path) -> Sequence[str]:
-            return check_file(file, checksums.get(file), tensors[file], on_bytes)
+            return check_file(file, checksums.get(file), tensors[file], deep, on_bytes)
 
         return [fault for faults in pool.map(check, files) for fault in faults], sum(read)
 

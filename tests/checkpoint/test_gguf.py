@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from airstream import AutoModel
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.gguf_outline import LONG, write_outline
+from airstream.codecs.block_types import BLOCK_TYPES
 from airstream.compat.gguf import gguf_config
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.layout.parts import Kind
@@ -221,7 +222,7 @@ def test_rotary_halves_are_one_read(gguf: File) -> None:
     """llama.cpp has the rows of queries and keys in another order: they are read as they lie and dealt out."""
     specs = prepare(gguf("llama", "Q4_0"), LoadOptions(device="cpu")).parts.specs
     (piece,) = specs["model.layers.0.self_attn.k_proj.weight"].pieces
-    assert piece.cast == Cast("Q4_0", "float32", 64 * 8 * 18, 64 * 256 * 4, rows=64, ways=2)
+    assert piece.cast == Cast(BLOCK_TYPES["Q4_0"], "float32", 64 * 8 * 18, 64 * 256 * 4, rows=64, ways=2)
 
 
 @pytest.mark.parametrize("says_size", [False, True])

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
 from airstream.repacking import plan as plan_module
 from airstream.repacking import repack as repack_module
-from airstream.repacking import write as write_module
+from airstream.repacking import ways
 from airstream.repacking.manifest import JOURNAL, MANIFEST, read_manifest
 from airstream.repacking.plan import Member, Order, parse_layers, plan_shards
+from airstream.repacking.ways import Way
 from airstream.reporting import units as units_module
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.packing import packing_of
@@ -331,16 +333,20 @@ def test_a_disk_that_is_too_small(tiny: WriteTiny, tmp_path: Path, monkeypatch: 
 def failing_at(number: int, error: Callable[[], BaseException], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Make the writing of the `number`th file fail; gives the names of those that have been begun."""
     begun: list[str] = []
-    real = write_module.write_shard
 
-    def write_shard(file: Path, *others: Any) -> str:
-        begun.append(file.name)
-        if len(begun) == number:
-            file.with_name(file.name + ".part").write_bytes(b"half")
-            raise error()
-        return real(file, *others)
+    def way_of(*asked: Any) -> Way:
+        way = ways.way_of(*asked)
 
-    monkeypatch.setattr(repack_module, "write_shard", write_shard)
+        def write(file: Path, *others: Any) -> str:
+            begun.append(file.name)
+            if len(begun) == number:
+                file.with_name(file.name + ".part").write_bytes(b"half")
+                raise error()
+            return way.write(file, *others)
+
+        return replace(way, write=write)
+
+    monkeypatch.setattr(repack_module, "way_of", way_of)
     return begun
 
 
@@ -445,16 +451,22 @@ def test_what_another_source_left_is_not_taken_over(
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
-def test_a_process_that_is_killed(tiny: WriteTiny, tmp_path: Path) -> None:
+@pytest.mark.parametrize("codec", [None, "lossless"])
+def test_a_process_that_is_killed(
+    tiny: WriteTiny, tmp_path: Path, codec: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The real thing: killed while it writes, run again, equal."""
     source, out = tiny("llama", BF16), tmp_path / "out"
+    options: dict[str, Any] = {"codec": codec, "progress": False}
+    monkeypatch.setattr(repack_module, "parse_shard_size", lambda _: 1 << 17)  # packed layers do not begin on pages
     code = (
-        "import sys, time, airstream; from airstream.repacking import repack as r; real = r.write_shard\n"
-        "def slow(*a): time.sleep(0.15); return real(*a)\n"
-        "r.write_shard = slow; airstream.repack(sys.argv[1], sys.argv[2], progress=False)"
+        "import sys, time, airstream; from airstream.repacking import repack as r\n"
+        "r.parse_shard_size = lambda _: 1 << 17\n"
+        "w = r._Repack._note; r._Repack._note = lambda *a: (w(*a), time.sleep(0.15))\n"
+        "airstream.repack(sys.argv[1], sys.argv[2], **eval(sys.argv[3]))"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", code, str(source), str(out)], env=os.environ | {"HF_HUB_OFFLINE": "1"}
+        [sys.executable, "-c", code, str(source), str(out), repr(options)], env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
     work = tmp_path / ".out-repacking"
     deadline = time.monotonic() + 60
@@ -464,8 +476,10 @@ def test_a_process_that_is_killed(tiny: WriteTiny, tmp_path: Path) -> None:
     child.wait()
     assert (work / JOURNAL).is_file()
     assert not out.exists()
-    airstream.repack(source, out, progress=False)
-    assert equal(weights_of(out), weights_of(source))
+    airstream.repack(source, out, **options)
+    assert state_of(out).keys() == state_of(airstream.repack(source, tmp_path / "whole", **options)).keys()
+    assert airstream.verify(out, progress=False).is_sound
+    shutil.rmtree(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 

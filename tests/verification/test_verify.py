@@ -152,7 +152,7 @@ def test_elements_across_two_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     file = tmp_path / "w.safetensors"
     file.write_bytes(len(text).to_bytes(8, "little") + text.encode() + raw)
     monkeypatch.setattr(reading, "CHUNK_BYTES", 4096)
-    (fault,) = reading.check_file(file, None, read_header(file), lambda _: None)
+    (fault,) = reading.check_file(file, None, read_header(file), True, lambda _: None)
     assert "'w' has 5 values" in fault
 
 
@@ -160,7 +160,7 @@ def test_elements_across_two_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_nan_of_every_type(tmp_path: Path, dtype: torch.dtype) -> None:
     file = tmp_path / "w.safetensors"
     save_file({"w": torch.tensor([0.0, 1.0, torch.nan]).to(dtype), "i": torch.full((3,), -1)}, file)
-    (fault,) = reading.check_file(file, None, read_header(file), lambda _: None)
+    (fault,) = reading.check_file(file, None, read_header(file), True, lambda _: None)
     assert "'w' has 1 value that is" in fault
 
 

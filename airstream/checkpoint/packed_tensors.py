@@ -1,0 +1,97 @@
+"""This says which tensors of a safetensors file are packed without loss: its own metadata does, under one key.
+
+The value is JSON, an object for each tensor of the file: `line` is where within a cache line the tensor began in the
+file that it was packed from. Of a packed one there is `codec`, the `shape` of its numbers and the `elements` of a block
+besides; its entry in the header is then of type U8, of shape (blocks, bytes of a block). docs/formats.md has all of it.
+
+It knows that key. It refuses to know how a block is decoded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from airstream.checkpoint.stored import StoredTensor
+from airstream.codecs.block_types import lossless_block
+from airstream.errors import CheckpointError
+from airstream.system.foreign_json import HEADER, parse_json
+
+__all__ = ["KEY", "LINE_BYTES", "describe", "unfold"]
+
+KEY = "airstream.packed"
+"""In the metadata of a file's header."""
+
+LINE_BYTES = 64
+"""Of a cache line. Kernels add up in another order for numbers that begin at another place within one."""
+
+MAX_DIMENSIONS = 64
+
+
+def describe(tensors: Iterable[StoredTensor]) -> str:
+    """The value of the key for `tensors`, which are as they will be read."""
+    return json.dumps({tensor.name: _entry(tensor) for tensor in tensors}, separators=(",", ":"))
+
+
+def _entry(tensor: StoredTensor) -> dict[str, Any]:
+    entry: dict[str, Any] = {"line": tensor.resident_offset or 0}
+    if tensor.block is not None:
+        entry |= {"codec": tensor.block.name, "shape": tensor.shape, "elements": tensor.block.elements}
+    return entry
+
+
+def unfold(file: Path, tensors: Iterable[StoredTensor], metadata: Any) -> list[StoredTensor]:
+    """`tensors` of `file` as what they are packed from, in the same order, by the `metadata` of its header.
+
+    Raises:
+        CheckpointError: that is not what it says.
+    """
+    text = metadata.get(KEY) if isinstance(metadata, dict) else None
+    if text is None:
+        return list(tensors)
+    try:
+        entries = parse_json(str(text).encode(), HEADER, unique=True)
+        if not isinstance(entries, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {KEY} in the metadata is not sound: {error}. Repack it again") from None
+    return [_unfolded(file, tensor, entries[tensor.name]) if tensor.name in entries else tensor for tensor in tensors]
+
+
+def _unfolded(file: Path, tensor: StoredTensor, entry: Any) -> StoredTensor:
+    try:
+        line = _number(entry, "line", LINE_BYTES)
+        if "codec" not in entry:
+            return replace(tensor, resident_offset=line)
+        return _packed(tensor, entry, line)
+    except (KeyError, TypeError, ValueError, CheckpointError) as error:
+        said = error if isinstance(error, CheckpointError) else repr(error)
+        raise CheckpointError(
+            f"{file}: what {KEY} in the metadata says of tensor {tensor.name!r} is malformed ({said}). Repack it again"
+        ) from None
+
+
+def _packed(tensor: StoredTensor, entry: Mapping[str, Any], line: int) -> StoredTensor:
+    shape = entry["shape"]
+    if type(shape) is not list or len(shape) > MAX_DIMENSIONS:
+        raise ValueError("its shape is no list of sizes")
+    if not all(type(size) is int and 0 < size < 1 << 63 for size in shape):
+        raise ValueError("its shape is not made of positive integers")
+    if tensor.dtype != "U8" or len(tensor.shape) != 2:
+        raise ValueError(f"it is stored as {tensor.dtype} {list(tensor.shape)}, not as blocks of bytes")
+    count, nbytes = tensor.shape
+    block = lossless_block(str(entry["codec"])[:40], _number(entry, "elements", 1 << 20), nbytes)
+    if math.prod(shape) != count * block.elements or shape[-1] % block.elements:
+        raise ValueError(f"{count} blocks of {block.elements} numbers are not {shape}, or rows are not whole blocks")
+    return replace(tensor, dtype="BF16", shape=tuple(shape), resident_offset=line, block=block)
+
+
+def _number(entry: Mapping[str, Any], key: str, limit: int) -> int:
+    value = entry[key]
+    if type(value) is not int or not 0 <= value < limit:
+        raise ValueError(f"{key} is {str(value)[:40]}")
+    return value

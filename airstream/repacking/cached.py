@@ -1,0 +1,68 @@
+"""This keeps checkpoints that were packed on loading, in the cache folder: each is made once, whoever asks first.
+
+It knows where they lie and how they are told apart. It refuses to know how one is packed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from airstream.checkpoint.formats import open_checkpoint
+from airstream.checkpoint.locate import locate
+from airstream.codecs.names import codec_named
+from airstream.errors import CheckpointError, UnsupportedError
+from airstream.loading.options import LoadOptions
+from airstream.repacking.manifest import digest_of, fingerprint, read_manifest
+from airstream.repacking.repack import repack_and_report
+from airstream.system.cache import cache_folder
+
+logger = logging.getLogger(__name__)
+
+PACKED_FOLDER = "packed"
+"""In the cache folder."""
+
+
+def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression: str) -> Path:
+    """The folder with the checkpoint `name`, packed by the codec that `compression` names. Made unless it is there.
+
+    Blocks while another process makes it. Memory is that of a repack; one that was killed goes on where it was.
+
+    Raises:
+        ArgumentError: there is no such codec.
+        DiskSpaceError: the disk of the cache folder has not enough room.
+        CheckpointError: the checkpoint is incomplete or corrupt.
+    """
+    codec = codec_named(compression)
+    folder, gguf = locate(name, options.hub, options.gguf_file, options.trust_remote_code)
+    if gguf is not None:
+        raise UnsupportedError(f"{gguf} is packed already, as GGUF: leave compression={compression!r} out")
+    source = fingerprint(open_checkpoint(folder, variant=options.variant).files)
+    made_of = digest_of({"folder": str(folder), "source": source, "codec": codec})
+    target = cache_folder() / PACKED_FOLDER / f"{folder.name}-{codec}-{made_of[:12]}"
+    if _is_made(target):
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(target.parent / f".{target.name}.lock"):
+        if not _is_made(target):  # else another process made it while this one waited for the lock
+            _make(folder, target, codec, options)
+    return target
+
+
+def _is_made(target: Path) -> bool:
+    """A repack takes its name when it is whole."""
+    try:
+        return read_manifest(target) is not None
+    except CheckpointError:
+        return False
+
+
+def _make(folder: Path, target: Path, codec: str, options: LoadOptions) -> None:
+    logger.warning("packing %s with codec %s, once, into %s", folder, codec, target)
+    known: dict[str, Any] = {"variant": options.variant, "trust_remote_code": options.trust_remote_code}
+    report = repack_and_report(folder, target, codec=codec, progress=bool(options.progress), **known)
+    logger.warning("packed it: %s", report)

@@ -1,0 +1,113 @@
+"""`compression=`: a checkpoint is packed once, into the cache folder, whoever asks first."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import airstream
+from airstream import ArgumentError, AutoModel, UnsupportedError
+from airstream.cli import main
+from airstream.repacking import cached
+from tests.conftest import STREAMING, Resident, WriteTiny, least_memory, stream
+from tests.stand_ins.comparing import BF16, FP32, assert_equal
+
+PACKED = {"compression": "lossless"}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The cache folder, empty."""
+    monkeypatch.setenv("AIRSTREAM_CACHE", str(tmp_path / "cache"))
+    yield tmp_path / "cache"
+    assert not list((tmp_path / "cache").glob("packed/.*-repacking")), "nothing is left half done"
+
+
+def test_the_first_load_packs_and_the_second_does_not(
+    tiny: WriteTiny, resident: Resident, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, reference = tiny("llama-tied", BF16), resident("llama-tied", BF16, BF16)
+    with caplog.at_level(logging.WARNING), stream(folder, max_memory="100MiB", **PACKED) as model:
+        assert_equal(model, reference)
+        assert model.tokenizer is not None
+    (made,) = (cache / "packed").glob("[!.]*-lossless-*")
+    assert f"once, into {made}" in caplog.text
+    monkeypatch.setattr(cached, "repack_and_report", lambda *_, **__: pytest.fail("it was packed again"))
+    with stream(folder, max_memory="100MiB", **PACKED) as model:
+        assert_equal(model, reference)
+        assert any(spec.pieces[0].cast for spec in model._engine.prepared.parts.specs.values() if spec.pieces)
+
+
+def test_another_checkpoint_of_the_same_name_is_packed_anew(tiny: WriteTiny, cache: Path, tmp_path: Path) -> None:
+    import shutil
+
+    for name in ("llama", "llama-tied"):
+        folder = tmp_path / "model"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tiny(name, BF16), folder)
+        with stream(folder, max_memory="100MiB", **PACKED):
+            pass
+    assert len(list((cache / "packed").glob("model-lossless-*"))) == 2
+
+
+def test_two_processes_share_one(tiny: WriteTiny, cache: Path) -> None:
+    code = (
+        "import sys, airstream\n"
+        "airstream.AutoModel.from_pretrained(sys.argv[1], device='cpu', compression='lossless').close()"
+    )
+    children = [
+        subprocess.Popen([sys.executable, "-c", code, str(tiny("llama", BF16))], stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    said = [child.communicate()[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], said
+    assert sum("once, into" in each for each in said) == 1
+    assert len(list((cache / "packed").glob("[!.]*-lossless-*"))) == 1
+
+
+@pytest.mark.parametrize("compression", ["zip", "12bit", True, 4])
+def test_what_is_no_codec(tiny: WriteTiny, cache: Path, compression: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"codec=.* is not known: 'lossless'"):
+        AutoModel.from_pretrained(tiny("llama", BF16), compression=compression)
+    assert not cache.exists()
+
+
+def test_gguf_is_packed_already(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(UnsupportedError, match="is packed already, as GGUF"):
+        AutoModel.from_pretrained(file, device="cpu", compression="lossless")
+
+
+def test_it_is_planned_without_being_made(tiny: WriteTiny, cache: Path, tmp_path: Path) -> None:
+    folder = tiny("llama", BF16)
+    made = airstream.repack(folder, tmp_path / "out", codec="lossless", progress=False)
+    least, most = (
+        STREAMING | {"device": "cpu", "max_memory": least_memory(name, **STREAMING)} for name in (folder, made)
+    )
+    asked = ((folder, least), (folder, most | PACKED), (made, most))
+    plans = [AutoModel.plan(name, **options) for name, options in asked]
+    read = [sum(batch.read_bytes for batch in plan.batches) for plan in plans]
+    assert not cache.exists()
+    assert read[2] <= read[1] < 0.95 * read[0]
+
+
+def test_float32_is_planned_as_it_is(tiny: WriteTiny) -> None:
+    folder = tiny("llama", FP32)
+    plans = [AutoModel.plan(folder, device="cpu", **options) for options in ({}, {"compression": "lossless"})]
+    assert plans[0].batches == plans[1].batches
+
+
+def test_the_command_line(tiny: WriteTiny, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["generate", str(tiny("llama", BF16)), "w5 w6", "--max-new-tokens", "3", "--device", "cpu"]
+    assert main(asked) == 0
+    plain = capsys.readouterr().out
+    assert main([*asked, "--compression", "lossless"]) == 0
+    assert capsys.readouterr().out == plain
+    assert len(list((cache / "packed").glob("[!.]*-lossless-*"))) == 1
