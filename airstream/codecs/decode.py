@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from airstream.codecs.block_types import BlockType
+from airstream.codecs.block_types import LOSSLESS, BlockType
 from airstream.codecs.grids import by_gguf
+from airstream.codecs.lossless import decode_lossless
 from airstream.codecs.native import DTYPES, kernel
 from airstream.codecs.simple import iq4_nl, mxfp4, q4_0, q4_1, q5_0, q5_1, q8_0
 from airstream.codecs.super_blocks import iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k
@@ -69,14 +70,18 @@ UNPACK: Mapping[str, Callable[[torch.Tensor], Unpacked]] = {
 def decode_into(target: torch.Tensor, raw: torch.Tensor, block: BlockType) -> None:
     """Write the numbers of `raw`, uint8 of whole blocks, to `target`, flat, in its dtype, on the same device.
 
-    They are computed in float32 and rounded once. Does not block where torch does not.
+    They are computed in the dtype of `block` and rounded once. Does not block where torch does not.
 
     Raises:
+        CheckpointError: a lossless block is damaged, on a CPU; the message has its number.
         ValueError: there are not as many numbers as `target` takes.
     """
     count = raw.numel() // block.nbytes
     if raw.numel() != count * block.nbytes or target.numel() != count * block.elements:  # C would not notice
         raise ValueError(f"{raw.numel()} bytes of {block.name} do not make {target.numel()} numbers")
+    if block.name in LOSSLESS:
+        decode_lossless(target, raw, block, _slice_elements(raw), native=True)
+        return
     native = kernel(block.name) if raw.device.type == "cpu" and target.dtype in DTYPES else None
     if native is not None and raw.is_contiguous() and target.is_contiguous():
         native(raw.data_ptr(), target.data_ptr(), count, target.dtype == torch.bfloat16)
@@ -86,11 +91,14 @@ def decode_into(target: torch.Tensor, raw: torch.Tensor, block: BlockType) -> No
 
 def decode_with_torch(target: torch.Tensor, raw: torch.Tensor, block: BlockType) -> None:
     """As `decode_into`, on any device."""
+    if block.name in LOSSLESS:
+        decode_lossless(target, raw, block, _slice_elements(raw), native=False)
+        return
     if raw.storage_offset() % 2:
         raw = raw.clone()  # scales are viewed as the halves they are
     on_host = raw.device.type == "cpu"
     blocks, numbers = raw.view(-1, block.nbytes), target.view(-1, block.elements)
-    slice_blocks = (HOST_SLICE_ELEMENTS if on_host else DEVICE_SLICE_ELEMENTS) // block.elements
+    slice_blocks = _slice_elements(raw) // block.elements
     step_blocks = STEP_ELEMENTS // block.elements if on_host else slice_blocks
     for start in range(0, len(blocks), slice_blocks):
         unpacked = UNPACK[block.name](blocks[start : start + slice_blocks])
@@ -105,13 +113,18 @@ def decode_with_torch(target: torch.Tensor, raw: torch.Tensor, block: BlockType)
 def decoding_seconds(block: BlockType) -> float:
     """What one number of type `block` takes one core of this machine. Measured by the first call, in milliseconds."""
     count = MEASURED_ELEMENTS // block.elements
-    raw, target = torch.zeros(count * block.nbytes, dtype=torch.uint8), torch.empty(count * block.elements)
+    raw = torch.zeros(count * block.nbytes, dtype=torch.uint8)
+    target = torch.empty(count * block.elements, dtype=getattr(torch, block.dtype))
     best = math.inf
     for _ in range(3):  # the first one warms up
         start = time.thread_time()
         decode_into(target, raw, block)
         best = min(best, time.thread_time() - start)
     return best / target.numel()
+
+
+def _slice_elements(raw: torch.Tensor) -> int:
+    return HOST_SLICE_ELEMENTS if raw.device.type == "cpu" else DEVICE_SLICE_ELEMENTS
 
 
 def _compute(target: torch.Tensor, unpacked: Unpacked) -> None:

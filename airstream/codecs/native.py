@@ -15,12 +15,16 @@ from pathlib import Path
 
 import torch
 
+from airstream.codecs.block_types import BlockType
 from airstream.codecs.grids import GRID_TYPES, grid_of
 
 __all__ = ["kernel"]
 
 Kernel = Callable[[int, int, int, bool], None]
 """Takes the address of blocks, that of the numbers, how many blocks, and whether numbers are bfloat16, not float32."""
+
+LosslessKernel = Callable[[torch.Tensor, torch.Tensor, BlockType], int]
+"""Takes bits to write, blocks, and their type; returns how many blocks come before the first damaged one."""
 
 DTYPES = (torch.float32, torch.bfloat16)
 """What kernels write."""
@@ -46,6 +50,12 @@ def kernel(name: str) -> Kernel | None:
         function(blocks, numbers, count, to_bfloat16, address)
 
     return decode
+
+
+@functools.cache
+def lossless_kernel(name: str) -> LosslessKernel | None:
+    """The kernel that decodes lossless blocks of type `name`, if there is one."""
+    return None
 
 
 @functools.cache
