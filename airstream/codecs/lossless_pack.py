@@ -44,6 +44,10 @@ class Survey:
             most = _most_outside(_rows(numbers, elements), LOSSLESS[name].window)
             self._outside[name] = max(self._outside[name], most)
 
+    def join(self, other: Survey) -> None:
+        """Count what `other` has counted, of rows as long."""
+        self._outside = {name: max(most, other._outside[name]) for name, most in self._outside.items()}
+
     def block(self) -> BlockType | None:
         """The smallest block that fits all numbers that were added; None if plain numbers are as small."""
         best, least = None, 2 * (1 - LEAST_GAIN)
