@@ -104,8 +104,7 @@ class AutoModel:
             layers_per_batch, prefetch_batches: layers that move as one unit, and how many such units are read ahead.
             page_cache: read through the operating system's page cache; "auto" does if the checkpoint will stay there.
             model_class: instead of the one that the checkpoint names: a class or auto class of transformers, or a name.
-            compression: pack the checkpoint once, into the cache folder, and stream from there: "lossless" takes
-                three quarters of the bytes of bfloat16, and gives every bit back.
+            compression: pack the checkpoint once, into the cache folder, and stream that: "lossless" keeps every bit.
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
             attn_implementation, ...: the others are as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.

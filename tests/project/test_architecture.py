@@ -43,7 +43,7 @@ never import each other. `airstream` is the package itself: its public names, lo
 
 FLOOR_OF = {folder: number for number, floor in enumerate(FLOORS.split("\n")) for folder in floor.split()}
 
-LONGEST_CHAIN = 15
+LONGEST_CHAIN = 16
 """Modules of which each imports the next, at most. Whoever looks for what a module stands on reads no more of them."""
 
 MAX_MODULE_LINES = 300
