@@ -82,7 +82,8 @@ class Lossless:
         return HEAD_BYTES + elements + elements * self.code_bits // 8 + self.slot_bytes * slots
 
     def slots(self, block: BlockType) -> int:
-        """The slots that `block` has."""
+        """The slots that `block` has. Raises CheckpointError as `lossless_block` does: kernels believe sizes."""
+        lossless_block(self.name, block.elements, block.nbytes)
         return (block.nbytes - self.nbytes(block.elements, 0)) // self.slot_bytes
 
 

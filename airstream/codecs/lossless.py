@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from airstream.codecs.block_types import HEAD_BYTES, LOSSLESS, BlockType
-from airstream.codecs.native import lossless_kernel
+from airstream.codecs.native import lossless_decoder
 from airstream.codecs.words import bytes_of, nibbles, spread_bits, words_of
 from airstream.errors import CheckpointError
 
@@ -33,16 +33,19 @@ class Exponents(NamedTuple):
 def decode_lossless(target: torch.Tensor, raw: torch.Tensor, block: BlockType, max_elements: int, native: bool) -> None:
     """Write the numbers of `raw`, whole blocks, to `target`, `max_elements` of them, or one block, at a time.
 
-    Where torch decodes, that takes 8 bytes of memory for each of `max_elements`; a kernel takes one, if numbers are to be
-    of another dtype than bfloat16. Does not block where torch does not.
+    Where torch decodes, that takes 8 bytes of memory for each of `max_elements`; a kernel takes one, and only if the
+    numbers are to be of another dtype than bfloat16. Does not block where torch does not.
 
     Raises:
         CheckpointError: on a CPU, a block is damaged; the message has its number, from 0.
     """
-    decode = (lossless_kernel(block.name) if native and raw.device.type == "cpu" else None) or decode_with_torch
+    kernel = lossless_decoder(block.name) if native and raw.device.type == "cpu" else None
+    decode = kernel or decode_with_torch
     blocks, numbers = raw.view(-1, block.nbytes), target.view(-1, block.elements)
     in_place = target.dtype == torch.bfloat16 and target.is_contiguous()
     step = max(1, (max_elements if in_place else max_elements // 2) // block.elements)
+    if kernel is not None and in_place:
+        step = max(1, len(blocks))  # which takes no memory
     for start in range(0, len(blocks), step):
         some, wanted = blocks[start : start + step], numbers[start : start + step]
         exact = wanted if in_place else torch.empty(wanted.shape, dtype=torch.bfloat16, device=target.device)
@@ -58,7 +61,7 @@ def bad_blocks(raw: torch.Tensor, block: BlockType) -> list[int]:
 
     It takes 2 bytes of memory for each number in `raw`.
     """
-    decode = lossless_kernel(block.name) or decode_with_torch
+    decode = lossless_decoder(block.name) or decode_with_torch
     blocks = raw.view(-1, block.nbytes)
     numbers = torch.empty((len(blocks), block.elements), dtype=torch.int16)
     sums = blocks[:, 4:HEAD_BYTES].contiguous().view(torch.int32).view(-1).tolist()

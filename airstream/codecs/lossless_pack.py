@@ -22,6 +22,7 @@ from airstream.codecs.block_types import (
     lossless_block,
     max_slots,
 )
+from airstream.codecs.native import LosslessKernel, lossless_encoder, most_outside
 from airstream.errors import CheckpointError
 
 LEAST_GAIN = 0.01
@@ -80,27 +81,30 @@ def encode(numbers: torch.Tensor, block: BlockType) -> torch.Tensor:
         CheckpointError: more exponents are outside of a block's window than it has slots.
         ValueError: the numbers are not those of whole blocks.
     """
-    return encode_with_numpy(numbers, block)
+    kernel = lossless_encoder(block.name)
+    return _encode(numbers, block, kernel or _encode_with_numpy)
 
 
 def encode_with_numpy(numbers: torch.Tensor, block: BlockType) -> torch.Tensor:
     """As `encode`, without a compiler."""
+    return _encode(numbers, block, _encode_with_numpy)
+
+
+def _encode(numbers: torch.Tensor, block: BlockType, put: LosslessKernel) -> torch.Tensor:
     rows = _rows(numbers, block.elements)
-    blocks = np.zeros((len(rows), block.nbytes), dtype=np.uint8)
-    step = max(1, STEP_ELEMENTS // block.elements)
-    for start in range(0, len(rows), step):
-        full = _encode(rows[start : start + step], blocks[start : start + step], block)
-        if full is not None:
-            raise CheckpointError(_no_room(block, start + full))
-    for row, packed in zip(rows, blocks, strict=True):
-        packed[4:HEAD_BYTES] = np.frombuffer(zlib.crc32(row).to_bytes(4, "little"), dtype=np.uint8)
-    return torch.from_numpy(blocks).view(-1)
+    blocks = torch.empty((len(rows), block.nbytes), dtype=torch.uint8)
+    done = put(blocks, rows, block)
+    if done < len(rows):
+        raise CheckpointError(_no_room(block, done))
+    sums = np.array([zlib.crc32(row) for row in rows.numpy()], dtype="<u4")
+    blocks[:, HEAD_BYTES - 4 : HEAD_BYTES] = torch.from_numpy(sums.view(np.uint8)).view(-1, 4)
+    return blocks.view(-1)
 
 
-def _rows(numbers: torch.Tensor, elements: int) -> np.ndarray:
+def _rows(numbers: torch.Tensor, elements: int) -> torch.Tensor:
     if numbers.numel() % elements:
         raise ValueError(f"{numbers.numel():,} values are no blocks of {elements:,}")
-    return numbers.view(torch.int16).view(-1, elements).numpy().view(np.uint16)
+    return numbers.view(torch.int16).view(-1, elements)
 
 
 def _no_room(block: BlockType, number: int) -> str:
@@ -108,8 +112,18 @@ def _no_room(block: BlockType, number: int) -> str:
     return f"block {number:,} of {block.name} has more than {slots:,} exponents outside of its window: count them anew"
 
 
-def _encode(rows: np.ndarray, blocks: np.ndarray, block: BlockType) -> int | None:
-    """Write all but the checksums of `rows` to `blocks`; the number of a row that has too many exponents, or None."""
+def _encode_with_numpy(blocks: torch.Tensor, rows: torch.Tensor, block: BlockType) -> int:
+    """Write all but the checksums of `rows` to `blocks`; how many come before one that has too many exponents."""
+    step = max(1, STEP_ELEMENTS // block.elements)
+    for start in range(0, len(rows), step):
+        some = slice(start, start + step)
+        full = _put(blocks[some].numpy(), rows[some].numpy().view(np.uint16), block)
+        if full is not None:
+            return start + full
+    return len(rows)
+
+
+def _put(blocks: np.ndarray, rows: np.ndarray, block: BlockType) -> int | None:
     codec, n = LOSSLESS[block.name], block.elements
     exponents = (rows >> 7).astype(np.uint8)
     bases, _ = _windows(exponents, codec.window)
@@ -121,6 +135,7 @@ def _encode(rows: np.ndarray, blocks: np.ndarray, block: BlockType) -> int | Non
     full = np.flatnonzero(outside.sum(1) > slots)
     if full.size:
         return int(full[0])
+    blocks[:, :HEAD_BYTES] = 0
     blocks[:, 0] = bases
     blocks[:, HEAD_BYTES : HEAD_BYTES + n] = rows >> 8 & 0x80 | rows & 0x7F
     codes_at, slots_at = HEAD_BYTES + n, HEAD_BYTES + n + n * codec.code_bits // 8
@@ -162,9 +177,13 @@ def _windows(exponents: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]
     return (bases + 1).astype(np.uint8), counts[:, 0] - held[np.arange(rows), bases]
 
 
-def _most_outside(rows: np.ndarray, window: int) -> int:
+def _most_outside(rows: torch.Tensor, window: int) -> int:
+    kernel = most_outside()
+    if kernel is not None:
+        return kernel(rows, window)
     step, most = max(1, STEP_ELEMENTS // rows.shape[1]), 0
     for start in range(0, len(rows), step):
-        _, outside = _windows((rows[start : start + step] >> 7).astype(np.uint8), window)
+        some = rows[start : start + step].numpy()
+        _, outside = _windows((some.view(np.uint16) >> 7).astype(np.uint8), window)
         most = max(most, int(outside.max(initial=0)))
     return most

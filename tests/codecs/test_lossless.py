@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import struct
 import zlib
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from airstream.codecs.decode import (
 )
 from airstream.codecs.lossless import bad_blocks
 from airstream.codecs.lossless_pack import Survey, choose_block, encode, encode_with_numpy
+from airstream.codecs.native import lossless_decoder, lossless_encoder, most_outside
 from airstream.errors import CheckpointError
 from tests.stand_ins.sim import SimDevice
 
@@ -156,7 +158,7 @@ def test_every_bit_comes_back(
     try:
         raw = pack(numbers, block)
     except CheckpointError:  # too varied for this codec
-        assert most_outside(numbers, block) > LOSSLESS[name].slots(block)
+        assert most_outside_by_hand(numbers, block) > LOSSLESS[name].slots(block)
         return
     assert raw.dtype == torch.uint8
     assert raw.numel() == count * block.nbytes
@@ -166,7 +168,7 @@ def test_every_bit_comes_back(
     assert bad_blocks(raw, block) == []
 
 
-def most_outside(numbers: torch.Tensor, block: BlockType) -> int:
+def most_outside_by_hand(numbers: torch.Tensor, block: BlockType) -> int:
     """By trying every window."""
     window = LOSSLESS[block.name].window
     worst = 0
@@ -392,7 +394,7 @@ def test_the_room_is_counted_exactly(name: str, seed: int, spread: float, parts:
         survey.add(part.reshape(-1))
     block = survey.block()
     assert block == choose_block(numbers, 192, [name])
-    needed = most_outside(numbers, block_of(name, 192, 0))
+    needed = most_outside_by_hand(numbers, block_of(name, 192, 0))
     fours = -(-needed // 4) * 4
     if block is None:
         assert fours > max_slots(192) or LOSSLESS[name].nbytes(192, fours) > 0.99 * 2 * 192
@@ -448,12 +450,39 @@ def test_the_smallest_is_chosen(
         assert same_bits(decoded(decode_into, encode(numbers, block), block), numbers)
 
 
+def test_numpy_counts_as_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = gaussian(64 * 3000, seed=8)
+    numbers[::777] = 1e30
+    chosen = [choose_block(numbers, length, [name]) for name in LOSSLESS for length in (64, 192, 3000 * 64)]
+    monkeypatch.setattr("airstream.codecs.lossless_pack.most_outside", lambda: None)
+    assert chosen == [choose_block(numbers, length, [name]) for name in LOSSLESS for length in (64, 192, 3000 * 64)]
+    assert None not in chosen[1:3]
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+@EVERY_CODEC
+def test_there_are_kernels_where_there_is_a_compiler(name: str) -> None:
+    """Else the tests of kernels would test torch and numpy twice."""
+    assert lossless_decoder(name)
+    assert lossless_encoder(name)
+    assert most_outside()
+
+
 def test_what_is_asked_for_in_the_wrong_way_is_refused() -> None:
     block = block_of("bf16x12", 64, 4)
     with pytest.raises(ValueError, match="65 values are no blocks of 64"):
         encode(torch.zeros(65, dtype=torch.bfloat16), block)
     with pytest.raises(ValueError, match="117 bytes of bf16x12 do not make 64 numbers"):
         decode_into(torch.empty(64), torch.zeros(117, dtype=torch.uint8), block)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize(
+    "block", [BlockType("bf16x12", 48, 80), BlockType("bf16x11", 64, 65536), BlockType("bf16x12", 64, 4)]
+)
+def test_a_block_that_cannot_be_is_not_decoded(decode: Decode, block: BlockType) -> None:
+    with pytest.raises(CheckpointError, match=f"{block.elements}"):
+        decode(torch.empty(block.elements), torch.zeros(block.nbytes, dtype=torch.uint8), block)
 
 
 def test_blocks_of_gguf_are_computed_in_float32() -> None:

@@ -1,0 +1,302 @@
+/* Blocks of bfloat16 that give every bit back: the same as lossless.py and lossless_pack.py, some times faster on a CPU.
+ *
+ * docs/formats.md has the bytes. Whatever a block says, nothing beside it is read, and nothing beside its numbers written.
+ * Loops over arrays of bytes that the compiler turns into vectors of any width; numbers without a code come one by one,
+ * after them.
+ */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "widths.h"
+
+enum {
+    HEAD = 8,         /* bytes before signs and mantissas */
+    RUN = 64,         /* numbers that are taken at a time: what one word of a bit plane has */
+    LISTED = 7,       /* the code of bf16x11 for an exponent of the list */
+    WINDOW_X12 = 15,  /* consecutive exponents that have a code */
+    WINDOW_X11 = 6,
+};
+
+INLINE uint64_t long_word(const uint8_t *at) {
+    uint64_t value;
+    memcpy(&value, at, sizeof value);
+    return value;
+}
+
+INLINE void put_long_word(uint8_t *at, uint64_t value) {
+    memcpy(at, &value, sizeof value);
+}
+
+/* ------------------------------------------------------------------------------------------------------------ decoding */
+
+/* Sixteen at a time, as vectors of gcc and clang: of the same loops a compiler makes vectors or not, by what is around. */
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef uint64_t Words __attribute__((vector_size(16)));
+typedef uint16_t Numbers __attribute__((vector_size(32)));
+
+INLINE Bytes bytes_at(const uint8_t *at) {
+    Bytes bytes;
+    memcpy(&bytes, at, sizeof bytes);
+    return bytes;
+}
+
+/* The numbers of 16 codes. Exponents are added up modulo 256; code 0 is exponent 0. */
+INLINE void join(const uint8_t *rest_at, Bytes codes, uint8_t before, uint16_t *out) {
+    Bytes exponents = (codes + before) & (Bytes)(codes != 0);
+    Numbers rest = __builtin_convertvector(bytes_at(rest_at), Numbers);
+    Numbers numbers = (rest & 0x80) << 8 | __builtin_convertvector(exponents, Numbers) << 7 | (rest & 0x7F);
+    memcpy(out, &numbers, sizeof numbers);
+}
+
+INLINE void set_exponent(uint16_t *number, uint8_t exponent) {
+    *number = (uint16_t)((*number & 0x807F) | exponent << 7);
+}
+
+INLINE void numbers_x12(const uint8_t *restrict block, size_t n, uint16_t *restrict out) {
+    uint8_t before = (uint8_t)(block[0] - 1);
+    const uint8_t *rest = block + HEAD, *shared = rest + n;
+    for (size_t first = 0; first < n; first += 32) {
+        Bytes pairs = bytes_at(shared + first / 2);
+        join(rest + first, pairs & 15, before, out + first);
+        join(rest + first + 16, pairs >> 4, before, out + first + 16);
+    }
+}
+
+/* Byte a eight times, then byte b. */
+#define EIGHT_EACH(a, b) a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b
+#ifdef __clang__
+#define COPIES(bytes, a, b) __builtin_shufflevector(bytes, bytes, EIGHT_EACH(a, b))
+#else
+#define COPIES(bytes, a, b) __builtin_shuffle(bytes, (Bytes){EIGHT_EACH(a, b)})
+#endif
+
+/* Of 16 bytes, eight copies of each of two bytes of a plane, each one's own bit, at place `plane`. */
+INLINE Bytes own_bits(Bytes copies, int plane) {
+    const Bytes own = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    return (Bytes)((copies & own) != 0) & (uint8_t)(1 << plane);
+}
+
+/* Sixteen numbers, whose bits are in bytes a and b of the planes p, q and r. */
+#define SIXTEEN(a, b)                                                                                             \
+    join(rest + first + 8 * (a),                                                                                  \
+        own_bits(COPIES(p, a, b), 0) | own_bits(COPIES(q, a, b), 1) | own_bits(COPIES(r, a, b), 2), before,       \
+        out + first + 8 * (a))
+
+INLINE void numbers_x11(const uint8_t *restrict block, size_t n, uint16_t *restrict out) {
+    uint8_t before = (uint8_t)(block[0] - 1);
+    const uint8_t *rest = block + HEAD, *planes = rest + n;
+    for (size_t first = 0; first < n; first += RUN) {
+        const uint8_t *at = planes + first / 8;
+        Bytes p = (Bytes)(Words){long_word(at)};
+        Bytes q = (Bytes)(Words){long_word(at + n / 8)};
+        Bytes r = (Bytes)(Words){long_word(at + n / 4)};
+        SIXTEEN(0, 1);
+        SIXTEEN(2, 3);
+        SIXTEEN(4, 5);
+        SIXTEEN(6, 7);
+    }
+}
+
+/* Gives numbers at `positions` their exponents; 0 if one of them is not there. */
+INLINE int patch_x12(const uint8_t *restrict positions, size_t n, size_t slots, uint16_t *restrict out) {
+    const uint8_t *exponents = positions + 2 * slots;
+    size_t outside = 0;
+    for (size_t slot = 0; slot < slots; slot++) {
+        size_t position = positions[2 * slot] | (size_t)positions[2 * slot + 1] << 8;
+        if (position < n)
+            set_exponent(out + position, exponents[slot]);
+        else
+            outside++;
+    }
+    return outside == 0;
+}
+
+/* Gives numbers of code 7 the exponents that follow the planes, in order; 0 if there are too few. */
+INLINE int patch_x11(const uint8_t *restrict planes, size_t n, size_t slots, uint16_t *restrict out) {
+    const uint8_t *exponents = planes + 3 * (n / 8), *end = exponents + slots;
+    for (size_t first = 0; first < n; first += RUN) {
+        const uint8_t *at = planes + first / 8;
+        uint64_t listed = long_word(at) & long_word(at + n / 8) & long_word(at + n / 4);
+        for (; listed; listed &= listed - 1) {
+            if (exponents == end)
+                return 0;
+            set_exponent(out + first + (size_t)__builtin_ctzll(listed), *exponents++);
+        }
+    }
+    return 1;
+}
+
+/* decode_TYPE(blocks, out, count, n, slots): how many of `count` blocks, of any alignment, come before a damaged one. */
+EVERY_WIDTH size_t decode_bf16x12(const uint8_t *blocks, uint16_t *out, size_t count, size_t n, size_t slots) {
+    size_t nbytes = HEAD + n + n / 2 + 3 * slots;
+    for (size_t number = 0; number < count; number++) {
+        const uint8_t *block = blocks + number * nbytes;
+        numbers_x12(block, n, out + number * n);
+        if (!patch_x12(block + HEAD + n + n / 2, n, slots, out + number * n))
+            return number;
+    }
+    return count;
+}
+
+EVERY_WIDTH size_t decode_bf16x11(const uint8_t *blocks, uint16_t *out, size_t count, size_t n, size_t slots) {
+    size_t nbytes = HEAD + n + 3 * (n / 8) + slots;
+    for (size_t number = 0; number < count; number++) {
+        const uint8_t *block = blocks + number * nbytes;
+        numbers_x11(block, n, out + number * n);
+        if (!patch_x11(block + HEAD + n, n, slots, out + number * n))
+            return number;
+    }
+    return count;
+}
+
+/* ------------------------------------------------------------------------------------------------------------ counting */
+
+typedef struct {
+    uint8_t base;   /* the lowest window that holds most */
+    size_t outside; /* numbers that have no code */
+} Window;
+
+INLINE uint8_t exponent_of(uint16_t number) {
+    return (uint8_t)(number >> 7);
+}
+
+INLINE Window window_of(const uint16_t *restrict numbers, size_t n, int width) {
+    uint32_t counts[4][256] = {{0}}; /* four, so that one increment does not wait for the last; n is a multiple of 4 */
+    for (size_t i = 0; i < n; i += 4)
+        for (int lane = 0; lane < 4; lane++)
+            counts[lane][exponent_of(numbers[i + (size_t)lane])]++;
+    for (int e = 0; e < 256; e++)
+        counts[0][e] += counts[1][e] + counts[2][e] + counts[3][e];
+    size_t held = 0, most;
+    for (int e = 1; e <= width; e++)
+        held += counts[0][e];
+    Window best = {1, 0};
+    most = held;
+    for (int base = 2; base + width <= 256; base++) {
+        held += counts[0][base + width - 1];
+        held -= counts[0][base - 1];
+        if (held > most) {
+            most = held;
+            best.base = (uint8_t)base;
+        }
+    }
+    best.outside = n - counts[0][0] - most;
+    return best;
+}
+
+/* The most numbers without a code that one of `count` blocks of `n` numbers has. */
+EVERY_WIDTH size_t most_outside(const uint16_t *numbers, size_t count, size_t n, int width) {
+    size_t most = 0;
+    for (size_t number = 0; number < count; number++) {
+        size_t outside = window_of(numbers + number * n, n, width).outside;
+        most = outside > most ? outside : most;
+    }
+    return most;
+}
+
+/* ------------------------------------------------------------------------------------------------------------- encoding */
+
+/* Signs and mantissas of 64 numbers, their codes, `other` for what is outside of the window, and a byte for each that is. */
+INLINE void part(const uint16_t *restrict numbers, uint8_t base, uint8_t width, uint8_t other, uint8_t *restrict rest,
+    uint8_t *restrict codes, uint8_t *restrict outside) {
+    uint8_t exponents[RUN];
+    for (int i = 0; i < RUN; i++)
+        exponents[i] = exponent_of(numbers[i]);
+    for (int i = 0; i < RUN; i++)
+        rest[i] = (uint8_t)((numbers[i] >> 8 & 0x80) | (numbers[i] & 0x7F));
+    for (int i = 0; i < RUN; i++) {
+        uint8_t code = (uint8_t)(exponents[i] - base);
+        uint8_t is_outside = (code >= width) & (exponents[i] != 0);
+        outside[i] = is_outside;
+        codes[i] = is_outside ? other : code >= width ? 0 : (uint8_t)(code + 1);
+    }
+}
+
+/* Eight bytes of 0 or 1 as eight bits, the first one lowest. */
+INLINE uint8_t gather(uint64_t bytes) {
+    return (uint8_t)((bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56);
+}
+
+INLINE void put_x12(const uint8_t *restrict codes, uint8_t *restrict shared) {
+    for (int half = 0; half < RUN / 32; half++)
+        for (int i = 0; i < 16; i++)
+            shared[16 * half + i] = (uint8_t)(codes[32 * half + i] | codes[32 * half + 16 + i] << 4);
+}
+
+INLINE void put_x11(const uint8_t *restrict codes, size_t n, uint8_t *restrict planes) {
+    for (int plane = 0; plane < 3; plane++)
+        for (int byte = 0; byte < RUN / 8; byte++)
+            planes[(size_t)plane * (n / 8) + (size_t)byte] = gather(long_word(codes + 8 * byte) >> plane);
+}
+
+typedef struct {
+    uint8_t *positions; /* NULL if the format has none */
+    uint8_t *exponents;
+    size_t used;
+} Slots;
+
+INLINE void list(const uint8_t *restrict outside, const uint16_t *restrict numbers, size_t first, size_t count, Slots *slots) {
+    for (size_t at = 0; at < count; at += 8) {
+        uint8_t bits = gather(long_word(outside + at));
+        for (; bits; bits &= (uint8_t)(bits - 1)) {
+            size_t position = first + at + (size_t)__builtin_ctz(bits);
+            if (slots->positions) {
+                slots->positions[2 * slots->used] = (uint8_t)position;
+                slots->positions[2 * slots->used + 1] = (uint8_t)(position >> 8);
+            }
+            slots->exponents[slots->used++] = exponent_of(numbers[position]);
+        }
+    }
+}
+
+INLINE void put_x12_block(const uint16_t *restrict numbers, uint8_t *restrict block, size_t n, size_t slots) {
+    uint8_t *codes_at = block + HEAD + n, *slots_at = codes_at + n / 2;
+    Slots listed = {slots_at, slots_at + 2 * slots, 0};
+    memset(slots_at, 0, 2 * slots);
+    memset(listed.exponents, exponent_of(numbers[0]), slots);
+    for (size_t first = 0; first < n; first += RUN) {
+        size_t count = n - first < RUN ? n - first : RUN;
+        uint16_t padded[RUN] = {0};
+        uint8_t rest[RUN], codes[RUN], outside[RUN], shared[RUN / 2];
+        memcpy(padded, numbers + first, count * sizeof *padded);
+        part(padded, block[0], WINDOW_X12, 0, rest, codes, outside);
+        put_x12(codes, shared);
+        memcpy(block + HEAD + first, rest, count);
+        memcpy(codes_at + first / 2, shared, count / 2);
+        list(outside, numbers, first, count, &listed);
+    }
+}
+
+INLINE void put_x11_block(const uint16_t *restrict numbers, uint8_t *restrict block, size_t n, size_t slots) {
+    uint8_t *codes_at = block + HEAD + n;
+    Slots listed = {NULL, codes_at + 3 * (n / 8), 0};
+    memset(listed.exponents, 0, slots);
+    for (size_t first = 0; first < n; first += RUN) {
+        uint8_t codes[RUN], outside[RUN];
+        part(numbers + first, block[0], WINDOW_X11, LISTED, block + HEAD + first, codes, outside);
+        put_x11(codes, n, codes_at + first / 8);
+        list(outside, numbers, first, RUN, &listed);
+    }
+}
+
+/* encode_TYPE(numbers, blocks, count, n, slots): all but the checksums; how many of `count` blocks come before one that has
+ * more numbers without a code than slots. */
+#define ENCODER(type, window, code_bytes, put)                                                                    \
+    EVERY_WIDTH size_t encode_##type(const uint16_t *numbers, uint8_t *blocks, size_t count, size_t n, size_t slots) {  \
+        size_t nbytes = HEAD + n + (code_bytes);                                                                  \
+        for (size_t number = 0; number < count; number++) {                                                       \
+            uint8_t *block = blocks + number * nbytes;                                                            \
+            Window best = window_of(numbers + number * n, n, window);                                             \
+            if (best.outside > slots)                                                                             \
+                return number;                                                                                    \
+            memset(block, 0, HEAD);                                                                               \
+            block[0] = best.base;                                                                                 \
+            put(numbers + number * n, block, n, slots);                                                           \
+        }                                                                                                         \
+        return count;                                                                                             \
+    }
+
+ENCODER(bf16x12, WINDOW_X12, n / 2 + 3 * slots, put_x12_block)
+ENCODER(bf16x11, WINDOW_X11, 3 * (n / 8) + slots, put_x11_block)
