@@ -117,30 +117,9 @@ class AutoModel:
             CheckpointNotFoundError, CheckpointError: there is no such checkpoint, or it is incomplete or corrupt.
             BudgetError: the budgets cannot hold one layer and its work; the message has the smallest that would do.
         """
+        given = locals()
         refuse_unnamed(unnamed)
-        options = LoadOptions(
-            dtype=dtype,
-            device=device,
-            max_memory=max_memory,
-            max_context=max_context,
-            max_batch_size=max_batch_size,
-            layers_per_batch=layers_per_batch,
-            prefetch_batches=prefetch_batches,
-            page_cache=page_cache,
-            model_class=model_class,
-            attn_implementation=attn_implementation,
-            compression=compression,
-            gguf_file=gguf_file,
-            subfolder=subfolder,
-            variant=variant,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            trust_remote_code=trust_remote_code,
-            profiling_mode=profiling_mode,
-            progress=progress,
-        )
+        options = LoadOptions(**{name: given[name] for name in DEFAULTS})  # every option is an argument
         return load_model(pretrained_model_name_or_path, options, foreign)
 
     @classmethod
