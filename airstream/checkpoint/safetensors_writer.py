@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from airstream.reporting.units import round_up
 from airstream.transfer.files import PAGE_BYTES
 
-METADATA = {"format": "pt"}
+METADATA: Mapping[str, str] = {"format": "pt"}
 """What transformers looks for in a header."""
 
 
-def header_bytes(tensors: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:
+def header_bytes(
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] = METADATA
+) -> bytes:
     """What precedes the data of `tensors`, (name, type, shape, bytes) each, one behind the other: whole pages."""
-    header: dict[str, Any] = {"__metadata__": METADATA}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, dtype, shape, nbytes in tensors:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}

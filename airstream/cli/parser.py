@@ -13,6 +13,7 @@ from airstream.cli import mistakes, values
 from airstream.cli.slips import meant_instead
 from airstream.cli.starting import starting
 from airstream.cli.values import number
+from airstream.codecs.names import CODEC_NAMES
 from airstream.reporting.status import can_draw
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -167,6 +168,12 @@ def _add_files(commands: Any) -> None:
         default="4GiB",
         metavar="SIZE",
         help="of a file, at most (default: %(default)s)",
+    )
+    repack.add_argument(
+        "--codec",
+        type=values.codec,
+        metavar="NAME",
+        help=f"quantise the layers: {'; '.join(f'{name} ({what})' for name, what in CODEC_NAMES.items())}",
     )
     _add_source(repack.add_argument_group("source (as in AutoModel.from_pretrained)"))
     repack.set_defaults(run=_command("repack", mistakes.check_repack))

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from airstream.codecs.names import check_codec
 from airstream.errors import ArgumentError
 from airstream.reporting.units import parse_budget, parse_shard_size
 
@@ -122,6 +123,15 @@ def layers(given: str) -> str:
     found = LAYERS.fullmatch(given)
     if not found or (found[2] and int(found[1] or 0) >= int(found[2])):
         raise argparse.ArgumentTypeError(f"{given!r} names no layers: {_meant_layers(given)}")
+    return given
+
+
+def codec(given: str) -> str:
+    """`"nf4"`: what a checkpoint is written in."""
+    try:
+        check_codec(given)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("codec=")) from None
     return given
 
 

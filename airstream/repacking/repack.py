@@ -19,21 +19,20 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.names import SHARD_INDEX
-from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex
-from airstream.compat.weights import KeyConversion, MappedConversion, natural_order, tied_names
-from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
-from airstream.layout.parts import find_units
+from airstream.codecs.names import check_codec
+from airstream.errors import AirstreamError, ArgumentError
 from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
-from airstream.loading.prepared import Prepared
+from airstream.repacking.files import check_storable, plan_files
 from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
-from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
+from airstream.repacking.plan import Shard
+from airstream.repacking.quantise import Quantisation
 from airstream.repacking.report import RepackReport
 from airstream.repacking.target import check_target, is_done
-from airstream.repacking.write import copy_small, header_of, sha256_of, write_shard
+from airstream.repacking.write import OnBytes, copy_small, header_of, sha256_of, write_shard
+from airstream.repacking.write_quantised import write_quantised
 from airstream.reporting.status import status
 from airstream.reporting.units import parse_shard_size
 from airstream.system.cache import sync
@@ -44,6 +43,7 @@ NOT_COPIED = re.compile(
 )
 """Files of weights, which are rewritten, and copies of them in other formats; hidden files."""
 
+CONFIG = "config.json"
 
 GOES_ON = "Free some and run the same again: it keeps what is finished and goes on from there"
 
@@ -54,6 +54,7 @@ def repack(
     *,
     layers: str | range | tuple[int, int] | None = None,
     shard_size: int | str = "4GiB",
+    codec: str | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Path:
@@ -69,6 +70,9 @@ def repack(
         layers: `"5:15"` writes layers 5 to 14 only, for a machine that runs only these. What comes before the layers
             (embeddings) goes with the first layer, what comes behind them (norm, lm_head) with the last.
         shard_size: what a file should not be larger than; a layer is never cut.
+        codec: how the weights inside the layers are quantised: `"nf4"` (bitsandbytes), `"int8"` (torchao), `"fp8"`
+            (e4m3 in blocks, as DeepSeek-V3), `"int4"` (compressed-tensors). transformers loads the result, too. They
+            keep their bytes, if not given.
         progress: show a bar on standard error, if that is a terminal.
         options: subfolder, variant, revision, token, cache_dir, local_files_only, trust_remote_code as in
             `AutoModel.from_pretrained`.
@@ -77,9 +81,12 @@ def repack(
         ArgumentError: `out` is in use for something else, or `layers` are not there.
         CheckpointError: the checkpoint is incomplete or corrupt.
         DiskSpaceError: the disk has not enough room; the message has the numbers. What is finished is kept.
-        UnsupportedError: the checkpoint is a GGUF file.
+        UnsupportedError: the checkpoint is a GGUF file, or cannot be quantised by `codec`; the message says why.
     """
-    return repack_and_report(model, out, layers=layers, shard_size=shard_size, progress=progress, **options).folder
+    report = repack_and_report(
+        model, out, layers=layers, shard_size=shard_size, codec=codec, progress=progress, **options
+    )
+    return report.folder
 
 
 def repack_and_report(
@@ -88,18 +95,23 @@ def repack_and_report(
     *,
     layers: str | range | tuple[int, int] | None = None,
     shard_size: int | str = "4GiB",
+    codec: str | None = None,
     progress: bool = True,
     **options: Any,
 ) -> RepackReport:
     """As `repack`, which see; gives what was done, too."""
     started = time.monotonic()
     check_name(model)
+    if codec is not None:
+        check_codec(codec)
     target = Path(out).expanduser().absolute()
     shard_bytes = parse_shard_size(shard_size)
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
         prepared = prepare(model, LoadOptions(device="cpu", **options))
     check_target(target, prepared.folder)
-    shards, chosen = _planned(prepared, layers, shard_bytes)
+    check_storable(prepared)
+    quantisation = Quantisation(prepared, codec) if codec is not None else None
+    shards, chosen = plan_files(prepared, layers, shard_bytes, quantisation)
     largest = max(shards, key=lambda shard: shard.nbytes)
     smaller = ", or name a smaller shard_size=... (a layer is never cut)"
     check_file_size(len(header_of(largest)) + largest.nbytes, "repacking", smaller)
@@ -107,11 +119,12 @@ def repack_and_report(
         "format": FORMAT,
         "source": fingerprint(prepared.index.files),
         "layers": None if chosen is None else list(chosen),
+        **({"codec": codec} if codec is not None else {}),
         "shards": {shard.file: [tensor.name for tensor in shard.tensors] for shard in shards},
     }
     known = digest_of(recipe)
     facts = {"recipe": known} | {name: recipe[name] for name in recipe if name != "shards"}
-    kept = _write(target, prepared.folder, shards, facts, progress)
+    kept = _write(target, prepared.folder, shards, facts, progress, quantisation)
     return RepackReport(
         target,
         num_files=len(shards),
@@ -122,14 +135,21 @@ def repack_and_report(
     )
 
 
-def _write(target: Path, source: Path, shards: Sequence[Shard], facts: Mapping[str, Any], progress: bool) -> int | None:
+def _write(
+    target: Path,
+    source: Path,
+    shards: Sequence[Shard],
+    facts: Mapping[str, Any],
+    progress: bool,
+    quantisation: Quantisation | None,
+) -> int | None:
     """Fill the folder beside `target` that takes its name when it is complete.
 
     Returns how many files of weights were kept from a run before; None if all is there and nothing was to be done.
     """
     lock = target.with_name(f".{target.name}-repacking.lock")
     work = target.with_name(f".{target.name}-repacking")
-    job = _Repack(work, source, shards, facts, progress)
+    job = _Repack(work, source, shards, facts, progress, quantisation)
     try:
         with named_when_full(work, job.missing_bytes, "repacking", GOES_ON):
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,44 +188,24 @@ def _give_name(work: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def _planned(
-    prepared: Prepared, layers: str | range | tuple[int, int] | None, shard_bytes: int
-) -> tuple[list[Shard], tuple[int, int] | None]:
-    model, index = prepared.model, prepared.index
-    if isinstance(index, GgufIndex):
-        raise UnsupportedError(
-            f"{index.first} is GGUF, which safetensors cannot hold: airstream reads it as it lies, name it as the model"
-        )
-    unknown = next((tensor for tensor in index.values() if tensor.dtype not in ITEM_BYTES), None)
-    if unknown is not None:
-        raise UnsupportedError(
-            f"tensor {unknown.name!r} is stored as {unknown.dtype}, which safetensors has no name for"
-        )
-    stacks = find_units(model)
-    if layers is not None and len(stacks) != 1:
-        raise ArgumentError(f"layers={layers!r}: {type(model).__name__} has {len(stacks)} stacks of layers, not one")
-    chosen = parse_layers(layers, len(stacks[0])) if layers is not None else None
-    names = list(model.state_dict())
-    members = _members(index, MappedConversion(model), set(names))
-    return plan_shards(members, Order(names, stacks, tied_names(model)), chosen, shard_bytes), chosen
-
-
-def _members(index: CheckpointIndex, conversion: KeyConversion, names: set[str]) -> list[Member]:
-    renamed = ((key, conversion.rename(key)[0]) for key in natural_order(index))
-    return [Member(index[key], name if name in names else None) for key, name in renamed]
-
-
 class _Repack:
     """One repack under way in the folder `work`."""
 
     def __init__(
-        self, work: Path, source: Path, shards: Sequence[Shard], facts: Mapping[str, Any], progress: bool
+        self,
+        work: Path,
+        source: Path,
+        shards: Sequence[Shard],
+        facts: Mapping[str, Any],
+        progress: bool,
+        quantisation: Quantisation | None,
     ) -> None:
         self._work = work
         self._source = source
         self._shards = shards
         self._facts = dict(facts)
         self._progress = progress
+        self._quantisation = quantisation
         self._done: dict[str, dict[str, Any]] = {}
         self.num_kept = 0
 
@@ -233,15 +233,24 @@ class _Repack:
             check_free_space(self._work, self.missing_bytes(), f"repacking into {self._work.parent}", GOES_ON)
             for shard in self._shards:
                 if shard.file not in self._done:
-                    self._note(shard.file, write_shard(self._work / shard.file, shard, bar.update))
+                    self._note(shard.file, self._write(shard, bar.update))
         for file in copied_files(self._source):
-            copy_small(file, self._work / file.name)
+            if self._quantisation is not None and file.name == CONFIG:
+                write_json(self._work / CONFIG, self._quantisation.config(file))
+            else:
+                copy_small(file, self._work / file.name)
             sync(self._work / file.name)
             self._note(file.name, sha256_of(self._work / file.name))
         if len(self._shards) > 1:
             write_json(self._work / SHARD_INDEX, self._index())
             self._note(SHARD_INDEX, sha256_of(self._work / SHARD_INDEX))
         write_json(self._work / MANIFEST, self._facts | {"files": dict(sorted(self._done.items()))})
+
+    def _write(self, shard: Shard, on_bytes: OnBytes) -> str:
+        file = self._work / shard.file
+        if self._quantisation is None:
+            return write_shard(file, shard, on_bytes)
+        return write_quantised(file, shard, self._quantisation, on_bytes)
 
     def _take_over(self, on_bytes: Any) -> None:
         """Keep what a run before has finished, if it made the same and its files have their checksums; else nothing."""
