@@ -19,7 +19,13 @@ EXTRAS = {
     "gguf": ["gguf>=0.17"],
     "peft": ["peft>=0.21"],
     "plot": ["matplotlib>=3.8"],
-    "quant": ["accelerate>=1.1", "bitsandbytes>=0.46; platform_system != 'Darwin'", "optimum>=2.0"],
+    "quant": [
+        "accelerate>=1.1",
+        "bitsandbytes>=0.46; platform_system != 'Darwin'",
+        "compressed-tensors>=0.20",
+        "optimum>=2.0",
+        "torchao>=0.18",
+    ],
     "test": [
         "accelerate>=1.1",
         "bitsandbytes>=0.46; platform_system != 'Darwin'",

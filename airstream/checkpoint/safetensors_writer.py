@@ -10,20 +10,20 @@ from typing import Any
 from airstream.reporting.units import round_up
 from airstream.transfer.files import PAGE_BYTES
 
-METADATA = {"format": "pt"}
+METADATA: Mapping[str, str] = {"format": "pt"}
 """What transformers looks for in a header."""
 
 
 def header_bytes(
-    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] | None = None, room: int = 0
+    tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str] = METADATA, room: int = 0
 ) -> bytes:
     """What precedes the data of `tensors`, (name, type, shape, bytes) each, one behind the other: whole pages.
 
     Args:
-        metadata: what the header says besides.
+        metadata: what the header says besides, of the file.
         room: the bytes to fill, if they are more.
     """
-    header: dict[str, Any] = {"__metadata__": METADATA | dict(metadata or {})}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name, dtype, shape, nbytes in tensors:
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [end, end + nbytes]}

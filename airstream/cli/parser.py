@@ -13,7 +13,7 @@ from airstream.cli import mistakes, values
 from airstream.cli.slips import meant_instead
 from airstream.cli.starting import starting
 from airstream.cli.values import number
-from airstream.codecs.names import CODECS
+from airstream.codecs.names import CODEC_NAMES
 from airstream.reporting.status import can_draw
 
 Command = Callable[[argparse.Namespace], int | None]
@@ -164,9 +164,9 @@ def _add_files(commands: Any) -> None:
     )
     repack.add_argument(
         "--codec",
-        choices=CODECS,
-        help="lossless packs weights in bfloat16 to three quarters of their bytes, for airstream alone; every bit "
-        "comes back, and without a codec what is packed is unpacked",
+        type=values.codec,
+        metavar="NAME",
+        help=f"of the weights: {'; '.join(f'{name} ({what})' for name, what in CODEC_NAMES.items())}",
     )
     repack.add_argument(
         "--shard-size",
@@ -226,7 +226,9 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
         "--page-cache", action=argparse.BooleanOptionalAction, help="read through the page cache (default: if it fits)"
     )
     group.add_argument("--attn-implementation", help="as in transformers")
-    group.add_argument("--compression", choices=CODECS, help="pack the checkpoint once, into the cache folder")
+    group.add_argument(
+        "--compression", type=values.codec, metavar="CODEC", help="make such a checkpoint, once, in the cache folder"
+    )
     _add_source(group)
 
 

@@ -12,7 +12,7 @@ from airstream.repacking.repack import repack_and_report
 
 def run(arguments: argparse.Namespace) -> None:
     """Repack, print where the result is, and say what was written and what to type next."""
-    sizes = {"layers": arguments.layers, "shard_size": arguments.shard_size, "codec": arguments.codec}
-    report = repack_and_report(arguments.model, arguments.out, **sizes, **source_options(arguments))
+    what = {"layers": arguments.layers, "shard_size": arguments.shard_size, "codec": arguments.codec}
+    report = repack_and_report(arguments.model, arguments.out, **what, **source_options(arguments))
     print(report.folder)
     note(f"{report}\nNext, prove it whole:\n  {shlex.join([program(), 'verify', str(report.folder)])}")

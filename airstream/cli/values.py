@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from airstream.codecs.names import codec_named
 from airstream.errors import ArgumentError
 from airstream.reporting.units import parse_budget, parse_shard_size
 
@@ -123,6 +124,14 @@ def layers(given: str) -> str:
     if not found or (found[2] and int(found[1] or 0) >= int(found[2])):
         raise argparse.ArgumentTypeError(f"{given!r} names no layers: {_meant_layers(given)}")
     return given
+
+
+def codec(given: str) -> str:
+    """`"nf4"`: what a checkpoint is written in."""
+    try:
+        return codec_named(given)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("codec=")) from None
 
 
 def _meant_layers(given: str) -> str:

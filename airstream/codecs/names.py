@@ -1,25 +1,35 @@
-"""These are the codecs that a checkpoint can be repacked with, by the names that users type."""
+"""This names the codecs that a checkpoint can be written anew in, and says what each is. It refuses to know torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from airstream.errors import ArgumentError
+from airstream.reporting.alike import nearest
 
 LOSSLESS_CODEC = "lossless"
 
-CODECS = (LOSSLESS_CODEC,)
+CODEC_NAMES: Mapping[str, str] = {
+    LOSSLESS_CODEC: "bfloat16 to three quarters, every bit comes back; for airstream alone",
+    "nf4": "bitsandbytes, 4.5 bits a weight",
+    "int4": "compressed-tensors, 4.1 bits",
+    "int8": "torchao, 8 bits",
+    "fp8": "e4m3 in blocks, 8 bits",
+}
+"""By name, what writes and reads it, and how large it is."""
 
-OTHER_NAMES: Mapping[str, str] = {}
-"""What other libraries call them."""
+OTHER_NAMES: Mapping[str, str] = {"4bit": "nf4", "8bit": "int8"}
+"""What AirLLM calls them."""
 
 
 def codec_named(name: object) -> str:
-    """The codec that `name` means.
+    """The codec that is called `name`, here or elsewhere.
 
     Raises:
-        ArgumentError: none does.
+        ArgumentError: none is.
     """
-    if isinstance(name, str) and (codec := OTHER_NAMES.get(name, name)) in CODECS:
-        return codec
-    raise ArgumentError(f"codec={name!r} is not known: {', '.join(map(repr, (*CODECS, *OTHER_NAMES)))} is, or none")
+    if isinstance(name, str) and (known := OTHER_NAMES.get(name, name)) in CODEC_NAMES:
+        return known
+    meant = nearest(str(name), CODEC_NAMES)
+    guess = f"did you mean {meant!r}? " if meant else ""
+    raise ArgumentError(f"codec={name!r}: {guess}There is {', '.join(map(repr, CODEC_NAMES))}")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from airstream.checkpoint.packed_tensors import KEY, describe
-from airstream.checkpoint.safetensors_writer import header_bytes
+from airstream.checkpoint.safetensors_writer import METADATA, header_bytes
 from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
 from airstream.errors import ReadError
 from airstream.layout.block_check import BlockCheck
@@ -74,7 +74,7 @@ def header_room(shard: Shard) -> int:
 def _header(tensors: Sequence[StoredTensor], room: int = 0) -> bytes:
     entries = ((tensor.name, *_entry_of(tensor), tensor.nbytes) for tensor in tensors)
     is_packed = any(tensor.resident_offset is not None for tensor in tensors)
-    return header_bytes(entries, {KEY: describe(tensors)} if is_packed else {}, room)
+    return header_bytes(entries, {**METADATA, KEY: describe(tensors)} if is_packed else METADATA, room)
 
 
 def _entry_of(tensor: StoredTensor) -> tuple[str, tuple[int, ...]]:

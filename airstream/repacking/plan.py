@@ -6,12 +6,13 @@ its file. safetensors allows no gaps between tensors, so a file ends where the n
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
 
 from airstream.checkpoint.names import SINGLE_FILE
+from airstream.checkpoint.safetensors_writer import METADATA
 from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
 from airstream.errors import ArgumentError
 from airstream.transfer.files import PAGE_BYTES
@@ -41,10 +42,15 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file: tensors one behind the other."""
+    """One file: tensors one behind the other.
+
+    Attributes:
+        metadata: what its header says besides.
+    """
 
     file: str
     tensors: tuple[StoredTensor, ...]
+    metadata: Mapping[str, str] = field(default_factory=lambda: METADATA)
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +66,12 @@ class Run(NamedTuple):
 
 
 def plan_shards(
-    members: Iterable[Member], order: Order, layers: tuple[int, int] | None, shard_bytes: int, on_pages: bool = True
+    members: Iterable[Member],
+    order: Order,
+    layers: tuple[int, int] | None,
+    shard_bytes: int,
+    made_of: Callable[[StoredTensor], Sequence[StoredTensor]] = lambda tensor: (tensor,),
+    on_pages: bool = True,
 ) -> list[Shard]:
     """The files of the repacked checkpoint.
 
@@ -69,6 +80,7 @@ def plan_shards(
         layers: the first layer that is kept and the one behind the last; all, if not given. What comes before the
             layers (embeddings) goes with the first layer, what comes behind them (norm, lm_head) with the last one.
         shard_bytes: what a file should not be larger than. A layer is never cut.
+        made_of: what is written in the place of a tensor.
         on_pages: every layer begins on a page. Not where tensors are packed, for they are unpacked from a buffer.
     """
     runs = _runs(_distinct(members, order.ties), order)
@@ -77,7 +89,7 @@ def plan_shards(
     files: list[list[StoredTensor]] = []
     size = 0
     for run in runs:
-        tensors = [member.tensor for member in run.members]
+        tensors = [made for member in run.members for made in made_of(member.tensor)]
         tensors.sort(key=lambda tensor: -ITEM_BYTES[tensor.dtype])  # keeps every element on a multiple of its size
         nbytes = sum(tensor.nbytes for tensor in tensors)
         if not files or (on_pages and size % PAGE_BYTES) or size + nbytes > shard_bytes:

@@ -19,18 +19,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.names import SHARD_INDEX
-from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex
-from airstream.compat.weights import KeyConversion, MappedConversion, natural_order, tied_names
-from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
-from airstream.layout.parts import find_units
+from airstream.codecs.names import codec_named
+from airstream.errors import AirstreamError, ArgumentError
 from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
-from airstream.loading.prepared import Prepared
+from airstream.repacking.files import check_storable, plan_files
 from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
-from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
+from airstream.repacking.plan import Shard
 from airstream.repacking.report import RepackReport
 from airstream.repacking.target import check_target, is_done
 from airstream.repacking.ways import Way, way_of
@@ -45,6 +42,8 @@ NOT_COPIED = re.compile(
 )
 """Files of weights, which are rewritten, and copies of them in other formats; hidden files."""
 
+
+CONFIG = "config.json"
 
 GOES_ON = "Free some and run the same again: it keeps what is finished and goes on from there"
 
@@ -73,7 +72,9 @@ def repack(
             (embeddings) goes with the first layer, what comes behind them (norm, lm_head) with the last.
         shard_size: what a file should not be larger than; a layer is never cut.
         codec: `"lossless"` packs weights in bfloat16 to three quarters of their bytes. Every bit of them comes back,
-            but only airstream reads the result. If there is none, what is packed so is unpacked.
+            but only airstream reads the result; without a codec, it is unpacked. The others quantise the weights inside
+            the layers, and transformers loads the result, too: `"nf4"` (bitsandbytes), `"int8"` (torchao), `"fp8"`
+            (e4m3 in blocks, as DeepSeek-V3), `"int4"` (compressed-tensors).
         progress: show a bar on standard error, if that is a terminal.
         options: subfolder, variant, revision, token, cache_dir, local_files_only, trust_remote_code as in
             `AutoModel.from_pretrained`.
@@ -82,7 +83,7 @@ def repack(
         ArgumentError: `out` is in use for something else, or `layers` are not there, or there is no such `codec`.
         CheckpointError: the checkpoint is incomplete or corrupt.
         DiskSpaceError: the disk has not enough room; the message has the numbers. What is finished is kept.
-        UnsupportedError: the checkpoint is a GGUF file.
+        UnsupportedError: the checkpoint is a GGUF file, or cannot be quantised by `codec`; the message says why.
     """
     report = repack_and_report(
         model, out, layers=layers, shard_size=shard_size, codec=codec, progress=progress, **options
@@ -103,13 +104,16 @@ def repack_and_report(
     """As `repack`, which see; gives what was done, too."""
     started = time.monotonic()
     check_name(model)
+    if codec is not None:
+        codec = codec_named(codec)
     target = Path(out).expanduser().absolute()
     shard_bytes = parse_shard_size(shard_size)
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
         prepared = prepare(model, LoadOptions(device="cpu", **options))
     check_target(target, prepared.folder)
-    way = way_of(codec, prepared.index.values())
-    shards, chosen = _planned(prepared, layers, shard_bytes, way)
+    check_storable(prepared)
+    way = way_of(codec, prepared)
+    shards, chosen = plan_files(prepared, layers, shard_bytes, way)
     smaller = ", or name a smaller shard_size=... (a layer is never cut)"
     check_file_size(max(way.expected_bytes(shard) for shard in shards), "repacking", smaller)
     recipe = {
@@ -181,34 +185,6 @@ def _give_name(work: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def _planned(
-    prepared: Prepared, layers: str | range | tuple[int, int] | None, shard_bytes: int, way: Way
-) -> tuple[list[Shard], tuple[int, int] | None]:
-    model, index = prepared.model, prepared.index
-    if isinstance(index, GgufIndex):
-        raise UnsupportedError(
-            f"{index.first} is GGUF, which safetensors cannot hold: airstream reads it as it lies, name it as the model"
-        )
-    unknown = next((tensor for tensor in index.values() if tensor.dtype not in ITEM_BYTES), None)
-    if unknown is not None:
-        raise UnsupportedError(
-            f"tensor {unknown.name!r} is stored as {unknown.dtype}, which safetensors has no name for"
-        )
-    stacks = find_units(model)
-    if layers is not None and len(stacks) != 1:
-        raise ArgumentError(f"layers={layers!r}: {type(model).__name__} has {len(stacks)} stacks of layers, not one")
-    chosen = parse_layers(layers, len(stacks[0])) if layers is not None else None
-    names = list(model.state_dict())
-    members = _members(index, MappedConversion(model), set(names))
-    order = Order(names, stacks, tied_names(model))
-    return plan_shards(members, order, chosen, shard_bytes, way.on_pages), chosen
-
-
-def _members(index: CheckpointIndex, conversion: KeyConversion, names: set[str]) -> list[Member]:
-    renamed = ((key, conversion.rename(key)[0]) for key in natural_order(index))
-    return [Member(index[key], name if name in names else None) for key, name in renamed]
-
-
 class _Repack:
     """One repack under way in the folder `work`."""
 
@@ -248,7 +224,10 @@ class _Repack:
                 if shard.file not in self._done:
                     self._note(shard.file, self._way.write(self._work / shard.file, shard, bar.update))
         for file in copied_files(self._source):
-            copy_small(file, self._work / file.name)
+            if self._way.config is not None and file.name == CONFIG:
+                write_json(self._work / CONFIG, self._way.config(file))
+            else:
+                copy_small(file, self._work / file.name)
             sync(self._work / file.name)
             self._note(file.name, sha256_of(self._work / file.name))
         if len(self._shards) > 1:

@@ -37,7 +37,7 @@ def is_done(target: Path, facts: Mapping[str, Any]) -> bool:
     if there.get("source") != facts["source"]:
         what = "a repack of another checkpoint, or of this one before it was changed"
     elif there.get("codec") != facts.get("codec"):
-        what = f"a repack of the same checkpoint {_codec_of(there)}, not {_codec_of(facts)}"
+        what = f"a repack of the same checkpoint with {_codec_of(there)}, not with {_codec_of(facts)}"
     elif there.get("layers") != facts["layers"]:
         what = f"a repack of the same checkpoint with {_layers_of(there)}, not with {_layers_of(facts)}"
     else:
@@ -45,11 +45,11 @@ def is_done(target: Path, facts: Mapping[str, Any]) -> bool:
     raise ArgumentError(f"{target} is {what}: use it as it is, remove it first, or name another folder")
 
 
-def _codec_of(facts: Mapping[str, Any]) -> str:
-    codec = facts.get("codec")
-    return "without a codec" if codec is None else f"with codec={codec!r}"
-
-
 def _layers_of(facts: Mapping[str, Any]) -> str:
     layers = facts.get("layers")
     return "all layers" if layers is None else f"layers {layers[0]} to {layers[1] - 1}"
+
+
+def _codec_of(facts: Mapping[str, Any]) -> str:
+    codec = facts.get("codec")
+    return "no codec" if codec is None else f"codec={codec!r}"

@@ -24,7 +24,8 @@ OnBytes = Callable[[int], object]
 
 def header_of(shard: Shard) -> bytes:
     """What precedes the tensors of `shard`."""
-    return header_bytes((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors)
+    tensors = ((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors)
+    return header_bytes(tensors, shard.metadata)
 
 
 def write_shard(file: Path, shard: Shard, on_bytes: OnBytes) -> str:
