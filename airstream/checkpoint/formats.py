@@ -13,7 +13,8 @@ from airstream.checkpoint.names import PICKLE_FILE, PICKLE_INDEX, SHARD_INDEX, S
 from airstream.checkpoint.pickles.gather import gather
 from airstream.checkpoint.pickles.tensors import ScatteredTensor, read_pickle
 from airstream.checkpoint.safetensors import has_weights as has_safetensors
-from airstream.checkpoint.safetensors import open_safetensors, read_weight_map
+from airstream.checkpoint.safetensors import open_safetensors
+from airstream.checkpoint.shard_index import read_weight_map
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.errors import CheckpointError
 

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 
 from airstream.checkpoint.hub_errors import explain
 from airstream.checkpoint.names import PICKLE_FILE, PICKLE_INDEX, SHARD_INDEX, SINGLE_FILE, file_name
-from airstream.checkpoint.safetensors import read_weight_map
+from airstream.checkpoint.shard_index import read_weight_map
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.reporting.alike import meant_path
 

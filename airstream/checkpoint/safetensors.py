@@ -15,11 +15,12 @@ from typing import Any
 
 from airstream.checkpoint.names import SHARD_INDEX, SINGLE_FILE, file_name
 from airstream.checkpoint.packed_tensors import unfold
+from airstream.checkpoint.shard_index import read_weight_map
 from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex, StoredTensor
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 from airstream.reporting.units import counted, format_bytes
 from airstream.system.foreign_files import open_regular
-from airstream.system.foreign_json import HEADER, INDEX, parse_json, read_json
+from airstream.system.foreign_json import HEADER, parse_json
 from airstream.system.impostors import HEAD_BYTES, complaint
 
 MAX_HEADER_BYTES = HEADER.max_bytes
@@ -28,9 +29,6 @@ MAX_HEADER_BYTES = HEADER.max_bytes
 MAX_NAME_CHARACTERS = 4096
 MAX_DIMENSIONS = 64
 """torch's own limit."""
-
-MAX_FILE_NAME_BYTES = 255
-"""What file systems allow."""
 
 
 def open_safetensors(folder: Path, variant: str | None = None) -> CheckpointIndex:
@@ -162,31 +160,6 @@ def _weight_map(folder: Path, variant: str | None) -> dict[str, str] | None:
     if (folder / file_name(SINGLE_FILE, variant)).is_file() or not index.is_file():
         return None
     return read_weight_map(index)
-
-
-def read_weight_map(index: Path) -> dict[str, str]:
-    """Tensor name -> shard, as the index file `index` says. Shards lie beside it: whatever else it names is refused.
-
-    Raises:
-        CheckpointError: it is not an index, or names something outside its folder.
-    """
-    contents = read_json(index, INDEX, unique=True)
-    weight_map = contents.get("weight_map") if isinstance(contents, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} is not a shard index: it has no weight_map of tensors. Download it again")
-    for name, shard in weight_map.items():
-        if not _is_file_name(shard):
-            raise CheckpointError(
-                f"{index} places {name[:200]!r} in the shard {str(shard)[:200]!r}: shards must lie beside the index"
-            )
-    return weight_map
-
-
-def _is_file_name(shard: Any) -> bool:
-    """Whether `shard` names a file of the folder, on any system."""
-    if not isinstance(shard, str) or shard in ("", ".", "..") or not set("/\\\0").isdisjoint(shard):
-        return False
-    return len(shard) <= MAX_FILE_NAME_BYTES and len(shard.encode()) <= MAX_FILE_NAME_BYTES
 
 
 def _checkpoint_files(folder: Path, weight_map: Mapping[str, str] | None, variant: str | None) -> list[Path]:

@@ -227,7 +227,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attn-implementation", help="as in transformers")
     group.add_argument(
-        "--compression", type=values.codec, metavar="CODEC", help="make such a checkpoint, once, in the cache folder"
+        "--compression", type=values.codec, metavar="CODEC", help="repack so, into the cache folder, once"
     )
     _add_source(group)
 

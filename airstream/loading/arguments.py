@@ -61,6 +61,8 @@ HONOURED: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
     "max_model_len": ("max_context", _same),
     "n_ctx": ("max_context", lambda _, tokens: tokens or DEFAULT),  # 0: as the model says
     "gpu_batch_size": ("max_batch_size", _same),
+    "load_in_4bit": ("compression", lambda _, wanted: "4bit" if wanted else DEFAULT),
+    "load_in_8bit": ("compression", lambda _, wanted: "8bit" if wanted else DEFAULT),
 }
 """Arguments that mean what one of ours means: its name, and what gives its value."""
 
@@ -86,8 +88,8 @@ HARMLESS: Mapping[str, str] = {
 """Arguments that change no result, and why nothing is to be done."""
 
 QUANTISE = (
-    "weights are used as they are stored. Name a checkpoint that is quantised already (bitsandbytes, GPTQ, AWQ, FP8, "
-    "MXFP4), or a GGUF file"
+    'name how the weights are to be packed, compression="nf4", "int8", "int4", "fp8" or "lossless", or a checkpoint '
+    "that is quantised already (bitsandbytes, GPTQ, AWQ, FP8, MXFP4), or a GGUF file"
 )
 BUDGET = 'name the memory that may be used, max_memory="4GiB" or {0: "4GiB", "cpu": "8GiB"}, and the plan does the rest'
 CONFIG = "a model is built as its config.json says: change that file, in a copy of the checkpoint"
@@ -95,8 +97,6 @@ KERNELS = "choose how attention is computed with attn_implementation="
 ONE_DEVICE = "one device computes, which device= names, and layers are streamed to it"
 
 REFUSED: Mapping[str, str] = {
-    "load_in_4bit": QUANTISE,
-    "load_in_8bit": QUANTISE,
     "quantization": QUANTISE,
     "quantization_config": QUANTISE,
     "bnb_config": QUANTISE,

@@ -14,7 +14,7 @@ from airstream.errors import ArgumentError, UnsupportedError
 from airstream.layout.parts import find_units
 from airstream.loading.prepared import Prepared
 from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_shards
-from airstream.repacking.ways import Way
+from airstream.repacking.way import Way
 
 
 def check_storable(prepared: Prepared) -> None:

@@ -55,11 +55,10 @@ class Quantisation:
                 f"{prepared.folder} is quantised already ({prepared.quantizer.method}), so codec={codec!r} cannot be "
                 "made of it: name the checkpoint that it was made of"
             )
-        packed = next((tensor for tensor in prepared.index.values() if tensor.block is not None), None)
-        if packed is not None:
+        if any(tensor.block is not None for tensor in prepared.index.values()):
             raise UnsupportedError(
-                f"{prepared.folder} is packed ({packed.name!r} as {packed.block and packed.block.name}), so codec={codec!r} cannot be made of "
-                "it: name the checkpoint that it was made of"
+                f"{prepared.folder} is packed already, so codec={codec!r} cannot be made of it: name the checkpoint "
+                "that it was made of, or repack it without a codec first"
             )
         units = [unit for stack in find_units(prepared.model) for unit in stack]
         choice = choose_modules(prepared.model, units, self.codec, self.dtype)

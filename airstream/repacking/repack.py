@@ -30,7 +30,8 @@ from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, f
 from airstream.repacking.plan import Shard
 from airstream.repacking.report import RepackReport
 from airstream.repacking.target import check_target, is_done
-from airstream.repacking.ways import Way, way_of
+from airstream.repacking.way import Way
+from airstream.repacking.ways import way_of
 from airstream.repacking.write import copy_small, sha256_of
 from airstream.reporting.status import status
 from airstream.reporting.units import parse_shard_size

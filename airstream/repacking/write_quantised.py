@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -18,18 +19,32 @@ from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.quantising import ROW_STEP
 from airstream.errors import UnsupportedError
 from airstream.repacking.plan import Shard
-from airstream.repacking.quantise import Quantisation
 from airstream.repacking.write import OnBytes, header_of, sha256_of
+from airstream.reporting.units import counted
 from airstream.transfer.descriptors import Descriptors
 from airstream.transfer.files import WeightFile
 from airstream.transfer.host_memory import HostBuffer
+
+
+class Quantising(Protocol):
+    """Gives what stands for a tensor, some rows at a time: see `quantise`."""
+
+    def source_of(self, tensor: StoredTensor) -> StoredTensor | None:
+        """The tensor of the checkpoint that `tensor` is made of; None if it stays as it is."""
+
+    def of_weight(self, source: StoredTensor) -> Iterator[tuple[str, memoryview]]:
+        """What belongs to `source` as a whole, by name."""
+
+    def of_rows(self, source: StoredTensor, raw: torch.Tensor) -> Iterator[tuple[str, memoryview]]:
+        """What some rows of `source`, its bytes, become, by name."""
+
 
 STRIP_BYTES = 1 << 20
 """Of a weight at a time, if that are rows enough: what quantising takes besides, several times as much, stays in the
 cache of a processor."""
 
 
-def write_quantised(file: Path, shard: Shard, on_bytes: OnBytes, quantisation: Quantisation) -> str:
+def write_quantised(file: Path, shard: Shard, on_bytes: OnBytes, quantisation: Quantising) -> str:
     """Write `shard` to `file`, whole and on the disk or not at all. Returns its SHA-256. Blocks.
 
     Args:
@@ -58,7 +73,7 @@ def write_quantised(file: Path, shard: Shard, on_bytes: OnBytes, quantisation: Q
     return digest
 
 
-def _contents(sources: Sequence[StoredTensor], quantisation: Quantisation) -> Iterator[tuple[str, memoryview]]:
+def _contents(sources: Sequence[StoredTensor], quantisation: Quantising) -> Iterator[tuple[str, memoryview]]:
     """The next bytes of a tensor, and its name."""
     for source in sources:
         yield from quantisation.of_weight(source)
@@ -104,7 +119,7 @@ def _check_filled(shard: Shard, start: int, ends: Mapping[str, int]) -> None:
         start += tensor.nbytes
         if ends[tensor.name] != start:
             raise UnsupportedError(
-                f"tensor {tensor.name!r} should have {tensor.nbytes:,} bytes, and has "
-                f"{ends[tensor.name] - start + tensor.nbytes:,}: the package that quantises is of a release that this "
+                f"tensor {tensor.name!r} should have {counted(tensor.nbytes, 'byte')}, and "
+                f"has {ends[tensor.name] - start + tensor.nbytes:,}: the package that quantises is of a release that this "
                 "airstream does not know"
             )

@@ -13,7 +13,8 @@ from airstream.checkpoint.formats import weight_files
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.names import PICKLE_FILE, PICKLE_INDEX, SHARD_INDEX, SINGLE_FILE, file_name
 from airstream.checkpoint.pickles.tensors import read_pickle
-from airstream.checkpoint.safetensors import read_header, read_weight_map
+from airstream.checkpoint.safetensors import read_header
+from airstream.checkpoint.shard_index import read_weight_map
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.errors import CheckpointError
 

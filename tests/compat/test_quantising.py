@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from airstream import ArgumentError, UnsupportedError
-from airstream.codecs.names import CODEC_NAMES
+from airstream.codecs.names import CODEC_NAMES, LOSSLESS_CODEC
 from airstream.compat import quantising
 from airstream.compat.quantising import CODECS, ROW_STEP, find_codec
 
@@ -30,7 +30,7 @@ def packages(name: str) -> None:
 
 
 def test_every_codec_has_a_name() -> None:
-    assert set(CODECS) == set(CODEC_NAMES)
+    assert {*CODECS, LOSSLESS_CODEC} == set(CODEC_NAMES)
     assert all(codec.name == name for name, codec in CODECS.items())
 
 
@@ -72,9 +72,9 @@ def test_what_fits(name: str, shape: tuple[int, ...], fits: bool) -> None:
 
 
 def test_a_codec_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ArgumentError, match=r"codec='NF-4': did you mean 'nf4'\? There is 'nf4', "):
+    with pytest.raises(ArgumentError, match=r"codec='NF-4': did you mean 'nf4'\? There is 'lossless', 'nf4', "):
         find_codec("NF-4")
-    with pytest.raises(ArgumentError, match=r"codec='zip': There is 'nf4', "):
+    with pytest.raises(ArgumentError, match=r"codec='zip': There is 'lossless', 'nf4', "):
         find_codec("zip")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name, package in {"nf4": "bitsandbytes", "int8": "torchao", "int4": "compressed-tensors"}.items():

@@ -41,6 +41,8 @@ HONOURED_AS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"n_ctx": 512}, {"max_context": 512}),
     ({"n_ctx": 0}, {}),
     ({"gpu_batch_size": 4}, {"max_batch_size": 4}),
+    ({"load_in_4bit": True, "load_in_8bit": False}, {"compression": "4bit"}),
+    ({"load_in_8bit": True}, {"compression": "8bit"}),
 ]
 
 
@@ -107,9 +109,9 @@ def test_what_asks_for_nothing_is_no_error(name: str) -> None:
     assert name == "config" or adopt({name: name == "use_cache"}, {}, DEFAULTS) == {}
 
 
-@pytest.mark.parametrize("name", ["compression", "load_in_4bit", "load_in_8bit", "quantization_config"])
+@pytest.mark.parametrize("name", ["quantization", "bnb_config", "compress_weight", "quantization_config"])
 def test_who_wants_to_quantise_is_told_what_there_is(name: str, tiny: WriteTiny) -> None:
-    with pytest.raises(ArgumentError, match=f"{name}.*quantised already .bitsandbytes, GPTQ.*GGUF"):
+    with pytest.raises(ArgumentError, match=f"{name}.*compression=.*quantised already .bitsandbytes, GPTQ.*GGUF"):
         AutoModel.from_pretrained(tiny("llama", torch.float32), **{name: {"bits": 4}})
 
 

@@ -20,6 +20,7 @@ import airstream
 from airstream import ArgumentError, UnsupportedError
 from airstream.cli import main
 from airstream.repacking import repack as repack_module
+from airstream.repacking import ways
 from airstream.repacking import write_quantised as write_module
 from airstream.repacking.manifest import read_manifest
 from tests.checkpoint.test_pickles import weights_of
@@ -342,15 +343,15 @@ def test_another_codec_takes_nothing_over(
     packages("nf4")
     source, out = wide("llama", BF16), tmp_path / "out"
     expected = state_of(airstream.repack(source, tmp_path / "whole", codec="fp8", progress=False))
-    real, work = repack_module.write_quantised, tmp_path / ".out-repacking"
+    real, work = ways.write_quantised, tmp_path / ".out-repacking"
 
-    def write(file: Path, *others: Any) -> str:
+    def write(file: Path, *others: Any, **more: Any) -> str:
         if list(work.glob("*.safetensors")):
             raise KeyboardInterrupt
-        return real(file, *others)
+        return real(file, *others, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(repack_module, "write_quantised", write)
+        patch.setattr(ways, "write_quantised", write)
         with pytest.raises(KeyboardInterrupt):
             airstream.repack(source, out, codec="nf4", progress=False)
     assert len(list(work.glob("*.safetensors"))) == 1
@@ -363,15 +364,15 @@ def test_only_what_is_missing_is_made(
     wide: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = wide("llama", BF16, num_hidden_layers=4), tmp_path / "out"
-    real, begun = repack_module.write_quantised, list[str]()
+    real, begun = ways.write_quantised, list[str]()
 
-    def write(file: Path, *others: Any) -> str:
+    def write(file: Path, *others: Any, **more: Any) -> str:
         begun.append(file.name)
         if len(begun) == 3:
             raise KeyboardInterrupt
-        return real(file, *others)
+        return real(file, *others, **more)
 
-    monkeypatch.setattr(repack_module, "write_quantised", write)
+    monkeypatch.setattr(ways, "write_quantised", write)
     with pytest.raises(KeyboardInterrupt):
         airstream.repack(source, out, codec="fp8", progress=False)
     report = repack_module.repack_and_report(source, out, codec="fp8", progress=False)

@@ -39,7 +39,7 @@ from airstream.repacking import repack as repack_module
 from airstream.repacking import ways
 from airstream.repacking.manifest import JOURNAL, MANIFEST, read_manifest
 from airstream.repacking.plan import Member, Order, parse_layers, plan_shards
-from airstream.repacking.ways import Way
+from airstream.repacking.way import Way
 from airstream.reporting import units as units_module
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.packing import packing_of
