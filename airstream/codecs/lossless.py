@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from airstream.codecs.block_types import HEAD_BYTES, LOSSLESS, BlockType
+from airstream.codecs.block_types import HEAD_BYTES, LOSSLESS, BlockType, lossless_block
 from airstream.codecs.native import lossless_decoder
 from airstream.codecs.words import bytes_of, nibbles, spread_bits, words_of
 from airstream.errors import CheckpointError
@@ -37,8 +37,9 @@ def decode_lossless(target: torch.Tensor, raw: torch.Tensor, block: BlockType, m
     numbers are to be of another dtype than bfloat16. Does not block where torch does not.
 
     Raises:
-        CheckpointError: on a CPU, a block is damaged; the message has its number, from 0.
+        CheckpointError: there is no such block; or, on a CPU, one is damaged: the message has its number, from 0.
     """
+    lossless_block(block.name, block.elements, block.nbytes)  # kernels believe sizes
     kernel = lossless_decoder(block.name) if native and raw.device.type == "cpu" else None
     decode = kernel or decode_with_torch
     blocks, numbers = raw.view(-1, block.nbytes), target.view(-1, block.elements)

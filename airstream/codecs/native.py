@@ -1,8 +1,8 @@
 """This decodes and packs by blocks.c and lossless.c, where they were compiled when airstream was installed.
 
-On a CPU they are some times faster than torch. They are optional: without a C compiler, and for what has no kernel, torch
-decodes, to the same bits. A kernel holds no lock of the interpreter, so that several threads decode at once. This module
-knows where the library is. It refuses to know when it is used.
+On a CPU they are some times faster than torch. They are optional: without a C compiler, and for what has no kernel,
+torch decodes, to the same bits. A kernel holds no lock of the interpreter, so that several threads decode at once. This
+module knows where the library is. It refuses to know when it is used.
 """
 
 from __future__ import annotations
