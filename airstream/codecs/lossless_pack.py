@@ -92,7 +92,8 @@ def _encode(numbers: torch.Tensor, block: BlockType, put: LosslessKernel) -> tor
     done = put(blocks, rows, block)
     if done < len(rows):
         raise CheckpointError(_no_room(block, done))
-    sums = np.array([zlib.crc32(row) for row in rows.numpy()], dtype="<u4")
+    plain, size = rows.numpy().view(np.uint8).reshape(-1).data, 2 * block.elements
+    sums = np.array([zlib.crc32(plain[at : at + size]) for at in range(0, len(plain), size)], dtype="<u4")
     blocks[:, HEAD_BYTES - 4 : HEAD_BYTES] = torch.from_numpy(sums.view(np.uint8)).view(-1, 4)
     return blocks.view(-1)
 

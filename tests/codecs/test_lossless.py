@@ -470,6 +470,7 @@ def test_there_are_kernels_where_there_is_a_compiler(name: str) -> None:
 
 def test_what_is_asked_for_in_the_wrong_way_is_refused() -> None:
     block = block_of("bf16x12", 64, 4)
+    assert encode(torch.zeros(0, dtype=torch.bfloat16), block).numel() == 0
     with pytest.raises(ValueError, match="65 values are no blocks of 64"):
         encode(torch.zeros(65, dtype=torch.bfloat16), block)
     with pytest.raises(ValueError, match="117 bytes of bf16x12 do not make 64 numbers"):
