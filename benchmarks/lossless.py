@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 import torch
 from safetensors import safe_open
 
-from airstream.codecs.block_types import LOSSLESS, BlockType
+from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import decode_into, decode_with_torch
 from airstream.codecs.lossless import bad_blocks
+from airstream.codecs.lossless_blocks import LOSSLESS
 from airstream.codecs.lossless_pack import choose_block, encode, encode_with_numpy
 
 ELEMENTS = 8 << 20

@@ -15,14 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airstream.codecs.block_types import (
-    BLOCK_TYPES,
-    HEAD_BYTES,
-    LOSSLESS,
-    BlockType,
-    lossless_block,
-    max_slots,
-)
+from airstream.codecs.block_types import BLOCK_TYPES, BlockType
 from airstream.codecs.decode import (
     DECODE_SCRATCH_BYTES,
     DEVICE_SLICE_ELEMENTS,
@@ -30,8 +23,9 @@ from airstream.codecs.decode import (
     decode_with_torch,
 )
 from airstream.codecs.lossless import bad_blocks
+from airstream.codecs.lossless_blocks import HEAD_BYTES, LOSSLESS, lossless_block, max_slots
+from airstream.codecs.lossless_native import decoder, encoder, most_outside
 from airstream.codecs.lossless_pack import Survey, choose_block, encode, encode_with_numpy
-from airstream.codecs.native import lossless_decoder, lossless_encoder, most_outside
 from airstream.errors import CheckpointError
 from tests.stand_ins.sim import SimDevice
 
@@ -463,8 +457,8 @@ def test_numpy_counts_as_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @EVERY_CODEC
 def test_there_are_kernels_where_there_is_a_compiler(name: str) -> None:
     """Else the tests of kernels would test torch and numpy twice."""
-    assert lossless_decoder(name)
-    assert lossless_encoder(name)
+    assert decoder(name, 64, 4)
+    assert encoder(name, 64, 4)
     assert most_outside()
 
 
