@@ -76,6 +76,8 @@ def lossless_block(name: str, elements: int, nbytes: int) -> BlockType:
         raise CheckpointError(f"blocks of {name} have {limits} numbers, not {elements:,}")
     slots, rest = divmod(nbytes - codec.nbytes(elements, 0), codec.slot_bytes)
     if rest or slots % SLOTS_MULTIPLE or not 0 <= slots <= max_slots(elements):
-        sizes = f"{codec.nbytes(elements, 0):,} to {codec.nbytes(elements, max_slots(elements)):,}"
-        raise CheckpointError(f"{elements:,} numbers of {name} take {sizes} bytes, by whole slots, not {nbytes:,}")
+        least, most = codec.nbytes(elements, 0), codec.nbytes(elements, max_slots(elements))
+        raise CheckpointError(
+            f"{elements:,} numbers of {name} take from {least:,} to {most:,} B, by whole slots, not {nbytes:,}"
+        )
     return BlockType(name, elements, nbytes, dtype="bfloat16")

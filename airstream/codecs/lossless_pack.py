@@ -25,6 +25,7 @@ from airstream.codecs.lossless_blocks import (
 )
 from airstream.codecs.lossless_native import Kernel, encoder, most_outside
 from airstream.errors import CheckpointError
+from airstream.reporting.units import counted
 
 LEAST_GAIN = 0.01
 """Of the bytes: below it numbers stay plain, which everybody can read."""
@@ -101,7 +102,7 @@ def _encode(numbers: torch.Tensor, block: BlockType, put: Kernel) -> torch.Tenso
 
 def _rows(numbers: torch.Tensor, elements: int) -> torch.Tensor:
     if numbers.numel() % elements:
-        raise ValueError(f"{numbers.numel():,} values are no blocks of {elements:,}")
+        raise ValueError(f"{counted(numbers.numel(), 'value')} cannot be blocks of {elements:,}")
     return numbers.view(torch.int16).view(-1, elements)
 
 

@@ -261,7 +261,7 @@ def test_bases_are_modulo_256(name: str, decode: Decode) -> None:
         ("bf16x12", 48, 80, "a multiple of 32 up to 65,536 numbers, not 48"),
         ("bf16x11", 96, 140, "a multiple of 64 up to 65,536 numbers, not 96"),
         ("bf16x12", 65568, 98360, "a multiple of 32 up to 65,536 numbers, not 65,568"),
-        ("bf16x12", 256, 391, "256 numbers of bf16x12 take 392 to 488 bytes, by whole slots, not 391"),
+        ("bf16x12", 256, 391, "256 numbers of bf16x12 take from 392 to 488 B, by whole slots, not 391"),
         ("bf16x12", 256, 395, "not 395"),  # one slot
         ("bf16x12", 256, 500, "not 500"),  # 36 slots
         ("bf16x11", 256, 364, "256 numbers of bf16x11 take 360 to 392 bytes, by whole slots, not 364|"),
@@ -465,7 +465,7 @@ def test_there_are_kernels_where_there_is_a_compiler(name: str) -> None:
 def test_what_is_asked_for_in_the_wrong_way_is_refused() -> None:
     block = block_of("bf16x12", 64, 4)
     assert encode(torch.zeros(0, dtype=torch.bfloat16), block).numel() == 0
-    with pytest.raises(ValueError, match="65 values are no blocks of 64"):
+    with pytest.raises(ValueError, match="65 values cannot be blocks of 64"):
         encode(torch.zeros(65, dtype=torch.bfloat16), block)
     with pytest.raises(ValueError, match="117 bytes of bf16x12 do not make 64 numbers"):
         decode_into(torch.empty(64), torch.zeros(117, dtype=torch.uint8), block)
