@@ -264,7 +264,7 @@ def test_bases_are_modulo_256(name: str, decode: Decode) -> None:
         ("bf16x12", 256, 391, "256 numbers of bf16x12 take from 392 to 488 B, by whole slots, not 391"),
         ("bf16x12", 256, 395, "not 395"),  # one slot
         ("bf16x12", 256, 500, "not 500"),  # 36 slots
-        ("bf16x11", 256, 364, "256 numbers of bf16x11 take 360 to 392 bytes, by whole slots, not 364|"),
+        ("bf16x11", 256, 364, "a size that there is|"),
         ("bf16x11", 256, 362, "not 362"),
         ("bf16x11", 256, 396, "not 396"),
     ],
