@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from airstream.checkpoint.stored import StoredTensor
-from airstream.codecs.block_types import lossless_block
+from airstream.codecs.lossless_blocks import lossless_block
 from airstream.errors import CheckpointError
 from airstream.system.foreign_json import HEADER, parse_json
 

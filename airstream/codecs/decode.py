@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from airstream.codecs.block_types import LOSSLESS, BlockType
+from airstream.codecs.block_types import BlockType
 from airstream.codecs.grids import by_gguf
 from airstream.codecs.lossless import decode_lossless
+from airstream.codecs.lossless_blocks import LOSSLESS
 from airstream.codecs.native import DTYPES, kernel
 from airstream.codecs.simple import iq4_nl, mxfp4, q4_0, q4_1, q5_0, q5_1, q8_0
 from airstream.codecs.super_blocks import iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k

@@ -163,26 +163,27 @@ INLINE uint8_t exponent_of(uint16_t number) {
 }
 
 INLINE Window window_of(const uint16_t *restrict numbers, size_t n, int width) {
-    uint32_t counts[4][256] = {{0}}; /* four, so that one increment does not wait for the last; n is a multiple of 4 */
+    uint16_t counts[4][256] = {{0}}; /* four, so that one increment does not wait for the last; each has n / 4 at most */
+    uint32_t total[256];
     for (size_t i = 0; i < n; i += 4)
         for (int lane = 0; lane < 4; lane++)
             counts[lane][exponent_of(numbers[i + (size_t)lane])]++;
     for (int e = 0; e < 256; e++)
-        counts[0][e] += counts[1][e] + counts[2][e] + counts[3][e];
-    size_t held = 0, most;
+        total[e] = (uint32_t)counts[0][e] + counts[1][e] + counts[2][e] + counts[3][e];
+    size_t wanted = n - total[0], held = 0;
     for (int e = 1; e <= width; e++)
-        held += counts[0][e];
+        held += total[e];
     Window best = {1, 0};
-    most = held;
-    for (int base = 2; base + width <= 256; base++) {
-        held += counts[0][base + width - 1];
-        held -= counts[0][base - 1];
+    size_t most = held;
+    for (int base = 2; base + width <= 256 && most < wanted; base++) {
+        held += total[base + width - 1];
+        held -= total[base - 1];
         if (held > most) {
             most = held;
             best.base = (uint8_t)base;
         }
     }
-    best.outside = n - counts[0][0] - most;
+    best.outside = wanted - most;
     return best;
 }
 

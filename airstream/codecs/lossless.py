@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from airstream.codecs.block_types import HEAD_BYTES, LOSSLESS, BlockType
-from airstream.codecs.native import lossless_decoder
+from airstream.codecs.block_types import BlockType
+from airstream.codecs.lossless_blocks import HEAD_BYTES, LOSSLESS
+from airstream.codecs.lossless_native import Kernel, decoder
 from airstream.codecs.words import bytes_of, nibbles, spread_bits, words_of
 from airstream.errors import CheckpointError
 
@@ -37,10 +39,10 @@ def decode_lossless(target: torch.Tensor, raw: torch.Tensor, block: BlockType, m
     numbers are to be of another dtype than bfloat16. Does not block where torch does not.
 
     Raises:
-        CheckpointError: on a CPU, a block is damaged; the message has its number, from 0.
+        CheckpointError: there is no such block; or, on a CPU, one is damaged: the message has its number, from 0.
     """
-    kernel = lossless_decoder(block.name) if native and raw.device.type == "cpu" else None
-    decode = kernel or decode_with_torch
+    kernel = _kernel(block) if native and raw.device.type == "cpu" else None
+    decode = kernel or partial(decode_with_torch, block=block)
     blocks, numbers = raw.view(-1, block.nbytes), target.view(-1, block.elements)
     in_place = target.dtype == torch.bfloat16 and target.is_contiguous()
     step = max(1, (max_elements if in_place else max_elements // 2) // block.elements)
@@ -49,7 +51,7 @@ def decode_lossless(target: torch.Tensor, raw: torch.Tensor, block: BlockType, m
     for start in range(0, len(blocks), step):
         some, wanted = blocks[start : start + step], numbers[start : start + step]
         exact = wanted if in_place else torch.empty(wanted.shape, dtype=torch.bfloat16, device=target.device)
-        whole = decode(exact.view(torch.int16), some, block)
+        whole = decode(exact.view(torch.int16), some)
         if whole < len(some):
             raise CheckpointError(_damage(block, start + whole))
         if not in_place:
@@ -61,13 +63,13 @@ def bad_blocks(raw: torch.Tensor, block: BlockType) -> list[int]:
 
     It takes 2 bytes of memory for each number in `raw`.
     """
-    decode = lossless_decoder(block.name) or decode_with_torch
+    decode = _kernel(block) or partial(decode_with_torch, block=block)
     blocks = raw.view(-1, block.nbytes)
     numbers = torch.empty((len(blocks), block.elements), dtype=torch.int16)
     sums = blocks[:, 4:HEAD_BYTES].contiguous().view(torch.int32).view(-1).tolist()
     bad, start = [], 0
     while start < len(blocks):
-        end = start + decode(numbers[start:], blocks[start:], block)
+        end = start + decode(numbers[start:], blocks[start:])
         decoded = numbers[start:end].numpy()
         wrong = (at for at, row in enumerate(decoded, start) if zlib.crc32(row) != sums[at] & 0xFFFFFFFF)
         bad += [*wrong, *([end] if end < len(blocks) else [])]
@@ -90,6 +92,10 @@ def decode_with_torch(target: torch.Tensor, blocks: torch.Tensor, block: BlockTy
     return int(exponents.damaged.nonzero()[0])
 
 
+def _kernel(block: BlockType) -> Kernel | None:
+    return decoder(block.name, block.elements, LOSSLESS[block.name].slots(block))
+
+
 def _exponents_x12(blocks: torch.Tensor, block: BlockType) -> Exponents:
     codes_at = HEAD_BYTES + block.elements
     patches_at, slots = codes_at + block.elements // 2, LOSSLESS[block.name].slots(block)
@@ -109,7 +115,7 @@ def _exponents_x11(blocks: torch.Tensor, block: BlockType) -> Exponents:
     for place in (1, 2):
         words.bitwise_or_(spread_bits(planes[place], place))
     values = _in_window(bytes_of(words), blocks)
-    others = blocks[:, codes_at + 3 * size :]
+    others = blocks[:, codes_at + 3 * size :][:, : LOSSLESS[block.name].slots(block)]
     sevens = planes[0] & planes[1] & planes[2]
     counts = _bits_in(sevens)
     before = counts.cumsum(1, dtype=torch.int32)  # numbers of code 7 up to the end of each byte

@@ -8,22 +8,24 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable
+from functools import partial
 
 import numpy as np
 import torch
 
-from airstream.codecs.block_types import (
+from airstream.codecs.block_types import BlockType
+from airstream.codecs.lossless_blocks import (
     HEAD_BYTES,
     LOSSLESS,
     MAX_ELEMENTS,
     SLOTS_MULTIPLE,
-    BlockType,
     Lossless,
     lossless_block,
     max_slots,
 )
-from airstream.codecs.native import LosslessKernel, lossless_encoder, most_outside
+from airstream.codecs.lossless_native import Kernel, encoder, most_outside
 from airstream.errors import CheckpointError
+from airstream.reporting.units import counted
 
 LEAST_GAIN = 0.01
 """Of the bytes: below it numbers stay plain, which everybody can read."""
@@ -81,29 +83,30 @@ def encode(numbers: torch.Tensor, block: BlockType) -> torch.Tensor:
         CheckpointError: more exponents are outside of a block's window than it has slots.
         ValueError: the numbers are not those of whole blocks.
     """
-    kernel = lossless_encoder(block.name)
-    return _encode(numbers, block, kernel or _encode_with_numpy)
+    kernel = encoder(block.name, block.elements, LOSSLESS[block.name].slots(block))
+    return _encode(numbers, block, kernel or partial(_encode_with_numpy, block=block))
 
 
 def encode_with_numpy(numbers: torch.Tensor, block: BlockType) -> torch.Tensor:
     """As `encode`, without a compiler."""
-    return _encode(numbers, block, _encode_with_numpy)
+    return _encode(numbers, block, partial(_encode_with_numpy, block=block))
 
 
-def _encode(numbers: torch.Tensor, block: BlockType, put: LosslessKernel) -> torch.Tensor:
+def _encode(numbers: torch.Tensor, block: BlockType, put: Kernel) -> torch.Tensor:
     rows = _rows(numbers, block.elements)
     blocks = torch.empty((len(rows), block.nbytes), dtype=torch.uint8)
-    done = put(blocks, rows, block)
+    done = put(blocks, rows)
     if done < len(rows):
         raise CheckpointError(_no_room(block, done))
-    sums = np.array([zlib.crc32(row) for row in rows.numpy()], dtype="<u4")
+    plain, size = rows.numpy().view(np.uint8).reshape(-1).data, 2 * block.elements
+    sums = np.array([zlib.crc32(plain[at : at + size]) for at in range(0, len(plain), size)], dtype="<u4")
     blocks[:, HEAD_BYTES - 4 : HEAD_BYTES] = torch.from_numpy(sums.view(np.uint8)).view(-1, 4)
     return blocks.view(-1)
 
 
 def _rows(numbers: torch.Tensor, elements: int) -> torch.Tensor:
     if numbers.numel() % elements:
-        raise ValueError(f"{numbers.numel():,} values are no blocks of {elements:,}")
+        raise ValueError(f"{counted(numbers.numel(), 'value')} cannot be blocks of {elements:,}")
     return numbers.view(torch.int16).view(-1, elements)
 
 

@@ -4,7 +4,8 @@
 
 /* One copy of each kernel for every width of vectors; the loader picks. By levels rather than by names of processors, of
  * which a loader knows only those that it was written for. */
-#if defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12
+#if defined(EVERY_WIDTH) /* a sanitizer wants one copy */
+#elif defined(__x86_64__) && defined(__GLIBC__) && __GNUC__ >= 12
 #define EVERY_WIDTH __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #elif defined(__x86_64__) && defined(__GLIBC__) && (__GNUC__ >= 9 || __clang_major__ >= 14)
 #define EVERY_WIDTH __attribute__((target_clones("avx2", "default")))

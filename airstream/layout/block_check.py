@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from airstream.checkpoint.stored import StoredTensor
-from airstream.codecs.block_types import LOSSLESS
 from airstream.codecs.lossless import bad_blocks
+from airstream.codecs.lossless_blocks import LOSSLESS
 from airstream.reporting.units import counted
 
 __all__ = ["BlockCheck"]

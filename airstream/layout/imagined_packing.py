@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
-from airstream.codecs.block_types import LOSSLESS, BlockType, lossless_block
+from airstream.codecs.block_types import BlockType
+from airstream.codecs.lossless_blocks import LOSSLESS, lossless_block
 from airstream.codecs.lossless_pack import block_elements
 
 __all__ = ["imagine_packed"]

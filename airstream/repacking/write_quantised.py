@@ -119,7 +119,7 @@ def _check_filled(shard: Shard, start: int, ends: Mapping[str, int]) -> None:
         start += tensor.nbytes
         if ends[tensor.name] != start:
             raise UnsupportedError(
-                f"tensor {tensor.name!r} should have {counted(tensor.nbytes, 'byte')}, and "
-                f"has {ends[tensor.name] - start + tensor.nbytes:,}: the package that quantises is of a release that this "
-                "airstream does not know"
+                f"tensor {tensor.name!r} should have {counted(tensor.nbytes, 'byte')}, and has "
+                f"{ends[tensor.name] - start + tensor.nbytes:,}: the package that quantises is of a release that "
+                "this airstream does not know"
             )

@@ -1,0 +1,82 @@
+/* Any bytes at all, in memory of exactly their size, through every kernel that takes no table: for a sanitizer to watch. */
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef size_t Lossless(const void *from, void *to, size_t count, size_t n, size_t slots);
+typedef void Blocks(const uint8_t *blocks, void *out, size_t count, int to_bfloat16, const int8_t *grid);
+
+Lossless decode_bf16x12, decode_bf16x11, encode_bf16x12, encode_bf16x11;
+size_t most_outside(const uint16_t *numbers, size_t count, size_t n, int width);
+
+#define TYPES                                                                                                     \
+    TYPE(q4_0, 32, 18) TYPE(q4_1, 32, 20) TYPE(q5_0, 32, 22) TYPE(q5_1, 32, 24) TYPE(q8_0, 32, 34)               \
+    TYPE(iq4_nl, 32, 18) TYPE(mxfp4, 32, 17) TYPE(q2_k, 256, 84) TYPE(q3_k, 256, 110) TYPE(q4_k, 256, 144)       \
+    TYPE(q5_k, 256, 176) TYPE(q6_k, 256, 210) TYPE(iq4_xs, 256, 136)
+#define TYPE(name, elements, nbytes) Blocks decode_##name;
+TYPES
+#undef TYPE
+#define TYPE(name, elements, nbytes) {decode_##name, elements, nbytes},
+static const struct {
+    Blocks *decode;
+    size_t elements, nbytes;
+} KERNELS[] = {TYPES};
+
+static uint64_t state = 88172645463325252u;
+
+static uint64_t any(uint64_t below) {
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return (state >> 11) % below;
+}
+
+/* Bytes of one of three kinds: any; few different ones; mostly zeros. */
+static uint8_t *some_bytes(size_t nbytes) {
+    uint8_t *bytes = malloc(nbytes ? nbytes : 1);
+    uint64_t kind = any(3), mask = any(256);
+    for (size_t i = 0; i < nbytes; i++)
+        bytes[i] = (uint8_t)(kind == 0 ? any(256) : kind == 1 ? any(256) & mask : any(16) ? 0 : any(256));
+    return bytes;
+}
+
+static size_t lossless(int is_x12) {
+    size_t n = (is_x12 ? 32 : 64) * (1 + any(any(8) ? 12 : 1024)), slots = 4 * any(n / 32 + 1), count = any(4);
+    size_t nbytes = 8 + n + (is_x12 ? n / 2 + 3 * slots : 3 * n / 8 + slots);
+    uint8_t *blocks = some_bytes(count * nbytes), *numbers = some_bytes(count * n * 2);
+    size_t done = (is_x12 ? encode_bf16x12 : encode_bf16x11)(numbers, blocks, count, n, slots);
+    uint16_t *decoded = malloc(count * n * 2 + 1);
+    (is_x12 ? decode_bf16x12 : decode_bf16x11)(blocks, decoded, done, n, slots);
+    if (memcmp(decoded, numbers, done * n * 2))
+        exit(2); /* what was packed has to come back */
+    free(blocks);
+    free(decoded);
+    blocks = some_bytes(count * nbytes);
+    decoded = malloc(count * n * 2);
+    size_t whole = (is_x12 ? decode_bf16x12 : decode_bf16x11)(blocks, decoded, count, n, slots);
+    if (most_outside((uint16_t *)numbers, count, n, is_x12 ? 15 : 6) > n || whole > count)
+        exit(3);
+    free(numbers);
+    free(blocks);
+    free(decoded);
+    return whole < count;
+}
+
+int main(int argc, char **argv) {
+    int rounds = argc > 1 ? atoi(argv[1]) : 100;
+    size_t damaged = 0;
+    for (int round = 0; round < rounds; round++) {
+        damaged += lossless(1) + lossless(0);
+        size_t kind = any(sizeof KERNELS / sizeof *KERNELS), count = any(40);
+        int to_bfloat16 = (int)any(2);
+        uint8_t *blocks = some_bytes(count * KERNELS[kind].nbytes);
+        void *out = malloc(count * KERNELS[kind].elements * (to_bfloat16 ? 2 : 4));
+        KERNELS[kind].decode(blocks, out, count, to_bfloat16, NULL);
+        free(blocks);
+        free(out);
+    }
+    printf("%zu damaged\n", damaged);
+    return 0;
+}
