@@ -49,7 +49,7 @@ def traffic_of(plan: Plan, facts: ModelFacts, on_cpu: bool) -> Traffic:
 
 
 def _crossing_bytes(plan: Plan, is_packed: bool) -> int:
-    """To the accelerator in every pass. What comes from disk packed is decoded there; host memory has it decoded."""
+    """To the accelerator in every pass. What is packed crosses packed, from disk and from host memory."""
     if not is_packed:
         return plan.streamed_bytes
     return plan.read_bytes + plan.hosted_bytes

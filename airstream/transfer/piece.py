@@ -32,6 +32,10 @@ class Cast:
         """Whether an item is a block."""
         return self.source in BLOCK_TYPES
 
+    def bytes_made_of(self, nbytes: int) -> int:
+        """The bytes that `nbytes`, whole items, become."""
+        return nbytes // self.source_item_bytes * self.target_item_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -46,9 +50,7 @@ class Piece:
     @property
     def target_bytes(self) -> int:
         """The bytes that the piece takes in the slab, after `cast`."""
-        if self.cast is None:
-            return self.nbytes
-        return self.nbytes // self.cast.source_item_bytes * self.cast.target_item_bytes
+        return self.nbytes if self.cast is None else self.cast.bytes_made_of(self.nbytes)
 
 
 class Landing(Protocol):

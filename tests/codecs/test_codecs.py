@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airstream.codecs.block_types import BLOCK_TYPES, BlockType
+from airstream.codecs.block_types import BLOCK_TYPES, HOST_ONLY, BlockType
 from airstream.codecs.decode import (
     DECODE_SCRATCH_BYTES,
     DEVICE_SLICE_ELEMENTS,
@@ -144,3 +144,15 @@ def test_memory_for_decoding_on_a_device_is_planned(block: BlockType, sim: SimDe
     decode_into(target, raw, block)
     assert sim.peak_bytes - before <= DECODE_SCRATCH_BYTES
     assert sim.allocated_bytes == before
+
+
+@EVERY_TYPE
+def test_it_is_known_which_types_a_device_decodes(block: BlockType) -> None:
+    """A device without bytes has torch's operations, and none that would take the bytes to the CPU."""
+    raw = torch.empty(3 * block.nbytes, dtype=torch.uint8, device="meta")
+    target = torch.empty(3 * block.elements, device="meta")
+    if block.name not in HOST_ONLY:
+        decode_with_torch(target, raw, block)
+        return
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        decode_with_torch(target, raw, block)
