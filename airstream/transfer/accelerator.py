@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import chain
-from typing import Any
 
 import torch
 
 from airstream.reporting.probe import Moment, Probe
 from airstream.transfer.base import Backend
+from airstream.transfer.buffers import SCRATCHES
 from airstream.transfer.bus import Bus, Lane
 from airstream.transfer.clock import DeviceClock
 from airstream.transfer.crossing import Crossing
@@ -29,7 +29,7 @@ from airstream.transfer.landing import HostLanding, Staging
 from airstream.transfer.packing import DEVICE_PACKING
 from airstream.transfer.piece import Piece
 from airstream.transfer.pinning import Pinner, Pinning
-from airstream.transfer.runtime import Runtime
+from airstream.transfer.runtime import Event, Runtime
 from airstream.transfer.shortage import allocating
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class AcceleratorBackend(Backend):
             for _ in range(num_workers):
                 self._lanes.append(Lane(runtime, self._bus, chunk_bytes))
             if packed:
-                self._bus.scratch = self.allocate(chunk_bytes + PAGE_BYTES)
+                self._bus.decode_in([self.allocate(chunk_bytes + PAGE_BYTES) for _ in range(SCRATCHES)])
             failed.pop_all()
         if not all(lane.pinned for lane in self._lanes):
             logger.warning("host memory could not be pinned: copies to %s will be slower", self.device)
@@ -85,17 +85,18 @@ class AcceleratorBackend(Backend):
     def is_worker(self, thread: threading.Thread) -> bool:
         return self._pinner.is_worker(thread)
 
-    def new_fence(self) -> Any:
-        return self._runtime.new_event()
+    def new_fence(self) -> list[Event]:
+        return self._bus.new_fence()
 
     def begin_fill(self) -> None:
-        self._bus.stream.wait_event(self._computed)
+        self._bus.begin(self._computed)
 
-    def end_fill(self, fence: Any) -> None:
-        self._bus.stream.record_event(fence)
+    def end_fill(self, fence: Sequence[Event]) -> None:
+        self._bus.end(fence)
 
-    def wait_filled(self, fence: Any) -> None:
-        self._runtime.compute_stream().wait_event(fence)
+    def wait_filled(self, fence: Sequence[Event]) -> None:
+        for event in fence:
+            self._runtime.compute_stream().wait_event(event)
 
     def mark_computed(self) -> None:
         self._runtime.compute_stream().record_event(self._computed)
@@ -129,6 +130,7 @@ class AcceleratorBackend(Backend):
         for lane in self._lanes:
             lane.close()
         self._lanes = []
+        self._bus.close()
 
 
 class DeviceLanding:

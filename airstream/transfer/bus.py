@@ -1,12 +1,14 @@
-"""The bus is the copy stream of a device, and a lane one reader thread's way to it, through pinned staging buffers.
+"""The bus is how bytes get to a device, and a lane one reader thread's way to it, through pinned staging buffers.
 
-What is packed crosses packed: the stream decodes it, behind the copy of it, out of one scratch. This knows which copies
-wait for which. It refuses to know who computes, and what has to come.
+What is packed crosses packed and is decoded on the device. This knows which copies wait for which. It refuses to know
+who computes, and what has to come.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -18,28 +20,52 @@ from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.landing import cast_into, staged
 from airstream.transfer.piece import Cast, Piece
-from airstream.transfer.runtime import Runtime
+from airstream.transfer.runtime import Event, Runtime
 
 
 class Bus:
-    """The copy stream. `probe` is told when each copy began and ended on the device.
+    """The copy stream of a device, and, if weights are packed, one more that decodes what has crossed packed.
 
-    Attributes:
-        scratch: device memory where packed weights arrive, if there are any.
+    While one chunk is decoded the next one is copied, so that the bus need not wait. Fences are behind both streams.
+    `probe` is told when each copy and each decoding began and ended on the device.
     """
 
-    scratch: torch.Tensor
-
     def __init__(self, runtime: Runtime, clock: DeviceClock, probe: Probe) -> None:
-        self._lock = threading.Lock()
         self.stream = runtime.new_stream()
         self.probe = probe
+        self._lock = threading.Lock()
         self._runtime = runtime
-        self._moment = partial(clock.mark, self.stream)
+        self._clock = clock
+        self._streams = [self.stream]
+        self._scratches: list[_Scratch] = []
+        self._turn = 0
+        self._decoded = runtime.new_event()
+
+    def decode_in(self, memories: Iterable[torch.Tensor]) -> None:
+        """From now on packed bytes may cross, to `memories` on the device in turn."""
+        self._scratches = [_Scratch(each, self._runtime.new_event(), self._runtime.new_event()) for each in memories]
+        self._streams.append(self._runtime.new_stream())
+
+    def new_fence(self) -> list[Event]:
+        """Events to be given to `end`."""
+        return [self._runtime.new_event() for _ in self._streams]
+
+    def begin(self, event: Event) -> None:
+        """Order what is queued from now on behind `event`, and copies behind what is decoded: it may be given up."""
+        for stream in self._streams:
+            stream.wait_event(event)
+        for decoder in self._streams[1:]:
+            decoder.record_event(self._decoded)
+            self.stream.wait_event(self._decoded)
+
+    def end(self, fence: Sequence[Event]) -> None:
+        """Put `fence` behind all that is queued."""
+        for stream, event in zip(self._streams, fence, strict=True):
+            stream.record_event(event)
 
     def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
         """Queue a copy to the device. Does not block; `source` must stay as it is until it ran."""
-        with self.probe.queued(H2D, source.numel(), self._moment):
+        with self.probe.queued(H2D, source.numel(), partial(self._clock.mark, self.stream)):
             self._runtime.copy(destination, source, self.stream)
 
     def cross(self, destination: torch.Tensor, source: torch.Tensor, cast: Cast | None) -> None:
@@ -52,14 +78,36 @@ class Bus:
     def expand(self, destination: torch.Tensor, source: torch.Tensor, cast: Cast) -> None:
         """Queue a copy of packed `source` to the device and its decoding there. As `copy`.
 
-        The stream does one after the other, so that all threads share one scratch, if each pair is queued together; and
-        so that memory for decoding, which belongs to the stream, is needed once.
+        All threads share the scratches, if each pair is queued together. The decoder does one after the other, so that
+        memory for decoding, which belongs to that stream, is needed once.
         """
         with self._lock:
-            scratch = self.scratch[: source.numel()]
-            self.copy(scratch, source)
-            with self.probe.queued(CONVERT, source.numel(), self._moment):
-                self._runtime.compute(destination, scratch, partial(cast_into, cast=cast), self.stream)
+            self._turn = (self._turn + 1) % len(self._scratches)
+            scratch, decoder = self._scratches[self._turn], self._streams[-1]
+            packed = scratch.memory[: source.numel()]
+            self.stream.wait_event(scratch.is_free)
+            self.copy(packed, source)
+            self.stream.record_event(scratch.is_full)
+            decoder.wait_event(scratch.is_full)
+            with self.probe.queued(CONVERT, source.numel(), partial(self._clock.mark, decoder)):
+                self._runtime.compute(destination, packed, partial(cast_into, cast=cast), decoder)
+            decoder.record_event(scratch.is_free)
+
+    def close(self) -> None:
+        """Give the scratches back. Idempotent; blocks while something is being decoded."""
+        for decoder in self._streams[1:]:
+            decoder.record_event(self._decoded)
+        self._decoded.synchronize()
+        self._scratches = []
+
+
+@dataclass(frozen=True, slots=True)
+class _Scratch:
+    """Device memory where packed bytes arrive; the events that they are there, and that they have been decoded."""
+
+    memory: torch.Tensor
+    is_full: Event
+    is_free: Event
 
 
 class Lane:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from airstream.transfer.landing import cast_into
 from airstream.transfer.piece import Cast, Piece
 from airstream.transfer.reader import Reader
 from tests.conftest import simulated_accelerator
-from tests.stand_ins.sim import SimRuntime
+from tests.stand_ins.sim import RaceError, SimDevice, SimEvent, SimRuntime
 from tests.stand_ins.tiny_gguf import random_blocks
 
 Q4, Q6, Q8 = (BLOCK_TYPES[name] for name in ("Q4_0", "Q6_K", "Q8_0"))
@@ -101,3 +103,48 @@ def test_what_is_pinned_and_plain_needs_no_reader_thread() -> None:
         backend.synchronize()
         hosted.close()
         backend.close()
+
+
+class Unheard(SimEvent):
+    """An event that nobody who waits for it hears of."""
+
+    point = property(lambda _: None, lambda *_: None)  # type: ignore[assignment]  # for SimEvent a field
+
+
+def without(backend: AcceleratorBackend, left_out: str, sim: SimDevice) -> None:
+    """Leave one order out of those that `backend` keeps."""
+    bus = backend._bus
+    if left_out == "given up":
+        bus._decoded = Unheard(sim)
+    elif left_out:
+        bus._scratches = [replace(scratch, **{left_out: Unheard(sim)}) for scratch in bus._scratches]
+
+
+@pytest.mark.parametrize(
+    ("left_out", "bug"),
+    [
+        ("", ""),
+        ("is_full", "the decoder does not wait for the bytes"),
+        ("is_free", "bytes are overwritten before they have been decoded"),
+        ("given up", "what nobody waits for any more is decoded into memory that was given to others"),
+    ],
+    ids=["as it is", "is_full", "is_free", "given up"],
+)
+def test_an_order_left_out_is_caught(left_out: str, bug: str) -> None:
+    """Of a fill that was given up, by another one in its place, which is not packed."""
+    blocks = Crossing(0, 900 * Q4.nbytes, 0, IN_BF16)
+    with pytest.raises(RaceError) if bug else nullcontext(), simulated_accelerator(raise_races=False) as sim:
+        backend = AcceleratorBackend(SimRuntime(sim), 1, PAGE_BYTES, packed=True)
+        without(backend, left_out, sim)
+        hosted, memory = backend.allocate_host(blocks.nbytes), backend.allocate(blocks.target_bytes)
+        hosted.landing()
+        backend.wait_pinned()
+        backend.begin_fill()
+        for errand in hosted.send(memory, [blocks]):
+            errand(0)
+        backend.begin_fill()
+        hosted.send(memory, [Crossing(0, blocks.nbytes, blocks.target_bytes - blocks.nbytes)])
+        backend.synchronize()
+        hosted.close()
+        backend.close()
+    assert bool(sim.races) == bool(bug), bug
