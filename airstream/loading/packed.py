@@ -1,4 +1,4 @@
-"""This says what weights that are stored as blocks cost: bytes on disk, and time of a CPU to decode them.
+"""This says what weights that are stored as blocks cost: bytes on disk, and what decoding takes a CPU, and a device.
 
 It refuses to know the memory that decoding takes: `transfer.buffers` says that.
 """
@@ -8,17 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from airstream.codecs.block_types import BLOCK_TYPES
 from airstream.codecs.decode import decoding_seconds
+from airstream.codecs.traffic import decoding_traffic
 from airstream.layout.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The cost of some tensors: their bytes on disk, and the seconds that one CPU core takes to decode them."""
+    """The cost of some tensors.
+
+    Attributes:
+        stored_bytes: their bytes on disk.
+        decoding_seconds: what one CPU core takes to decode them.
+        decoding_traffic: the bytes of its memory that an accelerator passes over to decode them.
+    """
 
     stored_bytes: int
     decoding_seconds: float
+    decoding_traffic: float
 
 
 def measure_packed(specs: Iterable[TensorSpec]) -> Packed | None:
@@ -27,8 +37,13 @@ def measure_packed(specs: Iterable[TensorSpec]) -> Packed | None:
     for spec in specs:
         sources |= {each.name: each for each in (spec.made_by.sources if spec.made_by else (spec,))}
     pieces = [piece for spec in sources.values() for piece in spec.pieces]
-    blocks = [(piece.nbytes, BLOCK_TYPES[piece.cast.source]) for piece in pieces if piece.cast and piece.cast.is_blocks]
-    if not blocks:
+    casts = [(piece.nbytes, piece.cast) for piece in pieces if piece.cast and piece.cast.is_blocks]
+    if not casts:
         return None
-    seconds = sum(nbytes / block.nbytes * block.elements * decoding_seconds(block) for nbytes, block in blocks)
-    return Packed(sum(piece.nbytes for piece in pieces), seconds)
+    seconds = traffic = 0.0
+    for nbytes, cast in casts:
+        block = BLOCK_TYPES[cast.source]
+        numbers = nbytes / block.nbytes * block.elements
+        seconds += numbers * decoding_seconds(block)
+        traffic += numbers * decoding_traffic(block, getattr(torch, cast.target))
+    return Packed(sum(piece.nbytes for piece in pieces), seconds, traffic)

@@ -25,6 +25,7 @@ from airstream.codecs.decode import (
     decode_with_torch,
 )
 from airstream.codecs.native import kernel
+from airstream.codecs.traffic import decoding_traffic
 from tests.stand_ins.sim import SimDevice
 
 EVERY_WAY = pytest.mark.parametrize("decode", [decode_into, decode_with_torch], ids=["compiled", "torch"])
@@ -156,3 +157,23 @@ def test_it_is_known_which_types_a_device_decodes(block: BlockType) -> None:
         return
     with pytest.raises(NotImplementedError, match="meta tensor"):
         decode_with_torch(target, raw, block)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "nbytes"),
+    [
+        # Of Q8_0: a byte is read and a float32 written, that one read and written again for the scale, and, if another
+        # dtype is wanted, read and written as that. The scale, for 32 numbers: a half is read, a float32 written, read.
+        ("Q8_0", torch.float32, (1 + 4) + (4 + 4) + (2 + 4 + 4) / 32),
+        ("Q8_0", torch.bfloat16, (1 + 4) + (4 + 4) + (4 + 2) + (2 + 4 + 4) / 32),
+        ("IQ1_S", torch.float32, 0.0),
+    ],
+)
+def test_the_memory_that_decoding_passes_over(name: str, dtype: torch.dtype, nbytes: float) -> None:
+    assert decoding_traffic(BLOCK_TYPES[name], dtype) == pytest.approx(nbytes)
+
+
+@EVERY_TYPE
+def test_no_device_decodes_without_reading_and_writing(block: BlockType) -> None:
+    least = block.nbytes / block.elements + 2
+    assert decoding_traffic(block, torch.bfloat16) >= least or block.name in HOST_ONLY
