@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 
-from airstream.codecs.block_types import HOST_ONLY
 from airstream.layout.slab import Slab, pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.transfer.crossing import Crossing
@@ -58,4 +57,4 @@ def _is_packed(piece: Piece) -> bool:
     All else waits as it computes: blocks that the CPU would have to decode in every pass, and numbers of another dtype,
     which may be wider in the file.
     """
-    return piece.cast is not None and piece.cast.is_blocks and piece.cast.source not in HOST_ONLY
+    return piece.cast is not None and piece.cast.is_for_devices

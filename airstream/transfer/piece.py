@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.block_types import BLOCK_TYPES, HOST_ONLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,11 @@ class Cast:
     def is_blocks(self) -> bool:
         """Whether an item is a block."""
         return self.source in BLOCK_TYPES
+
+    @property
+    def is_for_devices(self) -> bool:
+        """Whether an item is a block that a device can decode."""
+        return self.is_blocks and self.source not in HOST_ONLY
 
     def bytes_made_of(self, nbytes: int) -> int:
         """The bytes that `nbytes`, whole items, become."""
