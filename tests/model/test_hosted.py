@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from airstream.layout.tensors import TensorSpec
+from airstream.reporting.probe import H2D
 from airstream.transfer.accelerator import AcceleratorBackend
 from airstream.transfer.files import PAGE_BYTES
 from tests.conftest import STREAMING, least_memory, on_accelerator, simulated_accelerator, stream
@@ -93,7 +94,10 @@ def test_fewer_bytes_wait_and_fewer_cross(
             before = sim.h2d_bytes
             crossed = model.measure_link().nbytes
             assert sim.h2d_bytes - before == crossed
-            assert torch.equal(logits(model, prompts(2, 9)), expected)
+            with model.profile() as profile:
+                assert torch.equal(logits(model, prompts(2, 9)), expected)
+            assert [each.costs.host_bytes for each in profile.passes] == [crossed]
+            assert profile.total.links[H2D].nbytes == crossed
             names = [each for batch in model.plan.batches for each in batch.hosted]
             specs = [model._engine._parts.specs[each] for each in names]
             assert crossed == sum(map(packed_bytes, specs))

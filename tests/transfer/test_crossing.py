@@ -22,7 +22,7 @@ from airstream.transfer.landing import cast_into
 from airstream.transfer.piece import Cast, Piece
 from airstream.transfer.reader import Reader
 from tests.conftest import simulated_accelerator
-from tests.stand_ins.sim import RaceError, SimDevice, SimEvent, SimRuntime
+from tests.stand_ins.sim import RaceError, SimDevice, SimEvent, SimRuntime, StillClock
 from tests.stand_ins.tiny_gguf import random_blocks
 
 Q4, Q6, Q8 = (BLOCK_TYPES[name] for name in ("Q4_0", "Q6_K", "Q8_0"))
@@ -148,3 +148,24 @@ def test_an_order_left_out_is_caught(left_out: str, bug: str) -> None:
         hosted.close()
         backend.close()
     assert bool(sim.races) == bool(bug), bug
+
+
+def test_the_bus_goes_on_while_blocks_are_decoded() -> None:
+    """Chunks that take a second to cross and a second to decode take a second each, and one more. In simulated time."""
+    count, chunk_bytes = 12, PAGE_BYTES // Q4.nbytes * Q4.nbytes
+    blocks = Crossing(0, count * chunk_bytes, 0, IN_BF16)
+    clock = StillClock()
+    with simulated_accelerator(host=clock, kernel_seconds=1.0, copy_bytes_per_second=chunk_bytes) as sim:
+        backend = AcceleratorBackend(SimRuntime(sim), 1, PAGE_BYTES, packed=True)
+        hosted, memory = backend.allocate_host(blocks.nbytes), backend.allocate(blocks.target_bytes)
+        hosted.landing()
+        backend.wait_pinned()
+        backend.synchronize()
+        start = clock.now()
+        backend.begin_fill()
+        for errand in hosted.send(memory, [blocks]):
+            errand(0)
+        backend.synchronize()
+        assert clock.now() - start == pytest.approx(count + 1)
+        hosted.close()
+        backend.close()
