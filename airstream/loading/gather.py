@@ -80,6 +80,7 @@ def gather_facts(
         arithmetic=_arithmetic(model, parts),
         stored_bytes=packed.stored_bytes if packed else None,
         decoding_seconds_per_byte=packed.decoding_seconds / packed.stored_bytes if packed else 0.0,
+        decoding_traffic_per_byte=packed.decoding_traffic / packed.stored_bytes if packed else 0.0,
         position_limit=position_limit(model),
         rotary_limit=rotary_limit(model),
     )

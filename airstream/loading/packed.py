@@ -1,4 +1,4 @@
-"""This says what weights that are stored as blocks cost: bytes on disk, and time of a CPU to decode them.
+"""This says what weights that are stored as blocks cost: bytes on disk, and what decoding takes a CPU, and a device.
 
 It refuses to know the memory that decoding takes: `transfer.buffers` says that.
 """
@@ -8,17 +8,27 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import decoding_seconds
+from airstream.codecs.traffic import decoding_traffic
 from airstream.layout.tensors import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """The cost of some tensors: their bytes on disk, and the seconds that one CPU core takes to decode them."""
+    """The cost of some tensors.
+
+    Attributes:
+        stored_bytes: their bytes on disk.
+        decoding_seconds: what one CPU core takes to decode them.
+        decoding_traffic: the bytes of its memory that an accelerator passes over to decode them.
+    """
 
     stored_bytes: int
     decoding_seconds: float
+    decoding_traffic: float
 
 
 def measure_packed(specs: Iterable[TensorSpec]) -> Packed | None:
@@ -27,12 +37,14 @@ def measure_packed(specs: Iterable[TensorSpec]) -> Packed | None:
     for spec in specs:
         sources |= {each.name: each for each in (spec.made_by.sources if spec.made_by else (spec,))}
     pieces = [piece for spec in sources.values() for piece in spec.pieces]
-    casts = [(piece.nbytes, piece.cast.source) for piece in pieces if piece.cast]
-    blocks = [(nbytes, source) for nbytes, source in casts if isinstance(source, BlockType)]
+    casts = [(piece.nbytes, piece.cast.source, piece.cast.target) for piece in pieces if piece.cast]
+    blocks = [(nbytes, source, target) for nbytes, source, target in casts if isinstance(source, BlockType)]
     if not blocks:
         return None
-    typical = {block.name: block for _, block in blocks}  # each tensor may have blocks of its own size
-    seconds = sum(
-        nbytes / block.nbytes * block.elements * decoding_seconds(typical[block.name]) for nbytes, block in blocks
-    )
-    return Packed(sum(piece.nbytes for piece in pieces), seconds)
+    typical = {block.name: block for _, block, _ in blocks}  # each tensor may have blocks of its own size
+    seconds = traffic = 0.0
+    for nbytes, block, target in blocks:
+        numbers = nbytes / block.nbytes * block.elements
+        seconds += numbers * decoding_seconds(typical[block.name])
+        traffic += numbers * decoding_traffic(typical[block.name], getattr(torch, target))
+    return Packed(sum(piece.nbytes for piece in pieces), seconds, traffic)

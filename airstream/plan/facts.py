@@ -104,6 +104,7 @@ class ModelFacts:
         conversion_bytes: what a converter of transformers needs for its results before they are in place.
         stored_bytes: the bytes on disk of all layers and the lm_head, if they are packed there.
         decoding_seconds_per_byte: what one CPU core takes to decode a byte from disk, if weights are packed there.
+        decoding_traffic_per_byte: the bytes of its memory that an accelerator passes over to decode one.
         adapter_bytes: the bytes of adapters that have been loaded beside the model.
         position_limit: tokens that no sequence can exceed; None if positions are computed.
         rotary_limit: tokens that such positions were trained for, beyond which answers get worse; None if unknown.
@@ -124,6 +125,7 @@ class ModelFacts:
     arithmetic: Arithmetic
     stored_bytes: int | None = None
     decoding_seconds_per_byte: float = 0.0
+    decoding_traffic_per_byte: float = 0.0
     adapter_bytes: int = 0
     position_limit: int | None = None
     rotary_limit: int | None = None

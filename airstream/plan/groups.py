@@ -12,13 +12,14 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from airstream.layout.as_stored import pack_as_stored
 from airstream.layout.slab import pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.plan.facts import BatchFacts, Group
 from airstream.plan.policy import MIN_SHARE, TINY_SHARE
 from airstream.reporting.units import MIB, round_up
 from airstream.transfer.files import PAGE_BYTES
-from airstream.transfer.packing import HOST_PACKING, Packing
+from airstream.transfer.packing import Packing
 
 DEVICE_BLOCK_BYTES = 2 * MIB
 """torch's allocators give large blocks of device memory in multiples of this."""
@@ -98,7 +99,7 @@ def _group_bytes(specs: Sequence[TensorSpec], packing: Packing) -> tuple[int, in
     nbytes = pack(specs, packing).nbytes
     if not packing.follows_file and nbytes > MIB:
         nbytes = round_up(nbytes, DEVICE_BLOCK_BYTES)
-    return nbytes + growth_bytes(specs), pack(stored_specs(specs), HOST_PACKING).nbytes
+    return nbytes + growth_bytes(specs), pack_as_stored(specs)[0].nbytes
 
 
 def growth_bytes(specs: Iterable[TensorSpec]) -> int:

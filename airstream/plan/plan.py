@@ -27,7 +27,8 @@ class Batch:
         nbytes: the bytes of the slab that passes through the ring; 0 if everything is resident.
         read_bytes: those of them that come from disk each time; the others come from host memory.
         resident: names of the tensors that stay on the device that computes, and `resident_bytes` of them.
-        hosted: names of the tensors that stay in host memory and cross to the accelerator, `hosted_bytes` of them.
+        hosted: names of the tensors that stay in host memory and cross to the accelerator, `hosted_bytes` as they lie
+            there: packed, if they are stored so.
     """
 
     units: tuple[str, ...]
@@ -106,7 +107,7 @@ class Plan:
 
     @property
     def hosted_bytes(self) -> int:
-        """Weights that stay in host memory for an accelerator."""
+        """Weights that stay in host memory for an accelerator: packed, if they are stored so."""
         return sum(batch.hosted_bytes for batch in self.batches)
 
     @property
@@ -153,7 +154,7 @@ def _model_lines(plan: Plan) -> Iterator[str]:
     yield f"  resident     {_resident(plan)}"
     if plan.hosted_bytes:
         rest = f"{format_bytes(plan.read_bytes)} from disk" if plan.read_bytes else "nothing from disk"
-        yield f"  host memory  {format_bytes(plan.hosted_bytes)} of what is streamed comes from there, {rest}"
+        yield f"  host memory  {format_bytes(plan.hosted_bytes)} wait there and cross in every pass, {rest}"
     yield f"  streamed     {_streamed(plan)}"
     yield f"  lm_head      {plan.head}"
     for name, nbytes in plan.rows_from_disk.items():

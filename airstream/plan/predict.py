@@ -45,6 +45,7 @@ class Traffic:
         disk_bytes: read from disk in every pass.
         first_disk_bytes: read from disk in the first pass, which also fills what stays resident.
         decoding_seconds_per_byte: what a CPU core takes for a byte from disk or page cache, where weights are packed.
+        decoding_traffic_per_byte: the bytes of its memory that an accelerator passes over to decode one that crosses.
         cached_bytes: read out of the page cache in every pass, not from disk.
         h2d_bytes, h2d_pageable_bytes: the bytes that cross to the accelerator in every pass, from pinned memory and
             from other. A plan has none of the latter: what could not be pinned crosses by way of pinned buffers.
@@ -65,6 +66,7 @@ class Traffic:
     disk_bytes: int
     first_disk_bytes: int
     decoding_seconds_per_byte: float = 0.0
+    decoding_traffic_per_byte: float = 0.0
     cached_bytes: int = 0
     h2d_bytes: int = 0
     h2d_pageable_bytes: int = 0
@@ -195,9 +197,12 @@ def _links(
     seconds[COMPUTE] += traffic.num_layers * hardware.layer_seconds
     if traffic.on_cpu and traffic.reads_ahead:  # else the CPU has nothing better to do while it reads
         seconds[COMPUTE] += moved["disk"] * hardware.disk_cpu_seconds_per_byte / hardware.num_cores
-    if traffic.on_cpu:  # an accelerator decodes behind its copies, faster than they come
+    if traffic.on_cpu:
         packed = moved["disk"] + moved["host_copy"]
         seconds[COMPUTE] += packed * traffic.decoding_seconds_per_byte / hardware.num_cores
+    else:  # while the next bytes cross, but in the memory that weights are multiplied from
+        packed = moved["h2d"] + moved["h2d_pageable"]
+        seconds[MEMORY] += packed * traffic.decoding_traffic_per_byte / bandwidth
     return seconds
 
 

@@ -42,6 +42,7 @@ def traffic_of(plan: Plan, facts: ModelFacts, on_cpu: bool) -> Traffic:
         cached_bytes=0 if plan.direct_io else plan.read_bytes,
         first_disk_bytes=stored_bytes,
         decoding_seconds_per_byte=facts.decoding_seconds_per_byte,
+        decoding_traffic_per_byte=facts.decoding_traffic_per_byte,
         h2d_bytes=0 if on_cpu else _crossing_bytes(plan, is_packed=facts.stored_bytes is not None),
         first_h2d_bytes=0 if on_cpu else stored_bytes,
         reads_ahead=plan.prefetch_batches > 0,
@@ -49,7 +50,7 @@ def traffic_of(plan: Plan, facts: ModelFacts, on_cpu: bool) -> Traffic:
 
 
 def _crossing_bytes(plan: Plan, is_packed: bool) -> int:
-    """To the accelerator in every pass. What comes from disk packed is decoded there; host memory has it decoded."""
+    """To the accelerator in every pass. What is packed crosses packed, from disk and from host memory."""
     if not is_packed:
         return plan.streamed_bytes
     return plan.read_bytes + plan.hosted_bytes

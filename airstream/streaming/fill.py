@@ -7,8 +7,8 @@ waits.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 
@@ -16,6 +16,7 @@ import torch
 
 from airstream.layout.slab import Slab
 from airstream.transfer.base import Backend, HostedMemory
+from airstream.transfer.crossing import Crossing
 from airstream.transfer.jobs import Job, OnDone
 from airstream.transfer.piece import Landing, Piece
 from airstream.transfer.reader import Reader
@@ -45,11 +46,22 @@ class Resident:
 
 @dataclass(slots=True, eq=False)
 class Hosted:
-    """Tensors that are loaded once into host memory and copied from there to the device every time."""
+    """Tensors that are loaded once into host memory, as they are stored, and cross to the device every time.
+
+    Attributes:
+        slab: what is read into `memory`.
+        crossings: by the name of each tensor, what crosses; targets count from its first byte.
+    """
 
     slab: Slab
+    crossings: Mapping[str, Sequence[Crossing]]
     memory: HostedMemory
     loaded: bool = False
+
+    @property
+    def crossing_bytes(self) -> int:
+        """The bytes that cross every time."""
+        return sum(crossing.nbytes for crossings in self.crossings.values() for crossing in crossings)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +98,7 @@ class Fill:
     @property
     def hosted_bytes(self) -> int:
         """The bytes that come from host memory each time."""
-        return sum(spec.nbytes for hosted in self.hosted for spec in hosted.slab.specs)
+        return sum(hosted.crossing_bytes for hosted in self.hosted)
 
 
 class Filling:
@@ -110,7 +122,7 @@ class Filling:
             if not resident.loaded:
                 self._read(resident.slab.pieces, backend.landing(resident.memory), partial(_mark_loaded, resident))
         for hosted in fill.hosted:
-            send = partial(self._send, hosted, _copies(fill.slab, hosted.slab, memory))
+            send = partial(self._send, hosted, memory, _crossings(fill.slab, hosted))
             if hosted.loaded:
                 send()
             else:
@@ -128,8 +140,8 @@ class Filling:
         self._begin_one()
         self._jobs.append(self._reader.submit(pieces, landing, partial(self._ended, then), self._urgent))
 
-    def _send(self, hosted: Hosted, copies: Sequence[tuple[torch.Tensor, int]]) -> None:
-        errands = hosted.memory.send(copies)
+    def _send(self, hosted: Hosted, memory: torch.Tensor, crossings: Sequence[Crossing]) -> None:
+        errands = hosted.memory.send(memory, crossings)
         if errands:
             self._begin_one()
             self._jobs.append(self._reader.run(errands, partial(self._ended, None), self._urgent))
@@ -164,9 +176,10 @@ def _mark_loaded(once: Resident | Hosted, then: Callable[[], None] | None = None
         then()
 
 
-def _copies(slab: Slab, source: Slab, memory: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
-    """Where in `memory`, laid out as `slab`, each tensor of `source` goes, and where in `source` it starts."""
+def _crossings(slab: Slab, source: Hosted) -> list[Crossing]:
+    """What crosses from `source` to memory that is laid out as `slab`."""
     return [
-        (memory[slab.offsets[spec.name] : slab.offsets[spec.name] + spec.nbytes], source.offsets[spec.name])
-        for spec in source.specs
+        replace(crossing, target=slab.offsets[name] + crossing.target)
+        for name, crossings in source.crossings.items()
+        for crossing in crossings
     ]

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from airstream.layout.as_stored import pack_as_stored
 from airstream.layout.slab import pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.plan.facts import BatchFacts, ModelFacts
 from airstream.plan.plan import Batch, Plan
 from airstream.streaming.fill import Fill, Hosted, Resident
 from airstream.transfer.base import Backend
-from airstream.transfer.packing import HOST_PACKING
 
 Names = tuple[str, ...]
 
@@ -72,8 +72,8 @@ class Store:
 
     def _make_hosted(self, names: Names) -> Hosted:
         if names not in self._hosted:
-            slab = pack(stored_specs(self._named(names)), HOST_PACKING)
-            self._hosted[names] = Hosted(slab, self._backend.allocate_host(slab.nbytes))
+            slab, crossings = pack_as_stored(self._named(names))
+            self._hosted[names] = Hosted(slab, crossings, self._backend.allocate_host(slab.nbytes))
         return self._hosted[names]
 
     def _named(self, names: Iterable[str]) -> Sequence[TensorSpec]:

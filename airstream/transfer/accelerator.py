@@ -10,24 +10,26 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from itertools import chain
 
 import torch
 
-from airstream.reporting.probe import CONVERT, H2D, HOST_COPY, Moment, Probe
+from airstream.reporting.probe import Moment, Probe
 from airstream.transfer.base import Backend
-from airstream.transfer.buffers import BUFFERS_PER_WORKER
+from airstream.transfer.buffers import SCRATCHES
+from airstream.transfer.bus import Bus, Lane
 from airstream.transfer.clock import DeviceClock
+from airstream.transfer.crossing import Crossing
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
-from airstream.transfer.landing import HostLanding, Staging, cast_into, staged
+from airstream.transfer.landing import HostLanding, Staging
 from airstream.transfer.packing import DEVICE_PACKING
-from airstream.transfer.piece import Cast, Piece
+from airstream.transfer.piece import Piece
 from airstream.transfer.pinning import Pinner, Pinning
-from airstream.transfer.runtime import Runtime
+from airstream.transfer.runtime import Event, Runtime
 from airstream.transfer.shortage import allocating
 
 logger = logging.getLogger(__name__)
@@ -48,18 +50,18 @@ class AcceleratorBackend(Backend):
         self.device = runtime.device
         self._runtime = runtime
         self._clock = DeviceClock(runtime)
-        self._bus = _Bus(runtime, self._clock, probe or Probe())
+        self._bus = Bus(runtime, self._clock, probe or Probe())
         self._computed = runtime.new_event()
         self._chunk_bytes = chunk_bytes
         self._staging = Staging(chunk_bytes, probe)
         self._pinner = Pinner()
-        self._lanes: list[_Lane] = []
+        self._lanes: list[Lane] = []
         with ExitStack() as failed:
             failed.callback(self.close)
             for _ in range(num_workers):
-                self._lanes.append(_Lane(runtime, self._bus, chunk_bytes))
+                self._lanes.append(Lane(runtime, self._bus, chunk_bytes))
             if packed:
-                self._bus.scratch = self.allocate(chunk_bytes + PAGE_BYTES)
+                self._bus.decode_in([self.allocate(chunk_bytes + PAGE_BYTES) for _ in range(SCRATCHES)])
             failed.pop_all()
         if not all(lane.pinned for lane in self._lanes):
             logger.warning("host memory could not be pinned: copies to %s will be slower", self.device)
@@ -83,17 +85,18 @@ class AcceleratorBackend(Backend):
     def is_worker(self, thread: threading.Thread) -> bool:
         return self._pinner.is_worker(thread)
 
-    def new_fence(self) -> Any:
-        return self._runtime.new_event()
+    def new_fence(self) -> list[Event]:
+        return self._bus.new_fence()
 
     def begin_fill(self) -> None:
-        self._bus.stream.wait_event(self._computed)
+        self._bus.begin(self._computed)
 
-    def end_fill(self, fence: Any) -> None:
-        self._bus.stream.record_event(fence)
+    def end_fill(self, fence: Sequence[Event]) -> None:
+        self._bus.end(fence)
 
-    def wait_filled(self, fence: Any) -> None:
-        self._runtime.compute_stream().wait_event(fence)
+    def wait_filled(self, fence: Sequence[Event]) -> None:
+        for event in fence:
+            self._runtime.compute_stream().wait_event(event)
 
     def mark_computed(self) -> None:
         self._runtime.compute_stream().record_event(self._computed)
@@ -127,46 +130,13 @@ class AcceleratorBackend(Backend):
         for lane in self._lanes:
             lane.close()
         self._lanes = []
-
-
-class _Bus:
-    """The copy stream. `probe` is told when each copy began and ended on the device.
-
-    Attributes:
-        scratch: device memory where packed weights arrive, if there are any.
-    """
-
-    scratch: torch.Tensor
-
-    def __init__(self, runtime: Runtime, clock: DeviceClock, probe: Probe) -> None:
-        self._lock = threading.Lock()
-        self.stream = runtime.new_stream()
-        self.probe = probe
-        self._runtime = runtime
-        self._moment = partial(clock.mark, self.stream)
-
-    def copy(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        """Queue a copy to the device. Does not block; `source` must stay as it is until it ran."""
-        with self.probe.queued(H2D, source.numel(), self._moment):
-            self._runtime.copy(destination, source, self.stream)
-
-    def expand(self, destination: torch.Tensor, source: torch.Tensor, cast: Cast) -> None:
-        """Queue a copy of packed `source` to the device and its decoding there. As `copy`.
-
-        The stream does one after the other, so that all threads share one scratch, if each pair is queued together; and
-        so that memory for decoding, which belongs to the stream, is needed once.
-        """
-        with self._lock:
-            scratch = self.scratch[: source.numel()]
-            self.copy(scratch, source)
-            with self.probe.queued(CONVERT, source.numel(), self._moment):
-                self._runtime.compute(destination, scratch, partial(cast_into, cast=cast), self.stream)
+        self._bus.close()
 
 
 class DeviceLanding:
     """Lands pieces in `memory`, a uint8 device tensor, each through the lane of the thread that read it."""
 
-    def __init__(self, memory: torch.Tensor, lanes: list[_Lane]) -> None:
+    def __init__(self, memory: torch.Tensor, lanes: list[Lane]) -> None:
         self._memory = memory
         self._lanes = lanes
 
@@ -180,7 +150,7 @@ class DeviceLanding:
 
 
 class HostedWeights:
-    """Weights in host memory on their way to the device, pinned if the system allows it.
+    """Weights in host memory on their way to the device, pinned if the system allows it; packed ones are decoded there.
 
     Pinned, they are copied from where they lie. Until then, reader threads take them through their staging buffers, so
     that the thread that computes never waits for a copy, and nobody for the pinning, which begins with the reads.
@@ -191,8 +161,8 @@ class HostedWeights:
         buffer: HostBuffer,
         pinning: Pinning,
         pinner: Pinner,
-        bus: _Bus,
-        lanes: list[_Lane],
+        bus: Bus,
+        lanes: list[Lane],
         chunk_bytes: int,
         staging: Staging,
     ) -> None:
@@ -213,80 +183,33 @@ class HostedWeights:
             self._pinner.submit(self._pinning)
         return HostLanding(self._buffer.tensor, self._staging)
 
-    def send(self, pairs: Sequence[tuple[torch.Tensor, int]]) -> list[Callable[[int], None]]:
-        """Queue the copies at once if the memory is pinned; else give errands for reader threads."""
-        if self._pinning.is_pinned:
-            for target, start in pairs:
-                self._bus.copy(target, self._buffer.tensor[start : start + target.numel()])
-            return []
-        return [
-            partial(self._relay, target[done : done + self._chunk_bytes], start + done)
-            for target, start in pairs
-            for done in range(0, target.numel(), self._chunk_bytes)
-        ]
+    def send(self, memory: torch.Tensor, crossings: Sequence[Crossing]) -> list[Callable[[int], None]]:
+        """If the host memory is pinned, queue plain copies at once; give errands for reader threads for all else.
 
-    def _relay(self, target: torch.Tensor, start: int, worker: int) -> None:
-        self._lanes[worker].relay(self._buffer.tensor[start : start + target.numel()], target)
+        Decoding is dozens of operations a chunk, and the thread that computes has its own to queue.
+        """
+        if not self._pinning.is_pinned:
+            return [partial(self._relay, memory, chunk) for chunk in self._chunks(crossings)]
+        for crossing in crossings:
+            if crossing.cast is None:
+                self._bus.copy(*self._ends(memory, crossing))
+        packed = (crossing for crossing in crossings if crossing.cast is not None)
+        return [partial(self._cross, memory, chunk) for chunk in self._chunks(packed)]
+
+    def _chunks(self, crossings: Iterable[Crossing]) -> Iterator[Crossing]:
+        return chain.from_iterable(crossing.chunks(self._chunk_bytes) for crossing in crossings)
+
+    def _cross(self, memory: torch.Tensor, crossing: Crossing, worker: int) -> None:  # noqa: ARG002 - from where it lies
+        self._bus.cross(*self._ends(memory, crossing), crossing.cast)
+
+    def _relay(self, memory: torch.Tensor, crossing: Crossing, worker: int) -> None:
+        self._lanes[worker].relay(*self._ends(memory, crossing), crossing.cast)
+
+    def _ends(self, memory: torch.Tensor, crossing: Crossing) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where `crossing` ends, in `memory`, and where it begins."""
+        target, source = crossing.target, crossing.source
+        return memory[target : target + crossing.target_bytes], self._buffer.tensor[source : source + crossing.nbytes]
 
     def close(self) -> None:
         """Undo the pinning. Idempotent."""
         self._pinning.undo()
-
-
-class _Lane:
-    """One reader thread's way to the device: two staging buffers, used in turn."""
-
-    def __init__(self, runtime: Runtime, bus: _Bus, chunk_bytes: int) -> None:
-        self._runtime = runtime
-        self._bus = bus
-        self._buffers = [HostBuffer(chunk_bytes + PAGE_BYTES) for _ in range(BUFFERS_PER_WORKER)]
-        self._pinned = [runtime.pin(buffer) for buffer in self._buffers]
-        self._sent = [runtime.new_event() for _ in self._buffers]
-        self._cast: list[torch.Tensor | None] = [None] * BUFFERS_PER_WORKER
-        self._turn = 0
-
-    @property
-    def pinned(self) -> bool:
-        return all(self._pinned)
-
-    def relay(self, source: torch.Tensor, destination: torch.Tensor) -> None:
-        """Copy `source`, in pageable host memory, to the device by way of a staging buffer."""
-        self._next()
-        staged = self._buffers[self._turn].tensor[: source.numel()]
-        with self._bus.probe.span(HOST_COPY, source.numel()):
-            staged.copy_(source)
-        self._send(destination, staged)
-
-    def _next(self) -> None:
-        """Turn to the other buffer; blocks this reader thread until what was in it has been copied."""
-        self._turn = (self._turn + 1) % BUFFERS_PER_WORKER
-        self._sent[self._turn].synchronize()
-        self._cast[self._turn] = None
-
-    def window(self, piece: Piece) -> memoryview:
-        self._next()
-        return self._buffers[self._turn].view[staged(piece)]
-
-    def send(self, piece: Piece, destination: torch.Tensor) -> None:
-        source = self._buffers[self._turn].tensor[staged(piece)]
-        if piece.cast is not None and piece.cast.is_blocks:
-            self._bus.expand(destination, source, piece.cast)
-            self._bus.stream.record_event(self._sent[self._turn])
-            return
-        if piece.cast is not None:
-            raw, source = source, torch.empty(piece.target_bytes, dtype=torch.uint8)
-            with self._bus.probe.span(CONVERT, piece.nbytes):
-                cast_into(source, raw, piece.cast)
-            self._cast[self._turn] = source  # must outlive the copy
-        self._send(destination, source)
-
-    def _send(self, destination: torch.Tensor, source: torch.Tensor) -> None:
-        self._bus.copy(destination, source)
-        self._bus.stream.record_event(self._sent[self._turn])
-
-    def close(self) -> None:
-        for event, buffer, pinned in zip(self._sent, self._buffers, self._pinned, strict=True):
-            event.synchronize()
-            if pinned:
-                self._runtime.unpin(buffer)
-        self._buffers, self._pinned, self._sent = [], [], []

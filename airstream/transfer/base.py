@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from airstream.reporting.probe import Moment
+from airstream.transfer.crossing import Crossing
 from airstream.transfer.packing import Packing
 from airstream.transfer.piece import Landing
 
@@ -120,11 +121,11 @@ class HostedMemory(Protocol):
     def landing(self) -> Landing:
         """Where reads that fill it land; they are about to begin. Does not block."""
 
-    def send(self, pairs: Sequence[tuple[torch.Tensor, int]]) -> Sequence[Callable[[int], None]]:
-        """Queue a copy to each uint8 device tensor from the byte that stands with it. Does not block.
+    def send(self, memory: torch.Tensor, crossings: Sequence[Crossing]) -> Sequence[Callable[[int], None]]:
+        """Queue `crossings` to `memory`, uint8 on the device. Does not block.
 
         Returns:
-            Errands for reader threads, without which the copies are not queued; none if all of them are.
+            Errands for reader threads, without which some are not queued; none if all of them are.
         """
 
     def close(self) -> None:

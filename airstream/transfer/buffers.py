@@ -13,12 +13,15 @@ from airstream.transfer.files import PAGE_BYTES
 BUFFERS_PER_WORKER = 2
 """Pinned buffers of each reader thread of an accelerator: while one is copied, the other one is filled."""
 
+SCRATCHES = 2
+"""Where packed bytes arrive on an accelerator: while one is decoded, the other one is copied to."""
+
 
 def decoding_bytes(device: torch.device, num_workers: int, chunk_bytes: int) -> int:
     """Bytes of the memory that computes for packed weights on their way: where they arrive, and to decode them."""
     if device.type == "cpu":
         return num_workers * HOST_SCRATCH_BYTES
-    return chunk_bytes + PAGE_BYTES + DECODE_SCRATCH_BYTES
+    return SCRATCHES * (chunk_bytes + PAGE_BYTES) + DECODE_SCRATCH_BYTES
 
 
 def staging_bytes(device: torch.device, num_workers: int, chunk_bytes: int) -> int:

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from airstream.codecs.block_types import BlockType
+from airstream.codecs.block_types import HOST_ONLY, BlockType
 
 
 @dataclass(frozen=True, slots=True)
 class Cast:
     """Items are stored as `source` and wanted as `target` (names as in `torch.<name>`).
 
-    An item is a number, or, if `source` is a type of blocks, a block of several, or, if `ways` is more than 1, so many
-    `rows` that are dealt out in turn: row r of the item goes to run r % ways of the runs that it becomes.
+    An item is a number, or, if `source` is the name of a block type, a block of several, or, if `ways` is more than 1,
+    so many `rows` that are dealt out in turn: row r of the item goes to run r % ways of the runs that it becomes.
     """
 
     source: str | BlockType
@@ -31,6 +31,15 @@ class Cast:
     def is_blocks(self) -> bool:
         """Whether an item is a block."""
         return isinstance(self.source, BlockType)
+
+    @property
+    def is_for_devices(self) -> bool:
+        """Whether an item is a block that a device can decode."""
+        return isinstance(self.source, BlockType) and self.source.name not in HOST_ONLY
+
+    def bytes_made_of(self, nbytes: int) -> int:
+        """The bytes that `nbytes`, whole items, become."""
+        return nbytes // self.source_item_bytes * self.target_item_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +55,7 @@ class Piece:
     @property
     def target_bytes(self) -> int:
         """The bytes that the piece takes in the slab, after `cast`."""
-        if self.cast is None:
-            return self.nbytes
-        return self.nbytes // self.cast.source_item_bytes * self.cast.target_item_bytes
+        return self.nbytes if self.cast is None else self.cast.bytes_made_of(self.nbytes)
 
 
 class Landing(Protocol):

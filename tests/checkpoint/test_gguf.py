@@ -19,6 +19,7 @@ from airstream import AutoModel
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.gguf_outline import LONG, write_outline
 from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.traffic import decoding_traffic
 from airstream.compat.gguf import gguf_config
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.layout.parts import Kind
@@ -216,6 +217,27 @@ def test_decoding_is_in_the_prediction(gguf: File) -> None:
     costs = predict(traffic, hardware, 1, 8, 64).links["compute"] - predict(free, hardware, 1, 8, 64).links["compute"]
     assert costs == pytest.approx(packed.read_bytes * traffic.decoding_seconds_per_byte / hardware.num_cores, rel=1e-6)
     assert costs > 0
+
+
+def test_the_prediction_of_an_accelerator_counts_what_is_packed(gguf: File, sim: SimDevice) -> None:
+    """What waits on the host and what comes from disk crosses packed, and is decoded in the device's memory."""
+    options: dict[str, Any] = {"dtype": BF16, "max_context": 256, "layers_per_batch": 1, "prefetch_batches": 0}
+    memory = least_memory(gguf("llama", "Q4_0"), "sim:0", **options) | {"cpu": "1GiB"}
+    plan = AutoModel.plan(gguf("llama", "Q4_0"), device="sim:0", max_memory=memory, **options)
+    prepared = prepare(gguf("llama", "Q4_0"), LoadOptions(device="sim:0", max_memory=memory, **options))
+    moved, hardware = traffic_of(plan, prepared.facts, on_cpu=False), prepared.request.hardware
+    assert plan.read_bytes == 0
+    assert moved.h2d_bytes == plan.hosted_bytes < plan.streamed_bytes / 3
+    free = predict(replace(moved, decoding_traffic_per_byte=0.0), hardware, 1, 8, 64).links
+    links = predict(moved, hardware, 1, 8, 64).links
+    traffic = prepared.facts.decoding_traffic_per_byte * plan.hosted_bytes
+    assert links["memory bandwidth"] - free["memory bandwidth"] == pytest.approx(
+        traffic / hardware.weights_rate("bfloat16").per_second
+    )
+    numbers = plan.streamed_bytes / 2
+    expected = pytest.approx(decoding_traffic(BLOCK_TYPES["Q4_0"], BF16) * numbers, rel=0.15)
+    assert traffic == expected, "more than the pages that so small groups end in"
+    assert links["H2D"] == pytest.approx(plan.hosted_bytes / hardware.h2d.per_second)
 
 
 def test_rotary_halves_are_one_read(gguf: File) -> None:

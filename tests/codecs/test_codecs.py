@@ -16,7 +16,7 @@ from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from airstream.codecs.block_types import BLOCK_TYPES, BlockType
+from airstream.codecs.block_types import BLOCK_TYPES, HOST_ONLY, BlockType
 from airstream.codecs.decode import (
     DECODE_SCRATCH_BYTES,
     DEVICE_SLICE_ELEMENTS,
@@ -25,6 +25,7 @@ from airstream.codecs.decode import (
     decode_with_torch,
 )
 from airstream.codecs.native import kernel
+from airstream.codecs.traffic import decoding_traffic
 from tests.stand_ins.sim import SimDevice
 
 EVERY_WAY = pytest.mark.parametrize("decode", [decode_into, decode_with_torch], ids=["compiled", "torch"])
@@ -144,3 +145,35 @@ def test_memory_for_decoding_on_a_device_is_planned(block: BlockType, sim: SimDe
     decode_into(target, raw, block)
     assert sim.peak_bytes - before <= DECODE_SCRATCH_BYTES
     assert sim.allocated_bytes == before
+
+
+@EVERY_TYPE
+def test_it_is_known_which_types_a_device_decodes(block: BlockType) -> None:
+    """A device without bytes has torch's operations, and none that would take the bytes to the CPU."""
+    raw = torch.empty(3 * block.nbytes, dtype=torch.uint8, device="meta")
+    target = torch.empty(3 * block.elements, device="meta")
+    if block.name not in HOST_ONLY:
+        decode_with_torch(target, raw, block)
+        return
+    with pytest.raises(NotImplementedError, match="meta tensor"):
+        decode_with_torch(target, raw, block)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "nbytes"),
+    [
+        # Of Q8_0: a byte is read and a float32 written, that one read and written again for the scale, and, if another
+        # dtype is wanted, read and written as that. The scale, for 32 numbers: a half is read, a float32 written, read.
+        ("Q8_0", torch.float32, (1 + 4) + (4 + 4) + (2 + 4 + 4) / 32),
+        ("Q8_0", torch.bfloat16, (1 + 4) + (4 + 4) + (4 + 2) + (2 + 4 + 4) / 32),
+        ("IQ1_S", torch.float32, 0.0),
+    ],
+)
+def test_the_memory_that_decoding_passes_over(name: str, dtype: torch.dtype, nbytes: float) -> None:
+    assert decoding_traffic(BLOCK_TYPES[name], dtype) == pytest.approx(nbytes)
+
+
+@EVERY_TYPE
+def test_no_device_decodes_without_reading_and_writing(block: BlockType) -> None:
+    least = block.nbytes / block.elements + 2
+    assert decoding_traffic(block, torch.bfloat16) >= least or block.name in HOST_ONLY

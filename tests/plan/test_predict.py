@@ -187,6 +187,7 @@ def traffics(draw: st.DrawFn) -> Traffic:
         h2d_bytes=h2d,
         h2d_pageable_bytes=pageable,
         first_h2d_bytes=h2d if on_cpu else h2d + draw(sizes()),
+        decoding_traffic_per_byte=0.0 if on_cpu else draw(st.floats(0, 100)),
         reads_ahead=draw(st.booleans()),
     )
 
@@ -381,3 +382,14 @@ def test_a_link_without_a_rate_is_refused_by_name() -> None:
         predict(traffic(), replace(machine(), h2d=None), 1, 1, 0)
     on_cpu = traffic(on_cpu=True, h2d_bytes=0, first_h2d_bytes=0)
     assert math.isfinite(decode_seconds(on_cpu, replace(machine(), h2d=None, h2d_pageable=None)))
+
+
+def test_an_accelerator_decodes_what_crosses_in_the_memory_that_it_computes_from() -> None:
+    """As long as the bus takes longer, that costs nothing."""
+    moved = traffic(disk_bytes=0, h2d_bytes=10**9, decoding_traffic_per_byte=60.0)
+    for weights, bottleneck in ((5e12, "H2D"), (500e9, "memory bandwidth")):
+        hardware = machine(weights=weights, flops=ENDLESS, layer_seconds=0.0)
+        prediction = predict(moved, hardware, 1, 1, 0)
+        assert prediction.bottleneck == bottleneck
+        assert prediction.links["memory bandwidth"] == pytest.approx((moved.weight_bytes + 60e9) / weights)
+        assert prediction.links["H2D"] == pytest.approx(1e9 / 25e9)
