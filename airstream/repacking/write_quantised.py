@@ -20,6 +20,7 @@ from airstream.errors import UnsupportedError
 from airstream.repacking.plan import Shard
 from airstream.repacking.quantise import Quantisation
 from airstream.repacking.write import OnBytes, header_of, sha256_of
+from airstream.reporting.units import counted
 from airstream.transfer.descriptors import Descriptors
 from airstream.transfer.files import WeightFile
 from airstream.transfer.host_memory import HostBuffer
@@ -104,7 +105,7 @@ def _check_filled(shard: Shard, start: int, ends: Mapping[str, int]) -> None:
         start += tensor.nbytes
         if ends[tensor.name] != start:
             raise UnsupportedError(
-                f"tensor {tensor.name!r} should have {tensor.nbytes:,} bytes, and has "
-                f"{ends[tensor.name] - start + tensor.nbytes:,}: the package that quantises is of a release that this "
-                "airstream does not know"
+                f"tensor {tensor.name!r} should have {counted(tensor.nbytes, 'byte')}, and has "
+                f"{counted(ends[tensor.name] - start + tensor.nbytes, 'byte')}: the package that quantises is of a "
+                "release that this airstream does not know"
             )

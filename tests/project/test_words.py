@@ -25,7 +25,7 @@ NEVER_ONE = {
     ("airstream/codecs/decode.py", "raw.numel()"),  # below the floor of `counted`, of a block
     ("airstream/rates/measure.py", "other_cores"),  # 1.0 cores
     ("airstream/profiling/plot.py", "len(passes)"),
-    ("airstream/repacking/repack.py", "len(stacks)"),
+    ("airstream/repacking/files.py", "len(stacks)"),
 }
 """Numbers of which one has been ruled out where they are printed."""
 
