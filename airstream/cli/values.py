@@ -66,7 +66,7 @@ def dtype(given: str) -> str:
     if given.removeprefix("torch.") not in DTYPES:
         raise argparse.ArgumentTypeError(
             f"{given!r} is not a type that models compute in: {', '.join(DTYPES)}. Weights are not quantised here: "
-            "name a checkpoint that is"
+            "name a checkpoint that is (`airstream repack --codec` makes one)"
         )
     return given
 

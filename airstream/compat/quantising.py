@@ -144,7 +144,9 @@ def _int8(weight: torch.Tensor) -> tuple[Tensors, dict[str, str]]:
     module.weight = nn.Parameter(weight, requires_grad=False)
     config = Int8WeightOnlyConfig(set_inductor_config=False)  # which would change settings of the whole process
     quantize_(module, config, lambda *_: True)
-    return flatten_tensor_state_dict({"module.weight": module.weight.data})
+    made = flatten_tensor_state_dict({"module.weight": module.weight.data})
+    del module.weight  # torchao ties the module to itself, and the weight would stay until somebody collects it
+    return made
 
 
 # -------------------------------------------------------------------------------------------------- transformers: fp8

@@ -86,7 +86,7 @@ class LoadOptions:
         if self.dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
             raise ArgumentError(
                 f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", torch.float16... Weights '
-                "are not quantised here: name a checkpoint that is"
+                "are not quantised here: name a checkpoint that is (`airstream repack --codec` makes one)"
             )
         if self.compression is not None:
             codec_named(self.compression)

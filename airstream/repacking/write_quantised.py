@@ -120,6 +120,6 @@ def _check_filled(shard: Shard, start: int, ends: Mapping[str, int]) -> None:
         if ends[tensor.name] != start:
             raise UnsupportedError(
                 f"tensor {tensor.name!r} should have {counted(tensor.nbytes, 'byte')}, and has "
-                f"{ends[tensor.name] - start + tensor.nbytes:,}: the package that quantises is of a release that "
-                "this airstream does not know"
+                f"{counted(ends[tensor.name] - start + tensor.nbytes, 'byte')}: the package that quantises is of a "
+                "release that this airstream does not know"
             )

@@ -58,7 +58,7 @@ def test_chunks_are_whole_items_side_by_side(
 @pytest.mark.parametrize("cast", CASTS, ids=["blocks", "super-blocks", "dealt"])
 def test_blocks_cross_packed_and_become_numbers_on_the_device(tmp_path: Path, cast: Cast, is_pinnable: bool) -> None:
     """With less scratch than there is to decode, by several threads, beside bytes that are not packed, twice."""
-    blocks = random_blocks(cast.source, (700, cast.source_item_bytes))
+    blocks = random_blocks(cast.source.name, (700, cast.source_item_bytes))
     nbytes, plain = blocks.nbytes, 3 * PAGE_BYTES + 5
     (file := tmp_path / "weights.bin").write_bytes(blocks.tobytes() + bytes(range(256)) * (plain // 256 + 1))
     expected = torch.empty(cast.bytes_made_of(nbytes) + plain, dtype=torch.uint8)
