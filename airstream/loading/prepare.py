@@ -17,7 +17,8 @@ from airstream.checkpoint.formats import has_weights, open_checkpoint
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.locate import locate
 from airstream.checkpoint.stored import CheckpointIndex
-from airstream.errors import ArgumentError, CheckpointError
+from airstream.codecs.names import LOSSLESS_CODEC, codec_named
+from airstream.errors import ArgumentError, CheckpointError, UnsupportedError
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.imagined import imagine
 from airstream.layout.imagined_packing import imagine_packed
@@ -71,6 +72,16 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
+def _as_if_packed(index: CheckpointIndex, compression: str) -> CheckpointIndex:
+    codec = codec_named(compression)
+    if codec != LOSSLESS_CODEC:
+        raise UnsupportedError(
+            f"compression={compression!r} is planned once it is there: airstream repack MODEL OUT --codec {codec}, and "
+            "plan OUT"
+        )
+    return imagine_packed(index)
+
+
 @_without_collecting()
 def prepare(
     name: str | os.PathLike[str],
@@ -101,7 +112,7 @@ def prepare(
     begin(STEPS[3])
     index = index or imagine(model)
     if options.compression is not None and not with_weights:  # what is loaded has been packed
-        index = imagine_packed(index)
+        index = _as_if_packed(index, options.compression)
     parts = divide(model, read_specs(model, index, dtype, quantizer))
     packing = packing_of(device)
     facts = gather_facts(os.fspath(name), folder, built, parts, device, packing, options.layers_per_batch)

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 import airstream
 from airstream import ArgumentError, AutoModel, UnsupportedError
 from airstream.cli import main
 from airstream.loading.prepare import prepare_for_planning
 from airstream.repacking import cached
+from tests.compat.test_quantising import packages
 from tests.conftest import Resident, WriteTiny, stream
 from tests.stand_ins.comparing import BF16, FP32, assert_equal
 
@@ -96,6 +98,23 @@ def test_it_is_planned_without_being_made(tiny: WriteTiny, cache: Path, tmp_path
     assert real <= 1.02 * planned < 0.95 * facts[0].arithmetic.weight_bytes
     assert "decoding" in str(AutoModel.plan(folder, device="cpu", **PACKED))
     assert not cache.exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # what transformers and the formats' packages warn of is theirs
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("asked", [{"compression": "4bit"}, {"load_in_8bit": True}, {"compression": "fp8"}], ids=str)
+def test_what_quantises_is_what_transformers_loads(tiny: WriteTiny, cache: Path, asked: dict[str, Any]) -> None:
+    codec = {"4bit": "nf4", "fp8": "fp8"}.get(asked.get("compression", ""), "int8")
+    packages(codec)
+    with stream(tiny("llama", BF16), max_memory="400MiB", **asked) as model:
+        (made,) = (cache / "packed").glob(f"[!.]*-{codec}-*")
+        reference = AutoModelForCausalLM.from_pretrained(made, dtype="auto").eval()
+        assert_equal(model, reference)
+
+
+def test_what_quantises_is_planned_when_it_is_there(tiny: WriteTiny) -> None:
+    with pytest.raises(UnsupportedError, match=r"compression='4bit' is planned once .* --codec nf4, and plan OUT"):
+        AutoModel.plan(tiny("llama", BF16), device="cpu", compression="4bit")
 
 
 def test_float32_is_planned_as_it_is(tiny: WriteTiny) -> None:
