@@ -44,6 +44,11 @@ def _device_of(name: str, device_map: Any) -> Any:
     return device_map
 
 
+def _context_of(_: str, tokens: Any) -> Any:
+    """llama.cpp writes 0 for as much as the model says."""
+    return DEFAULT if tokens is None or (isinstance(tokens, int) and tokens == 0) else tokens
+
+
 def _batches_ahead(_: str, prefetching: Any) -> Any:
     return 0 if prefetching is False else DEFAULT
 
@@ -59,7 +64,7 @@ HONOURED: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
     "prefetching": ("prefetch_batches", _batches_ahead),
     "max_seq_len": ("max_context", _same),
     "max_model_len": ("max_context", _same),
-    "n_ctx": ("max_context", lambda _, tokens: tokens or DEFAULT),  # 0: as the model says
+    "n_ctx": ("max_context", _context_of),
     "gpu_batch_size": ("max_batch_size", _same),
 }
 """Arguments that mean what one of ours means: its name, and what gives its value."""

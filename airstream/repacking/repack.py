@@ -26,7 +26,7 @@ from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex
 from airstream.compat.weights import KeyConversion, MappedConversion, natural_order, tied_names
 from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
 from airstream.layout.parts import find_units
-from airstream.loading.options import LoadOptions
+from airstream.loading.options import LoadOptions, check_flag
 from airstream.loading.prepare import prepare
 from airstream.loading.prepared import Prepared
 from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
@@ -34,6 +34,7 @@ from airstream.repacking.plan import Member, Order, Shard, parse_layers, plan_sh
 from airstream.repacking.report import RepackReport
 from airstream.repacking.target import check_target, is_done
 from airstream.repacking.write import copy_small, header_of, sha256_of, write_shard
+from airstream.reporting.paths import path_of
 from airstream.reporting.status import status
 from airstream.reporting.units import parse_shard_size
 from airstream.system.cache import sync
@@ -94,7 +95,8 @@ def repack_and_report(
     """As `repack`, which see; gives what was done, too."""
     started = time.monotonic()
     check_name(model)
-    target = Path(out).expanduser().absolute()
+    check_flag("progress", progress)
+    target = path_of("out", out).absolute()
     shard_bytes = parse_shard_size(shard_size)
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
         prepared = prepare(model, LoadOptions(device="cpu", **options))

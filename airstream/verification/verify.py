@@ -17,7 +17,7 @@ from airstream.checkpoint.stored import CheckpointIndex
 from airstream.errors import AirstreamError, CheckpointError, UnsupportedError
 from airstream.layout.byte_plan import read_specs
 from airstream.loading.build import build_model
-from airstream.loading.options import LoadOptions
+from airstream.loading.options import LoadOptions, check_flag
 from airstream.repacking.manifest import read_manifest
 from airstream.reporting.status import status
 from airstream.verification.checksums import Checksum, known_checksums
@@ -50,6 +50,8 @@ def verify(
         CheckpointNotFoundError: there is no such folder or repository.
     """
     started = time.monotonic()
+    for name, value in (("deep", deep), ("read", read), ("progress", progress)):
+        check_flag(name, value)
     known = LoadOptions(device="cpu", **options)
     folder, gguf = locate(model, known.hub, known.gguf_file, known.trust_remote_code)
     with status(f"reading the headers of {(gguf or folder).name}", progress):
