@@ -20,7 +20,7 @@ def file_name(name: str, variant: str | None) -> str:
 
 
 def is_inside(path: str) -> bool:
-    """Whether `path` lies inside the folder that it is relative to, and stands for itself; systems take it as a name."""
+    """Whether `path` lies inside the folder that it is relative to, stands for itself, and is short enough."""
     inside = PurePosixPath(path)
     is_short = all(len(part) <= MAX_NAME for part in inside.parts)
     return is_short and not inside.is_absolute() and ".." not in inside.parts and not set("\\*?[\0") & set(path)
