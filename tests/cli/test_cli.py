@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
@@ -22,7 +23,9 @@ from airstream import ArgumentError, Plan
 from airstream.cli import demo, main
 from airstream.cli.mistakes import check_sampling
 from airstream.cli.options import load_options
+from airstream.cli.output import able_to_write
 from airstream.cli.parser import build_parser
+from airstream.cli.reading import typed
 from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
 from airstream.cli.values import DTYPES, parse_memory
@@ -621,8 +624,9 @@ def test_a_budget_that_is_too_small_names_the_option(folder: Path, capsys: pytes
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
-def test_output_that_cannot_be_written_is_told() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+def test_output_that_cannot_be_written_is_told(unbuffered: dict[str, str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | unbuffered
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
             [sys.executable, "-m", "airstream", "--help"],
@@ -634,6 +638,54 @@ def test_output_that_cannot_be_written_is_told() -> None:
         )
     assert result.returncode == 1
     assert result.stderr == "airstream: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes files")
+@pytest.mark.parametrize(
+    ("closed", "status", "out", "err"),
+    [
+        (">&-", 1, "", "airstream: standard output is closed: nothing could be shown\n"),
+        ("2>&-", 1, "", ""),
+        (">&- 2>&-", 1, "", ""),
+    ],
+)
+def test_standard_streams_that_are_closed(closed: str, status: int, out: str, err: str) -> None:
+    shell = ["sh", "-c", f'exec "$0" -m airstream "$@" {closed}', sys.executable, "plan", "./not/there"]
+    result = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (status, out, err)
+
+
+@pytest.mark.parametrize("is_unbuffered", [False, True])
+def test_what_an_encoding_lacks_is_written_by_its_number(is_unbuffered: bool, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb", buffering=0 if is_unbuffered else -1) as file:
+        given: Any = io.TextIOWrapper(file, "ascii", write_through=is_unbuffered)
+        with contextlib.redirect_stdout(given), able_to_write():
+            sys.stdout.write("gr\udcc3\udcb6\xdfe \U0001f389 ")  # as Python names a file that is not ASCII
+        given.write("end")
+        given.flush()
+    assert (tmp_path / "out").read_bytes() == b"gr\xc3\xb6\\xdfe \\U0001f389 end"
+
+
+def test_a_plan_is_printed_where_output_is_ascii(tiny: WriteTiny, tmp_path: Path) -> None:
+    (tmp_path / "größe").symlink_to(tiny("llama", torch.bfloat16))
+    written = io.BytesIO()
+    with contextlib.redirect_stdout(io.TextIOWrapper(written, "ascii")):
+        assert run("plan", tmp_path / "größe") == 0
+        assert b"gr\\xf6\\xdfe" in written.getvalue()
+
+
+def test_a_locale_that_a_library_cannot_do_with_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        b"\xe2".decode("ascii")
+
+    monkeypatch.setattr("airstream.cli.generate.load", fail)
+    monkeypatch.setattr("airstream.cli._encoding", lambda: "ascii")
+    assert run("generate", "m", "p") == 1
+    err = capsys.readouterr().err
+    assert "set PYTHONUTF8=1" in err
+    assert err.count("\n") == 1
 
 
 def test_a_demo_without_a_question_and_rates_of_a_file_are_refused(
@@ -693,3 +745,38 @@ def test_prompts_without_standard_input_and_of_a_locale_that_knows_ascii_alone(
     shell = ["sh", "-c", f'exec "$0" "$@" {stdin}', sys.executable, "-c", READ, words]
     result = subprocess.run(shell, env=environment, capture_output=True, check=True)
     assert result.stdout.decode() == f"{read}\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize(
+    ("piped", "read"),
+    [
+        (b"caf\xc3\xa9\n", ascii(("café\n", []))),
+        (b"caf\xe9", "standard input is not UTF-8 text: 'utf-8' codec can't decode byte 0xe9 in position 3"),
+    ],
+)
+def test_standard_input_is_utf8_whatever_the_locale(piped: bytes, read: str, encoding: str) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", READ, "-"]
+    result = subprocess.run(command, env=environment, input=piped, capture_output=True, check=True)
+    assert result.stdout.decode().startswith(read)
+
+
+def test_a_text_that_is_not_utf8_is_told_and_the_next_one_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\ncaf\xc3\xa9\n"), "ascii"))
+    assert list(typed()) == ["café"]
+    assert "what was typed is not UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["p\udce9"], ["p", "--system", "\udce9"], ["p", "--stop", "\udce9"]])
+def test_bytes_of_the_command_line_that_are_no_text_are_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(["generate", "m", *words])
+    except SystemExit as end:
+        status = int(str(end.code))
+    assert status > 0
+    assert "is not UTF-8 text" in capsys.readouterr().err
