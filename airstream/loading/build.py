@@ -26,11 +26,11 @@ from airstream.compat.quantizers import Quantizer, find_quantizer
 from airstream.compat.remote import check_trust
 from airstream.compat.suspects import advice, names_a_field
 from airstream.compat.traits import CacheSize, measure_cache
-from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.footprint.activations import measure_passes
 from airstream.footprint.growth import PassGrowth
 from airstream.layout.pieces import TORCH_DTYPES
-from airstream.loading.options import LoadOptions, named_dtype
+from airstream.loading.options import COMPUTE_DTYPES, LoadOptions, named_dtype
 from airstream.system.kernels import KernelLimit
 
 
@@ -147,6 +147,11 @@ def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: Ch
     if isinstance(index, GgufIndex):
         return gguf_dtype(index)
     if config.dtype is not None:
+        if config.dtype not in COMPUTE_DTYPES:
+            raise CheckpointError(
+                f"the config has dtype {config.dtype}, which no model computes in: name one that does, as in "
+                'dtype="bfloat16"'
+            )
         return config.dtype
     stored = (TORCH_DTYPES[tensor.dtype] for tensor in (index or {}).values())
-    return next((candidate for candidate in stored if candidate.is_floating_point), torch.get_default_dtype())
+    return next((candidate for candidate in stored if candidate in COMPUTE_DTYPES), torch.get_default_dtype())

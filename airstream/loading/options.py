@@ -26,6 +26,9 @@ MaxMemory = int | float | str | Mapping[int | str, int | float | str] | None
 SHORT_DTYPES: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """What people call them."""
 
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Types that models compute in. Others of torch, such as float8, are for what is stored."""
+
 FOREIGN_DEVICES: Mapping[str, str] = {
     **dict.fromkeys(("gpu", "nvidia", "amd", "rocm"), "cuda"),
     **dict.fromkeys(("metal", "apple"), "mps"),
@@ -90,10 +93,10 @@ class LoadOptions:
         if self.cache_dir is not None:
             path_of("cache_dir", self.cache_dir)
         named = named_dtype(self.dtype)
-        if self.dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        if self.dtype != "auto" and named not in COMPUTE_DTYPES:
             raise ArgumentError(
-                f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", torch.float16... Weights '
-                "are not quantised here: name a checkpoint that is"
+                f'dtype={self.dtype!r} is not a type that models compute in: use "auto", "bfloat16", torch.float16... '
+                "Weights are not quantised here: name a checkpoint that is"
             )
         check_inside("subfolder", self.subfolder)
         if self.variant is not None and not (isinstance(self.variant, str) and VARIANT.fullmatch(self.variant)):
