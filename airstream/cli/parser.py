@@ -240,6 +240,9 @@ def _add_source(group: Any) -> None:
 def _add_generation(parser: argparse.ArgumentParser, default: str) -> None:
     group = parser.add_argument_group("generation", f"By default: {default}.")
     group.add_argument("--max-new-tokens", type=COUNT, default=256, metavar="N", help="(default: %(default)s)")
+    group.add_argument(
+        "--prefill-chunk-size", type=COUNT, metavar="TOKENS", help="read the prompt in pieces, which takes less memory"
+    )
     choice = group.add_mutually_exclusive_group()
     choice.add_argument("--greedy", action="store_true", help="take the most likely token")
     choice.add_argument("--sample", action="store_true", help="sample as the checkpoint says")

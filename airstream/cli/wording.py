@@ -11,6 +11,7 @@ OPTIONS = (
     "max_memory", "max_context", "max_batch_size", "layers_per_batch", "prefetch_batches", "page_cache", "dtype",
     "device", "attn_implementation", "gguf_file", "subfolder", "variant", "revision", "token", "cache_dir",
     "local_files_only", "trust_remote_code", "prompt_tokens", "shard_size", "layers", "gpu", "ram", "disk_gbps",
+    "prefill_chunk_size", "max_new_tokens",
 )  # fmt: skip
 """Arguments that are options of some command under the same name, with hyphens."""
 
@@ -21,7 +22,7 @@ ARGUMENT = re.compile(
     rf"(?<![\w/.-])(?P<name>{'|'.join(OPTIONS)})=(?P<value>\{{[^{{}}]*\}}|\"[^\"]*\"|'[^']*'|\.\.\.|[\w.-]*\w)?"
 )
 BARE = re.compile(rf"(?<![\w/.-])(?P<name>{'|'.join(name for name in OPTIONS if '_' in name)})(?![\w=/]|\.\w)")
-CALL = re.compile(r"from_pretrained\(\.\.\., ([^()]*)\)")
+CALL = re.compile(r"(?:from_pretrained|generate)\(\.\.\., ([^()]*)\)")
 SIZES = re.compile(r"[\"']?(?P<memory>[\w:]+)[\"']?: *(?P<size>\"[^\"]*\"|'[^']*'|\.\.\.|\d+)")
 
 

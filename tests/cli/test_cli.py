@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from airstream.cli.stopping import Holding
 from airstream.cli.values import DTYPES, parse_memory
 from airstream.cli.wording import as_options
 from airstream.loading.options import LoadOptions
-from tests.conftest import WriteTiny, stream
+from tests.conftest import WriteTiny, least_memory, stream
 from tests.stand_ins.tiny_models import tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -233,6 +234,7 @@ SUGGESTING = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, num_bea
             "sampling, temperature 1.5, top p 0.9, top k 5, min p 0.1, seed 7",
         ),
         ("--repetition-penalty 1.1", None, False, {"repetition_penalty": 1.1}, "greedy, repetition penalty 1.1"),
+        ("--prefill-chunk-size 16", None, False, {"prefill_chunk_size": 16}, "greedy"),
     ],
 )
 def test_how_tokens_are_chosen(
@@ -608,11 +610,36 @@ def test_a_prompt_without_quotes_is_told_to_have_some(capsys: pytest.CaptureFixt
         ("pass trust_remote_code=True if", "pass --trust-remote-code if"),
         ("which subfolder= names", "which --subfolder names"),
         ("max_memory gives 200 MiB", "--max-memory gives 200 MiB"),
+        ("help: generate(..., prefill_chunk_size=949) reads", "help: --prefill-chunk-size 949 reads"),
+        ("max_new_tokens=20 would fit", "--max-new-tokens 20 would fit"),
         ("/data/max_memory/x", "/data/max_memory/x"),
     ],
 )
 def test_errors_are_in_the_words_of_the_command_line(message: str, said: str) -> None:
     assert as_options(message) == said
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_prompt_that_is_too_long_is_read_in_the_pieces_that_are_advised(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = " ".join(f"w{number % 90 + 5}" for number in range(200))
+
+    def answer(*words: Any) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(prompt + "\nw7\n"))
+        common = ("--max-new-tokens", 3, "--layers-per-batch", 1, "--prefetch-batches", 0)
+        run(command, folder, *([prompt] if command == "generate" else []), *common, *words)
+        out, err = capsys.readouterr()
+        return out, err
+
+    monkeypatch.setattr("airstream.plan.refusal.MIN_CHUNK", 1)
+    few = {"max_context": 8, "layers_per_batch": 1, "prefetch_batches": 0}
+    short = ("--max-context", 8, "--max-memory", least_memory(folder, **few)["cpu"] + (200 << 10))
+    said = answer(*short)[1]
+    (chunk,) = re.findall(r"--prefill-chunk-size (\d+) reads a prompt of this length in pieces that fit", said)
+    given, whole = answer(*short, "--prefill-chunk-size", chunk)[0], answer()[0]
+    assert given == whole
+    assert len(given.split()) > 2
 
 
 def test_a_budget_that_is_too_small_names_the_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
