@@ -19,7 +19,7 @@ FLAGS = ("local_files_only", "trust_remote_code")
 """Options that take no value."""
 
 ARGUMENT = re.compile(
-    rf"(?<![\w/.-])(?P<name>{'|'.join(OPTIONS)})=(?P<value>\{{[^{{}}]*\}}|\"[^\"]*\"|'[^']*'|\.\.\.|[\w.-]*\w)?"
+    rf"(?<![\w/.-])(?P<open>[\"'])?(?P<name>{'|'.join(OPTIONS)})=(?P<value>\{{[^{{}}]*\}}|\"[^\"]*\"|'[^']*'|\.\.\.|[\w.-]*\w)?(?(open)(?P=open))"
 )
 BARE = re.compile(rf"(?<![\w/.-])(?P<name>{'|'.join(name for name in OPTIONS if '_' in name)})(?![\w=/]|\.\w)")
 CALL = re.compile(r"(?:from_pretrained|generate)\(\.\.\., ([^()]*)\)")

@@ -35,7 +35,7 @@ def _same(_: str, value: Any) -> Any:
 
 def _device_of(name: str, device_map: Any) -> Any:
     """The one device that computes, of an accelerate `device_map`."""
-    if device_map is None or device_map in SPREAD:
+    if device_map is None or (isinstance(device_map, str) and device_map in SPREAD):
         return DEFAULT
     if isinstance(device_map, Mapping):
         if list(device_map) != [""]:
@@ -53,7 +53,7 @@ def _batches_ahead(_: str, prefetching: Any) -> Any:
     return 0 if prefetching is False else DEFAULT
 
 
-SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+SPREAD = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
 """How accelerate spreads a model over devices; here one computes, and layers come to it."""
 
 HONOURED: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
@@ -94,7 +94,7 @@ QUANTISE = (
     "weights are used as they are stored. Name a checkpoint that is quantised already (bitsandbytes, GPTQ, AWQ, FP8, "
     "MXFP4), or a GGUF file"
 )
-BUDGET = 'name the memory that may be used, max_memory="4GiB" or {0: "4GiB", "cpu": "8GiB"}, and the plan does the rest'
+BUDGET = 'name the memory that may be used, max_memory="4GiB" or max_memory={0: "4GiB", "cpu": "8GiB"}, and the plan does the rest'
 CONFIG = "a model is built as its config.json says: change that file, in a copy of the checkpoint"
 KERNELS = "choose how attention is computed with attn_implementation="
 ONE_DEVICE = "one device computes, which device= names, and layers are streamed to it"
@@ -163,6 +163,13 @@ def adopt(foreign: Mapping[str, Any], given: Mapping[str, Any], defaults: Mappin
     return options
 
 
+def refuse_others(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise for the first of the names `given` that is none of the `known` ones."""
+    for name in given:
+        if name not in known:
+            raise _unknown(name, known)
+
+
 def refuse_unnamed(values: Sequence[Any]) -> None:
     """Raise for what is given without a name behind the model's, with the name that it may have been meant for."""
     if not values:
@@ -190,7 +197,7 @@ def _set(options: dict[str, Any], ours: str, value: Any, defaults: Mapping[str, 
 
 
 def _refused(name: str, instead: str) -> ArgumentError:
-    return ArgumentError(f"from_pretrained() has no argument {name!r}: {instead}")
+    return ArgumentError(f"there is no argument {name!r}: {instead}")
 
 
 def _unknown(name: str, known: Iterable[str]) -> ArgumentError:

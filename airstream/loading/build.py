@@ -19,7 +19,7 @@ from airstream.checkpoint.config_file import read_config_file
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.stored import CheckpointIndex
 from airstream.compat.blame import Consequences, blamed_on
-from airstream.compat.building import build_on_meta
+from airstream.compat.building import attention_names, build_on_meta
 from airstream.compat.classes import choose_class
 from airstream.compat.gguf import gguf_config, gguf_dtype
 from airstream.compat.quantizers import Quantizer, find_quantizer
@@ -110,7 +110,9 @@ def _attention(wanted: str | None, source: Path) -> Iterator[None]:
         raise UnsupportedError(_needs_package(wanted, source, error)) from error
     except ValueError as error:
         if wanted is not None and "attn_implementation" in str(error):
-            raise ArgumentError(f"attn_implementation={wanted!r}: {error}") from error
+            names = attention_names()
+            said = str(error) if wanted in names else f"there is none of that name, but {', '.join(names)}"
+            raise ArgumentError(f"attn_implementation={wanted!r}: {said}") from error
         raise
 
 

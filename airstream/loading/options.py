@@ -26,6 +26,11 @@ MaxMemory = int | float | str | Mapping[int | str, int | float | str] | None
 SHORT_DTYPES: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """What people call them."""
 
+SOURCE_OPTIONS = (
+    "gguf_file", "subfolder", "variant", "revision", "token", "cache_dir", "local_files_only", "trust_remote_code",
+)  # fmt: skip
+"""Options that say where a checkpoint comes from."""
+
 COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Types that models compute in. Others of torch, such as float8, are for what is stored."""
 

@@ -26,7 +26,8 @@ from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex
 from airstream.compat.weights import KeyConversion, MappedConversion, natural_order, tied_names
 from airstream.errors import AirstreamError, ArgumentError, UnsupportedError
 from airstream.layout.parts import find_units
-from airstream.loading.options import LoadOptions, check_flag
+from airstream.loading.arguments import refuse_others
+from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.loading.prepare import prepare
 from airstream.loading.prepared import Prepared
 from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
@@ -96,6 +97,7 @@ def repack_and_report(
     started = time.monotonic()
     check_name(model)
     check_flag("progress", progress)
+    refuse_others(options, SOURCE_OPTIONS)
     target = path_of("out", out).absolute()
     shard_bytes = parse_shard_size(shard_size)
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars

@@ -16,8 +16,9 @@ from airstream.checkpoint.locate import locate
 from airstream.checkpoint.stored import CheckpointIndex
 from airstream.errors import AirstreamError, CheckpointError, UnsupportedError
 from airstream.layout.byte_plan import read_specs
+from airstream.loading.arguments import refuse_others
 from airstream.loading.build import build_model
-from airstream.loading.options import LoadOptions, check_flag
+from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.repacking.manifest import read_manifest
 from airstream.reporting.status import status
 from airstream.verification.checksums import Checksum, known_checksums
@@ -52,6 +53,7 @@ def verify(
     started = time.monotonic()
     for name, value in (("deep", deep), ("read", read), ("progress", progress)):
         check_flag(name, value)
+    refuse_others(options, SOURCE_OPTIONS)
     known = LoadOptions(device="cpu", **options)
     folder, gguf = locate(model, known.hub, known.gguf_file, known.trust_remote_code)
     with status(f"reading the headers of {(gguf or folder).name}", progress):

@@ -95,6 +95,24 @@ def test_a_context_that_was_exceeded_is_told(
     assert (told in capsys.readouterr().err) == is_told
 
 
+@pytest.mark.parametrize(("num_words", "is_told"), [(253, True), (252, False)])
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_what_goes_beyond_the_models_positions_is_told(
+    command: str,
+    num_words: int,
+    is_told: bool,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompt = " ".join(["w5"] * num_words)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    given = (prompt, "--json") if command == "generate" else ("--seed", 1)
+    assert run(command, folder, *given, "--max-new-tokens", 4) == 0
+    told = "the model was made for 256 tokens: prompt and answer took 257 tokens, and the last may make no sense"
+    assert (told in capsys.readouterr().err) == is_told
+
+
 def test_stats_go_to_standard_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("generate", folder, "w5 w6", "--max-new-tokens", 2, "--stats", "--chat")
     printed = capsys.readouterr()
@@ -275,6 +293,13 @@ MISTAKES = [
     ("-n 5", "did you mean --max-new-tokens?"),
     ("-c 512 --n-gpu-layers 9", "did you mean --max-context and --max-memory?"),
     ("-m llama", "did you mean MODEL without an option?"),
+    ("--device-map auto", "--device-map is of other programs. One device computes, which --device names"),
+    ("--device-map=balanced", "--device-map is of other programs. One device computes"),
+    ("--device-map cuda:0", "did you mean --device?"),
+    ("--torch-dtype bf16", "did you mean --dtype?"),
+    ("--load-in-4bit", "--load-in-4bit is of other programs. Weights are used as they are stored. Name a checkpoint"),
+    ("--low-cpu-mem-usage", "Leave it out: weights are never in memory all at once"),
+    ("--gpu-memory-utilization 0.9", "Name the memory that may be used, --max-memory 4GiB or --max-memory 0=4GiB cpu="),
     ("--dtype int8", "'int8' is not a type that models compute in"),
     ("--dtype bfloat", "not a type that models compute in"),
     ("--max-memory 4GX", "'4GX' is not a size"),
@@ -612,6 +637,11 @@ def test_a_prompt_without_quotes_is_told_to_have_some(capsys: pytest.CaptureFixt
         ("max_memory gives 200 MiB", "--max-memory gives 200 MiB"),
         ("help: generate(..., prefill_chunk_size=949) reads", "help: --prefill-chunk-size 949 reads"),
         ("max_new_tokens=20 would fit", "--max-new-tokens 20 would fit"),
+        (
+            'are `"attn_implementation=sdpa"`, `attn_implementation="eager"`',
+            "are `--attn-implementation sdpa`, `--attn-implementation eager`",
+        ),
+        ('say "dtype=float16 or', 'say "--dtype float16 or'),
         ("/data/max_memory/x", "/data/max_memory/x"),
     ],
 )
