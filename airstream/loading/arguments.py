@@ -94,7 +94,10 @@ QUANTISE = (
     "weights are used as they are stored. Name a checkpoint that is quantised already (bitsandbytes, GPTQ, AWQ, FP8, "
     "MXFP4), or a GGUF file"
 )
-BUDGET = 'name the memory that may be used, max_memory="4GiB" or max_memory={0: "4GiB", "cpu": "8GiB"}, and the plan does the rest'
+BUDGET = (
+    'name the memory that may be used, max_memory="4GiB" or max_memory={0: "4GiB", "cpu": "8GiB"}, and the plan does '
+    "the rest"
+)
 CONFIG = "a model is built as its config.json says: change that file, in a copy of the checkpoint"
 KERNELS = "choose how attention is computed with attn_implementation="
 ONE_DEVICE = "one device computes, which device= names, and layers are streamed to it"

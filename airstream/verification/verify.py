@@ -21,7 +21,8 @@ from airstream.loading.build import build_model
 from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.repacking.manifest import read_manifest
 from airstream.reporting.status import status
-from airstream.verification.checksums import Checksum, known_checksums
+from airstream.system.cache import sizes_vouched_for
+from airstream.verification.checksums import Checksum, known_checksums, wrong_sizes
 from airstream.verification.contents import Contents, read_contents, read_gguf_contents
 from airstream.verification.reading import check_file
 from airstream.verification.report import VerifyReport
@@ -77,7 +78,10 @@ def verify(
         notes.append(f"it has layers {layers[0]} to {layers[1] - 1} only: other tensors are not expected")
     checksums = known_checksums(folder, manifest)
     if not any(file in checksums for file in contents.files):
-        notes.append("no checksums of its weights are known")
+        sizes = sizes_vouched_for(folder)
+        faults += wrong_sizes(folder, sizes)
+        but_sizes = ", but their sizes, which airstream's manifest has" if sizes else ""
+        notes.append(f"no checksums of its weights are known{but_sizes}")
     wrong, read_bytes = _read_files(contents, checksums, deep, progress) if read else ([], 0)
     return VerifyReport(
         folder,
@@ -89,6 +93,7 @@ def verify(
         read_bytes=read_bytes,
         values_scanned=read and deep,
         seconds=time.monotonic() - started,
+        gguf=gguf,
     )
 
 
