@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from airstream.capacity.landscape import Landscape, survey
@@ -22,6 +21,7 @@ from airstream.plan.facts import ModelFacts
 from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import Request
 from airstream.reporting.figure import check_file, new_figure
+from airstream.reporting.paths import path_of
 from airstream.reporting.units import counted, format_bytes, format_seconds
 
 __all__ = ["plot_plan"]
@@ -70,7 +70,8 @@ def plot_plan(
     """
     figure = new_figure()
     if file is not None:
-        check_file(figure, Path(file))
+        file = path_of("file", file)
+        check_file(figure, file)
     asked = prepare_for_planning(model, options, machine)
     landscape = survey(asked.facts, asked.request)
     axes = figure.subplots()

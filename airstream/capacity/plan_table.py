@@ -15,7 +15,7 @@ import torch
 from airstream.capacity.rows import Row, short_name
 from airstream.capacity.table import Table
 from airstream.errors import ArgumentError
-from airstream.loading.machine import THIS_MACHINE, Machine, Question, request_for
+from airstream.loading.machine import THIS_MACHINE, Machine, Question, check_machine, request_for
 from airstream.loading.options import parse_max_memory
 from airstream.loading.prepare import prepare_for_planning
 from airstream.plan.facts import ModelFacts
@@ -62,8 +62,9 @@ def plan_table(
     Raises:
         ArgumentError: a name or an option makes no sense here.
     """
-    if not models or isinstance(models, str) or not gpus or isinstance(gpus, str):
+    if not all(isinstance(each, Sequence) and not isinstance(each, (str, bytes)) and each for each in (models, gpus)):
         raise ArgumentError('a table needs lists of models and of cards: plan_table(["some/model"], ["RTX 3090"])')
+    check_machine(machine)
     if machine.gpu is not None:
         raise ArgumentError(f"machine has gpu={machine.gpu!r}, but a table is about gpus={list(gpus)}: leave one out")
     if "0" in parse_max_memory(options.get("max_memory"), torch.device("cuda", 0)):

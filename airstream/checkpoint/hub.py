@@ -23,6 +23,8 @@ from airstream.checkpoint.names import PICKLE_FILE, PICKLE_INDEX, SHARD_INDEX, S
 from airstream.checkpoint.shard_index import read_weight_map
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.reporting.alike import meant_path
+from airstream.system.foreign_files import open_regular
+from airstream.system.impostors import AS_WHAT, HEAD_BYTES, what_it_is
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
 
@@ -132,13 +134,22 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
     if path.is_dir():
         return path
     if path.is_file():
-        raise UnsupportedError(
-            f"{path} is a file: name the folder of a checkpoint, with config.json and weights (a .gguf is only loaded)"
-        )
+        raise UnsupportedError(_instead_of(path))
     name = os.fspath(model)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_absolute():
         raise CheckpointNotFoundError(f"there is no folder {name!r}{meant_path(name)}")
     return None
+
+
+def _instead_of(file: Path) -> str:
+    """What to name instead of `file`, which is there, but does not have the name of a checkpoint."""
+    with open_regular(file) as opened:
+        head = opened.read(HEAD_BYTES)
+    if what_it_is(head, "") == AS_WHAT["gguf"]:
+        return f"{file} is {AS_WHAT['gguf']}"
+    if (file.parent / "config.json").is_file():
+        return f"{file} is a file of a checkpoint: name its folder, {os.fspath(file.absolute().parent)!r}"
+    return f"{file} is a file: name the folder of a checkpoint, with config.json and weights, or a .gguf file"
 
 
 def _inside(folder: Path, subfolder: str, model: str | os.PathLike[str]) -> Path:

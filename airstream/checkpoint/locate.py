@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from airstream.checkpoint.gguf_split import SPLIT_NAME, split_names
 from airstream.checkpoint.hub import AS_EVER, HubOptions, check_name, resolve
+from airstream.checkpoint.names import is_inside
 from airstream.errors import ArgumentError, CheckpointNotFoundError
 from airstream.reporting.alike import meant_path
 from airstream.system.foreign_files import check_folder, unreadable
@@ -69,7 +70,7 @@ def _locate(
         folder = resolve(model, hub, with_code, with_weights)
         return Location(folder, _only_gguf(folder))
     inside = PurePosixPath(gguf_file)
-    if inside.suffix != SUFFIX or inside.is_absolute() or ".." in inside.parts or set("\\*?[") & set(gguf_file):
+    if inside.suffix != SUFFIX or not is_inside(gguf_file):
         raise ArgumentError(f"gguf_file={gguf_file!r} is not the path of a {SUFFIX} file inside the repository")
     if Path(model).expanduser().is_file():
         raise ArgumentError(f"{os.fspath(model)!r} is a file already: gguf_file={gguf_file!r} names one in a folder")

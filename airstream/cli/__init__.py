@@ -8,13 +8,15 @@ refuse what cannot be meant, and `slips`, which guesses what was, then the modul
 
 from __future__ import annotations
 
+import codecs
+import locale
 import os
 import sys
 import warnings
 from collections.abc import Sequence
 
 from airstream import __version__
-from airstream.cli.output import finish, is_lost
+from airstream.cli.output import able_to_write, finish, is_lost
 from airstream.cli.parser import build_parser
 from airstream.cli.wording import as_options
 from airstream.errors import AirstreamError
@@ -25,19 +27,25 @@ QUIET = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_VERBOSITY": "error", "TORCH_
 """What keeps the libraries below from telling users of a command what only who programs them can change."""
 
 
+NOT_UTF8 = "this locale's encoding is {}, in which a library cannot read its own files ({}): set PYTHONUTF8=1"
+
 MAX_ERROR = 500
 """Characters of what another library says of its error."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for an error, which is told in one line, 130 after Ctrl-C."""
-    try:
-        exit_status = _run(argv)
-    except SystemExit:  # the parser has printed something
-        if not finish():
+    with able_to_write():
+        if sys.stdout is None:
+            print("airstream: standard output is closed: nothing could be shown", file=sys.stderr)
             return 1
-        raise
-    return exit_status if finish() else 1
+        try:
+            exit_status = _run(argv)
+        except SystemExit:  # the parser has printed something
+            if not finish():
+                return 1
+            raise
+        return exit_status if finish() else 1
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -60,7 +68,15 @@ def _run(argv: Sequence[str] | None) -> int:
             return 1  # `finish` tells
         if arguments.traceback:
             raise
+        if isinstance(error, UnicodeDecodeError) and _encoding() != "utf-8":
+            print(f"airstream: {NOT_UTF8.format(_encoding(), error)}", file=sys.stderr)
+            return 1
         said = " ".join(str(error).split()) or "no message"
         what = f"airstream: {type(error).__name__}: {said[:MAX_ERROR]}"
         print(f"{what} (`airstream --traceback ...` shows where)", file=sys.stderr)
         return 1
+
+
+def _encoding() -> str:
+    """What text files are read as by those who name no encoding."""
+    return codecs.lookup(locale.getpreferredencoding(do_setlocale=False)).name

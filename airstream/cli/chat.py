@@ -14,7 +14,7 @@ from airstream.cli.encoding import check_chat
 from airstream.cli.notes import note
 from airstream.cli.reading import typed
 from airstream.cli.sampling import choose
-from airstream.cli.session import load, printing
+from airstream.cli.session import load, printing, tell_beyond
 from airstream.cli.wording import as_options
 from airstream.errors import AirstreamError, ArgumentError, ClosedError
 from airstream.reporting.units import counted
@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
                         break
                 else:
                     _answer(conversation, text.removeprefix("/"), show)
+                    tell_beyond(model, conversation.num_tokens)
                     if not conversation.is_complete:
                         note(f"(stopped at {counted(arguments.max_new_tokens, 'token')}: --max-new-tokens allows more)")
             except ClosedError:

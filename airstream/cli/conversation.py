@@ -16,6 +16,7 @@ from transformers import DynamicCache
 
 from airstream.cli.encoding import encode_chat
 from airstream.cli.stopping import StopAt, cut, has_ended
+from airstream.compat.config_names import num_positions
 from airstream.compat.traits import cache_keyword, cut_back
 from airstream.errors import ArgumentError
 from airstream.reporting.units import counted
@@ -32,6 +33,7 @@ class Conversation:
 
     Attributes:
         messages: as chat templates take them.
+        num_tokens: of the last prompt and its answer.
         num_reused: tokens of the last prompt whose keys and values were there already.
         is_complete: the last answer was ended by the model or a stop, not by the number of tokens allowed.
     """
@@ -41,6 +43,7 @@ class Conversation:
     ) -> None:
         self.messages: list[dict[str, str]] = []
         self.num_reused = 0
+        self.num_tokens = 0
         self.is_complete = True
         self._model = model
         self._options = options
@@ -91,6 +94,7 @@ class Conversation:
                 # The last token has been chosen, and not been seen: if a pass was under way, by some layers only.
                 seen = torch.cat([prompt_ids, torch.tensor(recorder.ids[:-1], dtype=torch.long)])
             self._keep(cache, seen, is_whole)
+            self.num_tokens = len(prompt_ids) + len(recorder.ids)
         self.is_complete = has_ended(self._model, recorder.ids, criteria)
         return reply
 
@@ -102,8 +106,8 @@ class Conversation:
             raise ArgumentError(f"{file} cannot be written: {error.strerror}") from error
 
     def _check_length(self, num_tokens: int) -> None:
-        positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(positions, int) and num_tokens >= positions:
+        positions = num_positions(self._model.config)
+        if num_tokens >= positions > 0:
             raise ArgumentError(
                 f"the conversation has {counted(num_tokens, 'token')} by now, the model takes {positions:,}: /reset "
                 "begins a new one"

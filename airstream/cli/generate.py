@@ -9,7 +9,7 @@ from typing import Any
 from airstream.cli.encoding import encode, encode_chat
 from airstream.cli.notes import note
 from airstream.cli.sampling import choose
-from airstream.cli.session import load, printing
+from airstream.cli.session import load, printing, tell_beyond
 from airstream.cli.stopping import StopAt, cut, has_ended
 from airstream.profiling.profile import Profile
 from airstream.profiling.report import Meter
@@ -48,7 +48,9 @@ def run(arguments: argparse.Namespace) -> None:
                 else "complete"
             )
             note(f"({choice.words}; {end})")
-        if arguments.max_context and (took := report.prompt_tokens + len(ids)) > arguments.max_context:
+        took = report.prompt_tokens + len(ids)
+        tell_beyond(model, took)
+        if arguments.max_context and took > arguments.max_context:
             planned = f"--max-context {arguments.max_context} is what memory was planned for, and no limit"
             note(f"({planned}: prompt and answer took {counted(took, 'token')})")
         if arguments.stats:

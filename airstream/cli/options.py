@@ -6,10 +6,7 @@ import argparse
 from typing import Any
 
 from airstream.cli.values import parse_memory
-
-SOURCE_OPTIONS = (
-    "gguf_file", "subfolder", "variant", "revision", "token", "cache_dir", "local_files_only", "trust_remote_code",
-)  # fmt: skip
+from airstream.loading.options import SOURCE_OPTIONS
 
 
 def load_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,13 +1,57 @@
 """This notices standard output that cannot be written: the disk that it goes to is full, or its reader went away.
 
 It knows the stream. It refuses to know what is printed. What is left in its buffer is thrown away once that has been
-told, so that the interpreter, which tries again when it ends, has nothing to complain about.
+told, so that the interpreter, which tries again when it ends, has nothing to complain about. What the encoding of the
+stream lacks is written as its number.
 """
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+
+ESCAPED = "airstream.escaped"
+"""What is done about characters that standard output cannot encode, by the name that codecs know it by."""
+
+
+@contextmanager
+def able_to_write() -> Iterator[None]:
+    """While this lasts, standard output takes any text, and keeps what could not be written, also if unbuffered.
+
+    Without standard error, what is for it goes nowhere: print would write it to standard output.
+    """
+    if sys.stderr is None:
+        with Path(os.devnull).open("w", encoding="utf-8") as nowhere, redirect_stderr(nowhere), able_to_write():
+            yield
+        return
+    given = sys.stdout
+    if not isinstance(given, io.TextIOWrapper):  # there is none, or a stand-in for it
+        yield
+        return
+    codecs.register_error(ESCAPED, _escape)
+    inner = io.BufferedWriter(given.buffer) if isinstance(given.buffer, io.RawIOBase) else given.buffer
+    stream = io.TextIOWrapper(inner, given.encoding, ESCAPED, line_buffering=given.line_buffering)
+    try:
+        with redirect_stdout(stream):
+            yield
+        stream.flush()
+    finally:
+        stream.detach()
+        if inner is not given.buffer:
+            inner.detach()
+
+
+def _escape(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Bytes of a file's name that Python has kept as they are; else the number of the character."""
+    assert isinstance(error, UnicodeEncodeError)
+    error.end = error.start + 1
+    is_byte = 0xDC80 <= ord(error.object[error.start]) <= 0xDCFF
+    return codecs.lookup_error("surrogateescape" if is_byte else "backslashreplace")(error)
 
 
 def is_lost() -> bool:

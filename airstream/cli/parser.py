@@ -107,7 +107,9 @@ def build_parser(version: str) -> argparse.ArgumentParser:
 
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="a small real model answers a question in less memory than it has weights")
-    demo.add_argument("question", nargs="?", default="What is the capital of Italy, and what is it known for?")
+    demo.add_argument(
+        "question", nargs="?", type=values.words, default="What is the capital of Italy, and what is it known for?"
+    )
     demo.add_argument(
         "--max-memory",
         type=values.budget,
@@ -130,7 +132,9 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("prompt", nargs="?", help='the text to continue; "-" reads it from standard input')
     generate.add_argument("--file", "-f", metavar="FILE", help="read the prompt from a file, but for its last line end")
     generate.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template")
-    generate.add_argument("--system", metavar="TEXT", help="with the chat template: a system message before the prompt")
+    generate.add_argument(
+        "--system", type=values.words, metavar="TEXT", help="with the chat template: a system message before the prompt"
+    )
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     generate.add_argument("--stats", action="store_true", help="report time, bytes and memory at the end, on stderr")
     generate.add_argument("--profile", action="store_true", help="say at the end where the time went, on stderr")
@@ -144,7 +148,7 @@ def _add_generate(commands: Any) -> None:
 def _add_chat(commands: Any) -> None:
     chat = commands.add_parser("chat", help="talk to a model; /help lists what else can be typed")
     chat.add_argument("model", help="folder or hub id of a checkpoint with a chat template")
-    chat.add_argument("--system", metavar="TEXT", help="a system message to begin with")
+    chat.add_argument("--system", type=values.words, metavar="TEXT", help="a system message to begin with")
     chat.add_argument(
         "--no-reuse",
         action="store_true",
@@ -246,6 +250,9 @@ def _add_source(group: Any) -> None:
 def _add_generation(parser: argparse.ArgumentParser, default: str) -> None:
     group = parser.add_argument_group("generation", f"By default: {default}.")
     group.add_argument("--max-new-tokens", type=COUNT, default=256, metavar="N", help="(default: %(default)s)")
+    group.add_argument(
+        "--prefill-chunk-size", type=COUNT, metavar="TOKENS", help="read the prompt in pieces, which takes less memory"
+    )
     choice = group.add_mutually_exclusive_group()
     choice.add_argument("--greedy", action="store_true", help="take the most likely token")
     choice.add_argument("--sample", action="store_true", help="sample as the checkpoint says")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import os
+import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from airstream.cli.values import utf8
 from airstream.errors import ArgumentError
 
 QUOTES, CONTINUED = '"""', "\\"
@@ -22,6 +23,7 @@ def typed() -> Iterator[str]:
     """
     if sys.stdin is None:  # closed by who started this
         return
+    _expect_utf8()
     is_terminal = sys.stdin.isatty()
     if is_terminal:
         with suppress(ImportError):
@@ -37,8 +39,13 @@ def typed() -> Iterator[str]:
                 raise
             print("\n(Ctrl-D or /exit ends the chat)", file=sys.stderr)
             continue
-        if text.strip():
-            yield text.strip()
+        try:
+            text = utf8("what was typed", text.strip())
+        except ArgumentError as error:  # of this text: the next one may do
+            print(f"airstream: {error}", file=sys.stderr)
+            continue
+        if text:
+            yield text
 
 
 def _one_text(read: Callable[[str], str]) -> str:
@@ -79,8 +86,8 @@ def prompt_of(words: str | None, file: str | None) -> str:
         prompt = _read(file)
     elif words == "-":
         prompt = _piped()
-    else:  # where the locale knows no more than ASCII, Python has kept the bytes that it could not read
-        prompt = os.fsencode(words or "").decode("utf-8", "replace")
+    else:
+        prompt = utf8("the prompt", words or "")
     if not prompt:
         raise ArgumentError("the prompt is empty: give some text to continue")
     return prompt
@@ -100,4 +107,11 @@ def _piped() -> str:
         raise ArgumentError("there is no standard input to read the prompt from")
     if sys.stdin.isatty():
         print("(the prompt, please; Ctrl-D on a line of its own ends it)", file=sys.stderr, flush=True)
-    return sys.stdin.read()
+    _expect_utf8()
+    return utf8("standard input", sys.stdin.read())
+
+
+def _expect_utf8() -> None:
+    """Read UTF-8 from standard input whatever the locale, as from files; `utf8` is told what is none."""
+    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")

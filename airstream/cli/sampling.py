@@ -12,6 +12,8 @@ from airstream.cli.mistakes import FOR_SAMPLING, drawn_by, is_greedy
 
 EVER = "repetition_penalty"
 
+CHUNK = "prefill_chunk_size"
+
 USUAL_TOP_K = 50
 """What transformers takes if nobody says: said here, so that it can be told."""
 
@@ -37,8 +39,7 @@ def choose(arguments: argparse.Namespace, checkpoint: Any, samples_by_default: b
     if samples:
         unsaid = {"top_k": USUAL_TOP_K} if getattr(checkpoint, "top_k", None) is None else {}
         options |= unsaid | given
-    if getattr(arguments, EVER) is not None:
-        options[EVER] = getattr(arguments, EVER)
+    options |= {name: value for name in (EVER, CHUNK) if (value := getattr(arguments, name)) is not None}
     seed = secrets.randbits(31) if arguments.seed is None else arguments.seed  # one that can be named
     torch.manual_seed(seed)
     return Choice(options, _describe(options, checkpoint, samples, seed))

@@ -11,12 +11,15 @@ from typing import Any
 
 from airstream.auto import load_model
 from airstream.checkpoint.beside import has_tokenizer
+from airstream.cli.notes import note
 from airstream.cli.options import load_options
 from airstream.cli.screen import Printer
+from airstream.compat.config_names import num_positions
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.loading.options import LoadOptions
 from airstream.profiling.live import LiveLine
 from airstream.reporting.status import showing, status
+from airstream.reporting.units import counted
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> Any:
@@ -52,6 +55,14 @@ def _without_tokenizer(folder: Path) -> CheckpointNotFoundError | None:
         f"{folder} has no tokenizer beside its weights: copy tokenizer.json and tokenizer_config.json into it from "
         "where the model comes from, or save one with tokenizer.save_pretrained(...)"
     )
+
+
+def tell_beyond(model: Any, num_tokens: int) -> None:
+    """Say so where a prompt and its answer took more tokens than the model was made for: it goes on, and gets worse."""
+    positions = num_positions(model.config)
+    if num_tokens > positions > 0:
+        made_for = f"the model was made for {counted(positions, 'token')}"
+        note(f"({made_for}: prompt and answer took {counted(num_tokens, 'token')}, and the last may make no sense)")
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+from airstream.cli.wording import as_options
+from airstream.loading.arguments import HARMLESS, HONOURED, ONE_DEVICE, REFUSED, SPREAD
 from airstream.reporting.alike import nearest
 
 ELSEWHERE = {
@@ -36,12 +38,25 @@ def meant_instead(message: str, usage: str) -> str:
     options = [word.partition("=")[0] for word in left.split() if word.startswith("-")]
     if not options:
         return ": a prompt of several words stands in quotes"
+    for option in options:
+        if option not in ELSEWHERE and (why := _explained(option.removeprefix("--").replace("-", "_"), left)):
+            return f": {option} is of other programs. {why[:1].upper()}{as_options(why[1:])}"
     known = re.findall(r"--[a-z-]+", usage)
     return _asked([_option_meant(option, known) for option in options])
 
 
+def _explained(name: str, words: str) -> str | None:
+    """What to do without the argument `name` of another program; None if it means one of ours, or nothing."""
+    if name == "device_map" and SPREAD & set(re.split(r"[\s=]", words)):
+        return ONE_DEVICE
+    if name in HARMLESS:
+        return f"leave it out: {HARMLESS[name]}"
+    return REFUSED.get(name)
+
+
 def _option_meant(option: str, known: Collection[str]) -> str | None:
-    meant = ELSEWHERE.get(option.replace("_", "-"))
+    ours = HONOURED.get(option.removeprefix("--").replace("-", "_"), ("",))[0]
+    meant = ELSEWHERE.get(option.replace("_", "-")) or (f"--{ours.replace('_', '-')}" if ours else None)
     if meant is not None and (meant in known or not meant.startswith("-")):
         return meant
     return nearest(option, known)

@@ -17,6 +17,9 @@ from airstream.reporting.units import parse_budget, parse_shard_size
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64", "bf16", "fp16", "fp32", "half", "float", "double")
 """Types that models compute in, by all their names."""
 
+KEPT = re.compile("[\ud800-\udfff]")
+"""What stands for bytes in text that Python could not read."""
+
 LAYERS = re.compile(r"(\d*):(\d*)")
 
 MEMORY = re.compile(r"cpu|\d+|[a-z]+:\d+")
@@ -54,11 +57,35 @@ def number(
     return convert
 
 
+def utf8(name: str, given: str) -> str:
+    """`given`, the text called `name`, with what the bytes say that Python has kept because it could not read them.
+
+    It keeps all that the locale's encoding lacks; where that is ASCII, any text.
+
+    Raises:
+        ArgumentError: they are no UTF-8.
+    """
+    if not KEPT.search(given):
+        return given
+    try:
+        return given.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeError as error:
+        raise ArgumentError(f"{name} is not UTF-8 text: {error}") from error
+
+
+def words(given: str) -> str:
+    """Any text."""
+    try:
+        return utf8("the text", given)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def text(given: str) -> str:
     """Any text but none."""
     if not given:
         raise argparse.ArgumentTypeError("the text is empty")
-    return given
+    return words(given)
 
 
 def dtype(given: str) -> str:

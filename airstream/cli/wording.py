@@ -12,6 +12,7 @@ OPTIONS = (
     "device", "attn_implementation", "gguf_file", "subfolder", "variant", "revision", "token", "cache_dir",
     "local_files_only", "trust_remote_code", "prompt_tokens", "shard_size", "layers", "gpu", "ram", "disk_gbps",
     "compression", "codec",
+    "prefill_chunk_size", "max_new_tokens",
 )  # fmt: skip
 """Arguments that are options of some command under the same name, with hyphens."""
 
@@ -19,10 +20,10 @@ FLAGS = ("local_files_only", "trust_remote_code")
 """Options that take no value."""
 
 ARGUMENT = re.compile(
-    rf"(?<![\w/.-])(?P<name>{'|'.join(OPTIONS)})=(?P<value>\{{[^{{}}]*\}}|\"[^\"]*\"|'[^']*'|\.\.\.|[\w.-]*\w)?"
+    rf"(?<![\w/.-])(?P<open>[\"'])?(?P<name>{'|'.join(OPTIONS)})=(?P<value>\{{[^{{}}]*\}}|\"[^\"]*\"|'[^']*'|\.\.\.|[\w.-]*\w)?(?(open)(?P=open))"
 )
 BARE = re.compile(rf"(?<![\w/.-])(?P<name>{'|'.join(name for name in OPTIONS if '_' in name)})(?![\w=/]|\.\w)")
-CALL = re.compile(r"from_pretrained\(\.\.\., ([^()]*)\)")
+CALL = re.compile(r"(?:from_pretrained|generate)\(\.\.\., ([^()]*)\)")
 SIZES = re.compile(r"[\"']?(?P<memory>[\w:]+)[\"']?: *(?P<size>\"[^\"]*\"|'[^']*'|\.\.\.|\d+)")
 
 

@@ -66,7 +66,7 @@ INLINE void q5_0(const uint8_t *restrict block, float *restrict out) {
     float scale = half(block);
     uint32_t fifth = word(block + 2);
     for (int i = 0; i < 16; i++)
-        out[i] = (float)((int)(block[6 + i] & 15 | (fifth >> i & 1) << 4) - 16) * scale;
+        out[i] = (float)((int)((block[6 + i] & 15) | (fifth >> i & 1) << 4) - 16) * scale;
     for (int i = 0; i < 16; i++)
         out[16 + i] = (float)((int)(block[6 + i] >> 4 | (fifth >> (16 + i) & 1) << 4) - 16) * scale;
 }
@@ -75,7 +75,7 @@ INLINE void q5_1(const uint8_t *restrict block, float *restrict out) {
     float scale = half(block), shift = half(block + 2);
     uint32_t fifth = word(block + 4);
     for (int i = 0; i < 16; i++)
-        out[i] = (float)(int)(block[8 + i] & 15 | (fifth >> i & 1) << 4) * scale + shift;
+        out[i] = (float)(int)((block[8 + i] & 15) | (fifth >> i & 1) << 4) * scale + shift;
     for (int i = 0; i < 16; i++)
         out[16 + i] = (float)(int)(block[8 + i] >> 4 | (fifth >> (16 + i) & 1) << 4) * scale + shift;
 }
@@ -125,7 +125,7 @@ INLINE void q3_k(const uint8_t *restrict block, float *restrict out) {
         int low_bits = packed[group % 8] >> 4 * (group / 8) & 15, high_bits = packed[8 + group % 4] >> 2 * (group / 4) & 3;
         float own_scale = scale * (float)((low_bits | high_bits << 4) - 32);
         for (int i = 0; i < 16; i++) {
-            int number = numbers[i] >> 2 * (group / 2 % 4) & 3 | (high[i] >> group / 2 & 1) << 2;
+            int number = (numbers[i] >> 2 * (group / 2 % 4) & 3) | (high[i] >> group / 2 & 1) << 2;
             out[16 * group + i] = (float)(number - 4) * own_scale;
         }
     }
@@ -158,7 +158,7 @@ INLINE void q5_k(const uint8_t *restrict block, float *restrict out) {
         float own_scale = scale * (float)six_bit_scale(block + 4, group);
         float own_minimum = minimum * (float)six_bit_minimum(block + 4, group);
         for (int i = 0; i < 32; i++) {
-            int number = numbers[i] >> 4 * (group % 2) & 15 | (high[i] >> group & 1) << 4;
+            int number = (numbers[i] >> 4 * (group % 2) & 15) | (high[i] >> group & 1) << 4;
             out[32 * group + i] = (float)number * own_scale - own_minimum;
         }
     }
@@ -172,7 +172,7 @@ INLINE void q6_k(const uint8_t *restrict block, float *restrict out) {
         const uint8_t *high = block + 128 + 32 * half_block + part;
         float own_scale = scale * (float)(int8_t)block[192 + group];
         for (int i = 0; i < 16; i++) {
-            int number = numbers[i] >> 4 * (quarter / 2) & 15 | (high[i] >> 2 * quarter & 3) << 4;
+            int number = (numbers[i] >> 4 * (quarter / 2) & 15) | (high[i] >> 2 * quarter & 3) << 4;
             out[16 * group + i] = (float)(number - 32) * own_scale;
         }
     }
@@ -197,7 +197,7 @@ INLINE int nibble(const uint8_t *packed, int number) {
 INLINE int eight_signs(uint32_t seven) {
     uint32_t parity = seven ^ seven >> 4;
     parity ^= parity >> 2;
-    return (int)(seven | (parity ^ parity >> 1) << 7 & 128);
+    return (int)(seven | ((parity ^ parity >> 1) << 7 & 128));
 }
 
 INLINE void signed_row(const int8_t *restrict row, int length, int signs, float scale, float *restrict out) {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, LoadStateDictConfig
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from airstream.checkpoint.generation_file import check_ids, read_generation_file
@@ -27,6 +27,11 @@ def build_on_meta(
     with torch.device("meta"):
         model = with_generation(cls)._from_config(config, dtype=dtype, **extra)
     return model.eval()
+
+
+def attention_names() -> list[str]:
+    """What `attn_implementation` may be, but for kernels of the hub."""
+    return ["eager", *sorted(name for name in ALL_ATTENTION_FUNCTIONS.valid_keys() if "|" not in name)]
 
 
 def load_generation_config(model: PreTrainedModel, folder: str) -> None:

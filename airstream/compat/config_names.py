@@ -43,6 +43,11 @@ def head_width(text: Any) -> int:
     return first_count(text, *HEAD_WIDTHS, default=hidden_size(text) // head_count(text))
 
 
+def num_positions(config: Any) -> int:
+    """The tokens that the model was made for; 0 if its config does not say."""
+    return first_count(config.get_text_config(), *POSITION_COUNTS, default=0)
+
+
 def first_count(config: Any, *names: str, default: int) -> int:
     """The first of the attributes that is a positive number: configs name one thing differently, or leave it None."""
     for name in names:

@@ -35,7 +35,7 @@ def _same(_: str, value: Any) -> Any:
 
 def _device_of(name: str, device_map: Any) -> Any:
     """The one device that computes, of an accelerate `device_map`."""
-    if device_map is None or device_map in SPREAD:
+    if device_map is None or (isinstance(device_map, str) and device_map in SPREAD):
         return DEFAULT
     if isinstance(device_map, Mapping):
         if list(device_map) != [""]:
@@ -44,11 +44,16 @@ def _device_of(name: str, device_map: Any) -> Any:
     return device_map
 
 
+def _context_of(_: str, tokens: Any) -> Any:
+    """llama.cpp writes 0 for as much as the model says."""
+    return DEFAULT if tokens is None or (isinstance(tokens, int) and tokens == 0) else tokens
+
+
 def _batches_ahead(_: str, prefetching: Any) -> Any:
     return 0 if prefetching is False else DEFAULT
 
 
-SPREAD = ("auto", "balanced", "balanced_low_0", "sequential")
+SPREAD = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
 """How accelerate spreads a model over devices; here one computes, and layers come to it."""
 
 HONOURED: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
@@ -59,7 +64,7 @@ HONOURED: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
     "prefetching": ("prefetch_batches", _batches_ahead),
     "max_seq_len": ("max_context", _same),
     "max_model_len": ("max_context", _same),
-    "n_ctx": ("max_context", lambda _, tokens: tokens or DEFAULT),  # 0: as the model says
+    "n_ctx": ("max_context", _context_of),
     "gpu_batch_size": ("max_batch_size", _same),
     "load_in_4bit": ("compression", lambda _, wanted: "4bit" if wanted else DEFAULT),
     "load_in_8bit": ("compression", lambda _, wanted: "8bit" if wanted else DEFAULT),
@@ -91,7 +96,10 @@ QUANTISE = (
     'name how the weights are to be packed, compression="nf4", "int8", "int4", "fp8" or "lossless", or a checkpoint '
     "that is quantised already (bitsandbytes, GPTQ, AWQ, FP8, MXFP4), or a GGUF file"
 )
-BUDGET = 'name the memory that may be used, max_memory="4GiB" or {0: "4GiB", "cpu": "8GiB"}, and the plan does the rest'
+BUDGET = (
+    'name the memory that may be used, max_memory="4GiB" or max_memory={0: "4GiB", "cpu": "8GiB"}, and the plan does '
+    "the rest"
+)
 CONFIG = "a model is built as its config.json says: change that file, in a copy of the checkpoint"
 KERNELS = "choose how attention is computed with attn_implementation="
 ONE_DEVICE = "one device computes, which device= names, and layers are streamed to it"
@@ -157,6 +165,13 @@ def adopt(foreign: Mapping[str, Any], given: Mapping[str, Any], defaults: Mappin
     return options
 
 
+def refuse_others(given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise for the first of the names `given` that is none of the `known` ones."""
+    for name in given:
+        if name not in known:
+            raise _unknown(name, known)
+
+
 def refuse_unnamed(values: Sequence[Any]) -> None:
     """Raise for what is given without a name behind the model's, with the name that it may have been meant for."""
     if not values:
@@ -184,7 +199,7 @@ def _set(options: dict[str, Any], ours: str, value: Any, defaults: Mapping[str, 
 
 
 def _refused(name: str, instead: str) -> ArgumentError:
-    return ArgumentError(f"from_pretrained() has no argument {name!r}: {instead}")
+    return ArgumentError(f"there is no argument {name!r}: {instead}")
 
 
 def _unknown(name: str, known: Iterable[str]) -> ArgumentError:

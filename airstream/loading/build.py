@@ -19,18 +19,18 @@ from airstream.checkpoint.config_file import read_config_file
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.stored import CheckpointIndex
 from airstream.compat.blame import Consequences, blamed_on
-from airstream.compat.building import build_on_meta
+from airstream.compat.building import attention_names, build_on_meta
 from airstream.compat.classes import choose_class
 from airstream.compat.gguf import gguf_config, gguf_dtype
 from airstream.compat.quantizers import Quantizer, find_quantizer
 from airstream.compat.remote import check_trust
 from airstream.compat.suspects import advice, names_a_field
 from airstream.compat.traits import CacheSize, measure_cache
-from airstream.errors import ArgumentError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.footprint.activations import measure_passes
 from airstream.footprint.growth import PassGrowth
 from airstream.layout.pieces import TORCH_DTYPES
-from airstream.loading.options import LoadOptions, named_dtype
+from airstream.loading.options import COMPUTE_DTYPES, LoadOptions, named_dtype
 from airstream.system.kernels import KernelLimit
 
 
@@ -110,7 +110,9 @@ def _attention(wanted: str | None, source: Path) -> Iterator[None]:
         raise UnsupportedError(_needs_package(wanted, source, error)) from error
     except ValueError as error:
         if wanted is not None and "attn_implementation" in str(error):
-            raise ArgumentError(f"attn_implementation={wanted!r}: {error}") from error
+            names = attention_names()
+            said = str(error) if wanted in names else f"there is none of that name, but {', '.join(names)}"
+            raise ArgumentError(f"attn_implementation={wanted!r}: {said}") from error
         raise
 
 
@@ -147,6 +149,11 @@ def _resolve_dtype(dtype: str | torch.dtype, config: PreTrainedConfig, index: Ch
     if isinstance(index, GgufIndex):
         return gguf_dtype(index)
     if config.dtype is not None:
+        if config.dtype not in COMPUTE_DTYPES:
+            raise CheckpointError(
+                f"the config has dtype {config.dtype}, which no model computes in: name one that does, as in "
+                'dtype="bfloat16"'
+            )
         return config.dtype
     stored = (TORCH_DTYPES[tensor.dtype] for tensor in (index or {}).values())
-    return next((candidate for candidate in stored if candidate.is_floating_point), torch.get_default_dtype())
+    return next((candidate for candidate in stored if candidate in COMPUTE_DTYPES), torch.get_default_dtype())

@@ -111,6 +111,18 @@ class Machine:
 THIS_MACHINE = Machine()
 
 
+def check_machine(machine: object) -> None:
+    """Raise unless `machine` is one, with what to write instead of the name of a card, or of a dictionary."""
+    if isinstance(machine, Machine):
+        return
+    meant = 'gpu="RTX 3090", ram="64GiB"'
+    if isinstance(machine, str):
+        meant = f"gpu={machine!r}"
+    elif isinstance(machine, Mapping) and all(isinstance(name, str) for name in machine):
+        meant = ", ".join(f"{name}={value!r}" for name, value in machine.items())
+    raise ArgumentError(f"machine={machine!r} is not a Machine: write machine=Machine({meant}), or leave it out")
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
     """A question is what is asked of the planner, in the user's terms.

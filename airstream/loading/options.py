@@ -9,14 +9,15 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import torch
 
 from airstream.checkpoint.hub import HubOptions
+from airstream.checkpoint.names import is_inside
 from airstream.codecs.names import codec_named
 from airstream.errors import ArgumentError
+from airstream.reporting.paths import path_of
 from airstream.reporting.units import parse_budget
 from airstream.system.memory import default_device, describe_devices, is_present
 from airstream.transfer.runtime import RUNTIMES
@@ -26,12 +27,23 @@ MaxMemory = int | float | str | Mapping[int | str, int | float | str] | None
 SHORT_DTYPES: Mapping[str, str] = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """What people call them."""
 
+SOURCE_OPTIONS = (
+    "gguf_file", "subfolder", "variant", "revision", "token", "cache_dir", "local_files_only", "trust_remote_code",
+)  # fmt: skip
+"""Options that say where a checkpoint comes from."""
+
+COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""Types that models compute in. Others of torch, such as float8, are for what is stored."""
+
 FOREIGN_DEVICES: Mapping[str, str] = {
     **dict.fromkeys(("gpu", "nvidia", "amd", "rocm"), "cuda"),
     **dict.fromkeys(("metal", "apple"), "mps"),
     "intel": "xpu",
 }
 """What people call the devices that torch has under another name."""
+
+
+VARIANT = re.compile(r"[\w-]{1,100}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,23 +87,28 @@ class LoadOptions:
             check_count("layers_per_batch", self.layers_per_batch, at_least=1)
         if self.prefetch_batches != "auto":
             check_count("prefetch_batches", self.prefetch_batches, at_least=0)
-        if self.page_cache not in ("auto", True, False):
-            raise ArgumentError(f'page_cache={self.page_cache!r}: use True, False or "auto"')
-        if self.progress not in ("auto", True, False):
-            raise ArgumentError(f'progress={self.progress!r}: use True, False or "auto"')
+        for name in ("page_cache", "progress"):
+            check_flag(name, getattr(self, name), word="auto")
         for name in ("trust_remote_code", "local_files_only", "profiling_mode"):
-            if getattr(self, name) not in (None, True, False):  # any text would be true
-                raise ArgumentError(f"{name}={getattr(self, name)!r}: use True or False")
+            if getattr(self, name) is not None:
+                check_flag(name, getattr(self, name))
+        for name in ("gguf_file", "revision"):
+            if not isinstance(getattr(self, name), str | None):
+                raise ArgumentError(f"{name}={getattr(self, name)!r} is not text")
+        if not isinstance(self.token, str | bool | None):
+            raise ArgumentError(f"token={self.token!r} is neither text nor True or False")
+        if self.cache_dir is not None:
+            path_of("cache_dir", self.cache_dir)
         named = named_dtype(self.dtype)
-        if self.dtype != "auto" and not (isinstance(named, torch.dtype) and named.is_floating_point):
+        if self.dtype != "auto" and named not in COMPUTE_DTYPES:
             raise ArgumentError(
-                f'dtype={self.dtype!r} is not a floating-point type: use "auto", "bfloat16", torch.float16... Weights '
-                "are not quantised here: name a checkpoint that is (`airstream repack --codec` makes one)"
+                f'dtype={self.dtype!r} is not a type that models compute in: use "auto", "bfloat16", torch.float16... '
+                'To pack weights, name a codec: compression="4bit"'
             )
         if self.compression is not None:
             codec_named(self.compression)
         check_inside("subfolder", self.subfolder)
-        if self.variant is not None and not (isinstance(self.variant, str) and re.fullmatch(r"[\w-]+", self.variant)):
+        if self.variant is not None and not (isinstance(self.variant, str) and VARIANT.fullmatch(self.variant)):
             raise ArgumentError(f'variant={self.variant!r} is not a part of a file\'s name: use one such as "fp16"')
 
 
@@ -170,8 +187,14 @@ def check_count(name: str, value: object, at_least: int) -> None:
         raise ArgumentError(f"{name}={value!r} must be a whole number of at least {at_least}")
 
 
+def check_flag(name: str, value: object, word: str | None = None) -> None:
+    """Raise unless `value` is True or False, which any text would be, or the `word` that may stand in their place."""
+    if not (isinstance(value, int) and value in (0, 1)) and not (isinstance(value, str) and value == word):
+        wanted = "True or False" if word is None else f'True, False or "{word}"'
+        raise ArgumentError(f"{name}={value!r}: use {wanted}")
+
+
 def check_inside(name: str, path: object) -> None:
     """Raise unless `path`, an argument called `name`, lies inside whatever it is relative to, and stands for itself."""
-    inside = PurePosixPath(path) if isinstance(path, str) else None
-    if inside is None or inside.is_absolute() or ".." in inside.parts or set("\\*?[\0") & set(str(path)):
+    if not isinstance(path, str) or not is_inside(path):
         raise ArgumentError(f"{name}={path!r} is not a path inside the repository")

@@ -26,7 +26,7 @@ from airstream.layout.parts import divide
 from airstream.loading.arguments import adopt
 from airstream.loading.build import build_model
 from airstream.loading.gather import gather_facts, needs_staging
-from airstream.loading.machine import THIS_MACHINE, Machine, Question, request_for
+from airstream.loading.machine import THIS_MACHINE, Machine, Question, check_machine, request_for
 from airstream.loading.options import LoadOptions, check_count, parse_max_memory
 from airstream.loading.prepared import Prepared
 from airstream.plan.policy import PROMPT_TOKENS
@@ -46,6 +46,7 @@ def prepare_for_planning(
     prompt_tokens: int | None = None,
 ) -> Prepared:
     """The sizes of a model and what is asked of the planner, weights or not. Arguments as `AutoModel.plan`."""
+    check_machine(machine)
     given = {key: value for key, value in options.items() if key in DEFAULTS}
     foreign = {key: value for key, value in options.items() if key not in DEFAULTS}
     known = LoadOptions(**adopt(foreign, given, _PLAN_DEFAULTS))

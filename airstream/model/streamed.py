@@ -209,7 +209,11 @@ class StreamedModel(WithAdapters, SaysSteps, GuardedModule):
         return self._engine.observer.last_profile
 
     def close(self) -> None:
-        """End the reader threads, close the files, give the memory back. Idempotent; later calls raise ClosedError."""
+        """End the reader threads, close the files, give the memory back. Idempotent; later calls raise ClosedError.
+
+        Inside a pass, as in a hook, it returns at once: the pass raises ClosedError at its next layer, and memory is
+        given back when it is left.
+        """
         self._engine.close()
 
     def __enter__(self) -> StreamedModel:

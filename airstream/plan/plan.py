@@ -199,6 +199,7 @@ def _streamed(plan: Plan) -> str:
     if not count:
         return "nothing: all of it is in memory after the first pass"
     reads = "around the page cache" if plan.direct_io else "through the page cache"
+    reads = reads if plan.read_bytes else "from host memory alone"
     ahead = f"{plan.prefetch_batches} ahead" if plan.prefetch_batches else "none ahead"
     return (
         f"{counted(count, 'batch')} of {counted(plan.layers_per_batch, 'layer')}, "

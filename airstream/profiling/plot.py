@@ -12,6 +12,7 @@ from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, 
 from airstream.profiling.intervals import merge
 from airstream.profiling.profile_data import PassProfile, ProfileData
 from airstream.reporting.figure import check_file, new_figure
+from airstream.reporting.paths import path_of
 from airstream.reporting.probe import LINKS, Span
 from airstream.reporting.units import format_seconds
 
@@ -44,7 +45,8 @@ def draw(profile: ProfileData, file: str | os.PathLike[str] | None = None) -> An
     """The picture, written to `file` if one is given. See `Profile.plot`."""
     figure = new_figure(9, 5.4)
     if file is not None:
-        check_file(figure, Path(file))
+        file = path_of("file", file)
+        check_file(figure, file)
     lanes, seconds = figure.subplots(2, 1, height_ratios=(3, 1.4))
     _draw_lanes(lanes, profile)
     _draw_seconds(seconds, profile)

@@ -13,6 +13,8 @@ from airstream.reporting.units import counted, format_bytes, format_seconds
 WIDTH = 80
 MAX_LATE_LAYERS = 3
 
+CACHED_DISK = "disk/page cache"
+
 PAGE_CACHE = "through page cache"
 """Why there is no saying how fast the disk is: what is read may be in memory already."""
 
@@ -49,8 +51,15 @@ def _times(profile: ProfileData) -> Iterator[str]:
         yield _row(f"  {label}", [_share(getattr(costs, name), costs) for _, costs in columns])
     causes = sorted({cause for _, costs in columns for cause in costs.stalls})
     for cause in causes:
-        yield _row(f"    for {cause}", [_share(costs.stalls.get(cause, 0.0), costs) for _, costs in columns])
+        yield _row(
+            f"    for {_named(cause, profile)}", [_share(costs.stalls.get(cause, 0.0), costs) for _, costs in columns]
+        )
     yield _row("  sampling and Python", [_share(costs.python_seconds, costs) for _, costs in columns])
+
+
+def _named(cause: str, profile: ProfileData) -> str:
+    """What computation waited for: what is read through the page cache may come from there, or from the disk."""
+    return CACHED_DISK if cause == DISK and not profile.is_direct else cause
 
 
 def _row(label: str, cells: list[str]) -> str:
@@ -96,13 +105,13 @@ def _late(profile: ProfileData) -> Iterator[str]:
     yield ""
     verb = "was" if len(late) == 1 else "were"
     yield f"{len(late)} of {counted(len(profile.layers), 'layer')} {verb} late; most of all"
-    yield from (_late_line(layer) for layer in late[:MAX_LATE_LAYERS])
+    yield from (_late_line(layer, profile) for layer in late[:MAX_LATE_LAYERS])
 
 
-def _late_line(layer: LayerProfile) -> str:
+def _late_line(layer: LayerProfile, profile: ProfileData) -> str:
     cause = max(layer.stalls, key=layer.stalls.__getitem__)
     text = (
         f"{layer.late} of {counted(layer.passes, 'time')}, {format_seconds(layer.stall_seconds / layer.late)} each, "
-        f"waiting for {cause}"
+        f"waiting for {_named(cause, profile)}"
     )
     return f"  {layer.name[-(WIDTH - len(text) - 4) :]}: {text}"

@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from airstream.errors import ArgumentError, DiskSpaceError
 from airstream.profiling.costs import STALL
 from airstream.profiling.profile_data import ProfileData
+from airstream.reporting.paths import path_of
 from airstream.reporting.probe import Span
 
 PROCESS = 1
@@ -41,7 +41,7 @@ def save(profile: ProfileData, file: str | os.PathLike[str]) -> None:
         ArgumentError: there is no such folder, or it may not be written to.
         DiskSpaceError: the disk is full.
     """
-    path = Path(file)
+    path = path_of("file", file)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with scratch.open("w", encoding="utf-8") as out:

@@ -86,6 +86,8 @@ def find_card(name: str) -> Card:
     Raises:
         ArgumentError: no card, or more than one, is called that; the message names those that are close.
     """
+    if not isinstance(name, str):
+        raise ArgumentError(f'gpu={name!r} is not the name of a card: use one such as "RTX 3090"')
     words = _words(name)
     exact = [card for card in all_cards() if any(_words(label) == words for label in (card.name, *card.aliases))]
     found = exact or [card for card in all_cards() if _fits(words, card)]

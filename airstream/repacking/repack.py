@@ -23,7 +23,8 @@ from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.names import SHARD_INDEX
 from airstream.codecs.names import codec_named
 from airstream.errors import AirstreamError, ArgumentError
-from airstream.loading.options import LoadOptions
+from airstream.loading.arguments import refuse_others
+from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.loading.prepare import prepare
 from airstream.repacking.files import check_storable, plan_files
 from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
@@ -33,6 +34,7 @@ from airstream.repacking.target import check_target, is_done
 from airstream.repacking.way import Way
 from airstream.repacking.ways import way_of
 from airstream.repacking.write import copy_small, sha256_of
+from airstream.reporting.paths import path_of
 from airstream.reporting.status import status
 from airstream.reporting.units import parse_shard_size
 from airstream.system.cache import sync
@@ -105,9 +107,11 @@ def repack_and_report(
     """As `repack`, which see; gives what was done, too."""
     started = time.monotonic()
     check_name(model)
+    check_flag("progress", progress)
+    refuse_others(options, SOURCE_OPTIONS)
     if codec is not None:
         codec = codec_named(codec)
-    target = Path(out).expanduser().absolute()
+    target = path_of("out", out).absolute()
     shard_bytes = parse_shard_size(shard_size)
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
         prepared = prepare(model, LoadOptions(device="cpu", **options))

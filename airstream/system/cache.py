@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -124,14 +125,24 @@ def _sweep(parent: Path) -> None:
 
 def is_complete(folder: Path, recipe: str) -> bool:
     """Whether `folder` was made by `recipe` and its files still have their sizes. Reads the manifest, not the files."""
+    manifest = _read_manifest(folder)
+    sizes = manifest.get("files")
+    return manifest.get("recipe") == recipe and isinstance(sizes, dict) and sizes.items() <= _file_sizes(folder).items()
+
+
+def sizes_vouched_for(folder: Path) -> dict[str, int]:
+    """The sizes of the files that were in `folder` when it was complete, by name; none if nobody says."""
+    sizes = _read_manifest(folder).get("files")
+    is_sound = isinstance(sizes, dict) and all(isinstance(size, int) for size in sizes.values())
+    return sizes if isinstance(sizes, dict) and is_sound else {}
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = read_json(folder / MANIFEST, MANIFEST_KIND)
     except CheckpointError:
-        return False
-    if not isinstance(manifest, dict) or manifest.get("recipe") != recipe:
-        return False
-    sizes = manifest.get("files")
-    return isinstance(sizes, dict) and sizes.items() <= _file_sizes(folder).items()
+        return {}
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def _seal(folder: Path, recipe: str) -> None:

@@ -41,6 +41,20 @@ def known_checksums(folder: Path, manifest: Mapping[str, Any] | None) -> dict[Pa
     return known
 
 
+def wrong_sizes(folder: Path, sizes: Mapping[str, int]) -> list[str]:
+    """What is wrong with the files of `folder` that should have these `sizes`."""
+    there = {name: _size(folder / name) for name in sizes}
+    return [
+        f"{folder / name} is missing" if size is None else f"{folder / name} has {size:,} bytes, not {sizes[name]:,}"
+        for name, size in there.items()
+        if size != sizes[name]
+    ]
+
+
+def _size(file: Path) -> int | None:
+    return file.stat().st_size if file.is_file() else None
+
+
 def _of_hub(file: Path) -> Checksum | None:
     blob = file.resolve()
     if file.is_symlink() and blob.parent.name == "blobs" and _is_checksum(blob.name):

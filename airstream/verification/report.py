@@ -14,7 +14,8 @@ class VerifyReport:
     """The result of `airstream.verify`. Printed, it has a line for every fault, and one about what was checked.
 
     Attributes:
-        folder: the checkpoint.
+        folder: where the checkpoint lies.
+        gguf: the GGUF file that it is, or the first of several; None for one of other files.
         faults: what is wrong, in words; each names the file or the tensor.
         notes: what could not be checked, or is odd without being wrong.
         num_files: files of weights whose headers are right.
@@ -34,6 +35,7 @@ class VerifyReport:
     read_bytes: int
     values_scanned: bool
     seconds: float
+    gguf: Path | None = None
 
     @property
     def is_sound(self) -> bool:
@@ -42,12 +44,13 @@ class VerifyReport:
 
     def to_json(self) -> str:
         """Everything, as one JSON object."""
-        return json.dumps({"is_sound": self.is_sound, **asdict(self), "folder": str(self.folder)}, indent=2)
+        return json.dumps({"is_sound": self.is_sound, **asdict(self)}, indent=2, default=str)
 
     def __str__(self) -> str:
         verdict = "sound" if self.is_sound else counted(len(self.faults), "fault")
         summary = (
-            f"{self.folder}: {verdict}; {counted(self.num_tensors, 'tensor')} in {counted(self.num_files, 'file')}, "
+            f"{self.gguf or self.folder}: {verdict}; "
+            f"{counted(self.num_tensors, 'tensor')} in {counted(self.num_files, 'file')}, "
             f"{counted(self.checked_files, 'checksum')} compared, {format_bytes(self.read_bytes)} read"
             f"{', every value looked at' if self.values_scanned else ''} in {format_seconds(self.seconds)}"
         )

@@ -16,11 +16,13 @@ from airstream.checkpoint.locate import locate
 from airstream.checkpoint.stored import CheckpointIndex
 from airstream.errors import AirstreamError, CheckpointError, UnsupportedError
 from airstream.layout.byte_plan import read_specs
+from airstream.loading.arguments import refuse_others
 from airstream.loading.build import build_model
-from airstream.loading.options import LoadOptions
+from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.repacking.manifest import read_manifest
 from airstream.reporting.status import status
-from airstream.verification.checksums import Checksum, known_checksums
+from airstream.system.cache import sizes_vouched_for
+from airstream.verification.checksums import Checksum, known_checksums, wrong_sizes
 from airstream.verification.contents import Contents, read_contents, read_gguf_contents
 from airstream.verification.reading import check_file
 from airstream.verification.report import VerifyReport
@@ -51,6 +53,9 @@ def verify(
         CheckpointNotFoundError: there is no such folder or repository.
     """
     started = time.monotonic()
+    for name, value in (("deep", deep), ("read", read), ("progress", progress)):
+        check_flag(name, value)
+    refuse_others(options, SOURCE_OPTIONS)
     known = LoadOptions(device="cpu", **options)
     folder, gguf = locate(model, known.hub, known.gguf_file, known.trust_remote_code)
     with status(f"reading the headers of {(gguf or folder).name}", progress):
@@ -74,7 +79,10 @@ def verify(
         notes.append(f"it has layers {layers[0]} to {layers[1] - 1} only: other tensors are not expected")
     checksums = known_checksums(folder, manifest)
     if not any(file in checksums for file in contents.files):
-        notes.append("no checksums of its weights are known")
+        sizes = sizes_vouched_for(folder)
+        faults += wrong_sizes(folder, sizes)
+        but_sizes = ", but their sizes, which airstream's manifest has" if sizes else ""
+        notes.append(f"no checksums of its weights are known{but_sizes}")
     wrong, read_bytes = _read_files(contents, checksums, deep, progress) if read else ([], 0)
     return VerifyReport(
         folder,
@@ -86,6 +94,7 @@ def verify(
         read_bytes=read_bytes,
         values_scanned=read and deep,
         seconds=time.monotonic() - started,
+        gguf=gguf,
     )
 
 

@@ -119,6 +119,21 @@ def test_a_file_is_not_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="is a file: name the folder") as caught:
         resolve(file)
     assert str(file) in str(caught.value)
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("model.safetensors", "config.json"):
+        with pytest.raises(UnsupportedError) as caught:
+            resolve(tmp_path / name)
+        assert str(caught.value) == f"{tmp_path / name} is a file of a checkpoint: name its folder, {str(tmp_path)!r}"
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("name", ["model.safetensors", "model", "model.GGUF"])
+def test_a_gguf_file_by_another_name_is_to_be_renamed(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"GGUF\3\0\0\0")
+    (tmp_path / "config.json").write_text("{}")
+    for use in (resolve, AutoModel.plan, airstream.verify):
+        with pytest.raises(UnsupportedError, match=r"is a GGUF file: rename it to end in \.gguf"):
+            use(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------------------------ the hub

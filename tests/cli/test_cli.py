@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -22,13 +24,15 @@ from airstream import ArgumentError, Plan
 from airstream.cli import demo, main
 from airstream.cli.mistakes import check_sampling
 from airstream.cli.options import load_options
+from airstream.cli.output import able_to_write
 from airstream.cli.parser import build_parser
+from airstream.cli.reading import typed
 from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
 from airstream.cli.values import DTYPES, parse_memory
 from airstream.cli.wording import as_options
 from airstream.loading.options import LoadOptions
-from tests.conftest import WriteTiny, stream
+from tests.conftest import WriteTiny, least_memory, stream
 from tests.stand_ins.tiny_models import tiny_tokenizer
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
@@ -88,6 +92,24 @@ def test_a_context_that_was_exceeded_is_told(
     prompt = " ".join(["w5"] * 11)
     assert run("generate", folder, prompt, "--max-new-tokens", 2, "--max-context", max_context) == 0
     told = f"--max-context {max_context} is what memory was planned for, and no limit: prompt and answer took 13 tokens"
+    assert (told in capsys.readouterr().err) == is_told
+
+
+@pytest.mark.parametrize(("num_words", "is_told"), [(253, True), (252, False)])
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_what_goes_beyond_the_models_positions_is_told(
+    command: str,
+    num_words: int,
+    is_told: bool,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompt = " ".join(["w5"] * num_words)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(prompt))
+    given = (prompt, "--json") if command == "generate" else ("--seed", 1)
+    assert run(command, folder, *given, "--max-new-tokens", 4) == 0
+    told = "the model was made for 256 tokens: prompt and answer took 257 tokens, and the last may make no sense"
     assert (told in capsys.readouterr().err) == is_told
 
 
@@ -230,6 +252,7 @@ SUGGESTING = GenerationConfig(do_sample=True, temperature=0.6, top_k=20, num_bea
             "sampling, temperature 1.5, top p 0.9, top k 5, min p 0.1, seed 7",
         ),
         ("--repetition-penalty 1.1", None, False, {"repetition_penalty": 1.1}, "greedy, repetition penalty 1.1"),
+        ("--prefill-chunk-size 16", None, False, {"prefill_chunk_size": 16}, "greedy"),
     ],
 )
 def test_how_tokens_are_chosen(
@@ -270,6 +293,13 @@ MISTAKES = [
     ("-n 5", "did you mean --max-new-tokens?"),
     ("-c 512 --n-gpu-layers 9", "did you mean --max-context and --max-memory?"),
     ("-m llama", "did you mean MODEL without an option?"),
+    ("--device-map auto", "--device-map is of other programs. One device computes, which --device names"),
+    ("--device-map=balanced", "--device-map is of other programs. One device computes"),
+    ("--device-map cuda:0", "did you mean --device?"),
+    ("--torch-dtype bf16", "did you mean --dtype?"),
+    ("--load-in-4bit", "--load-in-4bit is of other programs. Weights are used as they are stored. Name a checkpoint"),
+    ("--low-cpu-mem-usage", "Leave it out: weights are never in memory all at once"),
+    ("--gpu-memory-utilization 0.9", "Name the memory that may be used, --max-memory 4GiB or --max-memory 0=4GiB cpu="),
     ("--dtype int8", "'int8' is not a type that models compute in"),
     ("--dtype bfloat", "not a type that models compute in"),
     ("--max-memory 4GX", "'4GX' is not a size"),
@@ -605,11 +635,41 @@ def test_a_prompt_without_quotes_is_told_to_have_some(capsys: pytest.CaptureFixt
         ("pass trust_remote_code=True if", "pass --trust-remote-code if"),
         ("which subfolder= names", "which --subfolder names"),
         ("max_memory gives 200 MiB", "--max-memory gives 200 MiB"),
+        ("help: generate(..., prefill_chunk_size=949) reads", "help: --prefill-chunk-size 949 reads"),
+        ("max_new_tokens=20 would fit", "--max-new-tokens 20 would fit"),
+        (
+            'are `"attn_implementation=sdpa"`, `attn_implementation="eager"`',
+            "are `--attn-implementation sdpa`, `--attn-implementation eager`",
+        ),
+        ('say "dtype=float16 or', 'say "--dtype float16 or'),
         ("/data/max_memory/x", "/data/max_memory/x"),
     ],
 )
 def test_errors_are_in_the_words_of_the_command_line(message: str, said: str) -> None:
     assert as_options(message) == said
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_prompt_that_is_too_long_is_read_in_the_pieces_that_are_advised(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = " ".join(f"w{number % 90 + 5}" for number in range(200))
+
+    def answer(*words: Any) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(prompt + "\nw7\n"))
+        common = ("--max-new-tokens", 3, "--layers-per-batch", 1, "--prefetch-batches", 0)
+        run(command, folder, *([prompt] if command == "generate" else []), *common, *words)
+        out, err = capsys.readouterr()
+        return out, err
+
+    monkeypatch.setattr("airstream.plan.refusal.MIN_CHUNK", 1)
+    few = {"max_context": 8, "layers_per_batch": 1, "prefetch_batches": 0}
+    short = ("--max-context", 8, "--max-memory", least_memory(folder, **few)["cpu"] + (200 << 10))
+    said = answer(*short)[1]
+    (chunk,) = re.findall(r"--prefill-chunk-size (\d+) reads a prompt of this length in pieces that fit", said)
+    given, whole = answer(*short, "--prefill-chunk-size", chunk)[0], answer()[0]
+    assert given == whole
+    assert len(given.split()) > 2
 
 
 def test_a_budget_that_is_too_small_names_the_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -621,8 +681,9 @@ def test_a_budget_that_is_too_small_names_the_option(folder: Path, capsys: pytes
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
-def test_output_that_cannot_be_written_is_told() -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+@pytest.mark.parametrize("unbuffered", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+def test_output_that_cannot_be_written_is_told(unbuffered: dict[str, str]) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"} | unbuffered
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
             [sys.executable, "-m", "airstream", "--help"],
@@ -634,6 +695,54 @@ def test_output_that_cannot_be_written_is_told() -> None:
         )
     assert result.returncode == 1
     assert result.stderr == "airstream: standard output cannot be written: No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell that closes files")
+@pytest.mark.parametrize(
+    ("closed", "status", "out", "err"),
+    [
+        (">&-", 1, "", "airstream: standard output is closed: nothing could be shown\n"),
+        ("2>&-", 1, "", ""),
+        (">&- 2>&-", 1, "", ""),
+    ],
+)
+def test_standard_streams_that_are_closed(closed: str, status: int, out: str, err: str) -> None:
+    shell = ["sh", "-c", f'exec "$0" -m airstream "$@" {closed}', sys.executable, "plan", "./not/there"]
+    result = subprocess.run(shell, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (status, out, err)
+
+
+@pytest.mark.parametrize("is_unbuffered", [False, True])
+def test_what_an_encoding_lacks_is_written_by_its_number(is_unbuffered: bool, tmp_path: Path) -> None:
+    with (tmp_path / "out").open("wb", buffering=0 if is_unbuffered else -1) as file:
+        given: Any = io.TextIOWrapper(file, "ascii", write_through=is_unbuffered)
+        with contextlib.redirect_stdout(given), able_to_write():
+            sys.stdout.write("gr\udcc3\udcb6\xdfe \U0001f389 ")  # as Python names a file that is not ASCII
+        given.write("end")
+        given.flush()
+    assert (tmp_path / "out").read_bytes() == b"gr\xc3\xb6\\xdfe \\U0001f389 end"
+
+
+def test_a_plan_is_printed_where_output_is_ascii(tiny: WriteTiny, tmp_path: Path) -> None:
+    (tmp_path / "größe").symlink_to(tiny("llama", torch.bfloat16))
+    written = io.BytesIO()
+    with contextlib.redirect_stdout(io.TextIOWrapper(written, "ascii")):
+        assert run("plan", tmp_path / "größe") == 0
+        assert b"gr\\xf6\\xdfe" in written.getvalue()
+
+
+def test_a_locale_that_a_library_cannot_do_with_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        b"\xe2".decode("ascii")
+
+    monkeypatch.setattr("airstream.cli.generate.load", fail)
+    monkeypatch.setattr("airstream.cli._encoding", lambda: "ascii")
+    assert run("generate", "m", "p") == 1
+    err = capsys.readouterr().err
+    assert "set PYTHONUTF8=1" in err
+    assert err.count("\n") == 1
 
 
 def test_a_demo_without_a_question_and_rates_of_a_file_are_refused(
@@ -693,3 +802,38 @@ def test_prompts_without_standard_input_and_of_a_locale_that_knows_ascii_alone(
     shell = ["sh", "-c", f'exec "$0" "$@" {stdin}', sys.executable, "-c", READ, words]
     result = subprocess.run(shell, env=environment, capture_output=True, check=True)
     assert result.stdout.decode() == f"{read}\n"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
+@pytest.mark.parametrize(
+    ("piped", "read"),
+    [
+        (b"caf\xc3\xa9\n", ascii(("café\n", []))),
+        (b"caf\xe9", "standard input is not UTF-8 text: 'utf-8' codec can't decode byte 0xe9 in position 3"),
+    ],
+)
+def test_standard_input_is_utf8_whatever_the_locale(piped: bytes, read: str, encoding: str) -> None:
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", READ, "-"]
+    result = subprocess.run(command, env=environment, input=piped, capture_output=True, check=True)
+    assert result.stdout.decode().startswith(read)
+
+
+def test_a_text_that_is_not_utf8_is_told_and_the_next_one_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\ncaf\xc3\xa9\n"), "ascii"))
+    assert list(typed()) == ["café"]
+    assert "what was typed is not UTF-8 text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["p\udce9"], ["p", "--system", "\udce9"], ["p", "--stop", "\udce9"]])
+def test_bytes_of_the_command_line_that_are_no_text_are_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(["generate", "m", *words])
+    except SystemExit as end:
+        status = int(str(end.code))
+    assert status > 0
+    assert "is not UTF-8 text" in capsys.readouterr().err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,11 @@ from airstream import AutoModel, auto
 from airstream.cli.options import load_options
 from airstream.cli.parser import build_parser
 from airstream.cli.values import parse_memory
-from airstream.errors import ArgumentError
+from airstream.errors import ArgumentError, CheckpointError
 from airstream.loading.options import LoadOptions, MaxMemory, named_dtype, parse_max_memory, resolve_device
 from airstream.reporting.units import GIB, MIB
 from airstream.transfer.runtime import RUNTIMES
+from tests.conftest import WriteTiny
 
 CPU, ACCELERATOR = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -52,6 +55,9 @@ def test_good_arguments(arguments: dict[str, Any]) -> None:
 
 
 COUNTS = ("max_batch_size", "max_context", "layers_per_batch")
+STORED = [name for name in dir(torch) if name.startswith(("float8", "float4", "complex", "uint", "int4"))]
+"""Types that nothing computes in."""
+
 BAD: list[tuple[str, Any]] = [
     *((name, value) for name in COUNTS for value in (0, -1, 1.5, "2", True)),
     ("max_batch_size", None),
@@ -73,6 +79,8 @@ BAD: list[tuple[str, Any]] = [
     ("dtype", 16),
     ("dtype", "fp17"),
     ("dtype", "4bit"),
+    *(("dtype", value) for name, value in vars(torch).items() if isinstance(value, torch.dtype) and name in STORED),
+    *(("dtype", name) for name in STORED),
     *(("subfolder", value) for value in ("/etc", "..", "a/../../b", "a*", "a\\b", "a[b]", None, 5)),
     *(("variant", value) for value in ("", "../x", "fp16/x", "a.b", 16, "*")),
 ]
@@ -92,6 +100,20 @@ def test_bad_arguments_are_refused_by_name(name: str, value: Any) -> None:
 )
 def test_short_names_of_dtypes(short: str, dtype: torch.dtype) -> None:
     assert named_dtype(short) is named_dtype(f"torch.{short}") is dtype
+
+
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "float8_e5m2", "int8"])
+def test_a_config_with_a_type_that_nothing_computes_in_is_told_what_to_name(
+    stored: str, tiny: WriteTiny, tmp_path: Path
+) -> None:
+    for file in tiny("llama", torch.bfloat16).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config.pop("torch_dtype", None)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": stored}))
+    with pytest.raises(CheckpointError, match=rf"has dtype torch\.{stored}, which no model computes in"):
+        AutoModel.plan(tmp_path, device="cpu")
+    assert AutoModel.plan(tmp_path, device="cpu", dtype="float32").dtype == "float32"
 
 
 def test_options_cannot_change() -> None:

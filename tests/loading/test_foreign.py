@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import airstream
 from airstream import ArgumentError, AutoModel, Machine, plan_table
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.loading.arguments import HARMLESS, HONOURED, REFUSED, adopt
@@ -99,7 +100,7 @@ def test_the_rest_is_refused_with_what_takes_its_place(name: str, caplog: pytest
     value = False if name == "use_cache" else "4bit"
     with pytest.raises(ArgumentError) as caught:
         adopt({name: value}, {}, DEFAULTS)
-    assert str(caught.value) == f"from_pretrained() has no argument {name!r}: {REFUSED[name]}"
+    assert str(caught.value) == f"there is no argument {name!r}: {REFUSED[name]}"
     assert not caplog.records
 
 
@@ -127,6 +128,12 @@ def test_who_wants_to_quantise_is_told_what_there_is(name: str, tiny: WriteTiny)
 def test_unknown_arguments_are_asked_what_they_meant(typed: str, meant: str) -> None:
     with pytest.raises(ArgumentError, match=rf"{typed!r}: did you mean {meant!r}\?"):
         adopt({typed: 1}, {}, DEFAULTS)
+
+
+@pytest.mark.parametrize("call", [AutoModel.plan, airstream.verify, lambda m, **k: airstream.repack(m, "out", **k)])
+def test_every_function_tells_an_unknown_argument_alike(call: Any, tiny: WriteTiny) -> None:
+    with pytest.raises(ArgumentError, match=r"^there is no argument 'revison': did you mean 'revision'"):
+        call(tiny("llama", torch.float32), revison="main")
 
 
 def test_an_argument_like_no_other_is_told_what_there_is() -> None:
@@ -229,3 +236,7 @@ def test_flash_attention_is_not_here(tiny: WriteTiny) -> None:
 def test_attention_that_nobody_knows_is_an_argument_error(tiny: WriteTiny) -> None:
     with pytest.raises(ArgumentError, match=r"^attn_implementation='nonsense': .*sdpa"):
         AutoModel.plan(tiny("llama", torch.float32), attn_implementation="nonsense")
+    with pytest.raises(ArgumentError) as caught:
+        AutoModel.plan(tiny("llama", torch.float32), attn_implementation="flash")
+    assert '"' not in str(caught.value)
+    assert "eager, flash_attention_2, " in str(caught.value)

@@ -682,3 +682,18 @@ def test_a_file_that_is_written_into_while_it_is_loaded_is_told(tiny: WriteTiny,
             file.write(bytes(64))
         with pytest.raises(CheckpointError, match="replaced or changed meanwhile"):
             model(IDS)
+
+
+def test_a_hook_may_close_the_model_that_calls_it(tiny: WriteTiny) -> None:
+    model = stream(tiny("llama", torch.float32))
+    returned: list[bool] = []
+
+    def close(*_: object) -> None:
+        model.close()
+        returned.append(True)
+
+    model.model.layers[1].register_forward_hook(close)
+    with pytest.raises(ClosedError, match="the model is closed"):
+        model(torch.arange(5, 9)[None])
+    assert returned == [True]
+    assert model._engine._executor is None

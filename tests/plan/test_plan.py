@@ -422,6 +422,8 @@ def test_on_an_accelerator_the_host_holds_what_the_device_cannot() -> None:
     assert 0 < plan.read_bytes < plan.streamed_bytes
     roomy = make_plan(facts, on_cuda(6 * GIB, 64 * GIB, max_context=512))
     assert roomy.read_bytes == 0 < roomy.streamed_bytes
+    assert ("from host memory alone" in str(roomy), "page cache" in str(roomy)) == (True, False)
+    assert ("from host memory alone" in str(plan), "page cache" in str(plan)) == (False, True)
     assert roomy.resident_bytes == plan.resident_bytes
     tight = make_plan(facts, on_cuda(6 * GIB, 150 * MIB, max_context=512))
     assert tight.hosted_bytes == 0

@@ -422,6 +422,11 @@ def test_the_table_of_large_numbers_fits_too() -> None:
     profile.layer("model.layers." * 9).waited(causes)
     profile.memory["cpu"] = MemoryUse(1 << 42, 1 << 42, 1 << 42)
     assert max(map(len, str(profile).splitlines())) <= 80
+    assert "for disk " in str(profile)
+    profile.is_direct = False
+    assert max(map(len, str(profile).splitlines())) <= 80
+    assert "for disk/page cache " in str(profile)
+    assert "for disk " not in str(profile)
 
 
 def test_what_the_page_cache_gives_is_not_held_against_the_disk(folder: Path) -> None:

@@ -18,6 +18,7 @@ from airstream import CheckpointNotFoundError
 from airstream.checkpoint.safetensors import read_header
 from airstream.cli import main
 from airstream.repacking.manifest import MANIFEST
+from airstream.system.cache import MANIFEST as SIZES
 from airstream.verification import reading
 from tests.checkpoint.test_pickles import Save, save, transposed  # noqa: F401 - `save` is a fixture
 from tests.conftest import WriteTiny
@@ -314,12 +315,29 @@ def test_a_variant_in_a_subfolder(copy: Copy, tmp_path: Path, capsys: pytest.Cap
     assert "no checkpoint of variant='int8'" in capsys.readouterr().out
 
 
+def test_the_sizes_of_a_folder_of_the_cache_are_compared(tmp_path: Path) -> None:
+    file = write_tiny_gguf("llama", tmp_path / "m.gguf", quant="Q4_0")
+    nbytes = file.stat().st_size
+    for sizes, fault in (
+        ({"m.gguf": nbytes}, None),
+        ({"m.gguf": nbytes + 1}, f"{file} has {nbytes:,} bytes, not {nbytes + 1:,}"),
+        ({"m.gguf": nbytes, "other.json": 5}, f"{tmp_path / 'other.json'} is missing"),
+    ):
+        (tmp_path / SIZES).write_text(json.dumps({"files": sizes, "recipe": "r"}))
+        report = airstream.verify(file, progress=False)
+        assert report.faults == (() if fault is None else (fault,))
+        assert "no checksums of its weights are known, but their sizes, which airstream's manifest has" in report.notes
+        assert json.loads(report.to_json())["gguf"] == str(file)
+
+
 def test_gguf(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "gguf").mkdir()
     file = write_tiny_gguf("llama", tmp_path / "gguf" / "m.gguf", quant="Q4_0")
     for words in ([str(file)], [str(file.parent)], [str(file.parent), "--gguf-file", file.name]):
         assert main(["verify", *words, "--deep"]) == 0
-        assert re.search(r": sound; \d+ tensors in 1 file, ", capsys.readouterr().out)
+        out = capsys.readouterr().out
+        assert re.search(rf"^{re.escape(str(file))}: sound; \d+ tensors in 1 file, ", out, re.MULTILINE)
+        assert "note: no checksums of its weights are known\n" in out
     assert main(["repack", str(file), str(tmp_path / "out")]) == 1
     assert "is GGUF, which safetensors cannot hold" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
