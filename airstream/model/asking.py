@@ -10,8 +10,7 @@ place, and which of them somebody has frozen. It refuses to know modules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +73,7 @@ class Asking:
 
     def __init__(self) -> None:
         self._in_place: dict[int, Askers] = {}
+        self._is_told = True  # what `is_on` says, to all of them: an interrupt may come when some have been
         self.is_on = False
 
     def add(self, weights: Askers) -> None:
@@ -84,8 +84,10 @@ class Asking:
 
     def remove(self, weights: Askers) -> None:
         """They are not any more. Those that never were are nothing to it."""
-        if self._in_place.pop(id(weights), None) is not None and self.is_on:
-            _be_silent(weights)
+        if id(weights) in self._in_place:
+            if self.is_on or not self._is_told:
+                _be_silent(weights)
+            self._in_place.pop(id(weights), None)
 
     def turn(self, is_on: bool) -> bool:
         """Let the weights ask from now on, or not. Gives how it was before.
@@ -93,20 +95,13 @@ class Asking:
         Under autocast a weight that is cast first does not ask: neither does what torch makes of it without gradients,
         and torch would keep that for as long as autocast lasts.
         """
-        was_on, self.is_on = self.is_on, is_on
-        if was_on is not is_on:
+        was_on = self.is_on
+        if was_on is not is_on or not self._is_told:
+            self._is_told, self.is_on = False, is_on
             for weights in self._in_place.values():
                 (_ask if is_on else _be_silent)(weights)
+            self._is_told = True
         return was_on
-
-    @contextmanager
-    def during(self, is_outermost: bool) -> Iterator[None]:
-        """While nobody computes a gradient; then as before, or not at all if this is the outermost use."""
-        was_on = self.turn(True)
-        try:
-            yield
-        finally:
-            self.turn(was_on and not is_outermost)
 
 
 def may_ask(weight: Any, is_parameter: bool) -> bool:

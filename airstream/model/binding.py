@@ -146,8 +146,11 @@ class Binding:
         self._asking.add(views.askers)
 
     def unbind(self) -> None:
-        """Put the placeholders back, and what was bound into the state in which it was. What else is there stays."""
-        bound, self._current = self._current, self._placeholders
+        """Put the placeholders back, and what was bound into the state in which it was. What else is there stays.
+
+        Idempotent; where an interrupt has kept it from coming to its end, the next call does all of it.
+        """
+        bound = self._current
         if bound is self._placeholders:
             return
         self._asking.remove(bound.askers)
@@ -159,6 +162,7 @@ class Binding:
             assembled.restore()
         for loan in bound.loans:
             loan.end()
+        self._current = self._placeholders
 
     def check(self) -> None:
         """Costs a microsecond for a layer, unless something has been changed: then the values are compared.

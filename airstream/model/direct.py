@@ -22,7 +22,7 @@ from airstream.errors import UnsupportedError
 from airstream.model.asking import Freezable
 from airstream.model.gate import Gate
 from airstream.model.hook import Hook
-from airstream.model.turns import is_on_stack
+from airstream.system.frames import is_on_stack
 
 CALL = torch.nn.Module._call_impl.__code__
 """Where torch calls a module with its hooks."""
@@ -42,7 +42,6 @@ class Direct:
         self._module: nn.Module | None = None
         self._frame: FrameType | None = None
         self._turn = 0
-        self._was_interrupted = False
 
     @property
     def module(self) -> nn.Module | None:
@@ -54,26 +53,18 @@ class Direct:
         """Which turn it is now."""
         return self._gate.turns.number
 
-    def was_interrupted(self) -> bool:
-        """Whether a call has ended unseen, in an earlier turn. Says so once."""
-        if self._module is not None and self.module is None:
-            self._module, self._frame, self._was_interrupted = None, None, True
-        was_interrupted, self._was_interrupted = self._was_interrupted, False
-        return was_interrupted
-
     @property
     def is_inside(self) -> bool:
         """Whether the calling thread is in a call already: of the model, or of a layer."""
         if self._module is not None:
             self._gate.turns.revoke_stale()
-        return self._gate.turns.is_mine
+        return self._gate.turns.is_mine and (self._gate.is_computing or self.module is not None)
 
     def start(self, module: nn.Module) -> None:
         """`module` is called, which has got as far as its hooks. Blocks until it may begin."""
         frame = _call_of(module)
         self._gate.enter(partial(is_on_stack, frame))
         self._gate.asking.turn(not torch.is_grad_enabled())
-        self._was_interrupted |= self._module is not None
         self._module, self._frame, self._turn = module, frame, self.turn
 
     def refuse_gradients(self, module: nn.Module, inputs: object) -> None:

@@ -163,11 +163,12 @@ class Engine:
             yield
 
     def _get_ready(self) -> None:
-        if self._executor is None:  # an earlier change of plan was interrupted
+        if self._executor is None or self._executor.is_closing:  # an earlier change of plan was interrupted
             self._change(self.plan)
         self._check_between()
 
     def _let_go(self) -> None:
+        self.observer.leave_pass()
         if self._executor is not None:
             self._executor.residency.recover()
 
@@ -218,9 +219,9 @@ class Engine:
         self._executor.start()
 
     def _stop(self) -> None:
-        executor, self._executor = self._executor, None
-        if executor is not None:
-            executor.close()
+        if self._executor is not None:
+            self._executor.close()
+        self._executor = None
 
     def measure_link(self) -> MeasuredLink:
         """One pass over all streamed layers without computing. Blocks until the last byte has arrived."""

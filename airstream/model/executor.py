@@ -7,7 +7,6 @@ belongs to the store, and outlives it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from itertools import accumulate, chain
 
@@ -23,6 +22,7 @@ from airstream.plan.plan import Plan
 from airstream.streaming.fill import Fill, Resident
 from airstream.streaming.store import Store
 from airstream.streaming.streamer import Streamer
+from airstream.system.closing import Closing
 from airstream.transfer.machinery import Machinery
 
 
@@ -30,6 +30,9 @@ class Executor:
     """Hooks `plan` into the modules of `binder`.
 
     Allocates what stays in `store` and the ring; reads nothing before it is started.
+
+    Attributes:
+        is_closing: it has been closed, or that has begun, and an interrupt has come.
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class Executor:
         plan: Plan,
     ) -> None:
         fills = store.change_to(plan, facts)
-        with ExitStack() as closing:
+        self.is_closing = False
+        self._closing = closing = Closing()
+        try:
             order = _order(len(plan.batches), fills, _first_batches(parts, plan))
             self.streamer = Streamer(fills, plan.ring_bytes, plan.prefetch_batches, machinery, order)
             closing.callback(self.streamer.close)
@@ -57,7 +62,9 @@ class Executor:
             for binding in self._tables:
                 closing.callback(binding.unbind)
             self._has_one_stack = len(parts.stacks) == 1
-            self._closing = closing.pop_all()
+        except BaseException:
+            self.close()
+            raise
 
     def start(self) -> None:
         """Begin to read ahead, if it is known what will be asked for first: of several stacks, some may go unused."""
@@ -81,6 +88,7 @@ class Executor:
 
     def close(self) -> None:
         """Unbind everything, stop reading, give the ring back. Idempotent. What stays in the store stays."""
+        self.is_closing = True
         self._closing.close()
 
 

@@ -7,9 +7,11 @@ end. What would wait for itself is refused: a call from inside another generatio
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Protocol
 
 from torch import nn
@@ -19,6 +21,11 @@ from airstream.errors import AirstreamError, BudgetError, UnsupportedError
 from airstream.model.gate import Gate
 from airstream.plan.request import Workload
 from airstream.reporting.units import counted, format_bytes
+from airstream.system.frames import holder, is_on_stack
+from airstream.system.waiting import Waiting
+
+LOOK_SECONDS = 0.5
+"""How often a call that waits looks whether the generations that it waits for are still there."""
 
 PATIENCE_SECONDS = 30.0
 """How long a call waits for generations that make no pass: they may be waiting for it."""
@@ -39,12 +46,14 @@ class Generation:
     """One call of `generate`.
 
     Attributes:
+        frame: the call: an interrupt may keep it from saying that it is over.
         kv_bytes: the bytes of its KV cache at its end, as far as that is known.
         has_cache: its passes are given a KV cache.
         is_waiting: it waits for another one to end.
     """
 
     thread: int
+    frame: FrameType
     kv_bytes: int
     has_cache: bool = False
     is_waiting: bool = False
@@ -65,18 +74,24 @@ class Generations:
         self._modules = modules
         self._kept_state: str | None = ""  # not looked for yet
         self._all: list[Generation] = []
-        self._ended = threading.Condition()
+        self._ended = Waiting()
         self._num_passes = 0
 
     @property
     def threads(self) -> set[int]:
         """The threads that generate, but for the calling one."""
-        return {one.thread for one in tuple(self._all)} - {threading.get_ident()}
+        return {one.thread for one in self._under_way()} - {threading.get_ident()}
+
+    def _under_way(self) -> list[Generation]:
+        for one in tuple(self._all):
+            if not is_on_stack(one.frame, one.thread) and one in self._all:
+                self._all.remove(one)
+        return list(self._all)
 
     def after_fork(self) -> None:
         """In a forked child: those that were under way are the parent's."""
         self._all = []
-        self._ended = threading.Condition()
+        self._ended = Waiting()
 
     @contextmanager
     def one(self, work: Workload | None, begin: Callable[[Workload | None], None]) -> Iterator[None]:
@@ -85,13 +100,13 @@ class Generations:
         Args:
             begin: called with the turn held, and with what is beside it in `work`.
         """
-        mine: Generation | None = None
+        mine, frame = None, holder()
         try:
             with self._once_possible(None, work) as beside:
                 begin(beside)
                 # Nothing is set aside for one that does not fit at all, which may end early.
                 fits = work is not None and self._room.has_room(work)
-                mine = Generation(threading.get_ident(), self._room.kv_bytes(work) if fits and work else 0)
+                mine = Generation(threading.get_ident(), frame, self._room.kv_bytes(work) if fits and work else 0)
                 self._all.append(mine)
             yield
         finally:
@@ -114,7 +129,7 @@ class Generations:
         """With the turn, while no other thread generates: around what changes the results of the model."""
         while True:
             with self._gate.inside():
-                others = [one for one in self._all if one.thread != threading.get_ident()]
+                others = [one for one in self._under_way() if one.thread != threading.get_ident()]
                 if not others:
                     yield
                     return
@@ -122,12 +137,12 @@ class Generations:
 
     def wake(self) -> None:
         """Let those who wait look again: something has changed."""
-        with self._ended:
-            self._ended.notify_all()
+        with self._ended.lock:
+            self._ended.call()
 
     def _mine(self, work: Workload | None, has_cache: bool) -> Generation | None:
         """The generation that a pass of the calling thread belongs to, if it is not a call from inside of it."""
-        mine = next((one for one in reversed(tuple(self._all)) if one.thread == threading.get_ident()), None)
+        mine = next((one for one in reversed(self._under_way()) if one.thread == threading.get_ident()), None)
         if mine is not None and work is not None:
             if mine.has_cache and not has_cache:
                 return None
@@ -138,7 +153,7 @@ class Generations:
     def _once_possible(self, mine: Generation | None, work: Workload | None) -> Iterator[Workload | None]:
         while True:
             with self._gate.inside():
-                others = [one for one in self._all if one is not mine]
+                others = [one for one in self._under_way() if one is not mine]
                 nbytes = sum(one.kv_bytes for one in others)
                 elsewhere = any(one.thread != threading.get_ident() for one in others)
                 obstacle = self._in_the_way(work, nbytes, elsewhere) if others else None
@@ -175,17 +190,23 @@ class Generations:
         )
 
     def _wait(self, mine: Generation | None, others: list[Generation], obstacle: AirstreamError) -> None:
-        """Until one of the `others` has ended."""
+        """Until one of the `others` has ended, or the model is closed."""
         try:
-            with self._ended:
-                seen = self._num_passes
-                while all(one in self._all for one in others):
-                    woken = self._ended.wait(PATIENCE_SECONDS)
-                    if woken:
-                        return  # and look again: one has ended, or the model was closed
-                    if seen == self._num_passes and not self._gate.turns.is_taken:
-                        raise obstacle
-                    seen = self._num_passes
+            seen, patient_until = self._num_passes, time.monotonic() + PATIENCE_SECONDS
+            while (ticket := self._ticket(others)) is not None:
+                if self._ended.wait(ticket, min(LOOK_SECONDS, PATIENCE_SECONDS)):
+                    return  # and look again
+                if time.monotonic() < patient_until:
+                    continue
+                if seen == self._num_passes and not self._gate.turns.is_taken:
+                    raise obstacle
+                seen, patient_until = self._num_passes, time.monotonic() + PATIENCE_SECONDS
         finally:
             if mine is not None:
                 mine.is_waiting = False
+
+    def _ticket(self, others: list[Generation]) -> threading.Lock | None:
+        """To wait with, while all of the `others` are under way."""
+        with self._ended.lock:
+            under_way = self._under_way()
+            return self._ended.ticket() if all(one in under_way for one in others) else None

@@ -122,17 +122,17 @@ class Residency:
         self.running = unit
 
     def let_go(self) -> None:
-        """Unbind whatever is streamed and bound, and give back its batch. Idempotent."""
+        """Unbind whatever is streamed and bound, and give back its batch. Idempotent, also after an interrupt."""
         self.running = None
         if self._lease is None:
             return
-        lease, self._lease = self._lease, None
-        for unit in self._batches[lease.region.batch].units:
+        for unit in self._batches[self._lease.region.batch].units:
             unit.streamed.unbind()
-        lease.end()
+        self._lease.end()
+        self._lease = None
 
     def recover(self) -> None:
-        """Forget what a call that was interrupted, and whose end nobody saw, may have left."""
+        """Forget what a turn that was interrupted may have left."""
         self.let_go()
         self._streamer.recover()
 
@@ -160,11 +160,13 @@ class Residency:
         self.let_go()
         self._lease = self._streamer.lease(batch.number)
         region, slab = self._lease.region, batch.fill.slab
-        if not batch.is_settled:
-            self._settle(batch)
-        if region.fresh:
-            self._convert.run(slab, region.memory)
-            region.fresh = False
+        if region.fresh or not batch.is_settled:
+            region.is_being_changed = True  # an interrupt leaves what can only be read again
+            if not batch.is_settled:
+                self._settle(batch)
+            if region.fresh:
+                self._convert.run(slab, region.memory)
+            region.fresh = region.is_being_changed = False
         key = (batch.number, region.offset)
         if key not in self._views:
             if len(self._views) > MAX_VIEWS_PER_BATCH * len(self._batches):

@@ -6,7 +6,6 @@ It knows which rows are looked up. It refuses to know files and formats: what is
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, NoReturn
 
@@ -19,6 +18,7 @@ from airstream.model.absent import Absent
 from airstream.model.hook import Hook
 from airstream.model.stored import FetchRows
 from airstream.reporting.units import counted
+from airstream.system.closing import Closing
 
 FetchTable = Callable[[], torch.Tensor | None]
 """The whole table, if it is in memory by now."""
@@ -76,7 +76,7 @@ def _embedding(
     return F.embedding(positions, weight._rows(numbers))
 
 
-def watch_tables(model: nn.Module, vocab_size: int, closing: ExitStack) -> None:
+def watch_tables(model: nn.Module, vocab_size: int, closing: Closing) -> None:
     """Refuse a `max_norm` of any embedding in `model`, now and, until `closing`, when rows are looked up.
 
     torch cuts the rows that are looked up down to it, in place: that would last where a table stays in memory, reach

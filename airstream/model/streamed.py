@@ -49,8 +49,14 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
         refuse_tracing()
         refuse_gradients(self, args, kwargs)
         config = getattr(self, "config", None)
+        gate = self._engine.gate
         with self._engine.part_pass(lambda: calls.of_pass(args, kwargs, config), calls.has_cache(kwargs)):
-            return super().__call__(*args, **kwargs)
+            was_computing = gate.is_computing
+            try:
+                gate.is_computing = True
+                return super().__call__(*args, **kwargs)
+            finally:
+                gate.is_computing = was_computing
 
     def to(self, *args: Any, **kwargs: Any) -> GuardedModule:
         """Only what changes nothing is possible: a streamed model cannot be moved or cast."""

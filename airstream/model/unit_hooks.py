@@ -57,7 +57,7 @@ class UnitHooks:
             self.direct.start(module)
         else:
             self.direct.refuse_graph()
-        if self.direct.was_interrupted() or is_direct:
+        if is_direct:
             self.residency.recover()
         return is_direct
 

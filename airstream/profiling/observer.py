@@ -71,6 +71,10 @@ class Observer:
         """A pass is under way."""
         return self._inside
 
+    def leave_pass(self) -> None:
+        """No pass is under way, whatever an interrupt has kept this from being told."""
+        self._inside = False
+
     def start(self) -> Profile:
         """Begin a profile. It grows until another one begins."""
         plan = self._plan()
@@ -96,7 +100,7 @@ class Observer:
 
     @contextmanager
     def one_call(
-        self, prompt_tokens: int, is_draft: bool, turn: Callable[[], AbstractContextManager[None]]
+        self, prompt_tokens: int, is_draft: bool, turn: Callable[[], AbstractContextManager[object]]
     ) -> Iterator[None]:
         """Around `generate` on a prompt of so many tokens, 0 if that is not known. Others may be under way.
 

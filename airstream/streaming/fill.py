@@ -40,8 +40,9 @@ class Resident:
     def convert_once(self, convert: Callable[[Slab, torch.Tensor], None]) -> None:
         """Have `convert` make of the bytes, which have just been loaded, what they are to be. Once."""
         if not self.converted:
+            self.loaded = False  # an interrupt leaves neither the one nor the other
             convert(self.slab, self.memory)
-            self.converted = True
+            self.converted = self.loaded = True
 
 
 @dataclass(slots=True, eq=False)

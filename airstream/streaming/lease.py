@@ -28,9 +28,12 @@ class Lease:
 
     def end(self) -> None:
         """The last computation with the batch has been submitted: its place may be reused. Idempotent, blocks not."""
-        on_end, self._on_end = self._on_end, None
-        if on_end is not None:
-            on_end(self)
+        if self._on_end is not None:
+            self._on_end(self)
+
+    def forget(self) -> None:
+        """It has been ended. Only then does this forget whom to tell, for an interrupt may come before."""
+        self._on_end = None
 
     def __enter__(self) -> Region:
         return self.region

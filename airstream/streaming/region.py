@@ -29,6 +29,7 @@ class Region:
             until its place is needed.
         read_bytes, host_bytes: the bytes that came from disk and host memory to fill it, until they are reported.
         error: the error that kept it from being filled.
+        is_being_changed: something is being made of the bytes in place; after an interrupt, for good.
     """
 
     batch: int
@@ -41,3 +42,9 @@ class Region:
     host_bytes: int = 0
     work: Work | None = None
     error: BaseException | None = None
+    is_being_changed: bool = False
+
+    @property
+    def holds_batch(self) -> bool:
+        """Whether the batch is in it, or on its way."""
+        return self.error is None and not self.is_being_changed

@@ -11,35 +11,39 @@ from collections.abc import Collection, Mapping
 
 from airstream.errors import BudgetError
 from airstream.reporting.units import format_bytes
+from airstream.system.waiting import FOREVER, Waiting
 
 
-class RoomChanged(threading.Condition):
-    """The condition that something has changed, for threads some of which want room that others hold."""
+class RoomChanged(Waiting):
+    """Who waits for a change, in threads some of which want room that others hold."""
 
     def __init__(self) -> None:
         super().__init__()
         self._in_vain: set[int] = set()  # the threads that have looked for room since anything has changed
 
-    def notify_all(self) -> None:
+    def call(self) -> None:
         """Something has changed: who found no room has to look again."""
         self._in_vain.clear()
-        super().notify_all()
+        super().call()
 
-    def wait_for_room(self, holders: Collection[int]) -> bool:
-        """Block until something changes, while the threads `holders` have all the room.
+    def is_hopeless(self, holders: Collection[int]) -> bool:
+        """Whether nothing can change while the threads `holders` have all the room that this one wants.
 
-        Returns:
-            False, at once, if nothing could: each of them that still runs waits for room itself.
+        Each of them that still runs waits for room itself. If not, this thread is going to wait. The lock is held.
         """
         thread = threading.get_ident()
         self._in_vain.add(thread)
+        if not self._in_vain.issuperset(sys._current_frames().keys() & holders):
+            return False
+        self._in_vain.discard(thread)
+        return True
+
+    def wait(self, ticket: threading.Lock, seconds: float = FOREVER) -> bool:
+        """As any wait. Who is interrupted waits no longer."""
         try:
-            if self._in_vain.issuperset(sys._current_frames().keys() & holders):
-                return False
-            self.wait()
-            return True
+            return super().wait(ticket, seconds)
         finally:
-            self._in_vain.discard(thread)
+            self._in_vain.discard(threading.get_ident())
 
 
 def no_room(batch: int, nbytes: int, ring_bytes: int, held: Mapping[int, int]) -> BudgetError:

@@ -69,8 +69,10 @@ class Streamer:
 
     def start(self) -> None:
         """Begin to read ahead."""
-        with self._changed:
+        self._is_inside = True
+        with self._changed.lock:
             self._read_ahead()
+        self._is_inside = False
 
     def lease(self, batch: int) -> Lease:
         """The memory of `batch`, filled. Blocks until its bytes are there (or, on a device, on their way).
@@ -85,8 +87,7 @@ class Streamer:
         self.check_open()
         self._is_inside = True
         try:
-            with self._changed:
-                region = self._asked_for(batch)
+            region = self._asked_for(batch)
         except AirstreamError:  # raised where nothing is half done, unlike an interrupt
             self._is_inside = False
             raise
@@ -98,30 +99,68 @@ class Streamer:
         return Lease(region, self._end)
 
     def _asked_for(self, batch: int) -> Region:
+        """The region of `batch`, filled, with one user more."""
+        region: Region | None = None
+        with self._changed.lock:
+            self._note(batch)
+        while True:
+            with self._changed.lock:
+                self.check_open()
+                if region is None and (region := self._join(batch)) is not None:
+                    joined = time.perf_counter()
+                if region is not None and not region.filling:
+                    self.stats.stall_seconds += time.perf_counter() - joined
+                    if region.error is None:
+                        return region
+                    self._leave(region, threading.get_ident())
+                    if not isinstance(region.error, ReadCancelled):  # given up for another thread: read again
+                        raise region.error
+                    region = None
+                    continue
+                ticket = self._changed.ticket()
+            self._changed.wait(ticket)
+
+    def _note(self, batch: int) -> None:
+        """`batch` is being asked for."""
         self.check_open()
         self._order.observe(batch)
         self.stats.acquired += 1
         self.stats.missed += batch not in self._regions and not self.fills[batch].is_complete
-        return self._use(batch)
+        if (stale := self._regions.get(batch)) and not stale.holds_batch:
+            self._drop(batch)  # reading ahead failed; now that it is needed, the disk may have recovered
+
+    def _join(self, batch: int) -> Region | None:
+        """The region of `batch`, which this thread is a user of from now on; None while there is no room for it."""
+        if batch not in self._regions and not self._begin(batch, self._spare(keep=()), urgent=True):
+            if not self._give_up_one():
+                self._ask_for_room(batch)
+            return None
+        region = self._regions[batch]
+        region.users.append(threading.get_ident())  # before anything else is read, which would take its place
+        self._read_ahead()
+        return region
 
     def _end(self, lease: Lease) -> None:
         if self._forks.is_child:
-            return  # it was taken in another process
+            return lease.forget()  # it was taken in another process
         self._backend.mark_computed()
         was_inside, self._is_inside = self._is_inside, True
-        with self._changed:
+        with self._changed.lock:
             self._leave(lease.region, lease.thread)
+            lease.forget()
             if not self._closed:
                 self._read_ahead()
-            self._changed.notify_all()
+            self._changed.call()
         self._is_inside = was_inside
+        return None
 
     def _leave(self, region: Region, thread: int) -> None:
         """One use of `region` by `thread` is over."""
-        region.users.remove(thread)
+        if thread in region.users:  # an interrupt may have come behind that already
+            region.users.remove(thread)
         is_over = not region.users and self.fills[region.batch].is_complete  # nor will it be asked for again
-        if self._regions.get(region.batch) is region and (is_over or region.error is not None):
-            self._drop(region.batch)  # with an error there is nothing in it, whoever else has waited for it
+        if self._regions.get(region.batch) is region and (is_over or not region.holds_batch):
+            self._drop(region.batch)  # there is nothing in it, whoever else has waited for it
 
     def upcoming(self) -> list[int]:
         """Every batch, in the order in which it is going to be asked for."""
@@ -129,14 +168,13 @@ class Streamer:
 
     def wait_until_quiet(self) -> None:
         """Block until nothing that has been begun is under way, neither reads nor copies."""
-        with self._changed:
-            self._wait_for_fills()  # it knows of reads; the backend knows of pinning and copies
+        self._changed.until(self._fills_nothing)  # it knows of reads; the backend knows of pinning and copies
         self._backend.wait_pinned()
         self._backend.synchronize()
 
-    def _wait_for_fills(self) -> None:
+    def _fills_nothing(self) -> bool:
         # One without work, here where nothing is being begun, was interrupted while it was: nobody fills it.
-        self._changed.wait_for(lambda: not any(each.filling and each.work for each in self._regions.values()))
+        return not any(each.filling and each.work for each in self._regions.values())
 
     def after_fork(self) -> None:
         """In a forked child: what was being read never arrives here. The ring is empty; its memory stays."""
@@ -144,11 +182,16 @@ class Streamer:
         self._forget()
 
     def recover(self) -> None:
-        """After an interrupt, which may come anywhere: read anew what was begun, if that is in doubt. Blocks."""
-        if self._is_inside and not self._closed and not self._forks.is_child:
+        """Where nobody holds a lease: what an interrupt, which may come anywhere, has left is read anew. May block."""
+        if self._closed or self._forks.is_child:
+            return
+        with self._changed.lock:
+            self._is_inside |= any(region.users for region in self._regions.values())
+        if self._is_inside:
             self._reader.wait_until_idle()
-            with self._changed:
+            with self._changed.lock:
                 self._forget()
+                self._changed.call()
 
     def _forget(self) -> None:
         self._regions.clear()
@@ -160,13 +203,14 @@ class Streamer:
         """Stop reading and give the ring back. Idempotent; blocks for reads under way. Waiting calls raise."""
         if self._forks.is_child:
             self.after_fork()
-        with self._changed:
+        with self._changed.lock:
             self._closed = True
             for region in self._regions.values():
                 if region.work is not None:
                     region.work.cancel()
-            self._changed.notify_all()
-            self._wait_for_fills()
+            self._changed.call()
+        self._changed.until(self._fills_nothing)
+        with self._changed.lock:
             self._regions.clear()
         self._backend.synchronize()
         self._memory = torch.empty(0, dtype=torch.uint8)
@@ -177,21 +221,6 @@ class Streamer:
             raise UnsupportedError(FORKED_INSIDE)
         if self._closed:
             raise ClosedError(CLOSED)
-
-    def _use(self, batch: int) -> Region:
-        """The region of `batch`, filled, with one user more."""
-        if (stale := self._regions.get(batch)) and stale.error is not None:
-            self._drop(batch)  # reading ahead failed; now that it is needed, the disk may have recovered
-        while True:
-            region = self._regions.get(batch) or self._read_now(batch)
-            region.users.append(threading.get_ident())  # before anything else is read, which would take its place
-            self._read_ahead()
-            self._wait_until_filled(region)
-            if region.error is None:
-                return region
-            self._leave(region, threading.get_ident())
-            if not isinstance(region.error, ReadCancelled):  # given up for another thread: read again
-                raise region.error
 
     def _read_ahead(self) -> None:
         """Start reading what comes next, nearest first, as far as there is room."""
@@ -204,18 +233,10 @@ class Streamer:
         """What to read ahead: the next batches that anything has to come for."""
         return list(islice((b for b in self._order.upcoming() if not self.fills[b].is_complete), self._prefetch))
 
-    def _read_now(self, batch: int) -> Region:
-        """Start reading `batch` ahead of everything else, at the cost of what was read ahead if need be."""
-        while batch not in self._regions:
-            self.check_open()
-            if not self._begin(batch, self._spare(keep=()), urgent=True) and not self._give_up_one():
-                self._wait_for_room(batch)
-        return self._regions[batch]
-
-    def _wait_for_room(self, batch: int) -> None:
-        """Until a lease ends. Raises if those who hold one wait for room themselves."""
+    def _ask_for_room(self, batch: int) -> None:
+        """A lease has to end. Raises if those who hold one wait for room themselves."""
         in_use = [region for region in self._regions.values() if region.users and self._rooms[region.batch]]
-        if not self._changed.wait_for_room({thread for region in in_use for thread in region.users}):
+        if self._changed.is_hopeless({thread for region in in_use for thread in region.users}):
             held = {region.batch: self._rooms[region.batch] for region in in_use}
             raise no_room(batch, self._rooms[batch], self._ring.nbytes, held)
 
@@ -249,16 +270,12 @@ class Streamer:
         return True
 
     def _give_up_one(self) -> bool:
-        """Make an end of one read that nobody waits for, the last needed first. False if there is none."""
+        """Have one read come to its end that nobody waits for, the last needed first. False if there is none."""
         unwanted = (r for r in reversed(self._regions.values()) if r.filling and not r.users and self._rooms[r.batch])
         if (region := next(unwanted, None)) is None:
             return False
         if region.work is not None:
             region.work.cancel()
-        while region.filling:
-            self._changed.wait()
-        if not region.users and self._regions.get(region.batch) is region:
-            self._drop(region.batch)
         return True
 
     def _drop(self, batch: int) -> None:
@@ -273,7 +290,7 @@ class Streamer:
 
     def _filled(self, region: Region, read_bytes: int, error: BaseException | None) -> None:
         """All reads of `region` have ended; called by a reader thread."""
-        with self._changed:
+        with self._changed.lock:
             region.error, region.work = error, None  # the work refers to this region: a cycle would outlive close()
             try:
                 if error is None:
@@ -287,10 +304,7 @@ class Streamer:
             region.filling = False
             if read_bytes:
                 self._reading.count(-1)
-            self._changed.notify_all()
-
-    def _wait_until_filled(self, region: Region) -> None:
-        started = time.perf_counter()
-        self._changed.wait_for(lambda: not region.filling)
-        self.stats.stall_seconds += time.perf_counter() - started
-        self.check_open()
+            is_given_up = isinstance(error, ReadCancelled) and not region.users
+            if is_given_up and self._regions.get(region.batch) is region:
+                self._drop(region.batch)
+            self._changed.call()

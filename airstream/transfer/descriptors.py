@@ -5,11 +5,11 @@ It knows descriptors, who uses them, and which was used longest ago. It refuses 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from typing import Protocol
 
 MAX_OPEN_FILES = 64
@@ -25,7 +25,7 @@ class Opens(Protocol):
 
 @dataclass(slots=True)
 class _Open:
-    descriptor: int
+    file: FileIO  # which is closed in one step, and may be again: an interrupt may come before that is noted
     num_users: int = 0
 
 
@@ -47,11 +47,11 @@ class Descriptors:
             entry = self._files.pop(file, None)
             if entry is None:
                 self._make_room()
-                entry = _Open(file.open_descriptor())
+                entry = _Open(FileIO(file.open_descriptor()))
             self._files[file] = entry
             entry.num_users += 1
         try:
-            yield entry.descriptor
+            yield entry.file.fileno()
         finally:
             with self._lock:
                 entry.num_users -= 1
@@ -59,11 +59,14 @@ class Descriptors:
     def close(self, file: Opens) -> None:
         """Close `file`, if it is open. Nobody may be using it."""
         with self._lock:
-            entry = self._files.pop(file, None)
-        if entry is not None:
-            os.close(entry.descriptor)
+            if file in self._files:
+                self._close(file)
 
     def _make_room(self) -> None:
         idle = [file for file, entry in self._files.items() if not entry.num_users]
         for file in idle[: max(0, len(self._files) + 1 - self._limit)]:
-            os.close(self._files.pop(file).descriptor)
+            self._close(file)
+
+    def _close(self, file: Opens) -> None:
+        self._files[file].file.close()
+        del self._files[file]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from airstream.system.waiting import FOREVER
+
 
 class ReadCancelled(Exception):  # noqa: N818 - it is not an error: somebody asked for it
     """A job was cancelled before all of it had been read."""
@@ -24,16 +26,18 @@ class Outcome:
     """How a job ends, for a thread that waits for it. This is what to call when it has ended."""
 
     def __init__(self) -> None:
-        self._ended = threading.Event()
+        self._has_ended = False
+        self._wait = threading.Lock()  # an Event that is interrupted might keep its lock for ever
+        self._wait.acquire()
         self._error: BaseException | None = None
 
     def __call__(self, error: BaseException | None) -> None:
-        self._error = error
-        self._ended.set()
+        self._error, self._has_ended = error, True
+        self._wait.release()
 
-    def wait(self, seconds: float | None = None) -> bool:
-        """Block until the job has ended, at most so long; whether it has. Raises its error."""
-        if not self._ended.wait(seconds):
+    def wait(self, seconds: float = FOREVER) -> bool:
+        """Block until the job has ended, at most so long; whether it has. Raises its error. For one thread."""
+        if not self._has_ended and not self._wait.acquire(timeout=seconds):
             return False
         if self._error is not None:
             raise self._error

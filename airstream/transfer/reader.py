@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from airstream.errors import CLOSED, AirstreamError, CheckpointError, ClosedError, UnsupportedError
 from airstream.reporting.probe import DISK, PAGE_CACHE, Probe
 from airstream.reporting.units import counted
 from airstream.system.forks import Forks
+from airstream.system.waiting import Waiting
 from airstream.transfer.descriptors import MAX_OPEN_FILES, Descriptors
 from airstream.transfer.files import EdgePages, WeightFile, failure_of
 from airstream.transfer.jobs import Errand, Job, OnDone, Outcome, ReadCancelled
@@ -57,12 +59,9 @@ class Reader:
         self._probe = probe or Probe()
         self.bytes_read = 0
         self._files: dict[Path, WeightFile] = {}
-        self._queue: deque[tuple[Job, _Step]] = deque()
-        self._wake = threading.Condition()
         self._closed = False
-        self._num_busy = 0
+        self._begin_anew()
         self._forks = Forks()
-        self._workers: list[threading.Thread] = []
         descriptors = Descriptors(max_open_files)
         try:
             for path in files:
@@ -84,9 +83,16 @@ class Reader:
                 ) from error
             self._workers.append(thread)
 
+    def _begin_anew(self) -> None:
+        self._queue: deque[tuple[Job, _Step]] = deque()
+        self._calls: SimpleQueue[None] = SimpleQueue()  # each has a thread look for work
+        self._idle = Waiting()
+        self._num_busy = 0
+        self._workers: list[threading.Thread] = []
+
     def _forget_parent(self) -> None:
         """In a forked child: threads, locks and whatever waits are the parent's. Files stay: reads are positioned."""
-        self._wake, self._workers, self._queue, self._num_busy = threading.Condition(), [], deque(), 0
+        self._begin_anew()
         for file in self._files.values():
             file.after_fork()
 
@@ -126,7 +132,7 @@ class Reader:
     def _enqueue(self, steps: Sequence[_Step], on_done: OnDone, urgent: bool) -> Job:
         self._forks.restart_in_child(self._restart)
         job = Job(len(steps), on_done)
-        with self._wake:
+        with self._idle.lock:
             if self._closed:
                 raise ClosedError(CLOSED)
             entries = [(job, step) for step in steps]
@@ -134,10 +140,15 @@ class Reader:
                 self._queue.extendleft(reversed(entries))
             else:
                 self._queue.extend(entries)
-            self._wake.notify(len(entries))
+        self._call_workers(len(entries))
         if not steps:
             on_done(None)
         return job
+
+    def _call_workers(self, most: int) -> None:
+        """Have threads look for work until there is none. What an interrupt leaves, those do that are called next."""
+        for _ in range(min(most, self.num_workers)):
+            self._calls.put(None)
 
     def read(self, pieces: Sequence[Piece], landing: Landing) -> None:
         """Read `pieces` and wait for them. Raises what the reads raised."""
@@ -148,18 +159,17 @@ class Reader:
     def wait_until_idle(self) -> None:
         """Block until nothing is read, and nothing waits to be. Reader threads must not call this."""
         self._forks.restart_in_child(self._restart)
-        with self._wake:
-            self._wake.notify_all()  # whoever put the last reads in may have been interrupted before it said so
-            self._wake.wait_for(lambda: not self._queue and not self._num_busy)
+        self._call_workers(self.num_workers)  # whoever put the last reads in may have been interrupted before it did
+        self._idle.until(lambda: not self._queue and not self._num_busy)
 
     def close(self) -> None:
         """Skip what waits, end the threads, close the files. Idempotent; blocks for the reads under way."""
         self._forks.restart_in_child(self._forget_parent)
-        with self._wake:
+        with self._idle.lock:
             self._closed = True
             for job, _ in self._queue:
                 job.cancel()
-            self._wake.notify_all()
+        self._call_workers(self.num_workers)
         for thread in self._workers:
             thread.join()
         for file in self._files.values():
@@ -173,22 +183,28 @@ class Reader:
 
     def _work(self, worker: int) -> None:
         edges = EdgePages()
-        while True:
-            with self._wake:
-                while not self._queue and not self._closed:
-                    self._wake.wait()
-                if not self._queue:
-                    return
-                job, step = self._queue.popleft()
-                self._num_busy += 1
-            try:
-                job.finished_one(ReadCancelled() if job.skips else _error_of(step, worker, edges))
-                del job, step  # while this thread waits, it must not keep a slab alive
-            finally:
-                with self._wake:
-                    self._num_busy -= 1
-                    if not self._num_busy and not self._queue:
-                        self._wake.notify_all()
+        while not self._closed:
+            self._calls.get()
+            while (entry := self._take()) is not None:
+                job, step = entry
+                try:
+                    job.finished_one(ReadCancelled() if job.skips else _error_of(step, worker, edges))
+                    del entry, job, step  # while this thread waits, it must not keep a slab alive
+                finally:
+                    self._finished_one()
+
+    def _take(self) -> tuple[Job, _Step] | None:
+        with self._idle.lock:
+            if not self._queue:
+                return None
+            self._num_busy += 1
+            return self._queue.popleft()
+
+    def _finished_one(self) -> None:
+        with self._idle.lock:
+            self._num_busy -= 1
+            if not self._num_busy and not self._queue:
+                self._idle.call()
 
     def _read(self, landing: Landing, piece: Piece, worker: int, edges: EdgePages) -> None:
         file = self._files[piece.file]
@@ -207,7 +223,7 @@ class Reader:
         except (OSError, MemoryError) as error:  # as its file's errors are, those of the memory around it
             what = f"reading {counted(piece.nbytes, 'byte')} at {piece.offset:,} of {piece.file}"
             raise failure_of(what, error) from error
-        with self._wake:
+        with self._idle.lock:
             self.bytes_read += piece.nbytes
 
 
