@@ -143,9 +143,9 @@ class Streamer:
         self._forks, self._changed = Forks(), RoomChanged()
         self._forget()
 
-    def recover(self) -> None:
-        """After an interrupt, which may come anywhere: read anew what was begun, if that is in doubt. Blocks."""
-        if self._is_inside and not self._closed and not self._forks.is_child:
+    def recover(self, is_in_doubt: bool = False) -> None:
+        """Read everything anew if it `is_in_doubt`, as after an interrupt where something was begun. Blocks."""
+        if (is_in_doubt or self._is_inside) and not self._closed and not self._forks.is_child:
             self._reader.wait_until_idle()
             with self._changed:
                 self._forget()
