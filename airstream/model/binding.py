@@ -75,8 +75,8 @@ class OriginalModules:
 def take_out(modules: Modules, specs: Iterable[TensorSpec], stored: Mapping[str, Stored], device: torch.device) -> None:
     """Leave a placeholder, as on `device`, in the place of every tensor of `specs`."""
     for spec in specs:
-        registry, leaf, _ = _place(modules, spec.name)
-        registry[leaf] = Absent(stored[spec.name], registry[leaf].shape, registry[leaf].dtype, device)
+        registry, leaf, is_parameter = _place(modules, spec.name)
+        registry[leaf] = Absent.in_place_of(registry[leaf], stored[spec.name], device, is_parameter)
 
 
 @dataclass(frozen=True, slots=True)
