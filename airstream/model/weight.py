@@ -113,30 +113,30 @@ class Loan:
     write to the memory, which holds others then: that is noticed. A graph that was recorded with it raises.
     """
 
-    __slots__ = ("_at_rest", "_lent", "_memory", "_was_changed", "_weights")
+    __slots__ = ("_at_rest", "_is_lent", "_lent", "_memory", "_was_changed", "_weights")
 
     def __init__(self, memory: torch.Tensor, weights: Sequence[Weight]) -> None:
         self._memory = memory
         self._weights = weights
         self._lent = [(weight, weight.detach(), _blank(weight)) for weight in weights if _can_be_blank(weight)]
         self._at_rest: int | None = None  # the changes until the last loan was over; while it lasts, they are judged
-        self._was_changed = False
+        self._is_lent = self._was_changed = False
 
     def begin(self) -> None:
         """The memory holds the values of the weights now."""
         self._was_changed = self.was_changed
-        self._at_rest = None
         version = self._memory._version
         for weight in self._weights:
             weight.accepted = version
+        self._at_rest, self._is_lent = None, True  # an interrupt may come anywhere: what is compared is set before
         for weight, view, _ in self._lent:
             _set_data(weight, view)
 
     def end(self) -> None:
         """It is going to hold others."""
-        first = self._weights[0]
-        if self._memory._version != getattr(first, "accepted", None):  # maybe nobody has judged that
-            self._was_changed = True
+        if self._is_lent and self._memory._version != getattr(self._weights[0], "accepted", None):
+            self._was_changed = True  # nobody may have judged that
+        self._is_lent, self._at_rest = False, None
         torch.autograd.graph.increment_version(self._memory)
         self._at_rest = self._memory._version
         for weight, _, blank in self._lent:

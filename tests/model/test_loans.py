@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,8 @@ from torch import nn
 
 from airstream import UnsupportedError
 from airstream.model.absent import Absent
-from airstream.model.weight import Weight
+from airstream.model.stored import Stored
+from airstream.model.weight import Loan, Weight, weight_of
 from tests.conftest import Resident, WriteTiny, stream
 from tests.stand_ins.tiny_models import VOCAB_SIZE
 
@@ -256,3 +258,71 @@ def test_in_the_hook_itself_it_does(model: Any, values: torch.Tensor) -> None:
     in_a_hook(model, gradient)
     assert inputs.grad is not None
     assert torch.allclose(inputs.grad, values.sum(0).expand_as(inputs), atol=1e-5)
+
+
+class Ones(Stored):
+    """A weight of ones."""
+
+    name = "ones"
+
+    def read(self) -> torch.Tensor:
+        return torch.ones(4)
+
+    def rows(self, numbers: Any) -> torch.Tensor:
+        return self.read()[numbers]
+
+    def has(self, values: torch.Tensor) -> bool:
+        return torch.equal(values, self.read())
+
+
+def interrupted(call: Callable[[], None], after: int) -> bool:
+    """Whether `call` was interrupted by Ctrl-C before its line number `after`, or had fewer."""
+    lines, weight_file = 0, Loan.begin.__code__.co_filename
+
+    def trace(frame: Any, event: str, _: Any) -> Any:
+        nonlocal lines
+        if frame.f_code.co_filename != weight_file or frame.f_code.co_name not in ("begin", "end", "was_changed"):
+            return None
+        lines += event == "line"
+        if lines == after:
+            raise KeyboardInterrupt
+        return trace
+
+    was = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(was)
+    return False
+
+
+def test_an_interrupt_is_nobodys_change() -> None:
+    """Wherever a loan begins or ends. That it ends is seen to once more."""
+    memory = torch.ones(8, dtype=torch.float32)
+    weights = [weight_of(memory[:4], Ones(), True, True), weight_of(memory[4:], Ones(), False, True)]
+    loan = Loan(memory, weights)  # type: ignore[arg-type]
+    twin = weights[1].detach()
+
+    def lend() -> None:
+        loan.begin()
+        loan.end()
+
+    lend()
+    after = 1
+    while interrupted(lend, after):
+        loan.end()
+        assert not loan.was_changed
+        lend()
+        assert not loan.was_changed
+        assert all(weight.isnan().all() for weight in weights)
+        after += 1
+    assert after > 15
+    twin.zero_()
+    assert loan.was_changed
+    lend()
+    assert loan.was_changed
+    loan.renew()
+    assert not loan.was_changed
