@@ -156,6 +156,7 @@ def load_model(
     host_bytes = process_bytes()
     options = LoadOptions(**adopt(foreign, vars(options), DEFAULTS))
     check_name(name)
+    _check_default_device()
     if is_forked():
         compute_on_one_thread()
     # Without the time at first: where something is downloaded, the hub draws bars.
@@ -170,6 +171,14 @@ def load_model(
         plan = make_plan(prepared.facts, prepared.request)
         activity.begin(LAST_STEP)
         return _assemble(prepared, plan, host_bytes)
+
+
+def _check_default_device() -> None:
+    if torch.get_default_device().type == "meta":
+        raise UnsupportedError(
+            "torch's default device is meta, whose tensors have no values, so that no model can be loaded: call "
+            'torch.set_default_device("cpu") before, or leave the `with torch.device("meta")` that you are in'
+        )
 
 
 @torch.inference_mode(False)  # torch counts no changes of what is made in it, and weights have to be watched

@@ -23,6 +23,10 @@ Command = Callable[[argparse.Namespace], int | None]
 COUNT = number(int, at_least=1)
 
 MAX_SEED = (1 << 63) - 1
+SCALE = number(float, at_least=1e-6, at_most=1_000_000)
+"""What logits can be divided by, and multiplied with: they stay numbers in float32."""
+
+TEMPERATURE = number(float, at_least=1e-6, at_most=1_000_000, or_zero=True)
 NAMED_SIZE = re.compile(r"[\w:]+=[\w.]+")
 
 DEVICE = "device that computes (default: the accelerator if there is one, else cpu)"
@@ -256,9 +260,7 @@ def _add_generation(parser: argparse.ArgumentParser, default: str) -> None:
     choice = group.add_mutually_exclusive_group()
     choice.add_argument("--greedy", action="store_true", help="take the most likely token")
     choice.add_argument("--sample", action="store_true", help="sample as the checkpoint says")
-    group.add_argument(
-        "--temperature", type=number(float, at_least=0), metavar="T", help="sample; 0 takes the most likely token"
-    )
+    group.add_argument("--temperature", type=TEMPERATURE, metavar="T", help="sample; 0 takes the most likely token")
     group.add_argument(
         "--top-p", type=number(float, above=0, at_most=1), metavar="P", help="sample the most likely that make up P"
     )
@@ -269,9 +271,7 @@ def _add_generation(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="P",
         help="those at least P times the likeliest",
     )
-    group.add_argument(
-        "--repetition-penalty", type=number(float, above=0), metavar="R", help="above 1: what was there is less likely"
-    )
+    group.add_argument("--repetition-penalty", type=SCALE, metavar="R", help="above 1: what was there is less likely")
     group.add_argument(
         "--stop", action="append", type=values.text, metavar="TEXT", help="end before this text; or one of several"
     )

@@ -32,15 +32,18 @@ def number(
     above: float | None = None,
     at_most: float | None = None,
     word: str | None = None,
+    or_zero: bool = False,
 ) -> Callable[[str], int | float | str]:
     """What makes a number of an argument, for `add_argument(type=...)`, and refuses one that is out of range.
 
     Args:
         word: may stand in the number's place, and is passed on as it is.
+        or_zero: 0 is allowed as well.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most}
     wanted = " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
-    noun = f"{'whole number' if kind is int else 'number'} {wanted}{f', or {word}' if word else ''}"
+    others = f"{f', or {word}' if word else ''}{', or 0' if or_zero else ''}"
+    noun = f"{'whole number' if kind is int else 'number'} {wanted}{others}"
 
     def convert(text: str) -> int | float | str:
         if word is not None and text == word:
@@ -50,6 +53,8 @@ def number(
         except ValueError:
             value = math.nan
         too_small = (at_least is not None and value < at_least) or (above is not None and value <= above)
+        if or_zero and value == 0:
+            return value
         if not math.isfinite(value) or too_small or (at_most is not None and value > at_most):
             raise argparse.ArgumentTypeError(f"{text} must be a {noun}")
         return value

@@ -47,7 +47,7 @@ class Absent(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
     accepted = 0
     """Changes, as weights in memory count them: none is possible."""
 
-    _is_param = True  # what `isinstance(..., nn.Parameter)` looks for
+    _is_param = True  # what `isinstance(..., nn.Parameter)` looks for: False of a buffer
 
     @staticmethod
     def __new__(cls, stored: Any, shape: Sequence[int] = (), dtype: Any = None, device: Any = None, **_: Any) -> Absent:
@@ -55,6 +55,13 @@ class Absent(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
             refuse_remaking()
         absent: Absent = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         absent.stored = stored
+        return absent
+
+    @classmethod
+    def in_place_of(cls, tensor: torch.Tensor, stored: Stored, device: torch.device, is_parameter: bool) -> Absent:
+        """What stands for `tensor`, whose values are `stored`, and says that it is on `device`."""
+        absent = cls(stored, tensor.shape, tensor.dtype, device)
+        absent._is_param = is_parameter
         return absent
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -73,14 +80,18 @@ class Absent(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
         if value is not self:
             refuse_change(self.stored.name)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.stored.read(), self.requires_grad)
+            memo[id(self)] = self._plain()
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled, it is an ordinary parameter with its values."""
-        return nn.Parameter(self.stored.read(), self.requires_grad).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        """Pickled, it is an ordinary parameter or buffer with its values."""
+        return self._plain().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+    def _plain(self) -> torch.Tensor:
+        values = self.stored.read()
+        return nn.Parameter(values, self.requires_grad) if self._is_param else values
 
     def __setitem__(self, _: Any, __: Any) -> NoReturn:
         refuse_change(self.stored.name)

@@ -24,7 +24,7 @@ from airstream.model.absent import Absent
 from airstream.model.asking import Askers, Asking, may_ask
 from airstream.model.conversion import Converter
 from airstream.model.stored import Stored
-from airstream.model.weight import Loan, Weight, can_be_lent, weight_of
+from airstream.model.weight import Loan, Weight, weight_of
 from airstream.model.weight_refusals import refuse_change
 
 
@@ -75,8 +75,8 @@ class OriginalModules:
 def take_out(modules: Modules, specs: Iterable[TensorSpec], stored: Mapping[str, Stored], device: torch.device) -> None:
     """Leave a placeholder, as on `device`, in the place of every tensor of `specs`."""
     for spec in specs:
-        registry, leaf, _ = _place(modules, spec.name)
-        registry[leaf] = Absent(stored[spec.name], registry[leaf].shape, registry[leaf].dtype, device)
+        registry, leaf, is_parameter = _place(modules, spec.name)
+        registry[leaf] = Absent.in_place_of(registry[leaf], stored[spec.name], device, is_parameter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,18 +116,20 @@ class Binding:
             is_lent: the memory is going to hold others.
         """
         tensors: list[torch.Tensor] = []
-        assembled, askers, loans = [], [], []
+        assembled, askers, lent = [], [], []
+        counted = memory.data if is_lent else memory  # it has a count of its own
         for spec, stored, (_, _, is_parameter) in zip(self._specs, self._stored, self._places, strict=True):
             if spec.made_by is not None and spec.made_by.is_object:
                 assembled.append(self._build(spec.made_by, memory, offsets))
                 tensors.append(assembled[-1].tensor)
             else:
-                weight = weight_of(view_of(memory, offsets[spec.name], spec), stored, is_parameter, is_lent)
+                weight = weight_of(view_of(counted, offsets[spec.name], spec), stored, is_parameter, is_lent)
                 tensors.append(weight)
                 if may_ask(weight, is_parameter):
                     askers.append((weight, stored))
-                if is_lent and isinstance(weight, Weight) and can_be_lent(weight):
-                    loans.append(Loan(weight))
+                if isinstance(weight, Weight):
+                    lent.append(weight)
+        loans = [Loan(counted, lent)] if is_lent and lent else []
         return self.guarded(tensors, assembled, askers, loans)
 
     def bind(self, views: Views) -> None:

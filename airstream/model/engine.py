@@ -154,6 +154,7 @@ class Engine:
             gives_back = self.device.type == "cpu" and self.plans.activation_bytes(work) >= GIVEN_BACK_BYTES
             with giving_back(gives_back), self.observer.one_pass(work):
                 yield
+            self._check_lent()
 
     @contextmanager
     def part_pass(self, work: Callable[[], Workload | None], has_cache: bool) -> Iterator[None]:
@@ -203,6 +204,12 @@ class Engine:
             binding.check()
         if self._executor is not None:
             self._executor.check_tables()
+        self._check_lent()
+
+    def _check_lent(self) -> None:
+        """Raise if the pass, or somebody after it, has written to what was lent to a layer before."""
+        if self._executor is not None:
+            self._executor.check_lent()
 
     @torch.inference_mode(False)  # torch counts no changes of what is made in it
     def _change(self, plan: Plan) -> None:

@@ -81,6 +81,10 @@ class Executor:
         self.residency.check()
         self.check_tables()
 
+    def check_lent(self) -> None:
+        """Raise UnsupportedError if somebody has changed what was lent to a layer, when it was not any more."""
+        self.residency.check_lent()
+
     def check_tables(self) -> None:
         """Raise UnsupportedError if somebody has changed a weight in a table."""
         for binding in self._tables:

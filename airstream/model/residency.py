@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from airstream.errors import UnsupportedError
 from airstream.layout.tensors import TensorSpec
 from airstream.model.binding import Binder, Binding, Views
+from airstream.model.weight_refusals import refuse_late_change
 from airstream.streaming.fill import Fill, Resident
 from airstream.streaming.lease import Lease
 from airstream.streaming.streamer import Streamer
@@ -143,6 +145,17 @@ class Residency:
             for unit in batch.units:
                 unit.streamed.check()
 
+    def check_lent(self) -> None:
+        """Raise UnsupportedError if somebody has written to memory that was lent to a unit, and holds others by now."""
+        for (number, _), batch in self._views.items():
+            for position, views in enumerate(batch):
+                for loan in views.loans:
+                    if loan.was_changed:
+                        self._forget_ring()
+                        unit = self._batches[number].units[position]
+                        unit.streamed.check()  # it knows the weight if that was in place
+                        refuse_late_change(unit.name)
+
     def close(self) -> None:
         """Unbind everything and forget all views of the ring. Idempotent."""
         self.let_go()
@@ -173,6 +186,14 @@ class Residency:
                 self._views.clear()  # places in the ring repeat; only a restless order of layers gets here
             self._views[key] = [unit.streamed.views(region.memory, slab.offsets, is_lent=True) for unit in batch.units]
         self._bound = self._views[key]
+
+    def _forget_ring(self) -> None:
+        """Have everything read anew."""
+        self.let_go()
+        self._streamer.recover(is_in_doubt=True)
+        for views in chain.from_iterable(self._views.values()):
+            for loan in views.loans:
+                loan.renew()
 
     def _settle(self, batch: Batch) -> None:
         """Bind what stays in memory, for good."""

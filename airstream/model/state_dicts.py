@@ -43,4 +43,5 @@ def _keep_no_loans(module: nn.Module, state_dict: MutableMapping[str, Any], pref
     for name in (*module._parameters, *module._buffers):
         weight = state_dict.get(prefix + name)
         if isinstance(weight, Weight) and weight.is_lent:
-            state_dict[prefix + name] = Absent(weight.stored, weight.shape, weight.dtype, weight.device)
+            is_parameter = name in module._parameters
+            state_dict[prefix + name] = Absent.in_place_of(weight, weight.stored, weight.device, is_parameter)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import suppress
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from airstream.errors import AirstreamError
 from airstream.model.binding import Binding, Modules
 from airstream.model.direct import Direct
 from airstream.model.hook import Hook
@@ -110,7 +112,7 @@ class _UnitCall:
             if (has_run and unit.is_last) or is_direct:
                 residency.let_go()
             if is_direct:
-                direct.end()
+                _end(direct, residency, self._handled)
 
 
 class _PartCalls:
@@ -152,13 +154,26 @@ class _PartCall:
             if residency.running is self._unit:
                 residency.let_go()
             if self._is_direct:
-                direct.end()
+                _end(direct, residency, self._handled)
+
+
+def _end(direct: Direct, residency: Residency, handled: BaseException | None) -> None:
+    """Make an end of a call from outside. Raise if somebody has changed weights that others had before."""
+    try:
+        if sys.exc_info()[1] is handled:
+            residency.check_lent()
+    finally:
+        direct.end()
 
 
 def _check(bindings: Iterable[Binding], handled: BaseException | None) -> None:
-    """Raise if somebody has changed a weight; where the module itself failed since `handled`, that is reported."""
-    if sys.exc_info()[1] is handled:
-        for binding in bindings:
+    """Raise if somebody has changed a weight; where the module itself failed since `handled`, that is reported.
+
+    Then the change is reported by the next call: here are the values that it has to be judged by.
+    """
+    own_failures = () if sys.exc_info()[1] is handled else (AirstreamError,)
+    for binding in bindings:
+        with suppress(*own_failures):
             binding.check()
 
 

@@ -4,13 +4,16 @@ torch counts the changes in place of every tensor (`_version`), those through it
 weight has a count of its own, though all of a slab share their memory: reads that fill the slab do not count. `.data`,
 by which torch steps around the count, is a twin here, and cannot be set. It costs nothing while the model computes.
 
+Weights whose memory is lent share one count with the others of their unit. It says whether somebody wrote to the
+memory when it held others already, and has torch refuse a graph that was recorded with it.
+
 It knows whether it was written to. It refuses to know what follows from that: `Binding` asks, and refuses it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -93,29 +96,67 @@ class Weight(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
 
 
 def weight_of(view: torch.Tensor, stored: Stored, is_parameter: bool, is_lent: bool) -> torch.Tensor:
-    """`view` as a weight that counts its own changes. A device whose tensors have a class of their own keeps that."""
+    """`view` as a weight that counts its own changes, and, if it is lent, those of all views of that memory.
+
+    A device whose tensors have a class of their own keeps that.
+    """
     if type(view) is not torch.Tensor:
         return nn.Parameter(view, requires_grad=False) if is_parameter else view
-    return _make(torch.Tensor._make_subclass(Weight, view.data), stored, is_parameter, is_lent)
+    base = view.detach() if is_lent else view.data
+    return _make(torch.Tensor._make_subclass(Weight, base), stored, is_parameter, is_lent)
 
 
 class Loan:
-    """The memory that is lent to a weight. Whoever keeps that when the loan is over finds no numbers, not others."""
+    """The memory that is lent to weights of one unit, which are views of `memory` and share its count of changes.
 
-    __slots__ = ("_blank", "_view", "_weight")
+    Whoever keeps a weight when the loan is over finds no numbers, not others. Whoever keeps a view of one can still
+    write to the memory, which holds others then: that is noticed. A graph that was recorded with it raises.
+    """
 
-    def __init__(self, weight: Weight) -> None:
-        self._weight = weight
-        self._view = weight.detach()
-        self._blank = _nan(weight.dtype, weight.device).expand(weight.shape)
+    __slots__ = ("_at_rest", "_is_lent", "_lent", "_memory", "_was_changed", "_weights")
+
+    def __init__(self, memory: torch.Tensor, weights: Sequence[Weight]) -> None:
+        self._memory = memory
+        self._weights = weights
+        self._lent = [(weight, weight.detach(), _blank(weight)) for weight in weights if _can_be_blank(weight)]
+        self._at_rest: int | None = None  # the changes until the last loan was over; while it lasts, they are judged
+        self._is_lent = self._was_changed = False
 
     def begin(self) -> None:
-        """The memory holds the weight's values now."""
-        _set_data(self._weight, self._view)
+        """The memory holds the values of the weights now."""
+        self._was_changed = self.was_changed
+        version = self._memory._version
+        for weight in self._weights:
+            weight.accepted = version
+        self._at_rest, self._is_lent = None, True  # an interrupt may come anywhere: what is compared is set before
+        for weight, view, _ in self._lent:
+            _set_data(weight, view)
 
     def end(self) -> None:
         """It is going to hold others."""
-        _set_data(self._weight, self._blank)
+        if self._is_lent and self._memory._version != getattr(self._weights[0], "accepted", None):
+            self._was_changed = True  # nobody may have judged that
+        self._is_lent, self._at_rest = False, None
+        torch.autograd.graph.increment_version(self._memory)
+        self._at_rest = self._memory._version
+        for weight, _, blank in self._lent:
+            _set_data(weight, blank)
+
+    @property
+    def was_changed(self) -> bool:
+        """Whether somebody has written to the memory when it was not lent any more."""
+        return self._was_changed or (self._at_rest is not None and self._memory._version != self._at_rest)
+
+    def renew(self) -> None:
+        """What was changed has been forgotten: the memory is filled anew."""
+        self._was_changed = False
+        self._at_rest = None if self._at_rest is None else self._memory._version
+        for weight, _, _ in self._lent:
+            _nan(weight.dtype, weight.device).fill_(torch.nan)
+
+
+def _blank(weight: torch.Tensor) -> torch.Tensor:
+    return _nan(weight.dtype, weight.device).expand(weight.shape)
 
 
 @functools.cache
@@ -123,7 +164,7 @@ def _nan(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.full((), torch.nan, dtype=dtype, device=device)
 
 
-def can_be_lent(weight: torch.Tensor) -> bool:
+def _can_be_blank(weight: torch.Tensor) -> bool:
     """Whether there is a value of its type that is no number."""
     return weight.is_floating_point() and weight.dtype.itemsize > 1
 

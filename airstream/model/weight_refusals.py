@@ -64,6 +64,15 @@ def refuse_gradient(name: str) -> NoReturn:
     )
 
 
+def refuse_late_change(unit: str) -> NoReturn:
+    """Raise because somebody has kept a weight that was lent to `unit`, and changed it after the unit's call."""
+    raise UnsupportedError(
+        f"a weight of {unit!r} has been changed after its layer's call, by a hook or whoever kept it, when its memory "
+        "held other weights. A streamed model takes its weights from the checkpoint alone: keep a copy of a weight, "
+        "weight.clone(), and change that. What was changed has been forgotten, and the model can be used again"
+    )
+
+
 def refuse_change(name: str) -> NoReturn:
     """Raise because weight `name` has been changed, or is about to be."""
     raise UnsupportedError(

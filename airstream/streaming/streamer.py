@@ -181,12 +181,15 @@ class Streamer:
         self._forks, self._changed = Forks(), RoomChanged()
         self._forget()
 
-    def recover(self) -> None:
-        """Where nobody holds a lease: what an interrupt, which may come anywhere, has left is read anew. May block."""
+    def recover(self, is_in_doubt: bool = False) -> None:
+        """Where nobody holds a lease: what an interrupt, which may come anywhere, has left is read anew.
+
+        So is everything if it `is_in_doubt`, for another reason. May block.
+        """
         if self._closed or self._forks.is_child:
             return
         with self._changed.lock:
-            self._is_inside |= any(region.users for region in self._regions.values())
+            self._is_inside |= is_in_doubt or any(region.users for region in self._regions.values())
         if self._is_inside:
             self._reader.wait_until_idle()
             with self._changed.lock:

@@ -151,6 +151,14 @@ def test_sampling_is_repeatable_with_a_seed(folder: Path, capsys: pytest.Capture
     assert sample(1) == sample(1) != sample(2)
 
 
+@pytest.mark.parametrize("temperature", ["1e-6", "1e6"])
+@pytest.mark.parametrize("penalty", ["1e-6", "1e6"])
+def test_whatever_is_taken_for_sampling_leaves_probabilities(folder: Path, temperature: str, penalty: str) -> None:
+    """torch draws from no others."""
+    words = ("--temperature", temperature, "--repetition-penalty", penalty)
+    run("generate", folder, "w5 w6", "--max-new-tokens", 4, *words)
+
+
 def test_plan_prints_and_round_trips(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("plan", folder, "--max-memory", "cpu=300MiB")
     assert "300 MiB (given)" in capsys.readouterr().out
@@ -271,14 +279,18 @@ def test_what_has_no_effect_is_refused(words: str) -> None:
 MISTAKES = [
     ("--max-new-tokens 0", "must be a whole number at least 1"),
     ("--max-new-tokens 1.5", "must be a whole number"),
-    ("--temperature -1", "must be a number at least 0"),
+    ("--temperature -1", "must be a number at least 1e-06 and at most 1000000, or 0"),
+    ("--temperature 1e-40", "must be a number at least 1e-06"),
+    ("--temperature 1e300", "at most 1000000"),
+    ("--repetition-penalty 1e-40", "must be a number at least 1e-06 and at most 1000000 "),
+    ("--repetition-penalty 1e300", "at most 1000000"),
     ("--temperature nan", "must be a number"),
     ("--temperature inf", "must be a number"),
     ("--top-p 2", "must be a number above 0 and at most 1"),
     ("--top-p 0", "above 0"),
     ("--top-k -1", "at least 0"),
     ("--min-p 1.1", "at most 1"),
-    ("--repetition-penalty 0", "above 0"),
+    ("--repetition-penalty 0", "at least 1e-06"),
     ("--seed -1", "at least 0"),
     (f"--seed {1 << 64}", "at most"),
     ("--greedy --sample", "not allowed with"),

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -556,6 +557,19 @@ def test_a_device_that_this_machine_does_not_have(checkpoint: Path, monkeypatch:
         torch.accelerator, "current_accelerator", lambda **_: None
     )  # other tests may have simulated one
     refused(checkpoint, ArgumentError, "device='cuda:0'", "torch finds", 'device="cpu"', device="cuda:0")
+
+
+@pytest.mark.parametrize("how", ["set_default_device", "with"])
+def test_a_default_device_without_values(checkpoint: Path, how: str) -> None:
+    """It is the process that is set so, not the checkpoint that is wrong."""
+    with ExitStack() as undo:
+        if how == "with":
+            undo.enter_context(torch.device("meta"))
+        else:
+            undo.callback(torch.set_default_device, None)
+            torch.set_default_device("meta")
+        with pytest.raises(UnsupportedError, match=r"default device is meta.*set_default_device"):
+            AutoModel.from_pretrained(checkpoint, device="cpu", max_context=64)
 
 
 def test_a_closed_model(checkpoint: Path) -> None:

@@ -376,6 +376,28 @@ def test_copies_have_the_values(tiny: WriteTiny, resident: Resident, name: str) 
         assert all(torch.equal(copied[key], expected[key]) for key in expected)
 
 
+@pytest.mark.parametrize("budget", [None, "1GiB"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer.mlp.gate))])
+def test_a_copied_buffer_is_a_buffer(
+    tiny: WriteTiny, resident: Resident, budget: str | None, copied: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Whoever assigns it, registers it, and what counts parameters does not count it."""
+    expected = copied(resident("deepseek_v3", FP32, FP32).model.layers[1])
+    assert any(isinstance(each, torch.Tensor) for each in expected.buffers())
+    with stream(tiny("deepseek_v3", FP32), **({"max_memory": budget} if budget else {})) as model:
+        for _ in range(2):
+            for _, buffer in model.named_buffers():
+                assert not isinstance(buffer, nn.Parameter)
+            ours = copied(model.model.layers[1])
+            for kind in ("named_parameters", "named_buffers"):
+                theirs = dict(getattr(expected, kind)())
+                assert {name: type(each) for name, each in getattr(ours, kind)()} == {
+                    name: type(each) for name, each in theirs.items()
+                }
+                assert all(torch.equal(each, theirs[name]) for name, each in getattr(ours, kind)())
+            model(IDS)
+
+
 READS: Mapping[str, Callable[[torch.Tensor], Any]] = {
     "sum": lambda weight: weight.sum(),
     "T": lambda weight: weight.T,
