@@ -217,8 +217,7 @@ class StreamedModel(WithAdapters, SaysSteps, GuardedModule):
     def close(self) -> None:
         """End the reader threads, close the files, give the memory back. Idempotent; later calls raise ClosedError.
 
-        Inside a pass, as in a hook, it returns at once: the pass raises ClosedError at its next layer, and memory is
-        given back when it is left.
+        In a hook it returns at once; the pass raises ClosedError at its next layer, and then memory is given back.
         """
         self._engine.close()
 

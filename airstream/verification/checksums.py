@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from airstream.reporting.units import counted
+
 SHA256 = re.compile(r"[0-9a-f]{64}")
 GIT_SHA1 = re.compile(r"[0-9a-f]{40}")
 
@@ -45,9 +47,9 @@ def wrong_sizes(folder: Path, sizes: Mapping[str, int]) -> list[str]:
     """What is wrong with the files of `folder` that should have these `sizes`."""
     there = {name: _size(folder / name) for name in sizes}
     return [
-        f"{folder / name} is missing" if size is None else f"{folder / name} has {size:,} bytes, not {sizes[name]:,}"
-        for name, size in there.items()
-        if size != sizes[name]
+        f"{folder / name} is missing" if size is None else f"{folder / name} has {counted(size, 'byte')}, not {wanted:,}"
+        for name, size, wanted in ((name, there[name], wanted) for name, wanted in sizes.items())
+        if size != wanted
     ]
 
 

@@ -311,6 +311,7 @@ SET: Mapping[str, Any] = {
     "prefetch_batches": 5,
     "page_cache": True,
     "model_class": "AutoModel",
+    "compression": "lossless",
     "attn_implementation": "eager",
     "gguf_file": "a.gguf",
     "subfolder": "part",
