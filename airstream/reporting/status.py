@@ -126,10 +126,11 @@ class StatusLine:
 @contextmanager
 def repeating(call: Callable[[], None]) -> Iterator[None]:
     """Call it at once, and from another thread again and again for as long as this lasts."""
-    ended = threading.Event()
+    ended = threading.Lock()  # an Event that is interrupted might keep its lock for ever
+    ended.acquire()
 
     def repeat() -> None:
-        while not ended.wait(SECONDS):
+        while not ended.acquire(timeout=SECONDS):
             call()
 
     call()
@@ -138,7 +139,7 @@ def repeating(call: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        ended.set()
+        ended.release()
         thread.join()
 
 

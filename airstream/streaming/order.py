@@ -46,10 +46,12 @@ class AccessOrder:
     def _forget(self) -> None:
         """Drop the older half of what was observed."""
         kept_from = self._listed + (len(self._history) - self._listed) // 2
+        cursor, self._cursor = self._cursor, 0  # which is a place in it, also if an interrupt comes now
         del self._history[self._listed : kept_from]
-        if self._cursor >= kept_from:
-            self._cursor -= kept_from - self._listed
-        elif self._cursor >= self._listed:  # the period is longer than what is kept: start over from here
+        if cursor >= kept_from:
+            cursor -= kept_from - self._listed
+        elif cursor >= self._listed:  # the period is longer than what is kept: start over from here
             latest = self._history.pop()
-            self._cursor = self._last_seen(latest) + 1
+            cursor = self._last_seen(latest) + 1
             self._history.append(latest)
+        self._cursor = cursor

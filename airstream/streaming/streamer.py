@@ -102,7 +102,11 @@ class Streamer:
         """The region of `batch`, filled, with one user more."""
         region: Region | None = None
         with self._changed.lock:
-            self._note(batch)
+            self._order.observe(batch)
+            self.stats.acquired += 1
+            self.stats.missed += batch not in self._regions and not self.fills[batch].is_complete
+            if (stale := self._regions.get(batch)) and not stale.holds_batch:
+                self._drop(batch)  # reading ahead failed; now that it is needed, the disk may have recovered
         while True:
             with self._changed.lock:
                 self.check_open()
@@ -113,21 +117,12 @@ class Streamer:
                     if region.error is None:
                         return region
                     self._leave(region, threading.get_ident())
-                    if not isinstance(region.error, ReadCancelled):  # given up for another thread: read again
+                    if not isinstance(region.error, ReadCancelled):
                         raise region.error
-                    region = None
+                    region = None  # given up for another thread: read again
                     continue
                 ticket = self._changed.ticket()
             self._changed.wait(ticket)
-
-    def _note(self, batch: int) -> None:
-        """`batch` is being asked for."""
-        self.check_open()
-        self._order.observe(batch)
-        self.stats.acquired += 1
-        self.stats.missed += batch not in self._regions and not self.fills[batch].is_complete
-        if (stale := self._regions.get(batch)) and not stale.holds_batch:
-            self._drop(batch)  # reading ahead failed; now that it is needed, the disk may have recovered
 
     def _join(self, batch: int) -> Region | None:
         """The region of `batch`, which this thread is a user of from now on; None while there is no room for it."""
@@ -227,14 +222,11 @@ class Streamer:
 
     def _read_ahead(self) -> None:
         """Start reading what comes next, nearest first, as far as there is room."""
-        upcoming = self._upcoming()
+        coming = (batch for batch in self._order.upcoming() if not self.fills[batch].is_complete)
+        upcoming = list(islice(coming, self._prefetch))
         for batch in upcoming:
             if batch not in self._regions and not self._begin(batch, self._spare(upcoming)):
                 return
-
-    def _upcoming(self) -> list[int]:
-        """What to read ahead: the next batches that anything has to come for."""
-        return list(islice((b for b in self._order.upcoming() if not self.fills[b].is_complete), self._prefetch))
 
     def _ask_for_room(self, batch: int) -> None:
         """A lease has to end. Raises if those who hold one wait for room themselves."""
@@ -247,9 +239,8 @@ class Streamer:
         """Batches whose places may be taken: whatever nobody uses, and `keep` does not name. None if all have room."""
         if self._all_fit:
             return []
-        regions = self._regions.values()
-        spare = (r for r in regions if not r.users and not r.filling and r.batch not in keep)
-        return [r.batch for r in spare if self._rooms[r.batch]]
+        spare = (r.batch for r in self._regions.values() if not r.users and not r.filling and r.batch not in keep)
+        return [batch for batch in spare if self._rooms[batch]]
 
     def _begin(self, batch: int, spare: Sequence[int], urgent: bool = False) -> bool:
         """Start reading `batch` if there is room, in place of batches in `spare` if need be."""
@@ -307,7 +298,6 @@ class Streamer:
             region.filling = False
             if read_bytes:
                 self._reading.count(-1)
-            is_given_up = isinstance(error, ReadCancelled) and not region.users
-            if is_given_up and self._regions.get(region.batch) is region:
+            if isinstance(error, ReadCancelled) and not region.users and self._regions.get(region.batch) is region:
                 self._drop(region.batch)
             self._changed.call()

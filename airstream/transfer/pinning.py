@@ -59,8 +59,9 @@ class Pinner:
         with self._lock:
             self._queue.append(pinning)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="airstream-pinning", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="airstream-pinning", daemon=True)
+                thread.start()  # and waits for the lock; who was interrupted here has no thread to be joined
+                self._thread = thread
 
     def is_worker(self, thread: threading.Thread) -> bool:
         """Whether `thread` is the one that pins."""

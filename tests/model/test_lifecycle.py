@@ -29,6 +29,7 @@ import airstream
 from airstream import AutoModel, BudgetError, CheckpointError, ClosedError, ReadError, UnsupportedError
 from airstream.model.absent import Absent
 from airstream.streaming import streamer
+from airstream.streaming.room import RoomChanged
 from airstream.streaming.streamer import Streamer
 from airstream.transfer.files import WeightFile
 from tests.conftest import Readers, Resident, WriteTiny, cache_in, cache_of, on_accelerator, smallest_budget, stream
@@ -405,7 +406,7 @@ def test_an_interrupt_while_waiting_for_weights(folder: Path, reference: Any, mo
 
     def interrupting(*args: Any) -> None:
         if armed and not sent.is_set():
-            while not is_running(threading.Condition.wait.__code__, main):
+            while not is_running(RoomChanged.wait.__code__, main):
                 time.sleep(0.001)
             sent.set()
             signal.pthread_kill(main, signal.SIGINT)
