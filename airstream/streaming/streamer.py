@@ -177,10 +177,7 @@ class Streamer:
         self._forget()
 
     def recover(self, is_in_doubt: bool = False) -> None:
-        """Where nobody holds a lease: what an interrupt, which may come anywhere, has left is read anew.
-
-        So is everything if it `is_in_doubt`, for another reason. May block.
-        """
+        """Where nobody holds a lease: read anew what an interrupt has left, or all, if it `is_in_doubt`. May block."""
         if self._closed or self._forks.is_child:
             return
         with self._changed.lock:

@@ -47,9 +47,9 @@ def wrong_sizes(folder: Path, sizes: Mapping[str, int]) -> list[str]:
     """What is wrong with the files of `folder` that should have these `sizes`."""
     there = {name: _size(folder / name) for name in sizes}
     return [
-        f"{folder / name} is missing" if size is None else f"{folder / name} has {counted(size, 'byte')}, not {wanted:,}"
-        for name, size, wanted in ((name, there[name], wanted) for name, wanted in sizes.items())
-        if size != wanted
+        f"{folder / name} is missing" if size is None else f"{folder / name} has {counted(size, 'byte')}, not {due:,}"
+        for name, size, due in ((name, there[name], due) for name, due in sizes.items())
+        if size != due
     ]
 
 
