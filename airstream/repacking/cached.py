@@ -14,10 +14,11 @@ from filelock import FileLock
 
 from airstream.checkpoint.formats import open_checkpoint
 from airstream.checkpoint.locate import locate
-from airstream.codecs.names import codec_named
+from airstream.codecs.names import LOSSLESS_CODEC, codec_named
 from airstream.errors import CheckpointError, UnsupportedError
 from airstream.loading.options import LoadOptions
 from airstream.repacking.manifest import digest_of, fingerprint, read_manifest
+from airstream.repacking.packer import may_pack
 from airstream.repacking.repack import repack_and_report
 from airstream.system.cache import cache_folder
 
@@ -30,6 +31,8 @@ PACKED_FOLDER = "packed"
 def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression: str) -> Path:
     """The folder with the checkpoint `name`, packed by the codec that `compression` names. Made unless it is there.
 
+    It is that of the checkpoint itself where nothing can be packed without loss.
+
     Blocks while another process makes it. Memory is that of a repack; one that was killed goes on where it was.
 
     Raises:
@@ -41,7 +44,11 @@ def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression:
     folder, gguf = locate(name, options.hub, options.gguf_file, options.trust_remote_code)
     if gguf is not None:
         raise UnsupportedError(f"{gguf} is packed already, as GGUF: leave compression={compression!r} out")
-    source = fingerprint(open_checkpoint(folder, variant=options.variant).files)
+    index = open_checkpoint(folder, variant=options.variant)
+    if codec == LOSSLESS_CODEC and not any(may_pack(tensor) for tensor in index.values()):
+        logger.warning("%s has no weights in bfloat16 that are not packed: it is streamed as it is", folder)
+        return folder
+    source = fingerprint(index.files)
     made_of = digest_of({"folder": str(folder), "source": source, "codec": codec})
     target = cache_folder() / PACKED_FOLDER / f"{folder.name}-{codec}-{made_of[:12]}"
     if _is_made(target):

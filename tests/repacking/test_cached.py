@@ -120,6 +120,17 @@ def test_what_quantises_is_planned_when_it_is_there(tiny: WriteTiny) -> None:
         AutoModel.plan(tiny("llama", BF16), device="cpu", compression="4bit")
 
 
+def test_what_cannot_be_packed_or_is_packed_is_not_copied(
+    tiny: WriteTiny, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    packed = airstream.repack(tiny("llama", BF16), tmp_path / "out", codec="lossless", progress=False)
+    for folder in (tiny("llama", FP32), packed):
+        with stream(folder, max_memory="100MiB", **PACKED) as model:
+            assert Path(model.name_or_path) == folder
+    assert caplog.text.count("it is streamed as it is") == 2
+    assert not cache.exists()
+
+
 def test_float32_is_planned_as_it_is(tiny: WriteTiny) -> None:
     folder = tiny("llama", FP32)
     plans = [AutoModel.plan(folder, device="cpu", **options) for options in ({}, {"compression": "lossless"})]
