@@ -8,11 +8,19 @@ from pathlib import Path
 
 import torch
 
+from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.lossless_blocks import LOSSLESS, lossless_block
 from airstream.errors import ArgumentError
 from airstream.loading.options import resolve_device
 from airstream.rates import saved as store
 from airstream.rates.facts import HardwareFacts
 from airstream.system.importing import quiet_imports
+
+TYPICAL_BLOCKS = {
+    **{name: lossless_block(name, 4096, codec.nbytes(4096, 128)) for name, codec in LOSSLESS.items()},
+    **{name: BLOCK_TYPES[name] for name in ("Q8_0", "Q4_K", "MXFP4")},
+}
+"""Types of packed weights, by name, of the size that they have in large models."""
 
 AGAIN = "--refresh, when the machine is idle, measures again"
 
@@ -31,6 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(facts.to_json())
     else:
         print(facts)
+        print(_decoding())
         print(where)
 
 
@@ -39,6 +48,14 @@ def _measure(folder: Path, device: torch.device) -> HardwareFacts:
         from airstream.rates.measure import measure
 
     return measure(folder, device, progress=lambda what: print(f"measuring {what} ...", file=sys.stderr))
+
+
+def _decoding() -> str:
+    """How fast packed weights become numbers: measured each time, in milliseconds."""
+    from airstream.codecs.decode import decoding_seconds
+
+    rates = (f"{name} {2 / decoding_seconds(block) / 1e9:.1f}" for name, block in TYPICAL_BLOCKS.items())
+    return f"  {'unpacking, one core':<27s}{', '.join(rates)} GB/s of bfloat16"
 
 
 def _save(folder: Path, device: torch.device, facts: HardwareFacts) -> str:

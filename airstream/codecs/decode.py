@@ -16,6 +16,7 @@ from airstream.codecs.block_types import BlockType
 from airstream.codecs.grids import by_gguf
 from airstream.codecs.lossless import decode_lossless
 from airstream.codecs.lossless_blocks import LOSSLESS
+from airstream.codecs.lossless_pack import choose_block, encode
 from airstream.codecs.native import DTYPES, kernel
 from airstream.codecs.simple import iq4_nl, mxfp4, q4_0, q4_1, q5_0, q5_1, q8_0
 from airstream.codecs.super_blocks import iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k
@@ -113,15 +114,27 @@ def decode_with_torch(target: torch.Tensor, raw: torch.Tensor, block: BlockType)
 @functools.cache
 def decoding_seconds(block: BlockType) -> float:
     """What one number of type `block` takes one core of this machine. Measured by the first call, in milliseconds."""
-    count = MEASURED_ELEMENTS // block.elements
-    raw = torch.zeros(count * block.nbytes, dtype=torch.uint8)
-    target = torch.empty(count * block.elements, dtype=getattr(torch, block.dtype))
+    block, raw = _typical(block)
+    target = torch.empty(raw.numel() // block.nbytes * block.elements, dtype=getattr(torch, block.dtype))
     best = math.inf
     for _ in range(3):  # the first one warms up
         start = time.thread_time()
         decode_into(target, raw, block)
         best = min(best, time.thread_time() - start)
     return best / target.numel()
+
+
+def _typical(block: BlockType) -> tuple[BlockType, torch.Tensor]:
+    """Blocks as trained weights have them, where their values decide what decoding takes, and their type."""
+    count = MEASURED_ELEMENTS // block.elements
+    if block.name not in LOSSLESS:
+        return block, torch.zeros(count * block.nbytes, dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randn(count * block.elements, generator=generator).to(torch.bfloat16)
+    fitting = choose_block(numbers, block.elements, (block.name,))
+    if fitting is None:  # so small that they win nothing
+        return block, torch.zeros(count * block.nbytes, dtype=torch.uint8)
+    return fitting, encode(numbers, fitting)
 
 
 def _slice_elements(raw: torch.Tensor) -> int:
