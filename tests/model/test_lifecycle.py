@@ -32,6 +32,7 @@ from airstream.streaming import streamer
 from airstream.streaming.room import RoomChanged
 from airstream.streaming.streamer import Streamer
 from airstream.transfer.files import WeightFile
+from airstream.transfer.jobs import Outcome
 from tests.conftest import Readers, Resident, WriteTiny, cache_in, cache_of, on_accelerator, smallest_budget, stream
 from tests.stand_ins.sim import SimDevice
 from tests.stand_ins.threads import InThread, is_running
@@ -406,7 +407,7 @@ def test_an_interrupt_while_waiting_for_weights(folder: Path, reference: Any, mo
 
     def interrupting(*args: Any) -> None:
         if armed and not sent.is_set():
-            while not is_running(RoomChanged.wait.__code__, main):
+            while not any(is_running(wait.__code__, main) for wait in (RoomChanged.wait, Outcome.wait)):
                 time.sleep(0.001)
             sent.set()
             signal.pthread_kill(main, signal.SIGINT)
