@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from filelock import FileLock
 from airstream.checkpoint.formats import open_checkpoint
 from airstream.checkpoint.locate import locate
 from airstream.codecs.names import LOSSLESS_CODEC, codec_named
-from airstream.errors import CheckpointError, UnsupportedError
+from airstream.errors import AirstreamError, CheckpointError, DiskSpaceError, UnsupportedError
 from airstream.loading.options import LoadOptions
 from airstream.repacking.manifest import digest_of, fingerprint, read_manifest
 from airstream.repacking.packer import may_pack
 from airstream.repacking.repack import repack_and_report
-from airstream.system.cache import cache_folder
+from airstream.system.cache import cache_folder, file_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -53,19 +54,38 @@ def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression:
     target = cache_folder() / PACKED_FOLDER / f"{folder.name}-{codec}-{made_of[:12]}"
     if _is_made(target):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(target.parent / f".{target.name}.lock"):
-        if not _is_made(target):  # else another process made it while this one waited for the lock
-            _make(folder, target, codec, options)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(target.parent / f".{target.name}.lock"):
+            if not _is_made(target):  # else another process made it while this one waited for the lock
+                _remove(target)
+                _make(folder, target, codec, options)
+    except AirstreamError:
+        raise
+    except OSError as error:
+        raise DiskSpaceError(
+            f"{target.parent}, where {target.name} would be kept, cannot be written ({error.strerror}): set "
+            "AIRSTREAM_CACHE to a folder that can be"
+        ) from error
     return target
 
 
 def _is_made(target: Path) -> bool:
-    """A repack takes its name when it is whole."""
+    """A repack takes its name when it is whole. Its files may have been damaged, or removed, since: sizes tell."""
     try:
-        return read_manifest(target) is not None
+        manifest = read_manifest(target)
     except CheckpointError:
         return False
+    sizes = {name: entry["bytes"] for name, entry in (manifest or {}).get("files", {}).items()}
+    return bool(sizes) and sizes.items() <= file_sizes(target).items()
+
+
+def _remove(target: Path) -> None:
+    """What is damaged is made anew: it is of the cache."""
+    if target.is_symlink() or target.is_file():
+        target.unlink()
+    elif target.exists():
+        shutil.rmtree(target)
 
 
 def _make(folder: Path, target: Path, codec: str, options: LoadOptions) -> None:

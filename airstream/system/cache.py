@@ -26,7 +26,7 @@ from airstream.system.disk_space import check_free_space, named_when_full
 from airstream.system.foreign_json import MANIFEST as MANIFEST_KIND
 from airstream.system.foreign_json import read_json
 
-__all__ = ["cache_folder", "is_complete", "make_once", "sync"]
+__all__ = ["cache_folder", "file_sizes", "is_complete", "make_once", "sync"]
 
 MANIFEST = "airstream-manifest.json"
 ELSEWHERE = "Free some, or set AIRSTREAM_CACHE to a folder on another disk."
@@ -127,7 +127,7 @@ def is_complete(folder: Path, recipe: str) -> bool:
     """Whether `folder` was made by `recipe` and its files still have their sizes. Reads the manifest, not the files."""
     manifest = _read_manifest(folder)
     sizes = manifest.get("files")
-    return manifest.get("recipe") == recipe and isinstance(sizes, dict) and sizes.items() <= _file_sizes(folder).items()
+    return manifest.get("recipe") == recipe and isinstance(sizes, dict) and sizes.items() <= file_sizes(folder).items()
 
 
 def sizes_vouched_for(folder: Path) -> dict[str, int]:
@@ -147,7 +147,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _seal(folder: Path, recipe: str) -> None:
     """Put the files of `folder` on the disk, then the manifest that vouches for them."""
-    sizes = _file_sizes(folder)
+    sizes = file_sizes(folder)
     for name in sizes:
         sync(folder / name)
     manifest = json.dumps({"recipe": recipe, "files": sizes}, indent=2, sort_keys=True)
@@ -156,7 +156,7 @@ def _seal(folder: Path, recipe: str) -> None:
     sync(folder)
 
 
-def _file_sizes(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Path) -> dict[str, int]:
     """The size in bytes of every file directly in `folder`, the manifest aside."""
     return {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file() and path.name != MANIFEST}
 

@@ -309,7 +309,11 @@ MISTAKES = [
     ("--device-map=balanced", "--device-map is of other programs. One device computes"),
     ("--device-map cuda:0", "did you mean --device?"),
     ("--torch-dtype bf16", "did you mean --dtype?"),
-    ("--load-in-4bit", "--load-in-4bit is of other programs. Weights are used as they are stored. Name a checkpoint"),
+    ("--load-in-4bit", "did you mean --compression?"),
+    (
+        "--quantization nf4",
+        "--quantization is of other programs. Name how the weights are to be packed, --c",
+    ),
     ("--low-cpu-mem-usage", "Leave it out: weights are never in memory all at once"),
     ("--gpu-memory-utilization 0.9", "Name the memory that may be used, --max-memory 4GiB or --max-memory 0=4GiB cpu="),
     ("--dtype int8", "'int8' is not a type that models compute in"),

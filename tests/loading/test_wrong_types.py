@@ -62,6 +62,8 @@ def test_a_wrong_type_is_an_error_of_airstreams(
     first = () if name in ALONE else ([model],) if name == "plan_table" else (model,)
     for argument in arguments:
         for number, value in enumerate(WRONG):
+            if argument == "device" and value is None:  # the right value of whoever leaves the choice to torch
+                continue
             out = {"out": f"{argument}-{number}"} if name == "repack" else {}
             try:
                 function(*first, **{**right, **out, argument: value})

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import airstream
-from airstream import ArgumentError, AutoModel, UnsupportedError
+from airstream import ArgumentError, AutoModel, DiskSpaceError, UnsupportedError
 from airstream.cli import main
 from airstream.loading.prepare import prepare_for_planning
 from airstream.repacking import cached
+from airstream.repacking.manifest import MANIFEST
 from tests.compat.test_quantising import packages
 from tests.conftest import Resident, WriteTiny, stream
 from tests.stand_ins.comparing import BF16, FP32, assert_equal
@@ -48,8 +51,6 @@ def test_the_first_load_packs_and_the_second_does_not(
 
 
 def test_another_checkpoint_of_the_same_name_is_packed_anew(tiny: WriteTiny, cache: Path, tmp_path: Path) -> None:
-    import shutil
-
     for name in ("llama", "llama-tied"):
         folder = tmp_path / "model"
         shutil.rmtree(folder, ignore_errors=True)
@@ -72,6 +73,36 @@ def test_two_processes_share_one(tiny: WriteTiny, cache: Path) -> None:
     assert [child.returncode for child in children] == [0, 0], said
     assert sum("once, into" in each for each in said) == 1
     assert len(list((cache / "packed").glob("[!.]*-lossless-*"))) == 1
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "cut short": lambda made: os.truncate(made / "model.safetensors", 100),
+    "no weights": lambda made: (made / "model.safetensors").unlink(),
+    "no config": lambda made: (made / "config.json").unlink(),
+    "no manifest": lambda made: (made / MANIFEST).unlink(),
+    "another manifest": lambda made: (made / MANIFEST).write_text("[]"),
+    "a manifest of nothing": lambda made: (made / MANIFEST).write_text('{"format": 1, "files": {}}'),
+    "a file": lambda made: (shutil.rmtree(made), made.write_text("x")),
+    "nothing in it": lambda made: (shutil.rmtree(made), made.mkdir()),
+    "a link that leads nowhere": lambda made: (shutil.rmtree(made), made.symlink_to("nowhere")),
+}
+"""What may become of a folder of the cache."""
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_what_is_damaged_in_the_cache_is_made_anew(tiny: WriteTiny, resident: Resident, cache: Path, name: str) -> None:
+    folder = tiny("llama", BF16)
+    with stream(folder, max_memory="100MiB", **PACKED):
+        (made,) = (cache / "packed").glob("[!.]*-lossless-*")
+    DAMAGES[name](made)
+    with stream(folder, max_memory="100MiB", **PACKED) as model:
+        assert_equal(model, resident("llama", BF16, BF16))
+
+
+def test_a_cache_that_cannot_be_written(tiny: WriteTiny, cache: Path) -> None:
+    cache.write_text("a file")
+    with pytest.raises(DiskSpaceError, match=r"packed, where .* would be kept, cannot be written .*AIRSTREAM_CACHE"):
+        AutoModel.from_pretrained(tiny("llama", BF16), device="cpu", **PACKED)
 
 
 @pytest.mark.parametrize("compression", ["zip", "12bit", True, 4])
