@@ -20,13 +20,17 @@ from airstream.errors import AirstreamError, CheckpointError, DiskSpaceError, Un
 from airstream.loading.options import LoadOptions
 from airstream.repacking.manifest import digest_of, fingerprint, read_manifest
 from airstream.repacking.packer import may_pack
-from airstream.repacking.repack import repack_and_report
+from airstream.repacking.repack import copied_files, repack_and_report
+from airstream.repacking.write import sha256_of
 from airstream.system.cache import cache_folder, file_sizes
 
 logger = logging.getLogger(__name__)
 
 PACKED_FOLDER = "packed"
 """In the cache folder."""
+
+MAX_NAME = 40
+"""Letters of a checkpoint's name that stand in that of its copy."""
 
 
 def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression: str) -> Path:
@@ -49,9 +53,9 @@ def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression:
     if codec == LOSSLESS_CODEC and not any(may_pack(tensor) for tensor in index.values()):
         logger.warning("%s has no weights in bfloat16 that are not packed: it is streamed as it is", folder)
         return folder
-    source = fingerprint(index.files)
-    made_of = digest_of({"folder": str(folder), "source": source, "codec": codec})
-    target = cache_folder() / PACKED_FOLDER / f"{folder.name}-{codec}-{made_of[:12]}"
+    small = {file.name: sha256_of(file) for file in copied_files(folder)}  # which are copied: a config may be changed
+    made_of = digest_of({"folder": str(folder), "source": fingerprint(index.files), "small": small, "codec": codec})
+    target = cache_folder() / PACKED_FOLDER / f"{folder.name[:MAX_NAME]}-{codec}-{made_of[:12]}"
     if _is_made(target):
         return target
     try:

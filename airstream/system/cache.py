@@ -22,6 +22,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from airstream.errors import CheckpointError, DiskSpaceError
+from airstream.reporting.paths import path_of
 from airstream.system.disk_space import check_free_space, named_when_full
 from airstream.system.foreign_json import MANIFEST as MANIFEST_KIND
 from airstream.system.foreign_json import read_json
@@ -41,7 +42,7 @@ _WORK_FOLDER = re.compile(rf"\.(?P<folder>.+){_MAKING}[^-]+")
 def cache_folder() -> Path:
     """`$AIRSTREAM_CACHE`, or the platform's own folder for what a program can make again. It may not exist yet."""
     if chosen := os.environ.get("AIRSTREAM_CACHE"):
-        return Path(chosen).expanduser().absolute()
+        return path_of("AIRSTREAM_CACHE", chosen).absolute()
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Caches" / "airstream"
     variable, fallback = ("LOCALAPPDATA", "AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", ".cache")

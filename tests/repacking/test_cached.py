@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -58,6 +59,23 @@ def test_another_checkpoint_of_the_same_name_is_packed_anew(tiny: WriteTiny, cac
         with stream(folder, max_memory="100MiB", **PACKED):
             pass
     assert len(list((cache / "packed").glob("model-lossless-*"))) == 2
+
+
+def test_a_config_that_is_changed_counts(tiny: WriteTiny, cache: Path, tmp_path: Path) -> None:
+    """Small files are copied, so that a copy with the old ones must not be taken."""
+    folder = shutil.copytree(tiny("llama", BF16), tmp_path / ("long-name-" * 20))
+    for eps in (1e-6, 0.1):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": eps}))
+        with stream(folder, max_memory="100MiB", **PACKED) as model:
+            assert model.config.rms_norm_eps == eps
+            assert_equal(model, AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
+
+
+def test_a_cache_that_is_in_no_home(tiny: WriteTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AIRSTREAM_CACHE", "~nobody-is-called-so/cache")
+    with pytest.raises(ArgumentError, match="AIRSTREAM_CACHE='~nobody-is-called-so/cache'"):
+        AutoModel.from_pretrained(tiny("llama", BF16), device="cpu", **PACKED)
 
 
 def test_two_processes_share_one(tiny: WriteTiny, cache: Path) -> None:
