@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from airstream.checkpoint.safetensors_writer import METADATA, header_bytes
 from airstream.checkpoint.stored import StoredTensor
 from airstream.codecs.lossless_blocks import lossless_block
 from airstream.errors import CheckpointError
+from airstream.reporting.units import round_up
 from airstream.system.foreign_json import HEADER, parse_json
+from airstream.transfer.files import PAGE_BYTES
 
-__all__ = ["KEY", "LINE_BYTES", "describe", "unfold"]
+__all__ = ["KEY", "LINE_BYTES", "describe", "header_room", "packed_header", "unfold"]
 
 KEY = "airstream.packed"
 """In the metadata of a file's header."""
@@ -42,6 +45,26 @@ def _entry(tensor: StoredTensor) -> dict[str, Any]:
     if tensor.block is not None:
         entry |= {"codec": tensor.block.name, "shape": tensor.shape, "elements": tensor.block.elements}
     return entry
+
+
+def header_room(tensors: Sequence[StoredTensor]) -> int:
+    """The bytes that precede `tensors`, packed, in their file: its header has no more, whatever they pack to."""
+    more = sum(128 + 24 * len(tensor.shape) for tensor in tensors)
+    return round_up(len(packed_header(tensors)) + more, PAGE_BYTES)
+
+
+def packed_header(tensors: Sequence[StoredTensor], room: int = 0) -> bytes:
+    """What precedes `tensors`, which may be packed: `room` bytes, or as many as it takes."""
+    entries = ((tensor.name, *_in_header(tensor), tensor.nbytes) for tensor in tensors)
+    is_packed = any(tensor.resident_offset is not None for tensor in tensors)
+    return header_bytes(entries, {**METADATA, KEY: describe(tensors)} if is_packed else METADATA, room)
+
+
+def _in_header(tensor: StoredTensor) -> tuple[str, tuple[int, ...]]:
+    """Type and shape in the header."""
+    if tensor.block is None:
+        return tensor.dtype, tensor.shape
+    return "U8", (tensor.nbytes // tensor.block.nbytes, tensor.block.nbytes)
 
 
 def unfold(file: Path, tensors: Iterable[StoredTensor], metadata: Any) -> list[StoredTensor]:

@@ -235,7 +235,7 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--attn-implementation", help="as in transformers")
     group.add_argument(
-        "--compression", type=values.codec, metavar="CODEC", help="repack so, into the cache folder, once"
+        "--compression", "--codec", type=values.codec, metavar="CODEC", help="repack so, into the cache folder, once"
     )
     _add_source(group)
 

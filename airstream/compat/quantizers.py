@@ -81,6 +81,10 @@ MIN_SCRATCH_ITEM_BYTES: Mapping[str, int] = {"compressed-tensors": 12}
 INSTEAD = "Stream a checkpoint of the model in another format (bf16, bitsandbytes, FP8, GGUF) instead"
 
 
+Headers = Sequence[Path] | Mapping[str, str]
+"""The files whose headers say of weights what a config does not, or what these say."""
+
+
 class Quantizer(ABC):
     """How the weights of one quantised checkpoint become those of its model."""
 
@@ -101,9 +105,7 @@ class Quantizer(ABC):
         """The dtype of everything that is not quantised, if `dtype` is asked for."""
 
     @abstractmethod
-    def preprocess(
-        self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, files: Sequence[Path]
-    ) -> None:
+    def preprocess(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, headers: Headers) -> None:
         """Put the modules that hold quantised weights into `model`, which is on the meta device."""
 
     @abstractmethod
@@ -138,15 +140,16 @@ class _OfTransformers(Quantizer):
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._inner.update_dtype(dtype)
 
-    def preprocess(
-        self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, files: Sequence[Path]
-    ) -> None:
+    def preprocess(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, headers: Headers) -> None:
+        files = None if isinstance(headers, Mapping) else [str(file) for file in headers]
+        if isinstance(headers, Mapping):
+            self._inner.metadata = dict(headers)  # what torchao's would keep of the files
         with quiet_transformers(), torch.device("meta"):
             self._inner.preprocess_model(
                 model=model,
                 dtype=dtype,
                 device_map={"": str(device)},
-                checkpoint_files=[str(file) for file in files],
+                checkpoint_files=files,
                 use_kernels=False,
             )
         model.eval()
@@ -173,9 +176,7 @@ class IntegerQuantizer(Quantizer):
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def preprocess(
-        self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, files: Sequence[Path]
-    ) -> None:
+    def preprocess(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, headers: Headers) -> None:
         pass
 
     def finish(self, model: PreTrainedModel) -> None:

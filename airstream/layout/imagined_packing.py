@@ -1,19 +1,34 @@
-"""This imagines a checkpoint packed without loss, from the headers of a plain one, so that it can be planned for.
+"""This imagines a checkpoint packed or quantised, from the headers of a plain one, so that it can be planned for.
 
-What blocks need is known when they are packed: here it is what trained weights need, by the exponents of a normal
-distribution. It opens nothing.
+Its files are those that a repack would write. What lossless blocks need is known when they are packed: here it is what
+trained weights need, by the exponents of a normal distribution. It opens nothing.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
+
+from airstream.checkpoint.packed_tensors import LINE_BYTES, header_room
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.lossless_blocks import LOSSLESS, lossless_block
 from airstream.codecs.lossless_pack import block_elements
+from airstream.layout.imagined import IMAGINED_FOLDER
+from airstream.layout.quantised import QuantisedTensors
+from airstream.layout.shards import SHARD_SIZE, Shard, header_of, plan_shards
+from airstream.layout.shards_of_model import members_of, order_of
+from airstream.reporting.units import parse_shard_size
+from airstream.transfer.reader import CHUNK_BYTES
 
-__all__ = ["imagine_packed"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Imagined", "imagine_packed", "imagine_quantised", "may_pack"]
 
 TYPICAL_CODEC = "bf16x12"
 TYPICAL_SLOTS = 1 / 512
@@ -21,29 +36,74 @@ TYPICAL_SLOTS = 1 / 512
 of them than others."""
 
 
-def imagine_packed(index: CheckpointIndex) -> CheckpointIndex:
-    """The index of what `index` becomes when it is packed, as far as that is known before."""
-    tensors, saved = {}, dict.fromkeys(index.files, 0)
-    for tensor in sorted(index.values(), key=lambda tensor: (tensor.file, tensor.offset)):
-        block = _block_of(tensor)
-        nbytes = tensor.nbytes if block is None else tensor.nbytes // (2 * block.elements) * block.nbytes
-        start = tensor.offset if tensor.resident_offset is None else tensor.resident_offset
-        tensors[tensor.name] = replace(
-            tensor,
-            offset=tensor.offset - saved[tensor.file],
-            nbytes=nbytes,
-            block=block or tensor.block,
-            resident_offset=start,
-        )
-        saved[tensor.file] += tensor.nbytes - nbytes
-    return CheckpointIndex(tensors)
+@dataclass(frozen=True, slots=True)
+class Imagined:
+    """A checkpoint that is not there.
+
+    Attributes:
+        index: its tensors.
+        headers: the files whose headers say more, or what they would say.
+        dtype: what its config says that it computes in; None if that is what the config of the plain one says.
+        settings: what its config says besides, as `quantization_config`.
+    """
+
+    index: CheckpointIndex
+    headers: Sequence[Path] | Mapping[str, str]
+    dtype: torch.dtype | None = None
+    settings: Mapping[str, Any] | None = None
+
+
+def imagine_packed(model: PreTrainedModel, index: CheckpointIndex) -> Imagined | None:
+    """What the checkpoint `index` of `model` becomes when it is packed without loss; None if nothing of it can be."""
+    if not any(map(may_pack, index.values())):
+        return None
+    shards = _shards(model, index, None)
+    return Imagined(_placed((shard, header_room(shard.tensors), _packed) for shard in shards), index.files)
+
+
+def imagine_quantised(model: PreTrainedModel, index: CheckpointIndex, made: QuantisedTensors) -> Imagined:
+    """What the checkpoint `index` of `model` becomes when its weights become what is `made` of them."""
+    shards = [replace(shard, metadata=made.metadata) for shard in _shards(model, index, made)]
+    index = _placed((shard, len(header_of(shard)), lambda tensor: tensor) for shard in shards)
+    return Imagined(index, made.metadata, made.dtype, made.settings)
+
+
+def may_pack(tensor: StoredTensor) -> bool:
+    """Whether `tensor` may become smaller without loss: what it holds says."""
+    has_rows = len(tensor.shape) > 1 and 0 < 2 * tensor.shape[-1] <= CHUNK_BYTES
+    return tensor.dtype == "BF16" and tensor.block is None and has_rows
+
+
+def _shards(model: PreTrainedModel, index: CheckpointIndex, made: QuantisedTensors | None) -> list[Shard]:
+    order, shard_bytes = order_of(model), parse_shard_size(SHARD_SIZE)
+    members = members_of(model, index, order)
+    if made is None:
+        return plan_shards(members, order, None, shard_bytes, on_pages=False)
+    return plan_shards(members, order, None, shard_bytes, made.made_of)
+
+
+def _placed(files: Iterable[tuple[Shard, int, Callable[[StoredTensor], StoredTensor]]]) -> CheckpointIndex:
+    """The tensors of files, each of which begins with some bytes, and what becomes of a tensor in it."""
+    placed: dict[str, StoredTensor] = {}
+    for shard, start, change in files:
+        end = start
+        for tensor in map(change, shard.tensors):
+            placed[tensor.name] = replace(tensor, file=IMAGINED_FOLDER / shard.file, offset=end)
+            end += tensor.nbytes
+    return CheckpointIndex(placed)
+
+
+def _packed(tensor: StoredTensor) -> StoredTensor:
+    """`tensor` as it is packed, wherever that will be."""
+    block = _block_of(tensor)
+    nbytes = tensor.nbytes if block is None else tensor.nbytes // (2 * block.elements) * block.nbytes
+    mapped = tensor.offset if tensor.resident_offset is None else tensor.resident_offset
+    return replace(tensor, nbytes=nbytes, block=block or tensor.block, resident_offset=mapped % LINE_BYTES)
 
 
 def _block_of(tensor: StoredTensor) -> BlockType | None:
-    if tensor.dtype != "BF16" or tensor.block is not None or len(tensor.shape) < 2 or not tensor.nbytes:
-        return None
     codec = LOSSLESS[TYPICAL_CODEC]
-    elements = block_elements(tensor.shape[-1], codec)
+    elements = block_elements(tensor.shape[-1], codec) if may_pack(tensor) else None
     if elements is None:
         return None
     nbytes = codec.nbytes(elements, 4 * round(elements * TYPICAL_SLOTS / 4))

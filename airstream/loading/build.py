@@ -29,6 +29,7 @@ from airstream.compat.traits import CacheSize, measure_cache
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.footprint.activations import measure_passes
 from airstream.footprint.growth import PassGrowth
+from airstream.layout.imagined_packing import Imagined
 from airstream.layout.pieces import TORCH_DTYPES
 from airstream.loading.options import COMPUTE_DTYPES, LoadOptions, named_dtype
 from airstream.system.kernels import KernelLimit
@@ -59,24 +60,49 @@ class Built(NamedTuple):
     passes: tuple[PassGrowth, ...]
 
 
-def build_model(folder: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None) -> Built:
-    """The model that the config in `folder` describes, with the modules that compute with its weights on `device`."""
+def build_model(
+    folder: Path,
+    options: LoadOptions,
+    device: torch.device,
+    index: CheckpointIndex | None,
+    imagined: Imagined | None = None,
+    is_measured: bool = True,
+) -> Built:
+    """The model that the config in `folder` describes, with the modules that compute with its weights on `device`.
+
+    Args:
+        index: of its weights, if they are there.
+        imagined: the checkpoint that is meant instead, with the same config but for what that says.
+        is_measured: find out about its cache and its passes.
+    """
+    build = partial(_build, options=options, device=device, index=index, imagined=imagined, is_measured=is_measured)
     if isinstance(index, GgufIndex):
         config = gguf_config(index)
         with blamed_on(f"no model can be built from {index.first}"):
-            return _build(config, index.first, options, device, index)
+            return build(config, index.first)
     file = folder / "config.json"
     values = _read_config(folder, options)
-    find = partial(_find_fault, values, lambda config: _build(config, file, options, device, index))
+    find = partial(_find_fault, values, lambda config: build(config, file))
     with blamed_on(f"transformers cannot read {file}", _READING, find):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     with blamed_on(f"no model can be built from {file}", advice=find):
-        return _build(config, file, options, device, index)
+        return build(config, file)
 
 
 def _build(
-    config: PreTrainedConfig, source: Path, options: LoadOptions, device: torch.device, index: CheckpointIndex | None
+    config: PreTrainedConfig,
+    source: Path,
+    options: LoadOptions,
+    device: torch.device,
+    index: CheckpointIndex | None,
+    imagined: Imagined | None,
+    is_measured: bool,
 ) -> Built:
+    if imagined is not None:
+        index = imagined.index
+        if imagined.settings is not None:
+            config.quantization_config = dict(imagined.settings)
+            config.dtype = config.dtype or imagined.dtype
     quantizer = find_quantizer(config, device)
     dtype = _resolve_dtype(options.dtype, config, index)
     dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
@@ -85,10 +111,13 @@ def _build(
     model_cls, config = choose_class(config, source.parent, options.trust_remote_code, options.model_class)
     with _attention(options.attn_implementation, source):
         model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
-    cache, passes = measure_cache(model), measure_passes(model, device)  # while its modules compute on any device
+    cache, passes = None, ()
+    if is_measured:  # while its modules compute on any device
+        cache, passes = measure_cache(model), measure_passes(model, device)
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)
-        quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
+        files = index.files if index is not None else ()
+        quantizer.preprocess(model, dtype, device, files if imagined is None else imagined.headers)
     return Built(model, dtype, quantizer, cache, passes)
 
 

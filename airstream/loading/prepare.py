@@ -17,14 +17,13 @@ from airstream.checkpoint.formats import has_weights, open_checkpoint
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.locate import locate
 from airstream.checkpoint.stored import CheckpointIndex
-from airstream.codecs.names import LOSSLESS_CODEC, codec_named
 from airstream.errors import ArgumentError, CheckpointError, UnsupportedError
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.imagined import imagine
-from airstream.layout.imagined_packing import imagine_packed
 from airstream.layout.parts import divide
 from airstream.loading.arguments import adopt
 from airstream.loading.build import build_model
+from airstream.loading.compressed import imagine_compressed
 from airstream.loading.gather import gather_facts, needs_staging
 from airstream.loading.machine import THIS_MACHINE, Machine, Question, check_machine, request_for
 from airstream.loading.options import LoadOptions, check_count, parse_max_memory
@@ -73,16 +72,6 @@ def _without_collecting() -> Iterator[None]:
             gc.enable()
 
 
-def _as_if_packed(index: CheckpointIndex, compression: str) -> CheckpointIndex:
-    codec = codec_named(compression)
-    if codec != LOSSLESS_CODEC:
-        raise UnsupportedError(
-            f"compression={compression!r} is planned once it is there: airstream repack MODEL OUT --codec {codec}, and "
-            "plan OUT"
-        )
-    return imagine_packed(index)
-
-
 @_without_collecting()
 def prepare(
     name: str | os.PathLike[str],
@@ -108,12 +97,16 @@ def prepare(
     if index is not None and not index:
         raise CheckpointError(f"{gguf or folder} has no tensors: its files of weights are empty. Download it again")
     begin(STEPS[2])
-    built = build_model(folder, options, device, index)
+    imagined = None
+    if options.compression is not None and not with_weights:  # what is loaded has been packed
+        if gguf is not None:
+            raise UnsupportedError(f"{gguf} is packed already, as GGUF: leave compression={options.compression!r} out")
+        imagined = imagine_compressed(folder, options, index)
+        index = imagined.index if imagined is not None else index
+    built = build_model(folder, options, device, index, imagined)
     model, dtype, quantizer = built.model, built.dtype, built.quantizer
     begin(STEPS[3])
     index = index or imagine(model)
-    if options.compression is not None and not with_weights:  # what is loaded has been packed
-        index = _as_if_packed(index, options.compression)
     parts = divide(model, read_specs(model, index, dtype, quantizer))
     packing = packing_of(device)
     facts = gather_facts(os.fspath(name), folder, built, parts, device, packing, options.layers_per_batch)

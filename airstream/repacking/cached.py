@@ -17,9 +17,9 @@ from airstream.checkpoint.formats import open_checkpoint
 from airstream.checkpoint.locate import locate
 from airstream.codecs.names import LOSSLESS_CODEC, codec_named
 from airstream.errors import AirstreamError, CheckpointError, DiskSpaceError, UnsupportedError
+from airstream.layout.imagined_packing import may_pack
 from airstream.loading.options import LoadOptions
 from airstream.repacking.manifest import digest_of, fingerprint, read_manifest
-from airstream.repacking.packer import may_pack
 from airstream.repacking.repack import copied_files, repack_and_report
 from airstream.repacking.write import sha256_of
 from airstream.system.cache import cache_folder, file_sizes

@@ -11,19 +11,17 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
-from airstream.checkpoint.packed_tensors import KEY, describe
-from airstream.checkpoint.safetensors_writer import METADATA, header_bytes
+from airstream.checkpoint.packed_tensors import header_room, packed_header
 from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
 from airstream.errors import ReadError
 from airstream.layout.block_check import BlockCheck
-from airstream.repacking.packer import PACKED_SHARE, Packer, may_pack
-from airstream.repacking.plan import Shard
+from airstream.layout.imagined_packing import may_pack
+from airstream.layout.shards import Shard
+from airstream.repacking.packer import PACKED_SHARE, Packer
 from airstream.repacking.write import OnBytes, write_all
-from airstream.reporting.units import round_up
-from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.reader import CHUNK_BYTES
 
 
@@ -40,7 +38,7 @@ def write_packed(file: Path, shard: Shard, on_bytes: OnBytes, to_plain: bool = F
         BudgetError: there is no memory for the buffers.
     """
     part = file.with_name(file.name + ".part")
-    room = header_room(shard)
+    room = header_room(shard.tensors)
     with part.open("w+b", buffering=0) as out, Packer(on_bytes, to_plain) as packer:
         out.seek(room)
         written, end = list[StoredTensor](), room
@@ -48,7 +46,7 @@ def write_packed(file: Path, shard: Shard, on_bytes: OnBytes, to_plain: bool = F
             written.append(packer.write(tensor, part, end, out))
             end = written[-1].end
         out.seek(0)
-        write_all(out, _header(written, room))
+        write_all(out, packed_header(written, room))
         os.fsync(out.fileno())
     digest = _read_back(part, written)
     part.replace(file)
@@ -62,26 +60,7 @@ def expected_bytes(shard: Shard, to_plain: bool = False) -> int:
         math.prod(tensor.shape) * ITEM_BYTES[tensor.dtype] if to_plain else tensor.nbytes * share[may_pack(tensor)]
         for tensor in shard.tensors
     )
-    return header_room(shard) + int(sum(sizes))
-
-
-def header_room(shard: Shard) -> int:
-    """The bytes that precede the tensors of `shard`: its header has no more, whatever they pack to."""
-    more = sum(128 + 24 * len(tensor.shape) for tensor in shard.tensors)
-    return round_up(len(_header(shard.tensors)) + more, PAGE_BYTES)
-
-
-def _header(tensors: Sequence[StoredTensor], room: int = 0) -> bytes:
-    entries = ((tensor.name, *_entry_of(tensor), tensor.nbytes) for tensor in tensors)
-    is_packed = any(tensor.resident_offset is not None for tensor in tensors)
-    return header_bytes(entries, {**METADATA, KEY: describe(tensors)} if is_packed else METADATA, room)
-
-
-def _entry_of(tensor: StoredTensor) -> tuple[str, tuple[int, ...]]:
-    """Type and shape in the header."""
-    if tensor.block is None:
-        return tensor.dtype, tensor.shape
-    return "U8", (tensor.nbytes // tensor.block.nbytes, tensor.block.nbytes)
+    return header_room(shard.tensors) + int(sum(sizes))
 
 
 def _read_back(file: Path, tensors: Iterable[StoredTensor]) -> str:

@@ -25,13 +25,14 @@ from airstream.checkpoint.stored import StoredTensor
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import decode_into
 from airstream.codecs.lossless_pack import Survey, encode
+from airstream.layout.imagined_packing import may_pack
 from airstream.repacking.write import OnBytes, write_all
 from airstream.transfer.descriptors import Descriptors
 from airstream.transfer.files import WeightFile
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.reader import CHUNK_BYTES
 
-__all__ = ["PACKED_SHARE", "Packer", "may_pack"]
+__all__ = ["PACKED_SHARE", "Packer"]
 
 PACKED_SHARE = 0.78
 """Of their bytes, that trained weights pack to: 70-76 % in those that were measured."""
@@ -133,12 +134,6 @@ def _changed(old: BlockType | None, new: BlockType | None, data: torch.Tensor) -
     numbers = torch.empty(data.numel() // old.nbytes * old.elements, dtype=getattr(torch, old.dtype))
     decode_into(numbers, data, old)
     return numbers.view(torch.uint8)
-
-
-def may_pack(tensor: StoredTensor) -> bool:
-    """Whether `tensor` may become smaller: what it holds says."""
-    has_rows = len(tensor.shape) > 1 and 0 < 2 * tensor.shape[-1] <= CHUNK_BYTES
-    return tensor.dtype == "BF16" and tensor.block is None and has_rows
 
 
 def _chunks(tensor: StoredTensor) -> Iterator[tuple[int, int]]:

@@ -23,12 +23,12 @@ from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.names import SHARD_INDEX
 from airstream.codecs.names import codec_named
 from airstream.errors import AirstreamError, ArgumentError
+from airstream.layout.shards import SHARD_SIZE, Shard
 from airstream.loading.arguments import refuse_others
 from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.loading.prepare import prepare
 from airstream.repacking.files import check_storable, plan_files
 from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
-from airstream.repacking.plan import Shard
 from airstream.repacking.report import RepackReport
 from airstream.repacking.target import check_target, is_done
 from airstream.repacking.way import Way
@@ -56,7 +56,7 @@ def repack(
     out: str | os.PathLike[str],
     *,
     layers: str | range | tuple[int, int] | None = None,
-    shard_size: int | str = "4GiB",
+    shard_size: int | str = SHARD_SIZE,
     codec: str | None = None,
     progress: bool = True,
     **options: Any,
@@ -99,7 +99,7 @@ def repack_and_report(
     out: str | os.PathLike[str],
     *,
     layers: str | range | tuple[int, int] | None = None,
-    shard_size: int | str = "4GiB",
+    shard_size: int | str = SHARD_SIZE,
     codec: str | None = None,
     progress: bool = True,
     **options: Any,

@@ -9,7 +9,7 @@ from typing import Any
 
 from airstream.checkpoint.safetensors_writer import METADATA
 from airstream.checkpoint.stored import StoredTensor
-from airstream.repacking.plan import Shard
+from airstream.layout.shards import Shard
 from airstream.repacking.write import OnBytes
 
 __all__ = ["Way"]

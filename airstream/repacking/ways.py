@@ -5,12 +5,12 @@ from __future__ import annotations
 from functools import partial
 
 from airstream.codecs.names import LOSSLESS_CODEC
+from airstream.layout.shards import Shard, header_of
 from airstream.loading.prepared import Prepared
 from airstream.repacking.pack import expected_bytes, write_packed
-from airstream.repacking.plan import Shard
 from airstream.repacking.quantise import Quantisation
 from airstream.repacking.way import Way
-from airstream.repacking.write import header_of, write_shard
+from airstream.repacking.write import write_shard
 from airstream.repacking.write_quantised import write_quantised
 
 __all__ = ["way_of"]

@@ -12,20 +12,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
-from airstream.checkpoint.safetensors_writer import header_bytes
-from airstream.repacking.plan import Shard
+from airstream.layout.shards import Shard, header_of
 from airstream.transfer.descriptors import Descriptors
 from airstream.transfer.files import WeightFile, failure_of
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.reader import CHUNK_BYTES
 
 OnBytes = Callable[[int], object]
-
-
-def header_of(shard: Shard) -> bytes:
-    """What precedes the tensors of `shard`."""
-    tensors = ((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors)
-    return header_bytes(tensors, shard.metadata)
 
 
 def write_shard(file: Path, shard: Shard, on_bytes: OnBytes) -> str:

@@ -18,8 +18,8 @@ import torch
 from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.quantising import ROW_STEP
 from airstream.errors import UnsupportedError
-from airstream.repacking.plan import Shard
-from airstream.repacking.write import OnBytes, header_of, sha256_of
+from airstream.layout.shards import Shard, header_of
+from airstream.repacking.write import OnBytes, sha256_of
 from airstream.reporting.units import counted
 from airstream.transfer.descriptors import Descriptors
 from airstream.transfer.files import WeightFile

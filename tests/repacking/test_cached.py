@@ -164,11 +164,6 @@ def test_what_quantises_is_what_transformers_loads(tiny: WriteTiny, cache: Path,
         assert_equal(model, reference)
 
 
-def test_what_quantises_is_planned_when_it_is_there(tiny: WriteTiny) -> None:
-    with pytest.raises(UnsupportedError, match=r"compression='4bit' is planned once .* --codec nf4, and plan OUT"):
-        AutoModel.plan(tiny("llama", BF16), device="cpu", compression="4bit")
-
-
 def test_what_cannot_be_packed_or_is_packed_is_not_copied(
     tiny: WriteTiny, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -30,15 +30,16 @@ from airstream import AirstreamError, ArgumentError, CheckpointError, DiskSpaceE
 from airstream.checkpoint.safetensors import open_safetensors
 from airstream.checkpoint.stored import StoredTensor
 from airstream.cli import main
+from airstream.layout import shards as plan_module
 from airstream.layout.parts import Kind
+from airstream.layout.shards import Member, Order, plan_shards
 from airstream.layout.slab import pack
 from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
-from airstream.repacking import plan as plan_module
 from airstream.repacking import repack as repack_module
 from airstream.repacking import ways
+from airstream.repacking.files import parse_layers
 from airstream.repacking.manifest import JOURNAL, MANIFEST, read_manifest
-from airstream.repacking.plan import Member, Order, parse_layers, plan_shards
 from airstream.repacking.way import Way
 from airstream.reporting import units as units_module
 from airstream.transfer.files import PAGE_BYTES

@@ -12,10 +12,12 @@ from itertools import groupby
 from typing import NamedTuple
 
 from airstream.checkpoint.names import SINGLE_FILE
-from airstream.checkpoint.safetensors_writer import METADATA
+from airstream.checkpoint.safetensors_writer import METADATA, header_bytes
 from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
-from airstream.errors import ArgumentError
 from airstream.transfer.files import PAGE_BYTES
+
+SHARD_SIZE = "4GiB"
+"""What a file is not larger than, unless somebody says so."""
 
 
 class Member(NamedTuple):
@@ -56,6 +58,12 @@ class Shard:
     def nbytes(self) -> int:
         """The bytes of its data."""
         return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def header_of(shard: Shard) -> bytes:
+    """What precedes the tensors of `shard`."""
+    tensors = ((tensor.name, tensor.dtype, tensor.shape, tensor.nbytes) for tensor in shard.tensors)
+    return header_bytes(tensors, shard.metadata)
 
 
 class Run(NamedTuple):
@@ -103,36 +111,6 @@ def plan_shards(
         Shard(f"model-{number:05}-of-{len(files):05}.safetensors", tuple(tensors))
         for number, tensors in enumerate(files, start=1)
     ]
-
-
-def parse_layers(layers: str | range | tuple[int, int] | None, count: int) -> tuple[int, int] | None:
-    """The first of the `count` layers and the one behind the last that `layers` names: `"5:15"`, `":15"`, `"5:"`.
-
-    Raises:
-        ArgumentError: it names none, or layers that are not there.
-    """
-    if layers is None:
-        return None
-    try:
-        if isinstance(layers, range):
-            layers = (layers.start, layers.stop) if layers.step == 1 else (-1, -1)
-        first, end = layers.split(":") if isinstance(layers, str) else layers
-        bounds = (int(first or 0), count if end == "" else int(end))
-    except (ValueError, TypeError):
-        bounds = (-1, -1)
-    if not 0 <= bounds[0] < bounds[1] <= count:
-        first = count // 2
-        raise ArgumentError(
-            f"layers={layers!r}: the model has layers 0 to {count - 1}; {_example(first, count)}, "
-            f"{_example(0, first or count)}"
-        )
-    return bounds
-
-
-def _example(first: int, end: int) -> str:
-    """`'"2:4" would be layers 2 to 3'`."""
-    what = f"layers {first} to {end - 1}" if end - first > 1 else f"layer {first} alone"
-    return f'"{first}:{end}" would be {what}'
 
 
 def _runs(members: Sequence[Member], order: Order) -> list[Run]:

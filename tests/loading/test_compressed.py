@@ -1,0 +1,141 @@
+"""What a checkpoint would become by a codec is planned for as what it does become is, from its config alone as well."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import airstream
+from airstream import ArgumentError, AutoModel, Machine, UnsupportedError
+from airstream.cli import main
+from airstream.loading.prepare import prepare_for_planning
+from airstream.plan.facts import BatchFacts, ModelFacts
+from airstream.plan.planner import smallest_plan
+from tests.compat.test_quantising import packages
+from tests.repacking.test_quantise import BY_CODEC, wide  # noqa: F401 - `wide` is a fixture
+from tests.stand_ins.comparing import BF16, FP16, FP32
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # what transformers and the formats' packages warn of is theirs
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+MACHINE = Machine(ram="2GiB", disk_gbps=1.0)
+WideModel = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is packed for a plan."""
+    monkeypatch.setenv("AIRSTREAM_CACHE", str(tmp_path / "cache"))
+    yield
+    assert not (tmp_path / "cache" / "packed").exists()
+
+
+def bare(folder: Path, to: Path) -> Path:
+    """The config of `folder` and its tokenizer, without weights."""
+    return Path(shutil.copytree(folder, to, ignore=shutil.ignore_patterns("*.safetensors")))
+
+
+def planned(folder: Path, machine: Machine = MACHINE, **options: Any) -> dict[str, Any]:
+    """A plan as plain data, but for its name."""
+    given = {"max_context": 64} | options | ({} if machine.gpu else {"device": "cpu"})
+    plan = AutoModel.plan(folder, machine=machine, **given)
+    data: dict[str, Any] = json.loads(plan.to_json())
+    return {key: value for key, value in data.items() if key not in ("model", "would_help")}
+
+
+QUANTISED = [
+    *((codec, "llama", BF16) for codec in ("nf4", "int4", "int8", "fp8")),
+    *((codec, "qwen2", FP16) for codec in ("nf4", "int4", "int8", "fp8")),
+    ("nf4", "llama-tied", BF16), ("int8", "phi3", BF16), ("int4", "llama", FP32), ("fp8", "mixtral", BF16),
+    ("fp8", "qwen3_moe", BF16), ("fp8", "deepseek_v3", BF16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("codec", "name", "dtype"), QUANTISED)
+def test_it_is_the_plan_of_what_is_made(
+    wide: WideModel,  # noqa: F811 - a fixture
+    tmp_path: Path,
+    codec: str,
+    name: str,
+    dtype: Any,
+) -> None:
+    packages(codec)
+    folder = wide(name, dtype)
+    made = airstream.repack(folder, tmp_path / "made", codec=codec, progress=False)
+    config_alone = bare(folder, tmp_path / "bare")
+    asked = prepare_for_planning(made, {"device": "cpu", "max_context": 64}, MACHINE)
+    least = smallest_plan(asked.facts, asked.request).peak_bytes["cpu"]
+    for options in ({}, {"max_memory": least}, {"max_memory": least + 300_000}, {"dtype": "float32"}):
+        real = planned(made, **options)
+        assert planned(folder, **options, compression=codec) == real
+        assert planned(config_alone, **options, compression=codec) == real
+
+
+@BY_CODEC
+def test_on_a_card_too(wide: WideModel, tmp_path: Path, codec: str) -> None:  # noqa: F811
+    packages(codec)
+    folder, card = wide("llama", BF16), Machine(gpu="RTX 3090", ram="8GiB", disk_gbps=1.0)
+    made = airstream.repack(folder, tmp_path / "made", codec=codec, progress=False)
+    assert planned(bare(folder, tmp_path / "bare"), card, compression=codec) == planned(made, card)
+
+
+def facts_of(folder: Path, **options: Any) -> ModelFacts:
+    return prepare_for_planning(folder, {"device": "cpu", **options}, MACHINE).facts
+
+
+def names_of(batch: BatchFacts) -> list[tuple[str, ...]]:
+    """The tensors that become resident together, in any order: that goes by how large they are."""
+    return sorted(group.names for group in batch.groups)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "mixtral"])
+def test_lossless_is_planned_as_trained_weights_pack(wide: WideModel, tmp_path: Path, name: str) -> None:  # noqa: F811
+    """What each tensor packs to is in its values alone; all else is the same."""
+    folder = wide(name, BF16)
+    made = airstream.repack(folder, tmp_path / "made", codec="lossless", progress=False)
+    real = facts_of(made)
+    for source in (folder, bare(folder, tmp_path / "bare")):
+        guessed = facts_of(source, compression="lossless")
+        assert guessed.checkpoint_bytes == real.checkpoint_bytes
+        assert guessed.arithmetic == real.arithmetic
+        assert guessed.stored_bytes is not None
+        assert real.stored_bytes == pytest.approx(guessed.stored_bytes, rel=0.08)
+        assert real.stored_bytes <= 1.02 * guessed.stored_bytes
+        for count, batches in real.batchings.items():
+            assert [names_of(batch) for batch in batches] == [names_of(b) for b in guessed.batchings[count]]
+
+
+def test_what_cannot_be_made_is_not_planned(wide: WideModel, tmp_path: Path) -> None:  # noqa: F811
+    packages("nf4")
+    with pytest.raises(UnsupportedError, match=r'experts of MixtralForCausalLM.* Use codec="fp8"'):
+        planned(bare(wide("mixtral", BF16), tmp_path / "bare"), compression="4bit")
+    made = airstream.repack(wide("llama", BF16), tmp_path / "made", codec="fp8", progress=False)
+    with pytest.raises(UnsupportedError, match=r"is quantised already \(fp8\)"):
+        planned(made, compression="8bit")
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(ArgumentError, match="There is 'lossless'"):
+        planned(tmp_path, compression="int5")
+
+
+def test_the_command_line_calls_it_codec(
+    wide: WideModel,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    packages("int4")
+    folder = wide("llama", BF16)
+    printed = []
+    for option in ("--codec", "--compression"):
+        words = ["plan", str(folder), option, "int4", "--device", "cpu", "--ram", "2GiB", "--disk-gbps", "1", "--json"]
+        assert main(words) == 0
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0] == printed[1]
+    assert printed[0]["checkpoint_bytes"] == facts_of(folder, compression="int4").checkpoint_bytes
