@@ -28,6 +28,7 @@ from airstream.loading.machine import THIS_MACHINE, Machine
 from airstream.loading.options import LoadOptions, MaxMemory
 from airstream.loading.prepare import DEFAULTS, STEPS, prepare, prepare_for_planning
 from airstream.loading.prepared import Prepared
+from airstream.loading.smaller import packed_alternatives
 from airstream.model.engine import Engine
 from airstream.model.forked import compute_on_one_thread
 from airstream.model.shortage import explained
@@ -143,7 +144,11 @@ class AutoModel:
         """
         refuse_unnamed(unnamed)
         prepared = prepare_for_planning(pretrained_model_name_or_path, options, machine, prompt_tokens)
-        return with_advice(make_plan(prepared.facts, prepared.request), prepared.facts, prepared.request)
+        made = make_plan(prepared.facts, prepared.request)
+        packed = {}
+        if made.streamed_bytes and made.prediction is not None:
+            packed = packed_alternatives(pretrained_model_name_or_path, options, machine, prompt_tokens, prepared)
+        return with_advice(made, prepared.facts, prepared.request, packed)
 
 
 def load_model(

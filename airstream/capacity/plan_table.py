@@ -6,7 +6,7 @@ It knows plans. It refuses to know how rows are written (`table.py`), and needs 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +14,17 @@ import torch
 
 from airstream.capacity.rows import Row, short_name
 from airstream.capacity.table import Table
-from airstream.errors import ArgumentError
+from airstream.codecs.names import CODEC_NAMES, codec_named
+from airstream.errors import ArgumentError, UnsupportedError
 from airstream.loading.machine import THIS_MACHINE, Machine, Question, check_machine, request_for
 from airstream.loading.options import parse_max_memory
 from airstream.loading.prepare import prepare_for_planning
+from airstream.loading.prepared import Prepared
 from airstream.plan.facts import ModelFacts
 from airstream.plan.plan import Plan
 from airstream.plan.planner import make_plan, plan_or_none, smallest_plan
 from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import HOST, Request
-from airstream.plan.whatif import FOUR_BIT, quantised
 from airstream.rates.cards import find_card
 from airstream.reporting.units import GIB, format_bytes
 
@@ -32,9 +33,6 @@ CARDS = (
     "H100 SXM",
 )  # fmt: skip
 """Cards that people have, from 6 to 80 GiB."""
-
-STORED_BITS: Mapping[str, float] = {"int8": 8.0, "4-bit": FOUR_BIT}
-"""Bits per weight of the layers where these are quantised, by precision."""
 
 SHORT_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
@@ -51,6 +49,9 @@ def plan_table(
     **options: Any,
 ) -> Table:
     """A plan for every model at every precision on every card. Reads configs, and headers of weights that are there.
+
+    Precisions are the dtype, and every codec that the model can be packed with, as `compression=` would; if that is
+    given, it is the only one.
 
     Args:
         models: folders or hub ids.
@@ -71,30 +72,40 @@ def plan_table(
         raise ArgumentError('max_memory of the device would make all cards alike: give {"cpu": ...} alone, or no table')
     machines = [replace(machine, gpu=find_card(gpu).name) for gpu in gpus]  # told before anything is fetched
     rows: list[Row] = []
+    left_out: list[str] = []
     for model in models:
         dtype = {} if "torch_dtype" in options else {"dtype": "float16"}
         asked = prepare_for_planning(model, dtype | options, machines[0], prompt_tokens)
-        facts = replace(asked.facts, name=short_name(model))
-        question = Question(
-            asked.options, machines[0], asked.folder, asked.device, asked.staged, asked.request.prompt_tokens
-        )
-        rows += _rows(facts, question, machines)
-    return Table(tuple(rows), tuple(_notes(request_for(question, facts))))
+        packed = asked.options.compression
+        precision = SHORT_NAMES.get(asked.facts.dtype, asked.facts.dtype) if packed is None else codec_named(packed)
+        rows += _rows(precision, asked, short_name(model), machines)
+        for codec in CODEC_NAMES if packed is None and asked.quantizer is None else ():
+            try:
+                packed_so = prepare_for_planning(
+                    model, dtype | options | {"compression": codec}, machines[0], prompt_tokens
+                )
+            except UnsupportedError as error:
+                left_out.append(f"{short_name(model)} has no {codec}: {error}.")
+                continue
+            if packed_so.facts != asked.facts:  # else there is nothing to pack
+                rows += _rows(codec, packed_so, short_name(model), machines)
+    return Table(tuple(rows), (*_notes(asked.request), *left_out))
 
 
-def _rows(facts: ModelFacts, question: Question, machines: Sequence[Machine]) -> Iterator[Row]:
-    precisions = {SHORT_NAMES.get(facts.dtype, facts.dtype): facts}
-    precisions |= {name: quantised(facts, bits) for name, bits in STORED_BITS.items()}
-    for precision, stored in precisions.items():
-        needed: dict[int, int] = {}  # by context
-        for machine in machines:
-            request = request_for(replace(question, machine=machine), stored)
-            plan = plan_or_none(stored, request)
-            shown = plan or smallest_plan(stored, request)
-            context = shown.max_context
-            if context not in needed:
-                needed[context] = _needed_bytes(stored, request, context)
-            yield _row(precision, machine, stored, shown, needed[context], fits=plan is not None)
+def _rows(precision: str, asked: Prepared, name: str, machines: Sequence[Machine]) -> Iterator[Row]:
+    facts = replace(asked.facts, name=name)
+    question = Question(
+        asked.options, machines[0], asked.folder, asked.device, asked.staged, asked.request.prompt_tokens
+    )
+    needed: dict[int, int] = {}  # by context
+    for machine in machines:
+        request = request_for(replace(question, machine=machine), facts)
+        plan = plan_or_none(facts, request)
+        shown = plan or smallest_plan(facts, request)
+        context = shown.max_context
+        if context not in needed:
+            needed[context] = _needed_bytes(facts, request, context)
+        yield _row(precision, machine, facts, shown, needed[context], fits=plan is not None)
 
 
 def _row(precision: str, machine: Machine, facts: ModelFacts, plan: Plan, needed: int, fits: bool) -> Row:
@@ -143,9 +154,9 @@ def _notes(request: Request) -> Iterator[str]:
         f"Of each card's memory {AUTO_SHARE:.0%} is used. RAM: {format_bytes(request.budgets[HOST])} "
         f"({request.budget_notes[HOST]}). Disk: {hardware.disk.per_second / 1e9:.3g} GB/s ({hardware.disk.source})."
     )
-    bits = ", ".join(f"{number:g} for {name}" for name, number in STORED_BITS.items())
     yield (
-        f"Bits per weight of the layers, with the scales of their blocks: {bits}. The lm_head and the embeddings stay "
-        "as they are."
+        "lossless, nf4, int4, int8 and fp8 are what compression= makes of the checkpoint. The results of lossless are "
+        "equal to the bit; the others round the weights of the layers, and the lm_head and the embeddings stay as they "
+        "are."
     )
     yield "Seconds are predicted from data sheets: one token for every sequence."

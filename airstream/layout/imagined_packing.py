@@ -6,12 +6,9 @@ trained weights need, by the exponents of a normal distribution. It opens nothin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from airstream.checkpoint.packed_tensors import LINE_BYTES, header_room
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
@@ -19,38 +16,22 @@ from airstream.codecs.block_types import BlockType
 from airstream.codecs.lossless_blocks import LOSSLESS, lossless_block
 from airstream.codecs.lossless_pack import block_elements
 from airstream.layout.imagined import IMAGINED_FOLDER
+from airstream.layout.imagined_checkpoint import Imagined
+from airstream.layout.packable import may_pack
 from airstream.layout.quantised import QuantisedTensors
 from airstream.layout.shards import SHARD_SIZE, Shard, header_of, plan_shards
 from airstream.layout.shards_of_model import members_of, order_of
 from airstream.reporting.units import parse_shard_size
-from airstream.transfer.reader import CHUNK_BYTES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Imagined", "imagine_packed", "imagine_quantised", "may_pack"]
+__all__ = ["imagine_packed", "imagine_quantised"]
 
 TYPICAL_CODEC = "bf16x12"
 TYPICAL_SLOTS = 1 / 512
 """For each number: of a normal distribution, 0.03 % are outside of a window of 15 exponents, and some blocks have more
 of them than others."""
-
-
-@dataclass(frozen=True, slots=True)
-class Imagined:
-    """A checkpoint that is not there.
-
-    Attributes:
-        index: its tensors.
-        headers: the files whose headers say more, or what they would say.
-        dtype: what its config says that it computes in; None if that is what the config of the plain one says.
-        settings: what its config says besides, as `quantization_config`.
-    """
-
-    index: CheckpointIndex
-    headers: Sequence[Path] | Mapping[str, str]
-    dtype: torch.dtype | None = None
-    settings: Mapping[str, Any] | None = None
 
 
 def imagine_packed(model: PreTrainedModel, index: CheckpointIndex) -> Imagined | None:
@@ -66,12 +47,6 @@ def imagine_quantised(model: PreTrainedModel, index: CheckpointIndex, made: Quan
     shards = [replace(shard, metadata=made.metadata) for shard in _shards(model, index, made)]
     index = _placed((shard, len(header_of(shard)), lambda tensor: tensor) for shard in shards)
     return Imagined(index, made.metadata, made.dtype, made.settings)
-
-
-def may_pack(tensor: StoredTensor) -> bool:
-    """Whether `tensor` may become smaller without loss: what it holds says."""
-    has_rows = len(tensor.shape) > 1 and 0 < 2 * tensor.shape[-1] <= CHUNK_BYTES
-    return tensor.dtype == "BF16" and tensor.block is None and has_rows
 
 
 def _shards(model: PreTrainedModel, index: CheckpointIndex, made: QuantisedTensors | None) -> list[Shard]:

@@ -29,7 +29,7 @@ from airstream.compat.traits import CacheSize, measure_cache
 from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.footprint.activations import measure_passes
 from airstream.footprint.growth import PassGrowth
-from airstream.layout.imagined_packing import Imagined
+from airstream.layout.imagined_checkpoint import Imagined
 from airstream.layout.pieces import TORCH_DTYPES
 from airstream.loading.options import COMPUTE_DTYPES, LoadOptions, named_dtype
 from airstream.system.kernels import KernelLimit
@@ -111,9 +111,8 @@ def _build(
     model_cls, config = choose_class(config, source.parent, options.trust_remote_code, options.model_class)
     with _attention(options.attn_implementation, source):
         model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
-    cache, passes = None, ()
-    if is_measured:  # while its modules compute on any device
-        cache, passes = measure_cache(model), measure_passes(model, device)
+    cache = measure_cache(model) if is_measured else None  # while its modules compute on any device
+    passes = measure_passes(model, device) if is_measured else ()
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)
         files = index.files if index is not None else ()

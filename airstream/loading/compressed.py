@@ -12,7 +12,8 @@ import torch
 from airstream.checkpoint.stored import CheckpointIndex
 from airstream.codecs.names import LOSSLESS_CODEC, codec_named
 from airstream.layout.imagined import imagine
-from airstream.layout.imagined_packing import Imagined, imagine_packed, imagine_quantised
+from airstream.layout.imagined_checkpoint import Imagined
+from airstream.layout.imagined_packing import imagine_packed, imagine_quantised
 from airstream.layout.quantised import QuantisedTensors
 from airstream.loading.build import build_model
 from airstream.loading.options import LoadOptions

@@ -180,8 +180,10 @@ def _time_lines(plan: Plan) -> Iterator[str]:
         yield f"               measured {note}"
     if expected.notes:
         yield "               airstream hardware --refresh, when the machine is idle, measures again"
-    if plan.would_help:
-        yield f"  would help   {', '.join(f'{what}: {factor:.1f}x' for what, factor in plan.would_help.items())}"
+    words = "would help"
+    for what, factor in plan.would_help.items():
+        yield f"  {words:11}  {what}: {format_seconds(expected.decode_seconds / factor)} a token, {factor:.1f}x as fast"
+        words = ""
 
 
 def _resident(plan: Plan) -> str:

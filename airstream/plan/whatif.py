@@ -5,7 +5,7 @@ It knows plans. It refuses to know whether such a machine exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from airstream.plan.facts import BatchFacts, Group, ModelFacts
@@ -21,27 +21,42 @@ FOUR_BIT = 4.5
 """Bits per weight of common 4-bit formats, the scales of their blocks included (Q4_0 of GGUF: 18 bytes for 32)."""
 
 
-def with_advice(plan: Plan, facts: ModelFacts, request: Request) -> Plan:
-    """`plan` with what would make decoding faster, best first, and how many times. Plans several times over."""
+Packed = Mapping[str, tuple[ModelFacts, Request]]
+"""The same model packed, by what to ask for that."""
+
+NOTHING: Packed = {}
+
+
+def with_advice(plan: Plan, facts: ModelFacts, request: Request, packed: Packed = NOTHING) -> Plan:
+    """`plan` with what would make decoding faster, and how many times. Plans several times over.
+
+    Args:
+        packed: stands first, in its order, and in the place of a guess about smaller weights; then comes what helps
+            most.
+    """
     if plan.prediction is None:
         return plan
     factors = {}
-    for what, other_facts, other_request in _alternatives(facts, request):
+    others = _alternatives(facts, request, is_packed=bool(packed))
+    for what, other_facts, other_request in (*((what, *each) for what, each in packed.items()), *others):
         other = plan_or_none(other_facts, other_request)
         if other is not None and other.prediction is not None:
             factors[what] = round(plan.prediction.decode_seconds / other.prediction.decode_seconds, 2)
-    best = sorted(((factor, what) for what, factor in factors.items() if factor >= WORTH_SAYING), reverse=True)
-    return replace(plan, would_help={what: factor for factor, what in best})
+    worth = {what: factor for what, factor in factors.items() if factor >= WORTH_SAYING}
+    first = {what: worth[what] for what in packed if what in worth}
+    rest = sorted(((factor, what) for what, factor in worth.items() if what not in first), reverse=True)
+    return replace(plan, would_help=first | {what: factor for factor, what in rest})
 
 
-def _alternatives(facts: ModelFacts, request: Request) -> Iterator[tuple[str, ModelFacts, Request]]:
+def _alternatives(facts: ModelFacts, request: Request, is_packed: bool) -> Iterator[tuple[str, ModelFacts, Request]]:
     for tier, budget in request.budgets.items():
         name = "RAM" if tier == HOST else "device memory"
         yield f"+8 GiB of {name}", facts, replace(request, budgets={**request.budgets, tier: budget + MORE_BYTES})
     hardware = request.hardware
     if hardware is not None and hardware.disk.per_second < FAST_DISK.per_second:
         yield "a 7 GB/s disk", facts, replace(request, hardware=replace(hardware, disk=FAST_DISK))
-    yield "4-bit weights", quantised(facts, FOUR_BIT), request
+    if not is_packed:
+        yield "4-bit weights", quantised(facts, FOUR_BIT), request
 
 
 def quantised(facts: ModelFacts, bits: float) -> ModelFacts:

@@ -17,7 +17,7 @@ from airstream.checkpoint.formats import open_checkpoint
 from airstream.checkpoint.locate import locate
 from airstream.codecs.names import LOSSLESS_CODEC, codec_named
 from airstream.errors import AirstreamError, CheckpointError, DiskSpaceError, UnsupportedError
-from airstream.layout.imagined_packing import may_pack
+from airstream.layout.packable import may_pack
 from airstream.loading.options import LoadOptions
 from airstream.repacking.manifest import digest_of, fingerprint, read_manifest
 from airstream.repacking.repack import copied_files, repack_and_report

@@ -18,7 +18,7 @@ from airstream.checkpoint.packed_tensors import header_room, packed_header
 from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
 from airstream.errors import ReadError
 from airstream.layout.block_check import BlockCheck
-from airstream.layout.imagined_packing import may_pack
+from airstream.layout.packable import may_pack
 from airstream.layout.shards import Shard
 from airstream.repacking.packer import PACKED_SHARE, Packer
 from airstream.repacking.write import OnBytes, write_all

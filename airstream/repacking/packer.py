@@ -25,7 +25,7 @@ from airstream.checkpoint.stored import StoredTensor
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import decode_into
 from airstream.codecs.lossless_pack import Survey, encode
-from airstream.layout.imagined_packing import may_pack
+from airstream.layout.packable import may_pack
 from airstream.repacking.write import OnBytes, write_all
 from airstream.transfer.descriptors import Descriptors
 from airstream.transfer.files import WeightFile

@@ -139,3 +139,39 @@ def test_the_command_line_calls_it_codec(
         printed.append(json.loads(capsys.readouterr().out))
     assert printed[0] == printed[1]
     assert printed[0]["checkpoint_bytes"] == facts_of(folder, compression="int4").checkpoint_bytes
+
+
+def described(folder: Path, width: int) -> Path:
+    """The config of a model of 48 layers."""
+    folder.mkdir()
+    config = {"model_type": "llama", "hidden_size": width, "intermediate_size": 4096, "num_hidden_layers": 48}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 1024, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_what_would_help_names_codecs_lossless_first(tmp_path: Path) -> None:
+    packages("nf4")
+    packages("int8")
+    folder = described(tmp_path / "config", 2048)
+    card = Machine(gpu="RTX 2060", ram="1GiB", disk_gbps=1.0)
+    options: dict[str, Any] = {"max_context": 64, "max_memory": {0: "1GiB"}}
+    plan = AutoModel.plan(folder, machine=card, **options)
+    first, second, third, *_ = plan.would_help
+    assert first == 'compression="lossless" (equal to the bit)'
+    assert (second, third) == ('compression="8bit" (rounds the weights)', 'compression="4bit" (rounds the weights)')
+    packed = AutoModel.plan(folder, machine=card, **options, compression="4bit")
+    assert plan.prediction is not None
+    assert packed.prediction is not None
+    factor = plan.prediction.decode_seconds / packed.prediction.decode_seconds
+    assert plan.would_help[third] == pytest.approx(factor, abs=0.01)
+    assert f"{third}: " in str(plan)
+    assert "a token" in str(plan).partition(third)[2]
+    assert not any("compression" in what for what in packed.would_help)
+
+
+def test_a_cpu_is_told_of_what_its_time_is_predicted_for(tmp_path: Path) -> None:
+    folder = described(tmp_path / "config", 1024)
+    machine = Machine(ram="2GiB", disk_gbps=0.1)
+    plan = AutoModel.plan(folder, device="cpu", machine=machine, max_context=64, max_memory="300MiB")
+    assert [what for what in plan.would_help if "compression" in what] == ['compression="lossless" (equal to the bit)']
