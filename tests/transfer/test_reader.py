@@ -507,7 +507,27 @@ def test_windows_are_aligned_for_direct_reads(file: Path) -> None:
     for offset, place in [(0, 0), (5, 5), (4096, 17), (12345, 4096), (8191, 1)]:
         window = target.window(0, Piece(file, offset, 100, place), True)
         assert (address(window) - offset) % PAGE_BYTES == 0
-        assert len(window) == 100
+        in_place = (place - offset) % PAGE_BYTES == 0
+        pages = -(-(offset + 100) // PAGE_BYTES) - offset // PAGE_BYTES
+        assert len(window) == (100 if in_place else pages * PAGE_BYTES)
+
+
+def test_what_is_staged_is_read_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page at either end, read by itself, would wait in the disk's queue as long as a large read."""
+    reads: list[tuple[int, int]] = []
+    real = WeightFile.read_into
+
+    def read_into(self: WeightFile, view: memoryview, offset: int, needed: int) -> None:
+        reads.append((offset, needed))
+        real(self, view, offset, needed)
+
+    monkeypatch.setattr(WeightFile, "read_into", read_into)
+    offset, nbytes = 3 * PAGE_BYTES + 5, 2 * PAGE_BYTES + 100
+    with Reader([file], direct=True) as reader:
+        if not reader.direct:
+            pytest.skip("the file system refuses direct reads")
+        assert read_bytes(reader, [Piece(file, offset, nbytes, 17)], nbytes + 17)[17:] == CONTENT[offset : offset + nbytes]
+    assert reads == [(3 * PAGE_BYTES, 5 + nbytes)]
 
 
 def address(view: memoryview) -> int:
