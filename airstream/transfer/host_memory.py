@@ -24,7 +24,7 @@ SLICE_BYTES = 32 * MIB
 """Touched at a time in the background; a smaller buffer is touched at once."""
 
 HUGE_BYTES = 2 * MIB
-"""Of a huge page. A disk fills one at once, and 512 ordinary pages one by one: at half the speed in a virtual machine."""
+"""Of a huge page. A disk fills one at once, and ordinary pages one by one: in a virtual machine at half the speed."""
 
 _MADV_POPULATE_WRITE = 23  # Linux >= 5.14; not yet in Python's mmap module
 
