@@ -21,7 +21,8 @@ from airstream.codecs.lossless import bad_blocks
 from airstream.codecs.lossless_blocks import LOSSLESS
 from airstream.codecs.lossless_pack import choose_block, encode, encode_with_numpy
 
-ELEMENTS = 8 << 20
+ELEMENTS = 32 << 20
+"""More than caches hold: what is decoded comes from memory, and goes there."""
 SECONDS = 0.5
 MANTISSA_BITS = {torch.bfloat16: (7, 8), torch.float16: (10, 5), torch.float32: (23, 8)}
 """Bits of the mantissa, and of the exponent."""

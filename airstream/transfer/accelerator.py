@@ -140,9 +140,9 @@ class DeviceLanding:
         self._memory = memory
         self._lanes = lanes
 
-    def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:  # noqa: ARG002 - staging always fits
+    def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
         """A staging buffer of this reader thread. Blocks until what was in it has been copied."""
-        return self._lanes[worker].window(piece)
+        return self._lanes[worker].window(piece, direct)
 
     def landed(self, worker: int, piece: Piece, direct: bool) -> None:  # noqa: ARG002
         """Queue the copy of `piece` from the staging buffer to the device."""

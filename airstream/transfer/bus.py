@@ -14,11 +14,12 @@ from functools import partial
 import torch
 
 from airstream.reporting.probe import CONVERT, H2D, HOST_COPY, Probe
+from airstream.reporting.units import round_up
 from airstream.transfer.buffers import BUFFERS_PER_WORKER
 from airstream.transfer.clock import DeviceClock
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
-from airstream.transfer.landing import cast_into, staged
+from airstream.transfer.landing import cast_into, read_to, staged
 from airstream.transfer.piece import Cast, Piece
 from airstream.transfer.runtime import Event, Runtime
 
@@ -116,7 +117,7 @@ class Lane:
     def __init__(self, runtime: Runtime, bus: Bus, chunk_bytes: int) -> None:
         self._runtime = runtime
         self._bus = bus
-        self._buffers = [HostBuffer(chunk_bytes + PAGE_BYTES) for _ in range(BUFFERS_PER_WORKER)]
+        self._buffers = [HostBuffer(round_up(chunk_bytes + PAGE_BYTES, PAGE_BYTES)) for _ in range(BUFFERS_PER_WORKER)]
         self._pinned = [runtime.pin(buffer) for buffer in self._buffers]
         self._sent = [runtime.new_event() for _ in self._buffers]
         self._cast: list[torch.Tensor | None] = [None] * BUFFERS_PER_WORKER
@@ -141,10 +142,10 @@ class Lane:
         self._sent[self._turn].synchronize()
         self._cast[self._turn] = None
 
-    def window(self, piece: Piece) -> memoryview:
+    def window(self, piece: Piece, direct: bool) -> memoryview:
         """Where `piece` is to be read to. Blocks until what was there has been copied."""
         self._next()
-        return self._buffers[self._turn].view[staged(piece)]
+        return self._buffers[self._turn].view[read_to(piece, direct)]
 
     def send(self, piece: Piece, destination: torch.Tensor) -> None:
         """Queue the copy of `piece`, which has been read; blocks are decoded on the device, other numbers cast here."""

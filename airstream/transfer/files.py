@@ -192,8 +192,15 @@ class EdgePages:
     def __init__(self) -> None:
         self._page: memoryview | None = None  # until the first read, which can say so if there is no memory
 
-    def read_direct(self, file: WeightFile, window: memoryview, offset: int) -> None:
-        """Fill `window`, whose address equals `offset` modulo the page size, with the bytes at `offset`."""
+    def read_direct(self, file: WeightFile, window: memoryview, offset: int, nbytes: int) -> None:
+        """Read the `nbytes` at `offset` into `window`, whose address equals `offset` modulo the page size.
+
+        Or, if `window` is larger, into their place in it: it is room for all pages that they touch.
+        """
+        if len(window) > nbytes:
+            skip = offset % PAGE_BYTES
+            file.read_into(window, offset - skip, skip + nbytes)
+            return
         end = offset + len(window)
         inner_start, inner_end = -(-offset // PAGE_BYTES) * PAGE_BYTES, end // PAGE_BYTES * PAGE_BYTES
         if inner_start > inner_end:  # all within one page

@@ -14,6 +14,7 @@ import torch
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import STEP_ELEMENTS, decode_into
 from airstream.reporting.probe import CONVERT, HOST_COPY, Probe
+from airstream.reporting.units import round_up
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.piece import Cast, Piece
@@ -27,7 +28,7 @@ class Staging:
 
     def __init__(self, chunk_bytes: int, probe: Probe | None = None) -> None:
         self.probe = probe or Probe()
-        self._nbytes = chunk_bytes + PAGE_BYTES
+        self._nbytes = round_up(chunk_bytes + PAGE_BYTES, PAGE_BYTES)
         self._buffers: dict[int, HostBuffer] = {}
 
     def buffer(self, worker: int) -> HostBuffer:
@@ -50,7 +51,7 @@ class HostLanding:
         """The memory itself if the piece can land in place, else the staging buffer of this reader thread."""
         if self._in_place(piece, direct):
             return self._view[piece.target : piece.target + piece.nbytes]
-        return self._staging.buffer(worker).view[staged(piece)]
+        return self._staging.buffer(worker).view[read_to(piece, direct)]
 
     def landed(self, worker: int, piece: Piece, direct: bool) -> None:
         """Copy or decode `piece` from the staging buffer to its place, unless it is there already."""
@@ -69,6 +70,12 @@ def staged(piece: Piece) -> slice:
     """Where `piece` lies in a staging buffer: at its place within a page, which direct reads want."""
     phase = piece.offset % PAGE_BYTES
     return slice(phase, phase + piece.nbytes)
+
+
+def read_to(piece: Piece, direct: bool) -> slice:
+    """What of a staging buffer `piece` is read to: if `direct`, all pages that it touches, by one read."""
+    place = staged(piece)
+    return slice(0, round_up(place.stop, PAGE_BYTES)) if direct else place
 
 
 def cast_into(target: torch.Tensor, raw: torch.Tensor, cast: Cast | None) -> None:

@@ -66,7 +66,11 @@ class Landing(Protocol):
     """
 
     def window(self, worker: int, piece: Piece, direct: bool) -> memoryview:
-        """`piece.nbytes` of memory to read into; if `direct`, at an address equal to the offset modulo a page."""
+        """`piece.nbytes` of memory to read into; if `direct`, at an address equal to the offset modulo a page.
+
+        Or, if `direct`, room for all pages that the piece touches, which one read fills: a read of an edge waits as
+        long as others do that are a thousand times larger.
+        """
 
     def landed(self, worker: int, piece: Piece, direct: bool) -> None:
         """The window of `piece` has been filled."""

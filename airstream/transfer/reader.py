@@ -213,7 +213,7 @@ class Reader:
             window = landing.window(worker, piece, direct)
             with self._probe.span(DISK, piece.nbytes):
                 if direct:
-                    edges.read_direct(file, window, piece.offset)
+                    edges.read_direct(file, window, piece.offset, piece.nbytes)
                 else:
                     file.read_into(window, piece.offset, piece.nbytes)
             with _blamed_on(piece):

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from airstream.errors import BudgetError, CheckpointError, CheckpointNotFoundError, ClosedError, ReadError
 from airstream.transfer import files
-from airstream.transfer.files import PAGE_BYTES
+from airstream.transfer.files import PAGE_BYTES, WeightFile
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.jobs import Job, ReadCancelled
 from airstream.transfer.landing import HostLanding, Staging
@@ -501,13 +501,35 @@ def test_an_open_reader_has_each_file_open_once(file: Path, direct: bool) -> Non
 
 
 def test_windows_are_aligned_for_direct_reads(file: Path) -> None:
-    """What a landing promises: the window's address equals the offset modulo the page size."""
+    """What a landing promises: the window's address equals the offset modulo the page size, or it is whole pages."""
     memory = new_memory(FILE_BYTES)
     target = landing(memory, 8192)
     for offset, place in [(0, 0), (5, 5), (4096, 17), (12345, 4096), (8191, 1)]:
         window = target.window(0, Piece(file, offset, 100, place), True)
-        assert (address(window) - offset) % PAGE_BYTES == 0
-        assert len(window) == 100
+        in_place = (place - offset) % PAGE_BYTES == 0
+        pages = -(-(offset + 100) // PAGE_BYTES) - offset // PAGE_BYTES
+        assert (address(window) - (offset if in_place else 0)) % PAGE_BYTES == 0
+        assert len(window) == (100 if in_place else pages * PAGE_BYTES)
+
+
+def test_what_is_staged_is_read_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page at either end, read by itself, would wait in the disk's queue as long as a large read."""
+    reads: list[tuple[int, int]] = []
+    real = WeightFile.read_into
+
+    def read_into(self: WeightFile, view: memoryview, offset: int, needed: int) -> None:
+        reads.append((offset, needed))
+        real(self, view, offset, needed)
+
+    monkeypatch.setattr(WeightFile, "read_into", read_into)
+    offset, nbytes = 3 * PAGE_BYTES + 5, 2 * PAGE_BYTES + 100
+    with Reader([file], direct=True) as reader:
+        if not reader.direct:
+            pytest.skip("the file system refuses direct reads")
+        assert (
+            read_bytes(reader, [Piece(file, offset, nbytes, 17)], nbytes + 17)[17:] == CONTENT[offset : offset + nbytes]
+        )
+    assert reads == [(3 * PAGE_BYTES, 5 + nbytes)]
 
 
 def address(view: memoryview) -> int:
