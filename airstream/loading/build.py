@@ -22,6 +22,7 @@ from airstream.compat.blame import Consequences, blamed_on
 from airstream.compat.building import attention_names, build_on_meta
 from airstream.compat.classes import choose_class
 from airstream.compat.gguf import gguf_config, gguf_dtype
+from airstream.compat.packed_linear import check_fast, put_packed_linears
 from airstream.compat.quantizers import Quantizer, find_quantizer
 from airstream.compat.remote import check_trust
 from airstream.compat.suspects import advice, names_a_field
@@ -30,7 +31,7 @@ from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundE
 from airstream.footprint.activations import measure_passes
 from airstream.footprint.growth import PassGrowth
 from airstream.layout.pieces import TORCH_DTYPES
-from airstream.loading.options import COMPUTE_DTYPES, LoadOptions, named_dtype
+from airstream.loading.options import COMPUTE_DTYPES, FAST, LoadOptions, named_dtype
 from airstream.system.kernels import KernelLimit
 
 
@@ -85,6 +86,9 @@ def _build(
     model_cls, config = choose_class(config, source.parent, options.trust_remote_code, options.model_class)
     with _attention(options.attn_implementation, source):
         model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    if options.kernels == FAST:
+        check_fast(device)
+        put_packed_linears(model)
     cache, passes = measure_cache(model), measure_passes(model, device)  # while its modules compute on any device
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)

@@ -1,0 +1,88 @@
+"""This puts linear modules into a model that multiply with their weights as these are stored: `kernels="fast"`.
+
+transformers' own modules take dense weights, so that packed ones are made dense in every pass. These do not: what is
+packed stays packed in memory, and a product reads no more bytes than that. It rounds otherwise (`codecs.products`).
+
+It knows modules. It refuses to know where weights come from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from airstream.codecs.products import FEW, RowFormat, StoredRows, has_kernels, multiply, panel_dtype
+from airstream.errors import UnsupportedError
+
+__all__ = ["PackedLinear", "put_packed_linears"]
+
+
+class PackedLinear(nn.Linear):
+    """A linear module on the CPU whose `weight` may be rows of bytes, as `row_format` says; None if it is dense.
+
+    Without gradients: nothing of what it computes with has any.
+    """
+
+    row_format: RowFormat | None = None
+
+    def hold(self, how: RowFormat) -> None:
+        """From now on the weight is rows of bytes: so far it is on the meta device."""
+        shape = (self.out_features, how.row_bytes)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device="meta"), requires_grad=False)
+        self.row_format = how
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as nn.Linear has it
+        """`input` (..., columns) times the transposed weight, and the bias: (..., rows), in the dtype of `input`."""
+        if input.requires_grad and torch.is_grad_enabled():
+            raise UnsupportedError(
+                'kernels="fast" computes without gradients, and one is asked for: leave it out, or compute under '
+                "torch.no_grad()"
+            )
+        vectors = input.reshape(-1, self.in_features)
+        how = self.row_format or _dense_format(self, len(vectors))
+        if how is None:
+            return super().forward(input)
+        out = multiply(StoredRows(how, self.out_features, self.weight.detach()), vectors)
+        if self.bias is not None:
+            out += self.bias
+        return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
+
+
+def _dense_format(module: nn.Linear, count: int) -> RowFormat | None:
+    """How a dense weight is multiplied with `count` vectors: None if torch does that well."""
+    if module.weight.dtype != torch.bfloat16 or not module.weight.is_contiguous():
+        return None
+    if count > FEW and panel_dtype(torch.bfloat16) == torch.bfloat16 and not module.weight.is_meta:
+        return None  # on the meta device it is measured what the others take
+    return RowFormat("bf16", module.in_features, 2 * module.in_features)
+
+
+def check_fast(device: torch.device) -> None:
+    """Refuse a device for which there are no kernels, or a machine on which they were not compiled.
+
+    Raises:
+        UnsupportedError: the message has the remedy.
+    """
+    if device.type != "cpu":
+        raise UnsupportedError(
+            f'kernels="fast" computes on the CPU, not on device="{device}": leave it out, or load with device="cpu"'
+        )
+    if not has_kernels():
+        raise UnsupportedError(
+            'kernels="fast" takes kernels that were not compiled when airstream was installed: install a C compiler '
+            "(gcc or clang) and then airstream once more, or leave it out"
+        )
+
+
+def packed_formats(model: PreTrainedModel) -> dict[str, RowFormat]:
+    """How each weight of `model` is stored that modules multiply with as it is stored, by its name."""
+    modules = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
+    return {f"{name}.weight": module.row_format for name, module in modules if module.row_format is not None}
+
+
+def put_packed_linears(model: PreTrainedModel) -> None:
+    """Let every plain linear module of `model`, which is on the meta device, be a `PackedLinear`, in its place."""
+    for module in model.modules():
+        if type(module) is nn.Linear:  # a class of its own may do more with its weight
+            module.__class__ = PackedLinear
