@@ -18,6 +18,16 @@ from airstream.errors import UnsupportedError
 __all__ = ["PackedLinear", "put_packed_linears"]
 
 
+NF4_LEVELS = torch.tensor(
+    [
+        -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+        -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+        0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    ]
+)  # fmt: skip
+"""The numbers of 4-bit NormalFloat (Dettmers et al. 2023, QLoRA, appendix E)."""
+
+
 class PackedLinear(nn.Linear):
     """A linear module on the CPU whose `weight` may be rows of bytes, as `row_format` says; None if it is dense.
 
@@ -26,10 +36,11 @@ class PackedLinear(nn.Linear):
 
     row_format: RowFormat | None = None
 
-    def hold(self, how: RowFormat) -> None:
-        """From now on the weight is rows of bytes: so far it is on the meta device."""
-        shape = (self.out_features, how.row_bytes)
-        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.uint8, device="meta"), requires_grad=False)
+    def hold(self, how: RowFormat, scales: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> None:
+        """From now on the weight is rows of bytes, with `scales` of such a shape, if any. It is on the meta device."""
+        self.weight = _on_meta((self.out_features, how.row_bytes), torch.uint8)
+        if scales:
+            self.register_parameter("weight_scale", _on_meta(scales, dtype))
         self.row_format = how
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as nn.Linear has it
@@ -43,10 +54,18 @@ class PackedLinear(nn.Linear):
         how = self.row_format or _dense_format(self, len(vectors))
         if how is None:
             return super().forward(input)
-        out = multiply(StoredRows(how, self.out_features, self.weight.detach()), vectors)
+        scales = self._parameters.get("weight_scale")
+        rows = StoredRows(
+            how, self.out_features, self.weight.detach(), scales, NF4_LEVELS if how.kind == "nf4" else None
+        )
+        out = multiply(rows, vectors)
         if self.bias is not None:
             out += self.bias
         return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
+
+
+def _on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False)
 
 
 def _dense_format(module: nn.Linear, count: int) -> RowFormat | None:

@@ -30,7 +30,7 @@ def keep_packed(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> dict
     uses = Counter(spec.pieces for spec in specs.values())
     for name, module in model.named_modules():
         spec = specs.get(f"{name}.weight")
-        if not isinstance(module, PackedLinear) or spec is None or uses[spec.pieces] > 1:
+        if not isinstance(module, PackedLinear) or module.row_format or spec is None or uses[spec.pieces] > 1:
             continue
         block = _block_of(spec)
         how = format_of_blocks(block, module.in_features) if block is not None else None

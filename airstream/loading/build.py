@@ -31,6 +31,7 @@ from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundE
 from airstream.footprint.activations import measure_passes
 from airstream.footprint.growth import PassGrowth
 from airstream.layout.pieces import TORCH_DTYPES
+from airstream.layout.stored_rows import hold_stored_rows
 from airstream.loading.options import COMPUTE_DTYPES, FAST, LoadOptions, named_dtype
 from airstream.system.kernels import KernelLimit
 
@@ -48,7 +49,8 @@ class Built(NamedTuple):
     """A model on the meta device, the dtype of its weights, and what was found out on the way.
 
     Attributes:
-        quantizer: the quantizer of the checkpoint, if it is quantised.
+        quantizer: the quantizer of the checkpoint, if it is quantised, and is to be streamed as transformers loads it.
+        checkpoint: its tensors, as modules take them.
         cache: what its KV cache grows to, if that could be measured.
         passes: what its passes allocate, likewise.
     """
@@ -56,6 +58,7 @@ class Built(NamedTuple):
     model: PreTrainedModel
     dtype: torch.dtype
     quantizer: Quantizer | None
+    checkpoint: CheckpointIndex | None
     cache: CacheSize | None
     passes: tuple[PassGrowth, ...]
 
@@ -89,11 +92,15 @@ def _build(
     if options.kernels == FAST:
         check_fast(device)
         put_packed_linears(model)
+        if quantizer is not None and index is not None:
+            quantizer.check(index)
+            if (rows := hold_stored_rows(model, index, quantizer.method, quantizer.settings)) is not None:
+                index, quantizer = rows, None
     cache, passes = measure_cache(model), measure_passes(model, device)  # while its modules compute on any device
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)
         quantizer.preprocess(model, dtype, device, index.files if index is not None else ())
-    return Built(model, dtype, quantizer, cache, passes)
+    return Built(model, dtype, quantizer, index, cache, passes)
 
 
 def _find_fault(values: Mapping[str, Any], build: Callable[[PreTrainedConfig], Built], said: str) -> str:

@@ -112,7 +112,7 @@ def prepare(
     built = build_model(folder, options, device, index)
     model, dtype, quantizer = built.model, built.dtype, built.quantizer
     begin(STEPS[3])
-    index = index or imagine(model)
+    index = built.checkpoint or imagine(model)
     if options.compression is not None and not with_weights:  # what is loaded has been packed
         index = _as_if_packed(index, options.compression)
     specs = read_specs(model, index, dtype, quantizer)
