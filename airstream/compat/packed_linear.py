@@ -29,19 +29,29 @@ NF4_LEVELS = torch.tensor(
 
 
 class PackedLinear(nn.Linear):
-    """A linear module on the CPU whose `weight` may be rows of bytes, as `row_format` says; None if it is dense.
+    """A linear module on the CPU whose weight may be rows of bytes, `packed`, as `row_format` says, if it does.
 
-    Without gradients: nothing of what it computes with has any.
+    `weight` has no values then: it is what other code reads a dtype and a shape from. Nothing has a gradient.
     """
 
     row_format: RowFormat | None = None
 
     def hold(self, how: RowFormat, scales: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> None:
         """From now on the weight is rows of bytes, with `scales` of such a shape, if any. It is on the meta device."""
-        self.weight = _on_meta((self.out_features, how.row_bytes), torch.uint8)
+        self.__dict__["weight"] = self.weight.detach()
+        del self._parameters["weight"]
+        self.register_parameter("packed", _on_meta((self.out_features, how.row_bytes), torch.uint8))
         if scales:
-            self.register_parameter("weight_scale", _on_meta(scales, dtype))
+            self.register_parameter("packed_scale", _on_meta(scales, dtype))
         self.row_format = how
+
+    @property
+    def hidden_numbers(self) -> int:
+        """How many more numbers the weight has than its parameters."""
+        if self.row_format is None:
+            return 0
+        kept = sum(each.numel() for name, each in self._parameters.items() if each is not None and name != "bias")
+        return self.out_features * self.in_features - kept
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as nn.Linear has it
         """`input` (..., columns) times the transposed weight, and the bias: (..., rows), in the dtype of `input`."""
@@ -54,11 +64,11 @@ class PackedLinear(nn.Linear):
         how = self.row_format or _dense_format(self, len(vectors))
         if how is None:
             return super().forward(input)
-        scales = self._parameters.get("weight_scale")
-        rows = StoredRows(
-            how, self.out_features, self.weight.detach(), scales, NF4_LEVELS if how.kind == "nf4" else None
-        )
-        out = multiply(rows, vectors)
+        numbers = self._parameters["packed" if self.row_format else "weight"]
+        assert numbers is not None
+        table = NF4_LEVELS if how.kind == "nf4" else None
+        scales = self._parameters.get("packed_scale")
+        out = multiply(StoredRows(how, self.out_features, numbers.detach(), scales, table), vectors)
         if self.bias is not None:
             out += self.bias
         return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
@@ -95,9 +105,9 @@ def check_fast(device: torch.device) -> None:
 
 
 def packed_formats(model: PreTrainedModel) -> dict[str, RowFormat]:
-    """How each weight of `model` is stored that modules multiply with as it is stored, by its name."""
+    """How the rows are stored that modules of `model` multiply with, by the name of each parameter."""
     modules = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedLinear))
-    return {f"{name}.weight": module.row_format for name, module in modules if module.row_format is not None}
+    return {f"{name}.packed": module.row_format for name, module in modules if module.row_format is not None}
 
 
 def put_packed_linears(model: PreTrainedModel) -> None:

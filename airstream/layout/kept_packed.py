@@ -36,10 +36,12 @@ def keep_packed(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> dict
         how = format_of_blocks(block, module.in_features) if block is not None else None
         if how is not None:
             module.hold(how)
-            kept[spec.name] = replace(
+            del kept[spec.name]
+            kept[f"{name}.packed"] = replace(
                 spec,
+                name=f"{name}.packed",
                 dtype=torch.uint8,
-                shape=tuple(module.weight.shape),
+                shape=(module.out_features, how.row_bytes),
                 pieces=tuple(_as_stored(piece) for piece in spec.pieces),
                 line_offset=0,
             )

@@ -111,8 +111,9 @@ def hold_stored_rows(
             return None
         for end in layout.others:
             tensors.pop(f"{stem}{end}", None)
-        tensors[f"{stem}.weight"] = replace(numbers, dtype="U8", shape=(module.out_features, how.row_bytes))
-        tensors[f"{stem}.weight_scale"] = scales
+        name = name.removesuffix("weight")
+        tensors[f"{name}packed"] = replace(numbers, dtype="U8", shape=(module.out_features, how.row_bytes))
+        tensors[f"{name}packed_scale"] = scales
         held.append((module, how, scales))
     for module, how, scales in held:
         module.hold(how, scales.shape, TORCH_DTYPES[scales.dtype])
