@@ -58,6 +58,14 @@ BLOCKS = Extension(
     optional=True,  # without a C compiler torch does the same, more slowly
 )
 
+PRODUCTS = Extension(
+    "airstream.codecs._products",
+    ["airstream/codecs/products.c"],
+    depends=["airstream/codecs/widths.h"],
+    extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-psabi"],
+    optional=True,  # without them kernels="fast" is refused
+)
+
 
 class BuildLibrary(build_ext):
     """Builds the kernels, which know nothing of Python, under a name without a version of it."""
@@ -96,7 +104,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["airstream", "airstream.*"]),
     package_data={"airstream": ["py.typed"], "airstream.rates": ["cards.json"]},
-    ext_modules=[BLOCKS],
+    ext_modules=[BLOCKS, PRODUCTS],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
     install_requires=[
         "torch>=2.11",

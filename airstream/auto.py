@@ -74,6 +74,7 @@ class AutoModel:
         model_class: Any = None,
         attn_implementation: str | None = None,
         compression: str | None = None,
+        kernels: Literal["exact", "fast"] = "exact",
         gguf_file: str | None = None,
         subfolder: str = "",
         variant: str | None = None,
@@ -106,6 +107,8 @@ class AutoModel:
             page_cache: read through the operating system's page cache; "auto" does if the checkpoint will stay there.
             model_class: instead of the one that the checkpoint names: a class or auto class of transformers, or a name.
             compression: pack the checkpoint once, into the cache folder, and stream that: "lossless" keeps every bit.
+            kernels: "fast" multiplies with weights as they are stored, on the CPU: they stay packed in memory, too. It
+                rounds otherwise than transformers.
             gguf_file: the GGUF file to use, of a folder or hub repository; of one that is split, any part.
             attn_implementation, ...: the others are as in transformers.
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.

@@ -13,7 +13,7 @@ def load_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `from_pretrained` among those of the command line; those not given are left to its defaults."""
     names = (
         "dtype", "device", "max_context", "max_batch_size", "layers_per_batch", "prefetch_batches", "page_cache",
-        "attn_implementation", "compression", *SOURCE_OPTIONS,
+        "attn_implementation", "compression", "kernels", *SOURCE_OPTIONS,
     )  # fmt: skip
     options = {name: getattr(arguments, name) for name in names if getattr(arguments, name, None) is not None}
     if arguments.max_memory:

@@ -237,6 +237,9 @@ def _add_loading(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compression", "--codec", type=values.codec, metavar="CODEC", help="repack so, into the cache folder, once"
     )
+    group.add_argument(
+        "--kernels", choices=("exact", "fast"), help="fast: multiply packed weights as they are, rounding otherwise"
+    )
     _add_source(group)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 
 @functools.cache
-def library() -> ctypes.CDLL | None:
-    """The library, if it was compiled when airstream was installed, for this machine."""
+def library(name: str = "blocks") -> ctypes.CDLL | None:
+    """The library `name`, if it was compiled when airstream was installed, for this machine."""
     folder = Path(__file__).parent
     for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        file = folder / f"_blocks{suffix}"
+        file = folder / f"_{name}{suffix}"
         if file.is_file():
             try:
                 return ctypes.CDLL(str(file))

@@ -90,7 +90,7 @@ class Quantizer(ABC):
 
     def __init__(self, method: str, settings: Mapping[str, Any]) -> None:
         self.method = method
-        self._settings = settings
+        self.settings = settings
 
     def check(self, index: Mapping[str, StoredTensor]) -> None:
         """Refuse a checkpoint whose tensors are not packed as its config says.
@@ -98,7 +98,7 @@ class Quantizer(ABC):
         Raises:
             CheckpointError: the message names the file, the tensor and the field.
         """
-        check_stated(self._settings, self.method, index)
+        check_stated(self.settings, self.method, index)
 
     @abstractmethod
     def dtype(self, dtype: torch.dtype) -> torch.dtype:

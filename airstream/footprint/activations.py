@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from airstream.compat.config_names import config_value
 from airstream.compat.layer_kinds import layer_kind
+from airstream.compat.packed_linear import PackedLinear
 from airstream.compat.traits import CACHE_KEYWORDS, attention_of, tensors_in
 from airstream.footprint.allocations import History
 from airstream.footprint.attention import FusedAttention
@@ -42,6 +43,7 @@ class _Question:
     dtype: torch.dtype
     attention: str
     device: torch.device
+    is_packed: bool
     model: Callable[[], PreTrainedModel | None] = field(compare=False)
 
 
@@ -52,7 +54,8 @@ def measure_passes(model: PreTrainedModel, device: torch.device) -> tuple[PassGr
     """
     attention = str(attention_of(model.config))
     description = _described(model.config)
-    return _answer(_Question(type(model), description, model.dtype, attention, device, weakref.ref(model)))
+    is_packed = any(type(module) is PackedLinear for module in model.modules())
+    return _answer(_Question(type(model), description, model.dtype, attention, device, is_packed, weakref.ref(model)))
 
 
 def _described(config: Any) -> str:

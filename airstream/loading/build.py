@@ -22,6 +22,7 @@ from airstream.compat.blame import Consequences, blamed_on
 from airstream.compat.building import attention_names, build_on_meta
 from airstream.compat.classes import choose_class
 from airstream.compat.gguf import gguf_config, gguf_dtype
+from airstream.compat.packed_linear import check_fast, put_packed_linears
 from airstream.compat.quantizers import Quantizer, find_quantizer
 from airstream.compat.remote import check_trust
 from airstream.compat.suspects import advice, names_a_field
@@ -31,7 +32,8 @@ from airstream.footprint.activations import measure_passes
 from airstream.footprint.growth import PassGrowth
 from airstream.layout.imagined_checkpoint import Imagined
 from airstream.layout.pieces import TORCH_DTYPES
-from airstream.loading.options import COMPUTE_DTYPES, LoadOptions, named_dtype
+from airstream.layout.stored_rows import hold_stored_rows
+from airstream.loading.options import COMPUTE_DTYPES, FAST, LoadOptions, named_dtype
 from airstream.system.kernels import KernelLimit
 
 
@@ -48,7 +50,8 @@ class Built(NamedTuple):
     """A model on the meta device, the dtype of its weights, and what was found out on the way.
 
     Attributes:
-        quantizer: the quantizer of the checkpoint, if it is quantised.
+        quantizer: the quantizer of the checkpoint, if it is quantised, and is to be streamed as transformers loads it.
+        checkpoint: its tensors, as modules take them.
         cache: what its KV cache grows to, if that could be measured.
         passes: what its passes allocate, likewise.
     """
@@ -56,6 +59,7 @@ class Built(NamedTuple):
     model: PreTrainedModel
     dtype: torch.dtype
     quantizer: Quantizer | None
+    checkpoint: CheckpointIndex | None
     cache: CacheSize | None
     passes: tuple[PassGrowth, ...]
 
@@ -111,13 +115,20 @@ def _build(
     model_cls, config = choose_class(config, source.parent, options.trust_remote_code, options.model_class)
     with _attention(options.attn_implementation, source):
         model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
+    if options.kernels == FAST:
+        check_fast(device)
+        put_packed_linears(model)
+        if quantizer is not None and index is not None:
+            quantizer.check(index)
+            if (rows := hold_stored_rows(model, index, quantizer.method, quantizer.settings)) is not None:
+                index, quantizer = rows, None
     cache = measure_cache(model) if is_measured else None  # while its modules compute on any device
     passes = measure_passes(model, device) if is_measured else ()
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)
         files = index.files if index is not None else ()
         quantizer.preprocess(model, dtype, device, files if imagined is None else imagined.headers)
-    return Built(model, dtype, quantizer, cache, passes)
+    return Built(model, dtype, quantizer, index, cache, passes)
 
 
 def _find_fault(values: Mapping[str, Any], build: Callable[[PreTrainedConfig], Built], said: str) -> str:

@@ -11,7 +11,9 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
+from airstream.codecs.products import PANEL_BYTES, RowFormat, product_seconds
 from airstream.compat.config_names import EXPERT_COUNTS, ROUTED_COUNTS, first_count, head_count, head_width
+from airstream.compat.packed_linear import PackedLinear, packed_formats
 from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention
 from airstream.footprint.lm_head import Way, copies_weights, way_of
 from airstream.footprint.of_config import footprint
@@ -19,6 +21,7 @@ from airstream.layout.parts import Kind, Parts
 from airstream.layout.slab import distinct, pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.loading.build import Built
+from airstream.loading.options import EXACT, FAST
 from airstream.loading.packed import measure_packed
 from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.plan.groups import KnownSizes, batch_facts, growth_bytes
@@ -33,6 +36,10 @@ KEPT_BY_ALLOCATOR_BYTES = 88 * MIB
 UNPACKING_CODE_BYTES = 32 * MIB
 """Memory of libraries that compute with packed weights, loaded by the first pass, and of what kernels keep. Fitted to
 measured peaks of 4-bit bitsandbytes and FP8, which were up to 24 MiB above the plan without it."""
+
+
+PRODUCTS_BYTES = PANEL_BYTES + 4 * MIB
+"""Memory of products with packed weights: rows that are dense for a moment, for the lm_head and in each thread."""
 
 
 def gather_facts(
@@ -66,7 +73,7 @@ def gather_facts(
         tables_of_head=frozenset(spec.name for spec in _tables(parts) if spec.identity in head_bytes),
         checkpoint_bytes=sum(spec.nbytes for spec in distinct(stored_specs(everything))),
         has_tokenizer=any(folder.glob("tokenizer*")) or any(folder.glob("vocab*")) or any(folder.glob("*.gguf")),
-        conversion_bytes=_conversion_bytes(parts, everything),
+        conversion_bytes=_conversion_bytes(model, parts, everything),
         footprint=footprint(
             model.config,
             model.dtype.itemsize,
@@ -81,6 +88,7 @@ def gather_facts(
         stored_bytes=packed.stored_bytes if packed else None,
         decoding_seconds_per_byte=packed.decoding_seconds / packed.stored_bytes if packed else 0.0,
         decoding_traffic_per_byte=packed.decoding_traffic / packed.stored_bytes if packed else 0.0,
+        kernels=FAST if any(type(module) is PackedLinear for module in model.modules()) else EXACT,
         position_limit=position_limit(model),
         rotary_limit=rotary_limit(model),
     )
@@ -96,6 +104,8 @@ def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
     head_bytes = sum(spec.nbytes for spec in parts.specs_of(Kind.HEAD))
     expert_bytes, expert_share = sum(spec.nbytes for spec in in_layers if ".experts." in spec.name), 1.0
     text = model.config.get_text_config(decoder=True)
+    multiplied = parts.specs_of(Kind.LAYER, Kind.HEAD)
+    packed = packed_formats(model)
     if expert_bytes:
         routed = first_count(text, *ROUTED_COUNTS, default=1)
         expert_share = routed / first_count(text, *EXPERT_COUNTS, default=routed)
@@ -106,7 +116,18 @@ def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
         expert_bytes=expert_bytes,
         expert_share=min(expert_share, 1.0),
         attention_width=head_count(text) * head_width(text),
+        num_weights=sum(_numbers(spec, packed.get(spec.name)) for spec in multiplied),
+        product_seconds=sum(
+            _numbers(spec, packed[spec.name]) * product_seconds(packed[spec.name])
+            for spec in multiplied
+            if spec.name in packed
+        ),
     )
+
+
+def _numbers(spec: TensorSpec, how: RowFormat | None) -> int:
+    """The numbers of a tensor, unpacked."""
+    return spec.shape[0] * how.columns if how is not None else math.prod(spec.shape)
 
 
 def needs_staging(parts: Parts, packing: Packing) -> bool:
@@ -133,7 +154,7 @@ def _counts(parts: Parts, layers_per_batch: int | Literal["auto"]) -> list[int]:
     return list(dict.fromkeys((min(count, longest), 1)))
 
 
-def _conversion_bytes(parts: Parts, specs: Iterable[TensorSpec]) -> int:
+def _conversion_bytes(model: PreTrainedModel, parts: Parts, specs: Iterable[TensorSpec]) -> int:
     """Outside of slabs: of the conversion that takes most, and of what a layer grows by while it computes.
 
     C libraries keep freed memory for the next time, and fit what comes next into it only in part: up to 83 MiB beside
@@ -143,4 +164,6 @@ def _conversion_bytes(parts: Parts, specs: Iterable[TensorSpec]) -> int:
     scratch += min(2 * scratch, KEPT_BY_ALLOCATOR_BYTES)
     if any(spec.made_by is not None and spec.made_by.scratch_bytes for spec in specs):
         scratch += UNPACKING_CODE_BYTES
+    if packed_formats(model):
+        scratch += PRODUCTS_BYTES
     return scratch + max((growth_bytes(layer.specs) for layer in parts.of(Kind.LAYER)), default=0)

@@ -43,6 +43,9 @@ FOREIGN_DEVICES: Mapping[str, str] = {
 """What people call the devices that torch has under another name."""
 
 
+EXACT, FAST = "exact", "fast"
+"""Products as transformers makes them, or by kernels that round otherwise."""
+
 VARIANT = re.compile(r"[\w-]{1,100}")
 
 
@@ -61,6 +64,7 @@ class LoadOptions:
     model_class: Any = None
     attn_implementation: str | None = None
     compression: str | None = None
+    kernels: Literal["exact", "fast"] = "exact"
     gguf_file: str | None = None
     subfolder: str = ""
     variant: str | None = None
@@ -107,6 +111,11 @@ class LoadOptions:
             )
         if self.compression is not None:
             codec_named(self.compression)
+        if self.kernels not in (EXACT, FAST):
+            raise ArgumentError(
+                f'kernels={self.kernels!r} is neither "exact", as transformers computes, nor "fast", with weights as '
+                "they are stored, which rounds otherwise"
+            )
         check_inside("subfolder", self.subfolder)
         if self.variant is not None and not (isinstance(self.variant, str) and VARIANT.fullmatch(self.variant)):
             raise ArgumentError(f'variant={self.variant!r} is not a part of a file\'s name: use one such as "fp16"')

@@ -20,13 +20,14 @@ from airstream.checkpoint.stored import CheckpointIndex
 from airstream.errors import ArgumentError, CheckpointError, UnsupportedError
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.imagined import imagine
+from airstream.layout.kept_packed import keep_packed
 from airstream.layout.parts import divide
 from airstream.loading.arguments import adopt
 from airstream.loading.build import build_model
 from airstream.loading.compressed import imagine_compressed
 from airstream.loading.gather import gather_facts, needs_staging
 from airstream.loading.machine import THIS_MACHINE, Machine, Question, check_machine, request_for
-from airstream.loading.options import LoadOptions, check_count, parse_max_memory
+from airstream.loading.options import FAST, LoadOptions, check_count, parse_max_memory
 from airstream.loading.prepared import Prepared
 from airstream.plan.policy import PROMPT_TOKENS
 from airstream.transfer.packing import packing_of
@@ -106,8 +107,9 @@ def prepare(
     built = build_model(folder, options, device, index, imagined)
     model, dtype, quantizer = built.model, built.dtype, built.quantizer
     begin(STEPS[3])
-    index = index or imagine(model)
-    parts = divide(model, read_specs(model, index, dtype, quantizer))
+    index = built.checkpoint or imagine(model)
+    specs = read_specs(model, index, dtype, quantizer)
+    parts = divide(model, keep_packed(model, specs) if options.kernels == FAST else specs)
     packing = packing_of(device)
     facts = gather_facts(os.fspath(name), folder, built, parts, device, packing, options.layers_per_batch)
     facts = replace(facts, num_tensors=len(index))

@@ -29,6 +29,7 @@ from airstream.model.executor import Executor
 from airstream.model.forked import begin_anew
 from airstream.model.gate import Gate
 from airstream.model.generations import Generations
+from airstream.model.packed import stand_in_for_packed
 from airstream.model.plans import Plans
 from airstream.model.residents import bind_residents
 from airstream.model.row_table import watch_tables
@@ -102,6 +103,7 @@ class Engine:
         leaving = parts.specs_of(Kind.LAYER, Kind.HEAD)
         watch_tables(model, vocabulary_of(model), closing)
         take_out(self.modules, leaving, self.stored, self.device)
+        stand_in_for_packed(model, self.device)
         check_state_dicts(self.modules)
         self._store = Store(parts.specs, self.machinery.backend)
         closing.callback(self._store.close)

@@ -13,7 +13,6 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from airstream.compat.steps import SaysSteps
@@ -26,6 +25,7 @@ from airstream.model.engine import Engine  # not for type checking alone: transf
 from airstream.model.gradients import refuse_gradients
 from airstream.model.inputs import check_ids, check_inputs
 from airstream.model.moving import changes_nothing, refuse_moving
+from airstream.model.packed import CountsPacked
 from airstream.model.refusals import LOAD, TRAIN, Refusing, refuse, refuse_tracing
 from airstream.model.weight_refusals import refuse_change
 from airstream.plan.request import Workload  # likewise
@@ -122,7 +122,7 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
+    ) -> Iterator[tuple[str, torch.nn.Parameter]]:
         """As in transformers, tied weights once: here what stands for them is another object under each name."""
         seen = set()
         for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
@@ -155,7 +155,7 @@ class GuardedModule(Refusing):  # type: ignore[misc]  # made of a table
         return result
 
 
-class StreamedModel(WithAdapters, SaysSteps, GuardedModule):
+class StreamedModel(WithAdapters, SaysSteps, CountsPacked, GuardedModule):
     """What a streamed model has beyond its transformers class."""
 
     _engine: Engine

@@ -65,6 +65,8 @@ class Arithmetic:
         weight_bytes: the bytes of all layers and the lm_head; `head_bytes` of them are the lm_head's.
         expert_bytes: those of them that are routed experts; one token is routed to `expert_share` of those.
         attention_width: the width of a token's queries in one layer, in elements.
+        num_weights: the numbers that all these bytes are.
+        product_seconds: what one CPU core takes to multiply all of them with one vector, where they stay packed.
     """
 
     num_layers: int
@@ -73,6 +75,8 @@ class Arithmetic:
     expert_bytes: int
     expert_share: float
     attention_width: int
+    num_weights: int
+    product_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,7 @@ class ModelFacts:
         position_limit: tokens that no sequence can exceed; None if positions are computed.
         rotary_limit: tokens that such positions were trained for, beyond which answers get worse; None if unknown.
         num_tensors: the number of tensors of the checkpoint, as its headers count them.
+        kernels: what products are made by: see `Plan`.
     """
 
     name: str
@@ -130,6 +135,7 @@ class ModelFacts:
     position_limit: int | None = None
     rotary_limit: int | None = None
     num_tensors: int = 0
+    kernels: str = "exact"
 
     def with_adapters(self, adapters: AdapterFacts) -> ModelFacts:
         """The sizes of the model with these adapters instead of those that it has."""

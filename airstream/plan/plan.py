@@ -69,6 +69,7 @@ class Plan:
         max_context, max_batch_size: tokens per sequence and sequences that KV cache and activations are planned for.
         prediction: how long it is going to take, if the rates of the machine were given.
         would_help: what would make decoding faster, and how many times, if that was asked for.
+        kernels: "exact", or "fast" for products that round otherwise than transformers'.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Plan:
     tiers: Mapping[str, Tier] = field(default_factory=dict)
     prediction: Prediction | None = None
     would_help: Mapping[str, float] = field(default_factory=dict)
+    kernels: str = "exact"
 
     @property
     def streamed_bytes(self) -> int:
@@ -157,6 +159,8 @@ def _model_lines(plan: Plan) -> Iterator[str]:
         yield f"  host memory  {format_bytes(plan.hosted_bytes)} wait there and cross in every pass, {rest}"
     yield f"  streamed     {_streamed(plan)}"
     yield f"  lm_head      {plan.head}"
+    if plan.kernels != "exact":
+        yield f"  kernels      {plan.kernels}: products with weights as they are stored, which round otherwise"
     for name, nbytes in plan.rows_from_disk.items():
         yield f"  rows only    {name} ({format_bytes(nbytes)} on disk)"
     yield f"  workload     up to {counted(plan.max_batch_size, 'sequence')} of {counted(plan.max_context, 'token')}"

@@ -204,6 +204,7 @@ def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing)
     return Plan(
         model=facts.name,
         dtype=facts.dtype,
+        kernels=facts.kernels,
         device=request.device,
         computes_on=request.tier,
         batches=batches,

@@ -34,7 +34,7 @@ class Traffic:
     """What one pass over all layers moves and multiplies: of one model, under one plan.
 
     Attributes:
-        dtype: the dtype of the computation, "bfloat16"; `item_bytes` are those of one element.
+        dtype: the dtype of the computation, "bfloat16"; `item_bytes` are those of one weight, as it lies in memory.
         on_cpu: the CPU computes; then reading and copying take time from it.
         num_layers: the layers that one pass calls.
         weight_bytes: the bytes of all weights that are multiplied with, resident or not, without embedding rows.
@@ -46,6 +46,7 @@ class Traffic:
         first_disk_bytes: read from disk in the first pass, which also fills what stays resident.
         decoding_seconds_per_byte: what a CPU core takes for a byte from disk or page cache, where weights are packed.
         decoding_traffic_per_byte: the bytes of its memory that an accelerator passes over to decode one that crosses.
+        product_seconds_per_byte: what a CPU core takes to multiply with a byte of weights that stay packed.
         cached_bytes: read out of the page cache in every pass, not from disk.
         h2d_bytes, h2d_pageable_bytes: the bytes that cross to the accelerator in every pass, from pinned memory and
             from other. A plan has none of the latter: what could not be pinned crosses by way of pinned buffers.
@@ -54,7 +55,7 @@ class Traffic:
     """
 
     dtype: str
-    item_bytes: int
+    item_bytes: float
     on_cpu: bool
     num_layers: int
     weight_bytes: int
@@ -67,6 +68,7 @@ class Traffic:
     first_disk_bytes: int
     decoding_seconds_per_byte: float = 0.0
     decoding_traffic_per_byte: float = 0.0
+    product_seconds_per_byte: float = 0.0
     cached_bytes: int = 0
     h2d_bytes: int = 0
     h2d_pageable_bytes: int = 0
@@ -190,7 +192,8 @@ def _links(
         if nbytes:
             seconds[LINK_OF_RATE[name]] += nbytes / _rate(hardware, name).per_second
     bandwidth = hardware.weights_rate(traffic.dtype).per_second
-    reading = traffic.touched_bytes(step.sequences * step.tokens) / bandwidth
+    touched = traffic.touched_bytes(step.sequences * step.tokens)
+    reading = max(touched / bandwidth, touched * traffic.product_seconds_per_byte / hardware.num_cores)
     multiplying = traffic.flops(step, context) / hardware.flops_rate(traffic.dtype).per_second
     seconds[MEMORY if reading >= multiplying else COMPUTE] += max(reading, multiplying)
     seconds[MEMORY] += step.sequences * context * traffic.kv_bytes_per_token / bandwidth

@@ -29,7 +29,7 @@ def traffic_of(plan: Plan, facts: ModelFacts, on_cpu: bool) -> Traffic:
     stored_bytes = facts.stored_bytes or sums.weight_bytes
     return Traffic(
         dtype=facts.dtype,
-        item_bytes=facts.footprint.item_bytes,
+        item_bytes=sums.weight_bytes / max(sums.num_weights, 1),
         on_cpu=on_cpu,
         num_layers=sums.num_layers,
         weight_bytes=sums.weight_bytes,
@@ -38,6 +38,7 @@ def traffic_of(plan: Plan, facts: ModelFacts, on_cpu: bool) -> Traffic:
         expert_share=sums.expert_share,
         kv_bytes_per_token=facts.footprint.kv_elements * facts.footprint.item_bytes,
         attention_width=sums.attention_width,
+        product_seconds_per_byte=sums.product_seconds / max(sums.weight_bytes, 1),
         disk_bytes=plan.read_bytes if plan.direct_io else 0,
         cached_bytes=0 if plan.direct_io else plan.read_bytes,
         first_disk_bytes=stored_bytes,

@@ -1,0 +1,270 @@
+/* Products of weights as they are stored with vectors: a row is unpacked into a buffer that stays in the first caches,
+ * and multiplied there. Nothing else of it is ever written to memory.
+ *
+ * Numbers are float32 and so are sums, sixty-four of them side by side: closer to the exact product than one whose weights
+ * were rounded to bfloat16 first, and not to the bit the same. This file may be compiled with fused multiply-adds. It knows
+ * neither Python nor torch: products.py loads it as a shared library. It believes the sizes that it is told.
+ */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "widths.h"
+
+enum { LANES = 8 };
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+/* decode_TYPE of blocks.c and of lossless.c. */
+typedef void DecodeBlocks(const uint8_t *blocks, void *out, size_t count, int to_bfloat16, const void *grid);
+typedef size_t DecodeLossless(const uint8_t *blocks, uint16_t *out, size_t count, size_t n, size_t slots);
+
+/* A weight of `columns` numbers a row. What a field is depends on how the numbers are stored. */
+typedef struct {
+    const uint8_t *numbers; /* a row is `row_bytes` of them */
+    const void *scales;     /* of a row, or of runs of `group` columns */
+    const void *decode;     /* what decodes blocks of `group` numbers; `table` is its grid, `slots` those of a block */
+    const void *table;
+    size_t columns, row_bytes, group, slots;
+    size_t scale_bytes; /* 4: scales are float32; 2: bfloat16 */
+} Weight;
+
+INLINE float of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE uint16_t to_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+INLINE void widen(const uint16_t *restrict numbers, size_t count, float *restrict out) {
+    for (size_t i = 0; i < count; i++) {
+        uint32_t bits = (uint32_t)numbers[i] << 16;
+        memcpy(out + i, &bits, sizeof bits);
+    }
+}
+
+INLINE float scale_at(const Weight *weight, size_t number) {
+    return weight->scale_bytes == 4 ? ((const float *)weight->scales)[number]
+                                    : of_bits((uint32_t)((const uint16_t *)weight->scales)[number] << 16);
+}
+
+/* ------------------------------------------------------------------------------------------- one row, as it is stored */
+
+/* TYPE_row(weight, row, out): its numbers in float32, in `out` or wherever they are; NULL if a block is damaged. `out` has
+ * room for twice as many. */
+
+INLINE const float *blocks_row(const Weight *weight, size_t row, float *out) {
+    DecodeBlocks *decode = (DecodeBlocks *)weight->decode;
+    decode(weight->numbers + row * weight->row_bytes, out, weight->columns / weight->group, 0, weight->table);
+    return out;
+}
+
+INLINE const float *lossless_row(const Weight *weight, size_t row, float *out) {
+    DecodeLossless *decode = (DecodeLossless *)weight->decode;
+    uint16_t *narrow = (uint16_t *)(out + weight->columns);
+    size_t count = weight->columns / weight->group;
+    const uint8_t *blocks = weight->numbers + row * weight->row_bytes;
+    if (decode(blocks, narrow, count, weight->group, weight->slots) != count)
+        return NULL;
+    widen(narrow, weight->columns, out);
+    return out;
+}
+
+INLINE const float *bf16_row(const Weight *weight, size_t row, float *out) {
+    widen((const uint16_t *)(weight->numbers + row * weight->row_bytes), weight->columns, out);
+    return out;
+}
+
+/* Numbers from -128 to 127, times a scale of the row. */
+INLINE const float *int8_row(const Weight *weight, size_t row, float *restrict out) {
+    const int8_t *restrict numbers = (const int8_t *)(weight->numbers + row * weight->row_bytes);
+    float scale = scale_at(weight, row);
+    for (size_t i = 0; i < weight->columns; i++)
+        out[i] = (float)numbers[i] * scale;
+    return out;
+}
+
+/* Eight bytes in eight places. */
+#define WIDEN(bytes, wide)                                                                                        \
+    do {                                                                                                          \
+        int32_t places_[LANES];                                                                                   \
+        for (int lane = 0; lane < LANES; lane++)                                                                  \
+            places_[lane] = (bytes)[lane];                                                                        \
+        memcpy(&wide, places_, sizeof wide);                                                                      \
+    } while (0)
+
+#define LOWS 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23
+#define HIGHS 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31
+#ifdef __clang__
+#define IN_TURN(a, b, places) __builtin_shufflevector(a, b, places)
+#else
+#define IN_TURN(a, b, places) __builtin_shuffle(a, b, (Bytes){places})
+#endif
+
+/* Sixteen bytes of each, in turn. */
+INLINE void interleave(Bytes first, Bytes second, uint8_t *restrict out) {
+    Bytes lows = IN_TURN(first, second, LOWS), highs = IN_TURN(first, second, HIGHS);
+    memcpy(out, &lows, sizeof lows);
+    memcpy(out + sizeof lows, &highs, sizeof highs);
+}
+
+/* Eight numbers of a table of sixteen. */
+#ifdef __clang__
+#define LOOK_UP(table, at, values)                                                                                \
+    do {                                                                                                          \
+        for (int lane = 0; lane < LANES; lane++)                                                                  \
+            (values)[lane] = (table)[(at)[lane]];                                                                 \
+    } while (0)
+#else
+#define LOOK_UP(table, at, values)                                                                                \
+    do {                                                                                                          \
+        Floats low_, high_;                                                                                       \
+        memcpy(&low_, table, sizeof low_);                                                                        \
+        memcpy(&high_, (table) + LANES, sizeof high_);                                                            \
+        Ints lower_ = (Ints)__builtin_shuffle(low_, (at) & 7), upper_ = (Ints)__builtin_shuffle(high_, (at) & 7); \
+        values = (Floats)((((at) > 7) & upper_) | (((at) <= 7) & lower_));                                        \
+    } while (0)
+#endif
+
+/* Halves of bytes, the low one first, 8 more than the number; times a scale for each run of `group` columns, which is a
+ * multiple of 32. */
+INLINE const float *int4_row(const Weight *weight, size_t row, float *restrict out) {
+    const uint8_t *restrict numbers = weight->numbers + row * weight->row_bytes;
+    size_t scales = row * (weight->columns / weight->group);
+    for (size_t first = 0; first < weight->columns; first += 32) {
+        float scale = scale_at(weight, scales + first / weight->group);
+        uint8_t places[32];
+        Bytes pairs;
+        memcpy(&pairs, numbers + first / 2, sizeof pairs);
+        interleave(pairs & 15, pairs >> 4, places);
+        for (size_t part = 0; part < 32; part += LANES) {
+            Ints wide;
+            WIDEN(places + part, wide);
+            Floats values = __builtin_convertvector(wide - 8, Floats) * scale;
+            memcpy(out + first + part, &values, sizeof values);
+        }
+    }
+    return out;
+}
+
+/* Halves of bytes, the high one first: places of a table of 16; times a scale for each run of `group` columns. */
+INLINE const float *nf4_row(const Weight *weight, size_t row, float *restrict out) {
+    const uint8_t *restrict numbers = weight->numbers + row * weight->row_bytes;
+    size_t scales = row * (weight->columns / weight->group);
+    const float *levels = (const float *)weight->table;
+    for (size_t first = 0; first < weight->columns; first += 32) {
+        float scale = scale_at(weight, scales + first / weight->group);
+        uint8_t places[32];
+        Bytes pairs;
+        memcpy(&pairs, numbers + first / 2, sizeof pairs);
+        interleave(pairs >> 4, pairs & 15, places);
+        for (size_t part = 0; part < 32; part += LANES) {
+            Ints wide;
+            WIDEN(places + part, wide);
+            Floats values;
+            LOOK_UP(levels, wide, values);
+            values *= scale;
+            memcpy(out + first + part, &values, sizeof values);
+        }
+    }
+    return out;
+}
+
+/* float8_e4m3fn, times a scale for each square of `group` rows and columns. */
+INLINE const float *fp8_row(const Weight *weight, size_t row, float *restrict out) {
+    const uint8_t *restrict numbers = weight->numbers + row * weight->row_bytes;
+    size_t scales = row / weight->group * (weight->columns / weight->group);
+    for (size_t first = 0; first < weight->columns; first += 32) {
+        float scale = scale_at(weight, scales + first / weight->group);
+        for (size_t i = first; i < first + 32; i += LANES) {
+            Ints wide;
+            WIDEN(numbers + i, wide);
+            Ints magnitude = wide & 0x7F, is_small = magnitude < 8, is_nan = magnitude == 0x7F;
+            /* Of small ones, the same with a bit before them, less that bit: no processor likes denormal numbers. */
+            Ints bits = (magnitude << 20) + ((is_small & 121) | (~is_small & 120)) * (1 << 23);
+            Floats values = (Floats)((Ints)((Floats)bits - (Floats)(is_small & 0x3C800000)) | (wide & 0x80) << 24);
+            values = (Floats)((Ints)(values * scale) | (is_nan & 0x7FC00000));
+            memcpy(out + i, &values, sizeof values);
+        }
+    }
+    return out;
+}
+
+/* --------------------------------------------------------------------------------------------------------- with vectors */
+
+INLINE float dot(const float *weights, const float *vector, size_t count) {
+    Floats sums[4] = {{0}}, left, right;
+    size_t i = 0;
+    for (; i + 4 * LANES <= count; i += 4 * LANES)
+        for (size_t k = 0; k < 4; k++) {
+            memcpy(&left, weights + i + k * LANES, sizeof left);
+            memcpy(&right, vector + i + k * LANES, sizeof right);
+            sums[k] += left * right;
+        }
+    for (; i + LANES <= count; i += LANES) {
+        memcpy(&left, weights + i, sizeof left);
+        memcpy(&right, vector + i, sizeof right);
+        sums[0] += left * right;
+    }
+    Floats all = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    float total = 0;
+    for (; i < count; i++)
+        total += weights[i] * vector[i];
+    float parts[LANES];
+    memcpy(parts, &all, sizeof parts);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            parts[lane] += parts[lane + half];
+    return parts[0] + total;
+}
+
+/* product_TYPE(weight, first, end, vectors, count, out, stride, buffer): of rows `first` to `end` with `count` vectors of
+ * `columns` numbers, which follow each other; product number v of a row to out[v * stride + row]. `buffer` has room for two
+ * rows. How many rows come before one with a damaged block.
+ *
+ * rows_TYPE(weight, first, end, out, narrow, buffer): rows `first` to `end`, to float32 or, if `narrow`, to bfloat16. */
+#define KERNELS(type)                                                                                             \
+    EVERY_WIDTH size_t product_##type(const Weight *weight, size_t first, size_t end, const float *vectors,       \
+        size_t count, float *out, size_t stride, float *buffer) {                                                 \
+        for (size_t row = first; row < end; row++) {                                                              \
+            const float *numbers = type##_row(weight, row, buffer);                                               \
+            if (!numbers)                                                                                         \
+                return row - first;                                                                               \
+            for (size_t v = 0; v < count; v++)                                                                    \
+                out[v * stride + row] = dot(numbers, vectors + v * weight->columns, weight->columns);             \
+        }                                                                                                         \
+        return end - first;                                                                                       \
+    }                                                                                                             \
+    EVERY_WIDTH size_t rows_##type(                                                                               \
+        const Weight *weight, size_t first, size_t end, void *out, int narrow, float *buffer) {                   \
+        size_t columns = weight->columns;                                                                         \
+        for (size_t row = first; row < end; row++) {                                                              \
+            const float *numbers = type##_row(weight, row, buffer);                                               \
+            if (!numbers)                                                                                         \
+                return row - first;                                                                               \
+            if (narrow)                                                                                           \
+                for (size_t i = 0; i < columns; i++)                                                              \
+                    ((uint16_t *)out)[(row - first) * columns + i] = to_bfloat16(numbers[i]);                     \
+            else                                                                                                  \
+                memcpy((float *)out + (row - first) * columns, numbers, columns * sizeof *numbers);               \
+        }                                                                                                         \
+        return end - first;                                                                                       \
+    }
+
+KERNELS(blocks)
+KERNELS(lossless)
+KERNELS(bf16)
+KERNELS(int8)
+KERNELS(int4)
+KERNELS(nf4)
+KERNELS(fp8)

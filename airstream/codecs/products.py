@@ -1,0 +1,194 @@
+"""This multiplies weights with vectors as they are stored: rows are unpacked where they are needed, in caches.
+
+So a product moves no more bytes than are stored. It sums up in float32 what was never rounded to a narrower dtype: as
+close to the exact product as torch's own or closer, and not to the bit the same. It runs on a CPU, by products.c, on as
+many threads as torch. It knows how numbers lie in rows. It refuses to know models.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from airstream.codecs.block_types import BlockType
+from airstream.codecs.decode import MEASURED_ELEMENTS, decoding_seconds
+from airstream.codecs.lossless_blocks import LOSSLESS
+from airstream.codecs.products_native import NativeRows, decoder_of, has_kernels
+from airstream.codecs.share import share
+from airstream.errors import CheckpointError
+
+__all__ = [
+    "FEW",
+    "PANEL_BYTES",
+    "RowFormat",
+    "StoredRows",
+    "format_of_blocks",
+    "has_kernels",
+    "make_dense",
+    "multiply",
+    "panel_dtype",
+    "product_seconds",
+]
+
+FEW = 8
+"""So many vectors are multiplied row by row. For more, rows are made dense, some at a time, for torch's own product."""
+
+PANEL_BYTES = 4 << 20
+"""Of rows that are made dense at a time."""
+
+MAX_COLUMNS = 1 << 18
+"""Numbers of a row, which has to stay in a core's cache: more than any model's."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowFormat:
+    """How the rows of a weight are stored.
+
+    Attributes:
+        kind: the kernel: "blocks", "lossless", "bf16", "int8", "int4", "nf4" or "fp8".
+        columns: numbers of a row.
+        row_bytes: bytes of a row, without its scales.
+        group: numbers of a block, or those that share a scale.
+        block: what blocks they are, if they are.
+    """
+
+    kind: str
+    columns: int
+    row_bytes: int
+    group: int = 1
+    block: BlockType | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRows:
+    """A weight (rows, columns), as it is stored, on the CPU.
+
+    Attributes:
+        numbers: contiguous, `rows * format.row_bytes` bytes in any dtype.
+        scales: contiguous, in float32 or bfloat16, if the format has any: (rows,) of "int8"; (rows, columns / group) of
+            "int4" and "nf4"; (rows / group, columns / group) of "fp8".
+        table: the sixteen numbers that "nf4" chooses from, in float32.
+    """
+
+    format: RowFormat
+    rows: int
+    numbers: torch.Tensor
+    scales: torch.Tensor | None = None
+    table: torch.Tensor | None = None
+
+    def native(self) -> NativeRows:
+        """The same for kernels.
+
+        Raises:
+            ValueError: sizes do not go together, which C would not notice.
+        """
+        how = self.format
+        if self.numbers.nbytes != self.rows * how.row_bytes or not self.numbers.is_contiguous():
+            raise ValueError(f"{self.numbers.nbytes} bytes are not {self.rows} rows of {how.row_bytes}")
+        sizes = (how.columns, how.row_bytes, how.group)
+        return NativeRows(how.kind, sizes, self.numbers, self.scales, self.table, how.block)
+
+
+def format_of_blocks(block: BlockType, columns: int) -> RowFormat | None:
+    """How rows of blocks are multiplied; None if there is no kernel, or rows are not whole blocks."""
+    if not has_kernels() or columns % block.elements or columns > MAX_COLUMNS or decoder_of(block) is None:
+        return None
+    kind = "lossless" if block.name in LOSSLESS else "blocks"
+    return RowFormat(kind, columns, columns // block.elements * block.nbytes, block.elements, block)
+
+
+def multiply(weight: StoredRows, vectors: torch.Tensor) -> torch.Tensor:
+    """`vectors` (count, columns) times the transposed `weight`: (count, rows), float32 for `FEW`, else as vectors are.
+
+    On the meta device it allocates as much as on the CPU.
+
+    Raises:
+        CheckpointError: a lossless block is damaged.
+    """
+    if len(vectors) > FEW:
+        return _multiply_panels(weight, vectors)
+    wide = vectors.float().contiguous()
+    out = torch.empty((len(wide), weight.rows), dtype=torch.float32, device=vectors.device)
+    if not out.is_meta:
+        native = weight.native()
+        _each_row(weight, weight.rows, lambda first, end: native.multiply(first, end, wide, out))
+    return out
+
+
+def make_dense(weight: StoredRows, first: int, out: torch.Tensor) -> None:
+    """Write the rows of `weight` from `first` on to `out` (some, columns), in float32 or bfloat16.
+
+    Raises:
+        CheckpointError: a lossless block is damaged.
+    """
+    native = weight.native()
+    _each_row(weight, len(out), lambda begin, end: native.make_dense(first + begin, first + end, out[begin:end]))
+
+
+def _multiply_panels(weight: StoredRows, vectors: torch.Tensor) -> torch.Tensor:
+    """For many vectors: some rows are made dense at a time, in the dtype that torch multiplies fastest."""
+    dtype, columns = panel_dtype(vectors.dtype), weight.format.columns
+    factors = vectors.to(dtype)
+    step = max(1, min(weight.rows, PANEL_BYTES // (columns * dtype.itemsize)))
+    panel = torch.empty((step, columns), dtype=dtype, device=vectors.device)
+    out = torch.empty((len(vectors), weight.rows), dtype=vectors.dtype, device=vectors.device)
+    for first in range(0, weight.rows, step):
+        dense = panel[: min(step, weight.rows - first)]
+        if not out.is_meta:
+            make_dense(weight, first, dense)
+        out[:, first : first + len(dense)] = torch.mm(factors, dense.t())
+    return out
+
+
+def _each_row(weight: StoredRows, rows: int, work: Callable[[int, int], int]) -> None:
+    """`work` on all rows, in shares. It says how many rows come before a damaged one."""
+
+    def whole(first: int, end: int) -> None:
+        done = work(first, end)
+        if done < end - first:
+            raise CheckpointError(f"a block of {weight.format.block} in row {first + done} of a weight is damaged")
+
+    share(whole, rows, weight.format.columns)
+
+
+@functools.cache
+def product_seconds(how: RowFormat) -> float:
+    """What one number of a weight and of one vector takes one core of this machine. Measured by the first call."""
+    if how.block is not None and how.block.name in LOSSLESS:  # of zeros none is outside of the window
+        dense = RowFormat("bf16", how.columns, 2 * how.columns)
+        return product_seconds(dense) + decoding_seconds(how.block)
+    rows = max(1, MEASURED_ELEMENTS // how.columns)
+    weight = StoredRows(
+        how,
+        rows,
+        torch.zeros(rows * how.row_bytes, dtype=torch.uint8),
+        torch.zeros(rows * how.columns),
+        torch.zeros(16),
+    )
+    native, vector, out = weight.native(), torch.zeros((1, how.columns)), torch.empty((1, rows))
+    best = math.inf
+    for _ in range(3):  # the first one warms up
+        start = time.thread_time()
+        native.multiply(0, rows, vector, out)
+        best = min(best, time.thread_time() - start)
+    return best / (rows * how.columns)
+
+
+@functools.cache
+def panel_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What torch multiplies fastest of `dtype` and float32 on this processor. Measured by the first call."""
+    if dtype != torch.bfloat16:
+        return torch.float32  # what kernels write besides
+    seconds = {}
+    for candidate in (torch.float32, dtype):
+        some = torch.ones((256, 1024), dtype=candidate)
+        torch.mm(some, some.t())  # which compiles a kernel, perhaps
+        start = time.perf_counter()
+        torch.mm(some, some.t())
+        seconds[candidate] = time.perf_counter() - start
+    return min(seconds, key=lambda each: seconds[each])

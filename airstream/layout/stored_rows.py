@@ -1,0 +1,136 @@
+"""This lets modules multiply with weights of quantised checkpoints as they are stored, where there are kernels.
+
+A weight of such a format is a few tensors: small numbers, and scales. Here each becomes two of a `PackedLinear`,
+whatever a format calls them, and what is the same for all weights of the format is left out.
+
+It knows the formats of `compat.quantising`, by the names of their tensors. It refuses to know how rows are multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
+from airstream.codecs.products import MAX_COLUMNS, RowFormat
+from airstream.compat.gguf import conversion_for
+from airstream.compat.packed_linear import PackedLinear
+from airstream.layout.pieces import TORCH_DTYPES
+
+__all__ = ["hold_stored_rows"]
+
+STEP = 32
+"""Numbers that kernels unpack at a time: those that share a scale are a multiple."""
+
+SCALES = ("F32", "BF16")
+"""What kernels read scales in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One format.
+
+    Attributes:
+        kind: the kernel.
+        bits: of a number.
+        numbers, scales: how the names of its tensors end, behind that of the module.
+        others: those that say nothing of their own.
+        is_meant: whether a checkpoint's settings are those that the kernel computes.
+    """
+
+    kind: str
+    bits: int
+    numbers: str
+    scales: str
+    others: tuple[str, ...]
+    is_meant: Callable[[Mapping[str, Any]], bool]
+
+
+def _is_nf4(settings: Mapping[str, Any]) -> bool:
+    is_plain = not settings.get("bnb_4bit_use_double_quant")
+    return bool(settings.get("load_in_4bit") and settings.get("bnb_4bit_quant_type") == "nf4" and is_plain)
+
+
+def _is_int8(settings: Mapping[str, Any]) -> bool:
+    kind = (settings.get("quant_type") or {}).get("default") or {}
+    return kind.get("_type") == "Int8WeightOnlyConfig" and not (kind.get("_data") or {}).get("group_size")
+
+
+def _is_int4(settings: Mapping[str, Any]) -> bool:
+    wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
+    groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
+    return bool(groups) and settings.get("format") == "pack-quantized" and all(
+        not group.get("actorder") and wanted.items() <= group.items() for group in groups
+    )  # fmt: skip
+
+
+def _is_fp8(settings: Mapping[str, Any]) -> bool:
+    rows, columns = settings.get("weight_block_size") or (0, 1)
+    return bool(rows == columns)
+
+
+NF4_STATE = ".weight.quant_state.bitsandbytes__nf4"
+
+LAYOUTS: Mapping[str, Layout] = {
+    "bitsandbytes": Layout("nf4", 4, ".weight", ".weight.absmax", (".weight.quant_map", NF4_STATE), _is_nf4),
+    "torchao": Layout("int8", 8, "._weight_qdata", "._weight_scale", ("._weight_zero_point",), _is_int8),
+    "compressed-tensors": Layout("int4", 4, ".weight_packed", ".weight_scale", (".weight_shape",), _is_int4),
+    "fp8": Layout("fp8", 8, ".weight", ".weight_scale_inv", (), _is_fp8),
+}
+"""By what `config.json` calls the method."""
+
+
+def hold_stored_rows(
+    model: PreTrainedModel, index: CheckpointIndex, method: str, settings: Mapping[str, Any]
+) -> CheckpointIndex | None:
+    """`index` with two tensors for each packed weight, and `model`, on the meta device, with modules that hold them.
+
+    Args:
+        model: its linear modules are `PackedLinear`.
+        method, settings: what the checkpoint's config says of its quantisation.
+
+    Returns:
+        None, and `model` as it was, if there are no kernels for the format, or for one of its weights.
+    """
+    layout = LAYOUTS.get(method)
+    if layout is None or not layout.is_meant(settings):
+        return None
+    conversion, modules = conversion_for(model, index), dict(model.named_modules())
+    tensors, held = dict(index), []
+    for stem in [key.removesuffix(layout.scales) for key in index if key.endswith(layout.scales)]:
+        name, pattern = conversion.rename(f"{stem}.weight")
+        module = modules.get(name.rpartition(".")[0])
+        numbers, scales = tensors.pop(f"{stem}{layout.numbers}", None), tensors.pop(f"{stem}{layout.scales}")
+        if pattern is not None or not isinstance(module, PackedLinear) or numbers is None:
+            return None
+        how = _format_of(layout, module, numbers, scales)
+        if how is None:
+            return None
+        for end in layout.others:
+            tensors.pop(f"{stem}{end}", None)
+        name = name.removesuffix("weight")
+        tensors[f"{name}packed"] = replace(numbers, dtype="U8", shape=(module.out_features, how.row_bytes))
+        tensors[f"{name}packed_scale"] = scales
+        held.append((module, how, scales))
+    for module, how, scales in held:
+        module.hold(how, scales.shape, TORCH_DTYPES[scales.dtype])
+    return CheckpointIndex(tensors) if held else None
+
+
+def _format_of(layout: Layout, module: PackedLinear, numbers: StoredTensor, scales: StoredTensor) -> RowFormat | None:
+    """How the rows of a weight of `module` are stored; None if kernels do not take it so."""
+    rows, columns = module.out_features, module.in_features
+    row_bytes, rest = divmod(columns * layout.bits, 8)
+    count = scales.nbytes // TORCH_DTYPES[scales.dtype].itemsize
+    if rest or numbers.nbytes != rows * row_bytes or scales.dtype not in SCALES or columns > MAX_COLUMNS:
+        return None
+    if layout.kind == "int8":
+        return RowFormat("int8", columns, row_bytes) if count == rows else None
+    group = columns // scales.shape[-1] if layout.kind == "fp8" else rows * columns // max(count, 1)
+    if group == 0 or group % STEP or columns % group:
+        return None
+    expected = (-(-rows // group) if layout.kind == "fp8" else rows) * (columns // group)
+    return RowFormat(layout.kind, columns, row_bytes, group) if count == expected else None
