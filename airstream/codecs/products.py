@@ -89,7 +89,7 @@ class StoredRows:
         """
         how = self.format
         if self.numbers.nbytes != self.rows * how.row_bytes or not self.numbers.is_contiguous():
-            raise ValueError(f"{self.numbers.nbytes} bytes are not {self.rows} rows of {how.row_bytes}")
+            raise ValueError(f"rows ({self.rows}) of {how.row_bytes} B are not {self.numbers.nbytes} B")
         sizes = (how.columns, how.row_bytes, how.group)
         return NativeRows(how.kind, sizes, self.numbers, self.scales, self.table, how.block)
 

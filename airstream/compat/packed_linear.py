@@ -115,3 +115,10 @@ def put_packed_linears(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module) is nn.Linear:  # a class of its own may do more with its weight
             module.__class__ = PackedLinear
+
+
+def take_packed_linears_out(model: PreTrainedModel) -> None:
+    """Let them be plain again, for whoever looks for plain ones: their weights are still dense."""
+    for module in model.modules():
+        if type(module) is PackedLinear:
+            module.__class__ = nn.Linear

@@ -22,7 +22,7 @@ from airstream.compat.blame import Consequences, blamed_on
 from airstream.compat.building import attention_names, build_on_meta
 from airstream.compat.classes import choose_class
 from airstream.compat.gguf import gguf_config, gguf_dtype
-from airstream.compat.packed_linear import check_fast, put_packed_linears
+from airstream.compat.packed_linear import check_fast, put_packed_linears, take_packed_linears_out
 from airstream.compat.quantizers import Quantizer, find_quantizer
 from airstream.compat.remote import check_trust
 from airstream.compat.suspects import advice, names_a_field
@@ -127,7 +127,10 @@ def _build(
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)
         files = index.files if index is not None else ()
+        take_packed_linears_out(model)  # it puts modules of its own in the place of plain ones
         quantizer.preprocess(model, dtype, device, files if imagined is None else imagined.headers)
+        if options.kernels == FAST:
+            put_packed_linears(model)
     return Built(model, dtype, quantizer, index, cache, passes)
 
 

@@ -1,0 +1,198 @@
+"""`kernels="fast"`: weights stay packed in memory, the logits are those of exact products but for rounding."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from airstream import ArgumentError, AutoModel, Plan, UnsupportedError
+from airstream.codecs import products_native
+from airstream.codecs.products import StoredRows, make_dense
+from airstream.compat.packed_linear import NF4_LEVELS, PackedLinear
+from airstream.repacking.repack import repack
+from tests.conftest import stream
+from tests.stand_ins.comparing import BF16, FP32, greedy, logits, prompts
+from tests.stand_ins.tiny_gguf import write_tiny_gguf
+from tests.stand_ins.tiny_models import TINY, TinyModel, write_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of the packages of formats
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 3}
+FAST = {"kernels": "fast", "max_context": 64}
+CODECS = ("lossless", "nf4", "int8", "int4", "fp8")
+BY_CODEC = pytest.mark.parametrize("codec", CODECS)
+
+Packed = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """`packed(codec)`: a llama, packed so; as it was if the codec is "plain"."""
+    root = tmp_path_factory.mktemp("fast")
+
+    @functools.cache
+    def folder_of(codec: str) -> Path:
+        folder = root / codec
+        if codec == "plain":
+            write_model(TinyModel("llama", {**TINY["llama"].fields, **WIDE}), folder, BF16)
+        else:
+            repack(folder_of("plain"), folder, codec=codec)
+        return folder
+
+    return folder_of
+
+
+def fast_modules(model: Any) -> list[PackedLinear]:
+    return [each for each in model.modules() if isinstance(each, PackedLinear) and each.row_format is not None]
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Within a few roundings to bfloat16 of the largest one."""
+    return bool((found.float() - expected.float()).abs().max() <= 0.03 * expected.float().abs().max())
+
+
+def in_float64(plain: Path, model: Any) -> Any:
+    """The model of `plain` with the numbers that the packed weights of `model`, all in memory, stand for."""
+    reference = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float64)
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear) and module.row_format is not None:
+            dense = torch.empty(module.out_features, module.in_features)
+            scales, table = module._parameters.get("packed_scale"), NF4_LEVELS
+            make_dense(StoredRows(module.row_format, len(dense), module.packed.detach(), scales, table), 0, dense)
+            reference.get_submodule(name).weight.data = dense.double()
+    return reference
+
+
+@BY_CODEC
+def test_logits_are_as_close_to_the_truth_as_exact_ones(packed: Packed, codec: str) -> None:
+    inputs = [prompts(1, 1), prompts(1, 5), prompts(2, 20)]
+    with stream(packed(codec), max_context=64) as model:
+        exact = [logits(model, each) for each in inputs]
+        assert not fast_modules(model)
+    with stream(packed(codec), **FAST, max_memory="1GiB") as model:
+        fast = [logits(model, each) for each in inputs]
+        assert len(fast_modules(model)) == 21 + (codec == "lossless")  # its head is packed, too
+        reference = in_float64(packed("plain"), model)
+    truth = [logits(reference, each) for each in inputs]
+    errors = [
+        [(each.double() - true).abs().mean() for each, true in zip(found, truth, strict=True)]
+        for found in (fast, exact)
+    ]
+    assert sum(errors[0]) <= 1.1 * sum(errors[1]), errors
+
+
+@BY_CODEC
+def test_it_is_the_same_to_the_bit_however_little_memory_there_is(packed: Packed, codec: str) -> None:
+    inputs = prompts(2, 12)
+    with stream(packed(codec), **FAST, max_memory="1GiB") as model:
+        assert not model.plan.streamed_bytes
+        roomy = greedy(model, inputs), logits(model, inputs)
+    with stream(packed(codec), **FAST) as model:
+        assert model.plan.streamed_bytes
+        assert torch.equal(greedy(model, inputs), roomy[0])
+        assert torch.equal(logits(model, inputs), roomy[1])
+
+
+def test_lossless_weights_in_float32_are_as_exact_as_float32(packed: Packed) -> None:
+    inputs = prompts(2, 12)
+    reference = AutoModelForCausalLM.from_pretrained(packed("plain"), dtype=torch.float64)
+    expected = logits(reference, inputs)
+    for codec in ("plain", "lossless"):
+        with stream(packed(codec), **FAST, dtype=FP32) as model:
+            assert (logits(model, inputs).double() - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_dense_weights_are_multiplied_by_the_kernel_too(packed: Packed) -> None:
+    inputs = prompts(1, 3)
+    with stream(packed("plain"), max_context=64) as model:
+        exact = logits(model, inputs)
+    with stream(packed("plain"), **FAST) as model:
+        assert not fast_modules(model)
+        assert close(logits(model, inputs), exact)
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q8_0", "Q6_K"])
+def test_gguf_stays_packed(tmp_path: Path, quant: str) -> None:
+    """Also where rows are dealt out, as those of queries and keys are."""
+    file = write_tiny_gguf("llama", tmp_path / "model.gguf", quant)
+    inputs = prompts(2, 12)
+    with stream(file, max_context=64) as model:
+        exact, dense_bytes = logits(model, inputs), model.plan.resident_bytes
+    with stream(file, **FAST) as model:
+        assert fast_modules(model)
+        assert model.plan.resident_bytes < 0.6 * dense_bytes
+        found = logits(model, inputs)
+        assert (found - exact).abs().max() <= 1e-4 * exact.abs().max()  # it computes in float32
+
+
+def test_the_plan_names_it_and_counts_packed_bytes(packed: Packed) -> None:
+    exact = AutoModel.plan(packed("int4"), device="cpu", max_context=64)
+    fast = AutoModel.plan(packed("int4"), device="cpu", **FAST)
+    assert exact.kernels == "exact"
+    assert "kernels" not in str(exact)
+    assert fast.kernels == "fast"
+    assert "round otherwise" in str(fast)
+    assert Plan.from_json(fast.to_json()) == fast
+    assert fast.resident_bytes < exact.resident_bytes / 2
+    assert fast.prediction is None or fast.prediction.decode_seconds > 0
+
+
+def test_a_packed_weight_has_a_shape_and_no_values(packed: Packed) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(packed("plain"))
+    with stream(packed("int4"), **FAST) as model:
+        weight = model.model.layers[0].mlp.up_proj.weight
+        assert (weight.shape, weight.dtype, weight.device.type) == ((384, 256), BF16, "cpu")
+        for read in (lambda: weight * 2, weight.clone, weight.tolist):
+            with pytest.raises(UnsupportedError):
+                read()
+        assert model.num_parameters() == plain.num_parameters()
+        assert model.num_parameters(exclude_embeddings=True) == plain.num_parameters(exclude_embeddings=True)
+        assert model.get_memory_footprint() < 0.6 * plain.get_memory_footprint()
+
+
+def test_what_has_no_kernel_is_exact(packed: Packed, tmp_path: Path) -> None:
+    """Scales that are quantised themselves: transformers' own modules compute, and the bits are theirs."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=BF16
+    )
+    AutoModelForCausalLM.from_pretrained(packed("plain"), quantization_config=config).save_pretrained(tmp_path)
+    inputs = prompts(1, 12)
+    with stream(tmp_path, max_context=64) as model:
+        exact = model.model(**inputs).last_hidden_state
+    with stream(tmp_path, **FAST) as model:
+        assert not fast_modules(model)
+        assert torch.equal(model.model(**inputs).last_hidden_state, exact)
+
+
+def test_a_gradient_is_refused(packed: Packed) -> None:
+    with stream(packed("int4"), **FAST, max_memory="1GiB") as model:
+        states = torch.randn(1, 256, requires_grad=True)
+        with torch.enable_grad(), pytest.raises(UnsupportedError, match="gradient"):
+            fast_modules(model)[0](states)
+    alone = PackedLinear(8, 8)
+    with pytest.raises(UnsupportedError, match="without gradients"):
+        alone(torch.randn(1, 8, requires_grad=True))
+
+
+def test_it_is_refused_where_it_cannot_be(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ArgumentError, match='neither "exact"'):
+        stream(packed("plain"), kernels="quick")
+    monkeypatch.setattr(products_native, "library", lambda _="blocks": None)
+    with pytest.raises(UnsupportedError, match="C compiler"):
+        stream(packed("plain"), **FAST)
+
+
+@pytest.mark.usefixtures("sim")
+def test_it_is_refused_on_an_accelerator(packed: Packed) -> None:
+    with pytest.raises(UnsupportedError, match="computes on the CPU, not on device="):
+        stream(packed("plain"), device="privateuseone", **FAST)
