@@ -6,10 +6,10 @@ a row.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
 
 import torch
 
@@ -18,6 +18,9 @@ __all__ = ["share"]
 MIN_SHARE = 1 << 19
 """Numbers that are worth a thread: less than it takes to wake one."""
 
+RUNS_EACH = 4
+"""Runs that there are for each thread: who is held up by other programs takes fewer of them."""
+
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 """By the process and the number of threads."""
 
@@ -25,16 +28,21 @@ _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 def share(work: Callable[[int, int], object], rows: int, columns: int) -> None:
     """Call `work(first, end)` for runs of rows that are all of them together, at once. It keeps no lock of Python's.
 
-    What the calling thread's share raises is raised, or else what the first of the others does. If the caller is
+    What the calling thread's runs raise is raised, or else what the first of the others does. If the caller is
     interrupted meanwhile, the others end behind its back: `work` must keep alive what it reads and writes.
     """
-    count = max(1, min(torch.get_num_threads(), rows, rows * columns // MIN_SHARE))
-    cuts = [rows * part // count for part in range(count + 1)]
-    others: list[Future[object]] = []
-    if count > 1:
-        pool = _pool(torch.get_num_threads() - 1)
-        others = [pool.submit(work, first, end) for first, end in pairwise(cuts[1:])]
-    work(cuts[0], cuts[1])
+    threads = torch.get_num_threads()
+    count = max(1, min(threads * RUNS_EACH, rows, rows * columns // MIN_SHARE))
+    runs = [(rows * part // count, rows * (part + 1) // count) for part in range(count)]
+    numbers = itertools.count()  # `next` is one step of the interpreter: no two threads get the same
+
+    def work_on_some() -> None:
+        while (number := next(numbers)) < count:
+            work(*runs[number])
+
+    beside = min(threads, count) - 1
+    others: list[Future[None]] = [_pool(threads - 1).submit(work_on_some) for _ in range(beside)] if beside else []
+    work_on_some()
     for other in others:
         other.result()
 

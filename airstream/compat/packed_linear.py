@@ -119,6 +119,6 @@ def put_packed_linears(model: PreTrainedModel) -> None:
 
 def take_packed_linears_out(model: PreTrainedModel) -> None:
     """Let them be plain again, for whoever looks for plain ones: their weights are still dense."""
-    for module in model.modules():
-        if type(module) is PackedLinear:
-            module.__class__ = nn.Linear
+    packed: list[nn.Module] = [module for module in model.modules() if type(module) is PackedLinear]
+    for module in packed:
+        module.__class__ = nn.Linear

@@ -174,11 +174,13 @@ def test_what_has_no_kernel_is_not_multiplied() -> None:
 
 
 def test_what_another_thread_raises_is_raised() -> None:
-    caller = threading.get_ident()
+    caller, has_failed = threading.get_ident(), threading.Event()
 
     def fail(_: int, __: int) -> None:
         if threading.get_ident() != caller:
+            has_failed.set()
             raise KeyError("from beside")
+        assert has_failed.wait(60)
 
     before = torch.get_num_threads()
     torch.set_num_threads(2)
