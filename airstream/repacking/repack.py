@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,10 @@ from airstream.repacking.files import check_storable, plan_files
 from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
 from airstream.repacking.plan import Shard
 from airstream.repacking.report import RepackReport
-from airstream.repacking.target import check_target, is_done
+from airstream.repacking.target import beside, check_target, is_done, target_of
 from airstream.repacking.way import Way
 from airstream.repacking.ways import way_of
 from airstream.repacking.write import copy_small, sha256_of
-from airstream.reporting.paths import path_of
 from airstream.reporting.status import status
 from airstream.reporting.units import parse_shard_size
 from airstream.system.cache import sync
@@ -111,7 +111,7 @@ def repack_and_report(
     refuse_others(options, SOURCE_OPTIONS)
     if codec is not None:
         codec = codec_named(codec)
-    target = path_of("out", out).absolute()
+    target = target_of(out)
     shard_bytes = parse_shard_size(shard_size)
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
         prepared = prepare(model, LoadOptions(device="cpu", **options))
@@ -149,15 +149,15 @@ def _write(
 
     Returns how many files of weights were kept from a run before; None if all is there and nothing was to be done.
     """
-    lock = target.with_name(f".{target.name}-repacking.lock")
-    work = target.with_name(f".{target.name}-repacking")
+    work = beside(target)
+    lock = work.with_name(f"{work.name}.lock")
     job = _Repack(work, source, shards, facts, way, progress)
     try:
         with named_when_full(work, job.missing_bytes, "repacking", GOES_ON):
             target.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(lock, timeout=0):
-                is_complete = is_done(target, facts)
                 try:
+                    is_complete = is_done(target, facts)
                     if not is_complete:
                         job.fill()
                         _give_name(work, target)
@@ -207,7 +207,9 @@ class _Repack:
 
     def has_finished_any(self) -> bool:
         """Whether a file of weights is there, of this run or one before, so that another one can go on."""
-        return any(self._work.glob("*.safetensors"))
+        with suppress(OSError):  # it may be that no folder can be called so
+            return any(self._work.glob("*.safetensors"))
+        return False
 
     def missing_bytes(self) -> int:
         """What is still to be written."""
