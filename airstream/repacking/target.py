@@ -1,4 +1,4 @@
-"""This says where a repacked checkpoint goes, and what may lie there: nothing, or the same repack. It writes nothing."""
+"""This says where a repack goes, and what may lie there: nothing, or the same repack. It writes nothing."""
 
 from __future__ import annotations
 
