@@ -165,7 +165,7 @@ def test_some_layers(tiny: WriteTiny, tmp_path: Path, layers: Any, has_embedding
     manifest = read_manifest(out)
     assert manifest is not None
     assert manifest["layers"] == [first, end]
-    with pytest.raises(CheckpointError, match="lacks") if wanted != weights_of(source).keys() else stream(out):
+    with pytest.raises(CheckpointError, match="is a part") if wanted != weights_of(source).keys() else stream(out):
         stream(out)
 
 
@@ -287,6 +287,18 @@ def test_a_path_that_has_no_room_for_a_folder_beside_it(tiny: WriteTiny, tmp_pat
     out = deep.with_name("x" * (100 + 4090 - len(str(deep))))
     with pytest.raises(ArgumentError, match=r"cannot be written .*File name too long"):
         airstream.repack(tiny("llama", BF16), out, progress=False)
+
+
+@pytest.mark.parametrize("codec", [None, "lossless"])
+def test_a_part_says_that_it_is_one(tiny: WriteTiny, tmp_path: Path, codec: str | None) -> None:
+    for layers in ("1:3", "0:2", "2:"):
+        part = airstream.repack(tiny("llama", BF16), tmp_path / layers, layers=layers, codec=codec, progress=False)
+        for use in (airstream.AutoModel.plan, airstream.AutoModel.from_pretrained):
+            with pytest.raises(CheckpointError, match=r"is a part of a model, its layers \d to \d alone"):
+                use(part, device="cpu")
+        (part / MANIFEST).write_text("[]")
+        with pytest.raises(CheckpointError, match=r"lacks .* Download it again"):
+            airstream.AutoModel.plan(part, device="cpu")
 
 
 def test_an_empty_folder_may_be_there_and_a_second_run_changes_nothing(tiny: WriteTiny, tmp_path: Path) -> None:
