@@ -106,7 +106,7 @@ class LoadOptions:
                 'To pack weights, name a codec: compression="4bit"'
             )
         if self.compression is not None:
-            codec_named(self.compression)
+            codec_named(self.compression, "compression")
         check_inside("subfolder", self.subfolder)
         if self.variant is not None and not (isinstance(self.variant, str) and VARIANT.fullmatch(self.variant)):
             raise ArgumentError(f'variant={self.variant!r} is not a part of a file\'s name: use one such as "fp16"')

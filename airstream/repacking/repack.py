@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from airstream.checkpoint.hub import check_name
-from airstream.checkpoint.names import SHARD_INDEX
-from airstream.codecs.names import codec_named
+from airstream.checkpoint.names import MANIFEST, SHARD_INDEX
+from airstream.codecs.names import LOSSLESS_CODEC, codec_named
 from airstream.errors import AirstreamError, ArgumentError
 from airstream.loading.arguments import refuse_others
 from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.loading.prepare import prepare
 from airstream.repacking.files import check_storable, plan_files
-from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
+from airstream.repacking.manifest import FORMAT, JOURNAL, digest_of, fingerprint, read_journal, write_json
+from airstream.repacking.packer import may_pack
 from airstream.repacking.plan import Shard
 from airstream.repacking.report import RepackReport
 from airstream.repacking.target import beside, check_target, is_done, target_of
@@ -102,9 +103,10 @@ def repack_and_report(
     shard_size: int | str = "4GiB",
     codec: str | None = None,
     progress: bool = True,
+    begins: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> RepackReport:
-    """As `repack`, which see; gives what was done, too."""
+    """As `repack`, which see; gives what was done, too. Calls `begins` once nothing is left to be refused."""
     started = time.monotonic()
     check_name(model)
     check_flag("progress", progress)
@@ -131,6 +133,7 @@ def repack_and_report(
         recipe["codec"] = codec
     known = digest_of(recipe)
     facts = {"recipe": known} | {name: recipe[name] for name in recipe if name != "shards"}
+    begins()
     kept = _write(target, prepared.folder, shards, facts, way, progress)
     return RepackReport(
         target,
@@ -139,6 +142,7 @@ def repack_and_report(
         kept_files=len(shards) if kept is None else kept,
         is_old=kept is None,
         seconds=time.monotonic() - started,
+        packs_nothing=codec == LOSSLESS_CODEC and not any(may_pack(each) for shard in shards for each in shard.tensors),
     )
 
 
