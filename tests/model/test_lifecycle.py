@@ -258,6 +258,19 @@ def test_a_forgotten_model_closes(tiny: WriteTiny, converting: Path, readers: Re
     assert open_files(folder) == []
 
 
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_part_of_a_forgotten_model_says_that_nobody_held_it(folder: Path, is_closed: bool) -> None:
+    model = stream(folder)
+    layer = model.model.layers[1]
+    if is_closed:
+        model.close()
+    del model
+    gc.collect()
+    said = "^the model is closed" if is_closed else "^the model that this is a part of is closed, for nobody held it"
+    with pytest.raises(ClosedError, match=said):
+        layer(torch.zeros(1, 3, 64))
+
+
 def test_a_forgotten_model_closes_whoever_collects_it(
     tiny: WriteTiny, readers: Readers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
