@@ -26,7 +26,8 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.generation.streamers import BaseStreamer
 
 import airstream
-from airstream import AutoModel, BudgetError, CheckpointError, ClosedError, ReadError, UnsupportedError
+from airstream import AutoModel, BudgetError, CheckpointError, ClosedError, ReadError, UnsupportedError, auto
+from airstream.model import streamed
 from airstream.model.absent import Absent
 from airstream.streaming import streamer
 from airstream.streaming.room import RoomChanged
@@ -484,6 +485,23 @@ def test_no_thread_stays_when_loading_fails(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(WeightFile, "read_into", failing_read)
     with pytest.raises(ReadError):
         stream(folder)
+    assert readers() == []
+    assert open_files(folder) == []
+
+
+@pytest.mark.parametrize(("owner", "name"), [(streamed, "_change_class"), (auto, "Engine")], ids=["made", "opened"])
+def test_no_thread_stays_when_loading_is_interrupted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, readers: Readers, owner: Any, name: str
+) -> None:
+    """Nobody has the model then, to close it; the traceback may keep it, so that it is not collected."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        stream(folder)
+    assert raised.tb is not None
     assert readers() == []
     assert open_files(folder) == []
 
