@@ -42,6 +42,7 @@ from airstream.repacking.cached import packed_copy
 from airstream.reporting.status import Activity, showing
 from airstream.system.forks import is_forked
 from airstream.system.memory import process_bytes
+from airstream.transfer.machinery import Machinery
 from airstream.transfer.opening import open_machinery
 
 Beside = Literal["tokenizer", "processor"]
@@ -203,14 +204,28 @@ def _assemble(prepared: Prepared, plan: Plan, host_bytes: int) -> StreamedModel:
         finish_loading(model, prepared.device, prepared.dtype, set(model.state_dict()) - prepared.parts.specs.keys())
         if prepared.quantizer is not None:
             prepared.quantizer.finish(model)
-    is_packed = prepared.request.decoding_bytes > 0
-    machinery = open_machinery(prepared.index.files, prepared.device, plan.direct_io, is_packed)
-    engine = Engine(prepared, plan, machinery, host_bytes)
-    make_streamed(model, engine, load, partial(_progress, engine, prepared.options.progress))
-    if model.can_generate():
-        model.generation_config.disable_compile = True
-    weakref.finalize(model, engine.abandon)
+    _start(prepared, plan, host_bytes, load)
     return model
+
+
+def _start(prepared: Prepared, plan: Plan, host_bytes: int, load: Callable[[Any], Any]) -> None:
+    """Let the model be streamed. Until it is whole nobody has it to close it, and an interrupt may come at any step."""
+    model, is_packed = prepared.model, prepared.request.decoding_bytes > 0
+    machinery: Machinery | None = None
+    engine: Engine | None = None
+    try:
+        machinery = open_machinery(prepared.index.files, prepared.device, plan.direct_io, is_packed)
+        engine = Engine(prepared, plan, machinery, host_bytes)
+        make_streamed(model, engine, load, partial(_progress, engine, prepared.options.progress))
+        if model.can_generate():
+            model.generation_config.disable_compile = True
+        weakref.finalize(model, engine.abandon)
+    except BaseException:
+        if engine is not None:
+            engine.close()
+        elif machinery is not None:
+            machinery.close()
+        raise
 
 
 def _progress(

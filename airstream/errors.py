@@ -32,6 +32,12 @@ __all__ = [
 CLOSED = "the model is closed: load it again with from_pretrained()"
 """What whoever comes too late is told, wherever in the model they are."""
 
+FORGOTTEN = (
+    "the model that this is a part of is closed, for nobody held it any more: load it again with from_pretrained(), "
+    "and keep the model for as long as its parts are used"
+)
+"""What they are told if nobody has closed it."""
+
 
 class AirstreamError(Exception):
     """The root of everything airstream raises on purpose."""

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from airstream.checkpoint.safetensors_writer import METADATA, header_bytes
-from airstream.checkpoint.stored import StoredTensor
+from airstream.checkpoint.stored import ITEM_BYTES, StoredTensor
 from airstream.codecs.lossless_blocks import lossless_block
 from airstream.errors import CheckpointError
 from airstream.reporting.units import round_up
 from airstream.system.foreign_json import HEADER, parse_json
 from airstream.transfer.files import PAGE_BYTES
 
-__all__ = ["KEY", "LINE_BYTES", "describe", "header_room", "packed_header", "unfold"]
+__all__ = ["KEY", "LINE_BYTES", "describe", "header_room", "line_of", "packed_header", "unfold"]
 
 KEY = "airstream.packed"
 """In the metadata of a file's header."""
@@ -33,6 +33,15 @@ LINE_BYTES = 64
 """Of a cache line. Kernels add up in another order for numbers that begin at another place within one."""
 
 MAX_DIMENSIONS = 64
+
+
+def line_of(tensor: StoredTensor) -> int:
+    """Where within a cache line a resident model of the checkpoint that `tensor` is packed from has it.
+
+    Where no number may begin, a model that streams that checkpoint has none either: it begins with a line.
+    """
+    mapped = tensor.offset if tensor.resident_offset is None else tensor.resident_offset
+    return 0 if mapped % ITEM_BYTES.get(tensor.dtype, 1) else mapped % LINE_BYTES
 
 
 def describe(tensors: Iterable[StoredTensor]) -> str:

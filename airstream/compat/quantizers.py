@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
+from airstream.compat.packed_shapes import check_packed_shapes
 from airstream.compat.quiet import quiet_transformers
 from airstream.compat.stated import check_stated, check_stated_numbers
 from airstream.errors import UnsupportedError
@@ -93,12 +94,13 @@ class Quantizer(ABC):
         self.settings = settings
 
     def check(self, index: Mapping[str, StoredTensor]) -> None:
-        """Refuse a checkpoint whose tensors are not packed as its config says.
+        """Refuse a checkpoint whose tensors are not packed as its config says, or do not go together.
 
         Raises:
-            CheckpointError: the message names the file, the tensor and the field.
+            CheckpointError: the message names the file, the tensor and, if there is one, the field.
         """
         check_stated(self.settings, self.method, index)
+        check_packed_shapes(self.method, index)
 
     @abstractmethod
     def dtype(self, dtype: torch.dtype) -> torch.dtype:

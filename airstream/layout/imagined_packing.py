@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from airstream.checkpoint.packed_tensors import LINE_BYTES, header_room
+from airstream.checkpoint.packed_tensors import header_room, line_of
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.lossless_blocks import LOSSLESS, lossless_block
@@ -72,8 +72,7 @@ def _packed(tensor: StoredTensor) -> StoredTensor:
     """`tensor` as it is packed, wherever that will be."""
     block = _block_of(tensor)
     nbytes = tensor.nbytes if block is None else tensor.nbytes // (2 * block.elements) * block.nbytes
-    mapped = tensor.offset if tensor.resident_offset is None else tensor.resident_offset
-    return replace(tensor, nbytes=nbytes, block=block or tensor.block, resident_offset=mapped % LINE_BYTES)
+    return replace(tensor, nbytes=nbytes, block=block or tensor.block, resident_offset=line_of(tensor))
 
 
 def _block_of(tensor: StoredTensor) -> BlockType | None:

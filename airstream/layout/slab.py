@@ -116,15 +116,20 @@ class _SlabBuilder:
         """Where within a page `spec` has to start.
 
         Within a cache line as in a resident model, which decides the last bit of what CPU kernels compute with it.
-        Within that, reads land in place if the page is entered as in the file.
+        Within that, reads land in place if the page is entered as in the file. Where no number may begin, as in files
+        whose headers have an odd length, it starts with the page.
         """
+        phase = self._wanted_phase(spec)
+        return 0 if phase % self._alignment(spec) else phase
+
+    def _wanted_phase(self, spec: TensorSpec) -> int:
         if not spec.pieces or spec.pieces[0].cast is not None:
             return spec.line_offset or 0
         piece = spec.pieces[0]
         in_file = (piece.offset - piece.target) % PAGE_BYTES
-        if spec.line_offset is None:
-            return in_file if in_file % self._alignment(spec) == 0 else 0
-        return in_file if in_file % CACHE_LINE_BYTES == spec.line_offset else spec.line_offset
+        if spec.line_offset is None or in_file % CACHE_LINE_BYTES == spec.line_offset:
+            return in_file
+        return spec.line_offset
 
     def _fresh(self, spec: TensorSpec) -> int:
         """Where `spec` lies if it starts a read of its own."""

@@ -57,6 +57,7 @@ def trace(
         if len(sources) == 1 and (passed := _passed_through(conversion, name, sources, stored[0], targets)) is not None:
             return [passed]
         if conversion.makes_object(sources[0][1]):
+            _check_packed_shape(name, stored, targets)
             return [_object_of(conversion, name, sources, stored, wanted)]
     else:
         if not conversion.keeps_views:  # else numpy may be asked, which makes values
@@ -167,6 +168,17 @@ def _passed_through(
     if passed is None or not torch.equal(passed.double(), numbers.double()):
         return None
     return plain_spec(name, stored, passed.dtype)
+
+
+def _check_packed_shape(name: str, stored: Sequence[StoredTensor], targets: Mapping[str, torch.Tensor]) -> None:
+    """Refuse packed numbers, one for each of the weight's, in another shape: a product would fail, unnamed."""
+    expected = _shape_of(targets, name)
+    for tensor in stored:
+        if math.prod(tensor.shape) == math.prod(expected) > 1 and tensor.shape != expected:
+            raise CheckpointError(
+                f"{tensor.file}: tensor {tensor.name!r} has shape {list(tensor.shape)}, the model's {name!r} needs "
+                f"{list(expected)}: config.json and the weights do not belong together"
+            )
 
 
 def _object_of(

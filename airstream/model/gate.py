@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from airstream.errors import CLOSED, ClosedError
+from airstream.errors import CLOSED, FORGOTTEN, ClosedError
 from airstream.model.asking import Asking
 from airstream.model.turns import Turns
 from airstream.system.closing import Closing
@@ -47,7 +47,7 @@ class Gate:
         self._after_fork = after_fork
         self._forks = Forks()
         self._closed = False
-        self._is_abandoned = False
+        self._is_abandoned = self._is_forgotten = False
         self._resting: set[int] = set()
         self._rested = Waiting()
 
@@ -88,7 +88,7 @@ class Gate:
         """Raise ClosedError if it is closed."""
         if self._closed:
             self._rest_if_abandoned()
-            raise ClosedError(CLOSED)
+            raise ClosedError(FORGOTTEN if self._is_forgotten else CLOSED)
 
     def shut(self, is_abandoned: bool = False) -> None:
         """Let nobody in from now on. `finish_closing` does the rest.
@@ -96,6 +96,7 @@ class Gate:
         Args:
             is_abandoned: no thread will look at what its call raises.
         """
+        self._is_forgotten |= is_abandoned and not self._closed
         self._closed = True
         self._is_abandoned |= is_abandoned
         if self._forks.is_child:

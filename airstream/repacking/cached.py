@@ -21,6 +21,7 @@ from airstream.layout.packable import may_pack
 from airstream.loading.options import LoadOptions
 from airstream.repacking.manifest import digest_of, fingerprint, read_manifest
 from airstream.repacking.repack import copied_files, repack_and_report
+from airstream.repacking.unfinished import what_is_in_the_way
 from airstream.repacking.write import sha256_of
 from airstream.system.cache import cache_folder, file_sizes
 
@@ -62,6 +63,7 @@ def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.parent / f".{target.name}.lock"):
             if not _is_made(target):  # else another process made it while this one waited for the lock
+                _refuse_foreign(target.with_name(f".{target.name}-repacking"))
                 _remove(target)
                 _make(folder, target, codec, options)
     except AirstreamError as error:  # a repack calls it `codec`; who asked for it has called it otherwise
@@ -82,6 +84,13 @@ def _is_made(target: Path) -> bool:
         return False
     sizes = {name: entry["bytes"] for name, entry in (manifest or {}).get("files", {}).items()}
     return bool(sizes) and sizes.items() <= file_sizes(target).items()
+
+
+def _refuse_foreign(work: Path) -> None:
+    if what := what_is_in_the_way(work):
+        raise DiskSpaceError(
+            f"{work}, in which it would be packed, is {what}: remove it, or set AIRSTREAM_CACHE to another folder"
+        )
 
 
 def _remove(target: Path) -> None:

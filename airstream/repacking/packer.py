@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, TypeVar
 
 import torch
 
-from airstream.checkpoint.packed_tensors import LINE_BYTES
+from airstream.checkpoint.packed_tensors import line_of
 from airstream.checkpoint.stored import StoredTensor
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import decode_into
@@ -75,8 +75,7 @@ class Packer:
         for chunk in self._mapped(tensor, partial(_changed, tensor.block, block)):
             write_all(out, chunk.numpy().data)
             end += chunk.numel()
-        mapped = tensor.offset if tensor.resident_offset is None else tensor.resident_offset
-        line = None if self._to_plain else mapped % LINE_BYTES
+        line = None if self._to_plain else line_of(tensor)
         return replace(tensor, file=file, offset=offset, nbytes=end - offset, block=block, resident_offset=line)
 
     def _block_for(self, tensor: StoredTensor) -> BlockType | None:

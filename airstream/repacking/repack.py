@@ -33,6 +33,7 @@ from airstream.repacking.files import check_storable, plan_files
 from airstream.repacking.manifest import FORMAT, JOURNAL, digest_of, fingerprint, read_journal, write_json
 from airstream.repacking.report import RepackReport
 from airstream.repacking.target import beside, check_target, is_done, target_of
+from airstream.repacking.unfinished import begin_folder, what_is_in_the_way
 from airstream.repacking.way import Way
 from airstream.repacking.ways import way_of
 from airstream.repacking.write import copy_small, sha256_of
@@ -166,7 +167,7 @@ def _write(
                         job.fill()
                         _give_name(work, target)
                 finally:
-                    if not job.has_finished_any():  # there is nothing to go on from
+                    if not job.has_finished_any() and not what_is_in_the_way(work):  # there is nothing to go on from
                         shutil.rmtree(work, ignore_errors=True)
                     lock.unlink(missing_ok=True)
         return None if is_complete else job.num_kept
@@ -225,7 +226,7 @@ class _Repack:
         """Write what is not there yet, the manifest last."""
         from tqdm import tqdm
 
-        self._work.mkdir(exist_ok=True)
+        begin_folder(self._work)
         total = sum(shard.nbytes for shard in self._shards)
         off = None if self._progress else True
         with tqdm(total=total, unit="B", unit_scale=True, desc="repacking", disable=off) as bar:

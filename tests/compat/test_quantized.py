@@ -544,6 +544,46 @@ def test_packed_tensors_that_do_not_go_together(quantized: Quantized, tmp_path: 
         logits(model, prompts(1, 3))
 
 
+def with_shape(folder: Path, copy: Path, end: str, change: Callable[[list[int]], list[int]]) -> str:
+    """A copy of `folder` whose header gives another shape to a tensor whose name ends with `end`. Gives the name."""
+    shutil.copytree(folder, copy)
+    (file,) = copy.glob("*.safetensors")
+    raw = file.read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    name = next(key for key in header if ".layers.1." in key and key.endswith(end))
+    header[name]["shape"] = change(header[name]["shape"])
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + raw[start:])
+    return name
+
+
+WRONG_SHAPES: dict[str, tuple[str, str, Callable[[list[int]], list[int]]]] = {
+    "quant_map": ("bitsandbytes nf4", "k_proj.weight.quant_map", lambda shape: [1, *shape]),
+    "absmax": ("bitsandbytes nf4", "k_proj.weight.absmax", lambda shape: [*shape, 1]),
+    "SCB": ("bitsandbytes int8", "k_proj.SCB", lambda shape: [1, *shape]),
+    "8 bits, turned": ("bitsandbytes int8", "k_proj.weight", lambda shape: shape[::-1]),
+    "weight_scale": ("compressed-tensors W4A16", "k_proj.weight_scale", lambda shape: [1, *shape]),
+    "qdata, turned": ("torchao int8", "k_proj._weight_qdata", lambda shape: shape[::-1]),
+    "torchao's scale": ("torchao int8", "k_proj._weight_scale", lambda shape: [1, *shape]),
+}
+"""By what is wrong: a format, the end of a name, and the shape that the header gives to it."""
+
+
+@pytest.mark.parametrize("case", WRONG_SHAPES)
+def test_packed_tensors_of_wrong_shapes_are_named_before_a_pass(
+    quantized: Quantized, tmp_path: Path, case: str
+) -> None:
+    format_name, end, change = WRONG_SHAPES[case]
+    folder = tmp_path / "other"
+    name = with_shape(quantized(format_name), folder, end, change)
+    said = rf"other/model\.safetensors: tensor '{re.escape(name)}'.* has shape \["
+    with pytest.raises(CheckpointError, match=said):
+        AutoModel.from_pretrained(folder, device="cpu")
+    assert sum(re.search(said, fault) is not None for fault in verify(folder, progress=False).faults) == 1
+
+
 # ------------------------------------------------------------------------------------ what needs a GPU: its byte plan
 
 

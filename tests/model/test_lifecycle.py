@@ -26,7 +26,8 @@ from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.generation.streamers import BaseStreamer
 
 import airstream
-from airstream import AutoModel, BudgetError, CheckpointError, ClosedError, ReadError, UnsupportedError
+from airstream import AutoModel, BudgetError, CheckpointError, ClosedError, ReadError, UnsupportedError, auto
+from airstream.model import streamed
 from airstream.model.absent import Absent
 from airstream.streaming import streamer
 from airstream.streaming.room import RoomChanged
@@ -258,6 +259,19 @@ def test_a_forgotten_model_closes(tiny: WriteTiny, converting: Path, readers: Re
     assert open_files(folder) == []
 
 
+@pytest.mark.parametrize("is_closed", [False, True])
+def test_a_part_of_a_forgotten_model_says_that_nobody_held_it(folder: Path, is_closed: bool) -> None:
+    model = stream(folder)
+    layer = model.model.layers[1]
+    if is_closed:
+        model.close()
+    del model
+    gc.collect()
+    said = "^the model is closed" if is_closed else "^the model that this is a part of is closed, for nobody held it"
+    with pytest.raises(ClosedError, match=said):
+        layer(torch.zeros(1, 3, 64))
+
+
 def test_a_forgotten_model_closes_whoever_collects_it(
     tiny: WriteTiny, readers: Readers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -471,6 +485,23 @@ def test_no_thread_stays_when_loading_fails(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(WeightFile, "read_into", failing_read)
     with pytest.raises(ReadError):
         stream(folder)
+    assert readers() == []
+    assert open_files(folder) == []
+
+
+@pytest.mark.parametrize(("owner", "name"), [(streamed, "_change_class"), (auto, "Engine")], ids=["made", "opened"])
+def test_no_thread_stays_when_loading_is_interrupted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, readers: Readers, owner: Any, name: str
+) -> None:
+    """Nobody has the model then, to close it; the traceback may keep it, so that it is not collected."""
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        stream(folder)
+    assert raised.tb is not None
     assert readers() == []
     assert open_files(folder) == []
 

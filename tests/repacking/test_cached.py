@@ -123,6 +123,33 @@ def test_a_cache_that_cannot_be_written(tiny: WriteTiny, cache: Path) -> None:
         AutoModel.from_pretrained(tiny("llama", BF16), device="cpu", **PACKED)
 
 
+@pytest.mark.parametrize("what", ["a link", "no folder", "a folder that no repack has begun"])
+def test_what_is_in_the_way_in_the_cache(tiny: WriteTiny, cache: Path, tmp_path: Path, what: str) -> None:
+    """It is not touched, and whoever named no folder is not told to name another one."""
+    folder, precious = tiny("llama", BF16), tmp_path / "precious"
+    precious.mkdir()
+    (precious / "letter.txt").write_text("kept")
+    AutoModel.from_pretrained(folder, device="cpu", **PACKED).close()
+    (made,) = (cache / "packed").glob("[!.]*-lossless-*")
+    shutil.rmtree(made)
+    work = made.with_name(f".{made.name}-repacking")
+    if what == "a link":
+        work.symlink_to(precious)
+    elif what == "no folder":
+        work.write_text("kept")
+    else:
+        shutil.copytree(precious, work)
+    with pytest.raises(DiskSpaceError, match=rf"-repacking, .* is {what}: remove it, or set AIRSTREAM_CACHE"):
+        AutoModel.from_pretrained(folder, device="cpu", **PACKED)
+    assert [file.name for file in precious.iterdir()] == ["letter.txt"]
+    assert work.is_file() or (work / "letter.txt").is_file()
+    if work.is_dir() and not work.is_symlink():
+        shutil.rmtree(work)
+    else:
+        work.unlink()
+    AutoModel.from_pretrained(folder, device="cpu", **PACKED).close()
+
+
 @pytest.mark.parametrize("compression", ["zip", "12bit", True, 4])
 def test_what_is_no_codec(tiny: WriteTiny, cache: Path, compression: Any) -> None:
     with pytest.raises(ArgumentError, match=r"^compression=.*There is 'lossless'"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import airstream
 from airstream import ArgumentError, CheckpointError
@@ -135,6 +136,60 @@ def test_a_codec_that_is_not_there(tiny: WriteTiny, tmp_path: Path, codec: Any) 
     with pytest.raises(ArgumentError, match=r"codec=.*There is 'lossless'"):
         airstream.repack(tiny("llama", BF16), tmp_path / "out", codec=codec, progress=False)
     assert not any(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------- what begins where no number may
+
+
+def shifted(folder: Path, copy: Path, by: int) -> Path:
+    """A copy of `folder` in which every tensor begins `by` bytes later: the header ends with spaces, as it may."""
+    shutil.copytree(folder, copy)
+    for file in copy.glob("*.safetensors"):
+        raw = file.read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        file.write_bytes((end - 8 + by).to_bytes(8, "little") + raw[8:end] + b" " * by + raw[end:])
+    return copy
+
+
+def with_lines(folder: Path, copy: Path, line: int) -> Path:
+    """A copy of packed `folder` that says of all tensors that they began at byte `line` of a cache line."""
+    shutil.copytree(folder, copy)
+    (copy / MANIFEST).unlink()
+    for file in copy.glob("*.safetensors"):
+        raw = file.read_bytes()
+        end = 8 + int.from_bytes(raw[:8], "little")
+        header = json.loads(raw[8:end])
+        entries = json.loads(header["__metadata__"][KEY])
+        header["__metadata__"][KEY] = json.dumps({name: {**said, "line": line} for name, said in entries.items()})
+        text = json.dumps(header, separators=(",", ":")).encode().ljust(end - 8)
+        assert len(text) == end - 8
+        file.write_bytes(raw[:8] + text + raw[end:])
+    return copy
+
+
+@pytest.mark.parametrize(("name", "by"), [("llama-sharded", 1), ("gpt2", 3), ("qwen3_moe", 5)])
+def test_a_checkpoint_whose_numbers_begin_at_odd_offsets(tiny: WriteTiny, tmp_path: Path, name: str, by: int) -> None:
+    folder = shifted(tiny(name, BF16), tmp_path / "shifted", by)
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+    made = airstream.repack(folder, tmp_path / "out", codec="lossless", progress=False)
+    assert not any((tensor.resident_offset or 0) % 2 for tensor in open_safetensors(made).values())
+    again = shifted(made, tmp_path / "again", by)
+    for each in (folder, made, again):
+        with stream(each) as model:
+            assert_equal(model, reference)
+
+
+@pytest.mark.parametrize("budget", [{}, {"max_memory": "4GiB"}], ids=["streamed", "resident"])
+@pytest.mark.parametrize(("name", "line"), [("llama", 53), ("qwen3_moe", 1)])
+def test_a_line_where_no_number_may_begin_counts_as_none(
+    packed: Callable[[str], Path], tmp_path: Path, name: str, line: int, budget: dict[str, Any]
+) -> None:
+    """Such are in what was packed from checkpoints whose numbers begin at odd offsets, and are computed like these."""
+    odd, none = (with_lines(packed(name), tmp_path / f"line{each}", each) for each in (line, 0))
+    ids = prompts(2, 9)
+    with stream(odd, **budget) as model, stream(none, **budget) as plain:
+        assert torch.equal(logits(model, ids), logits(plain, ids))
+    assert airstream.verify(odd, progress=False).faults == ()
 
 
 # ------------------------------------------------------------------------------------------------------ what is damaged

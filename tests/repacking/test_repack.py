@@ -562,6 +562,42 @@ def test_two_at_once(tiny: WriteTiny, tmp_path: Path) -> None:
         airstream.repack(tiny("llama", BF16), tmp_path / "out", progress=False)
 
 
+IN_THE_WAY: dict[str, Callable[[Path, Path], object]] = {
+    "is a link": lambda work, other: work.symlink_to(other),
+    "is no folder": lambda work, _: work.write_text("kept"),
+    "is a folder that no repack has begun": lambda work, other: shutil.copytree(other, work),
+    "is a folder with another one in it, 'inner'": lambda work, other: (
+        shutil.copytree(other, work / "inner"),
+        (work / JOURNAL).write_text("{}"),
+    ),
+}
+"""What somebody may have made of the name under which a repack is under way: beside a folder of theirs."""
+
+
+def small_files(folder: Path) -> list[tuple[str, str]]:
+    """Every file in `folder` but those of `out`, and what is in it."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and folder / "out" not in file.parents]
+    return [(str(file), file.read_text()) for file in files]
+
+
+@pytest.mark.parametrize("said", IN_THE_WAY)
+def test_what_no_repack_has_made_is_not_touched(tiny: WriteTiny, tmp_path: Path, said: str) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "letter.txt").write_text("kept")
+    work = tmp_path / ".out-repacking"
+    IN_THE_WAY[said](work, precious)
+    before = small_files(tmp_path)
+    with pytest.raises(ArgumentError, match=rf"\.out-repacking, .* {said}: remove it, or name another folder"):
+        airstream.repack(tiny("llama", BF16), tmp_path / "out", progress=False)
+    assert small_files(tmp_path) == before
+    shutil.move(work, tmp_path / "elsewhere")
+    out = airstream.repack(tiny("llama", BF16), tmp_path / "out", progress=False)
+    shutil.move(tmp_path / "elsewhere", work)
+    assert airstream.repack(tiny("llama", BF16), out, progress=False) == out  # it is there already
+    assert small_files(tmp_path) == before
+
+
 def test_an_incomplete_checkpoint_is_not_repacked(tiny: WriteTiny, tmp_path: Path) -> None:
     source = shutil.copytree(tiny("llama", BF16), tmp_path / "source")
     file = source / "model.safetensors"
