@@ -23,13 +23,13 @@ class AsBuilt:
     def get_submodule(self, target: str) -> nn.Module:
         """The module that had this name."""
         module = self._modules_by_name.get(target)
-        return module if module is not None else self._model.get_submodule(target)  # type: ignore[no-any-return]
+        return module if module is not None else self._model.get_submodule(target)
 
     def get_parameter_or_buffer(self, target: str) -> torch.Tensor:
         """The parameter or buffer that had this name, as it is now."""
         path, _, leaf = target.rpartition(".")
         module = self.get_submodule(path)
-        found = module._parameters.get(leaf)
+        found: torch.Tensor | None = module._parameters.get(leaf)
         found = found if found is not None else module._buffers.get(leaf)
         if found is None:
             raise AttributeError(f"{target!r} is neither a parameter nor a buffer")

@@ -37,7 +37,7 @@ class Assembled:
 
     def __init__(self, tensor: torch.Tensor, module: nn.Module) -> None:
         self.tensor = tensor
-        self._data = tensor.data if _is_of_bitsandbytes(tensor) else None
+        self._data = tensor.data if is_of_bitsandbytes(tensor) else None
         holders = [tensor, *_plain_objects(tensor), *_plain_objects(module)] if self._data is not None else []
         self._attributes = [(vars(holder), dict(vars(holder))) for holder in holders]
 
@@ -74,7 +74,7 @@ def assemble(model: AsBuilt, name: str, build: Callable[[], torch.Tensor]) -> As
 
 def said_of_packing(weight: torch.Tensor) -> Mapping[str, Any]:
     """What `weight`, which has no values yet, says of how it is going to be packed: adapters' packages ask for it."""
-    if not _is_of_bitsandbytes(weight):
+    if not is_of_bitsandbytes(weight):
         return {}
     plain = (bool, int, str, torch.dtype, type(None))
     return {name: value for name, value in vars(weight).items() if isinstance(value, plain) and name[0] != "_"}
@@ -120,8 +120,9 @@ def _check_shape(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
         )
 
 
-def _is_of_bitsandbytes(tensor: torch.Tensor) -> bool:
-    return type(tensor).__module__.partition(".")[0] == "bitsandbytes"
+def is_of_bitsandbytes(thing: torch.Tensor | nn.Module) -> bool:
+    """Whether its class is one of bitsandbytes'."""
+    return type(thing).__module__.partition(".")[0] == "bitsandbytes"
 
 
 def _plain_objects(owner: Any) -> Iterator[Any]:
