@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
@@ -40,6 +41,7 @@ class Assembled:
         self._data = tensor.data if is_of_bitsandbytes(tensor) else None
         holders = [tensor, *_plain_objects(tensor), *_plain_objects(module)] if self._data is not None else []
         self._attributes = [(vars(holder), dict(vars(holder))) for holder in holders]
+        _assembled[id(tensor)] = self  # which keeps the tensor, so that no other one has its number
 
     def restore(self) -> None:
         """Make it, and what its module computes with, what they were before a forward pass. Takes microseconds."""
@@ -48,6 +50,18 @@ class Assembled:
         for attributes, original in self._attributes:
             attributes.clear()
             attributes.update(original)
+
+
+_assembled: WeakValueDictionary[int, Assembled] = WeakValueDictionary()
+"""By the number of the tensor of each."""
+
+
+def make_as_loaded(tensor: torch.Tensor | None) -> None:
+    """Make `tensor`, if it is a packed weight, what it was before a pass: bitsandbytes writes it into a state dict so,
+    but where it has packed it otherwise for the CPU, it puts back the numbers, and not the scales.
+    """
+    if (assembled := _assembled.get(id(tensor))) is not None:
+        assembled.restore()
 
 
 def assemble(model: AsBuilt, name: str, build: Callable[[], torch.Tensor]) -> Assembled:

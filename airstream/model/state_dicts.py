@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from airstream.compat.assembled import make_as_loaded
 from airstream.model.absent import Absent
 from airstream.model.binding import holds
 from airstream.model.weight import Weight
@@ -24,6 +25,7 @@ def check_state_dicts(modules: Iterable[nn.Module]) -> None:
     """Let each of `modules` look at what is about to be loaded into it. A copy of one, of plain weights, lets it be."""
     for module in modules:
         module.register_load_state_dict_pre_hook(_check)  # type: ignore[no-untyped-call]  # torch gives it no types
+        module.register_state_dict_pre_hook(_make_as_loaded)  # type: ignore[no-untyped-call]
         module.register_state_dict_post_hook(_keep_no_loans)  # type: ignore[no-untyped-call]
 
 
@@ -36,6 +38,12 @@ def _check(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str,
         if not holds(state_dict[prefix + name], stored):
             refuse_change(stored.name)
         state_dict[prefix + name] = ours
+
+
+def _make_as_loaded(module: nn.Module, *_: object) -> None:
+    """What a pass has made of packed weights is not what the checkpoint has."""
+    for weight in module._parameters.values():
+        make_as_loaded(weight)
 
 
 def _keep_no_loans(module: nn.Module, state_dict: MutableMapping[str, Any], prefix: str, *_: object) -> None:

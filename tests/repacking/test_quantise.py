@@ -425,3 +425,21 @@ def test_the_packages_of_formats_say_nothing_of_their_own(tiny: WriteTiny, tmp_p
     for words in ([source, made], [made]):
         run = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *words], capture_output=True, text=True)
         assert (run.returncode, run.stderr) == (0, "")
+
+
+@BY_CODEC
+def test_a_state_dict_after_a_pass_is_the_checkpoints(wide: Callable[..., Path], tmp_path: Path, codec: str) -> None:
+    """Also where bitsandbytes has packed a weight that stays in memory otherwise, for the CPU: it puts back a part."""
+    airstream.repack(wide("llama", BF16), tmp_path / "out", codec=codec, progress=False)
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with stream(tmp_path / "out", max_memory="1GiB") as model:
+        before = model(ids).logits
+        taken = {name: value.clone() for name, value in model.state_dict().items() if isinstance(value, torch.Tensor)}
+        assert torch.equal(model(ids).logits, before)
+        assert torch.equal(model(ids).logits, before)
+    files = (tmp_path / "out").glob("*.safetensors")
+    stored = {name: value for file in files for name, value in load_file(file).items()}
+    if codec == "nf4":  # the others are made dense, or have names of their own
+        packed = [name for name in stored if ".layers." in name and "quant" not in name]
+        assert packed
+        assert all(torch.equal(taken[name], stored[name]) for name in packed)
