@@ -20,7 +20,7 @@ from airstream.loading.prepare import prepare_for_planning
 from airstream.plan.facts import ModelFacts
 from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import Request
-from airstream.reporting.figure import check_file, new_figure
+from airstream.reporting.figure import check_file, new_figure, save_figure
 from airstream.reporting.paths import path_of
 from airstream.reporting.units import counted, format_bytes, format_seconds
 
@@ -82,7 +82,7 @@ def plot_plan(
     title = f"{short_name(model)}{_title(landscape, asked.facts, asked.request, machine)}"
     axes.set_title(title, fontsize=11, loc="left")
     if file is not None:
-        figure.savefig(file)
+        save_figure(figure, file)
     return figure
 
 

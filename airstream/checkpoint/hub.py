@@ -23,7 +23,8 @@ from airstream.checkpoint.names import PICKLE_FILE, PICKLE_INDEX, SHARD_INDEX, S
 from airstream.checkpoint.shard_index import read_weight_map
 from airstream.errors import AirstreamError, ArgumentError, CheckpointNotFoundError, UnsupportedError
 from airstream.reporting.alike import meant_path
-from airstream.system.foreign_files import open_regular
+from airstream.reporting.kinds import what_lies
+from airstream.system.foreign_files import open_regular, unreadable
 from airstream.system.impostors import AS_WHAT, HEAD_BYTES, what_it_is
 
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken"]
@@ -136,6 +137,10 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
     if path.is_file():
         raise UnsupportedError(_instead_of(path))
     name = os.fspath(model)
+    if os.path.lexists(path):  # a pipe, or a link that leads nowhere: no hub is asked for what is here
+        raise CheckpointNotFoundError(
+            f"{name!r} is {what_lies(path) or 'not readable'}: name the folder of a checkpoint"
+        )
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.is_absolute():
         raise CheckpointNotFoundError(f"there is no folder {name!r}{meant_path(name)}")
     return None
@@ -144,7 +149,10 @@ def _local_folder(model: str | os.PathLike[str]) -> Path | None:
 def _instead_of(file: Path) -> str:
     """What to name instead of `file`, which is there, but does not have the name of a checkpoint."""
     with open_regular(file) as opened:
-        head = opened.read(HEAD_BYTES)
+        try:
+            head = opened.read(HEAD_BYTES)
+        except OSError as error:  # /proc has files of which nothing can be read
+            raise unreadable(file, error) from error
     if what_it_is(head, "") == AS_WHAT["gguf"]:
         return f"{file} is {AS_WHAT['gguf']}"
     if (file.parent / "config.json").is_file():

@@ -14,6 +14,7 @@ from airstream.checkpoint.hub import AS_EVER, HubOptions, check_name, resolve
 from airstream.checkpoint.names import is_inside
 from airstream.errors import ArgumentError, CheckpointNotFoundError
 from airstream.reporting.alike import meant_path
+from airstream.reporting.kinds import what_lies
 from airstream.system.foreign_files import check_folder, unreadable
 
 SUFFIX = ".gguf"
@@ -59,6 +60,8 @@ def _locate(
     if gguf_file is None:
         path = Path(model).expanduser()
         if path.suffix == SUFFIX and not path.is_dir():
+            if os.path.lexists(path) and not path.is_file():
+                raise CheckpointNotFoundError(f"{os.fspath(model)!r} is {what_lies(path)}: name a GGUF file")
             if not path.is_file():
                 raise CheckpointNotFoundError(
                     f"there is no file {os.fspath(model)!r}. One in a hub repository is named with gguf_file=..."

@@ -9,6 +9,9 @@ SHARD_INDEX = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 
+MANIFEST = "airstream-repack.json"
+"""What a repacked checkpoint says of itself."""
+
 MAX_NAME = 255
 """Characters of a name: systems take no longer ones."""
 

@@ -17,6 +17,7 @@ from airstream.cli.sampling import choose
 from airstream.cli.session import load, printing, tell_beyond
 from airstream.cli.wording import as_options
 from airstream.errors import AirstreamError, ArgumentError, ClosedError
+from airstream.reporting.paths import path_of
 from airstream.reporting.units import counted
 
 
@@ -94,7 +95,7 @@ def _reset(conversation: Conversation, _: str) -> bool:
 def _save(conversation: Conversation, name: str) -> bool:
     if not name:
         raise ArgumentError("/save needs a file: /save talk.json")
-    conversation.save(Path(name).expanduser())
+    conversation.save(path_of("/save", name))
     note(f"({counted(len(conversation.messages), 'message')} in {name})")
     return True
 

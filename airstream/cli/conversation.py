@@ -19,6 +19,7 @@ from airstream.cli.stopping import StopAt, cut, has_ended
 from airstream.compat.config_names import num_positions
 from airstream.compat.traits import cache_keyword, cut_back
 from airstream.errors import ArgumentError
+from airstream.reporting.outputs import written
 from airstream.reporting.units import counted
 
 
@@ -100,10 +101,8 @@ class Conversation:
 
     def save(self, file: Path) -> None:
         """Write the messages to `file` as JSON, in place of what it holds."""
-        try:
-            file.write_text(json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ArgumentError(f"{file} cannot be written: {error.strerror}") from error
+        with written(file) as out:
+            out.write((json.dumps(self.messages, indent=2, ensure_ascii=False) + "\n").encode())
 
     def _check_length(self, num_tokens: int) -> None:
         positions = num_positions(self._model.config)

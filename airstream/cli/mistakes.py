@@ -17,7 +17,9 @@ from airstream.cli.values import parse_memory
 from airstream.errors import ArgumentError, CheckpointNotFoundError
 from airstream.rates.cards import find_card
 from airstream.reporting.alike import meant_path
-from airstream.reporting.figure import check_file, check_folder, new_figure
+from airstream.reporting.figure import check_file, new_figure
+from airstream.reporting.outputs import check_output
+from airstream.reporting.paths import path_of
 from airstream.reporting.status import status
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -33,7 +35,7 @@ def check_generate(arguments: argparse.Namespace) -> None:
     _check_loading(arguments)
     check_sampling(arguments)
     if arguments.trace:
-        check_folder(Path(arguments.trace))
+        check_output(path_of("--trace", arguments.trace))
     _check_picture(arguments.plot)
     arguments.prompt = prompt_of(arguments.prompt, arguments.file)
 
@@ -165,4 +167,4 @@ def _check_model(name: str) -> None:
 def _check_picture(file: str | None) -> None:
     if file is not None:
         with status("starting: importing matplotlib"):
-            check_file(new_figure(), Path(file))
+            check_file(new_figure(), path_of("--plot", file))

@@ -11,9 +11,13 @@ from pathlib import Path
 
 from airstream.cli.values import utf8
 from airstream.errors import ArgumentError
+from airstream.reporting.units import format_bytes
 
 QUOTES, CONTINUED = '"""', "\\"
 PROMPT, MORE = "> ", ". "
+
+MAX_PROMPT = 64 << 20
+"""Bytes or characters of a prompt: more than any model takes, and no memory worth speaking of. A device has no end."""
 
 
 def typed() -> Iterator[str]:
@@ -53,12 +57,14 @@ def _one_text(read: Callable[[str], str]) -> str:
     line = read(PROMPT)
     is_quoted = line.lstrip().startswith(QUOTES)
     lines = [line.lstrip().removeprefix(QUOTES) if is_quoted else line]
+    size = len(line)
     with suppress(EOFError):
-        while is_quoted and not lines[-1].rstrip().endswith(QUOTES):
+        while not lines[-1].rstrip().endswith(QUOTES) if is_quoted else lines[-1].endswith(CONTINUED):
+            if not is_quoted:
+                lines[-1] = lines[-1].removesuffix(CONTINUED)
             lines.append(read(MORE))
-        while not is_quoted and lines[-1].endswith(CONTINUED):
-            lines[-1] = lines[-1].removesuffix(CONTINUED)
-            lines.append(read(MORE))
+            size += len(lines[-1])
+            _check_size("what was typed", size)
     text = "\n".join(lines)
     return text.rstrip().removesuffix(QUOTES) if is_quoted else text
 
@@ -68,7 +74,8 @@ def _ask(prompt: str) -> str:
 
 
 def _next_line(_: str) -> str:
-    line = sys.stdin.readline()
+    line = sys.stdin.readline(MAX_PROMPT + 1)
+    _check_size("a line of standard input", len(line))
     if not line:
         raise EOFError
     return line.removesuffix("\n").removesuffix("\r")
@@ -95,7 +102,11 @@ def prompt_of(words: str | None, file: str | None) -> str:
 
 def _read(file: str) -> str:
     try:
-        return Path(file).read_text(encoding="utf-8").removesuffix("\n")  # what editors end files with is no text
+        with Path(file).open("rb") as stream:
+            there = stream.read(MAX_PROMPT + 1)
+        _check_size(f"-f {file}", len(there))
+        text = io.TextIOWrapper(io.BytesIO(there), encoding="utf-8").read()
+        return text.removesuffix("\n")  # what editors end files with is no text
     except OSError as error:
         raise ArgumentError(f"-f {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -108,10 +119,19 @@ def _piped() -> str:
     if sys.stdin.isatty():
         print("(the prompt, please; Ctrl-D on a line of its own ends it)", file=sys.stderr, flush=True)
     _expect_utf8()
-    return utf8("standard input", sys.stdin.read())
+    text = sys.stdin.read(MAX_PROMPT + 1)
+    _check_size("standard input", len(text))
+    return utf8("standard input", text)
+
+
+def _check_size(what: str, size: int) -> None:
+    if size > MAX_PROMPT:
+        raise ArgumentError(f"{what} has more than {format_bytes(MAX_PROMPT)}, which no model takes: give less text")
 
 
 def _expect_utf8() -> None:
     """Read UTF-8 from standard input whatever the locale, as from files; `utf8` is told what is none."""
-    if isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    stream, wanted = sys.stdin, ("utf-8", "surrogateescape")
+    if not isinstance(stream, io.TextIOWrapper) or stream.isatty() or (stream.encoding, stream.errors) == wanted:
+        return
+    stream.reconfigure(encoding=wanted[0], errors=wanted[1])

@@ -22,8 +22,8 @@ OTHER_NAMES: Mapping[str, str] = {"4bit": "nf4", "8bit": "int8"}
 """What AirLLM calls them."""
 
 
-def codec_named(name: object) -> str:
-    """The codec that is called `name`, here or elsewhere.
+def codec_named(name: object, argument: str = "codec") -> str:
+    """The codec that is called `name`, here or elsewhere. `argument` is what it was given as.
 
     Raises:
         ArgumentError: none is.
@@ -32,4 +32,4 @@ def codec_named(name: object) -> str:
         return known
     meant = nearest(str(name), CODEC_NAMES)
     guess = f"did you mean {meant!r}? " if meant else ""
-    raise ArgumentError(f"codec={name!r}: {guess}There is {', '.join(map(repr, CODEC_NAMES))}")
+    raise ArgumentError(f"{argument}={name!r}: {guess}There is {', '.join(map(repr, CODEC_NAMES))}")

@@ -9,14 +9,14 @@ It knows what a pass may change. It refuses to know when a pass is over.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from airstream.compat.as_built import AsBuilt
 from airstream.errors import CheckpointError
 
 EXPANDED_ITEM_BYTES, REPACKED_ITEM_BYTES, INT8_ITEM_BYTES = 4, 10, 24
@@ -37,7 +37,7 @@ class Assembled:
 
     def __init__(self, tensor: torch.Tensor, module: nn.Module) -> None:
         self.tensor = tensor
-        self._data = tensor.data if _is_of_bitsandbytes(tensor) else None
+        self._data = tensor.data if is_of_bitsandbytes(tensor) else None
         holders = [tensor, *_plain_objects(tensor), *_plain_objects(module)] if self._data is not None else []
         self._attributes = [(vars(holder), dict(vars(holder))) for holder in holders]
 
@@ -50,7 +50,7 @@ class Assembled:
             attributes.update(original)
 
 
-def assemble(model: PreTrainedModel, name: str, build: Callable[[], torch.Tensor]) -> Assembled:
+def assemble(model: AsBuilt, name: str, build: Callable[[], torch.Tensor]) -> Assembled:
     """What `build` puts together for parameter `name` of `model`, without the traces that building leaves in `model`.
 
     Raises:
@@ -72,12 +72,20 @@ def assemble(model: PreTrainedModel, name: str, build: Callable[[], torch.Tensor
     return Assembled(tensor, module)
 
 
+def said_of_packing(weight: torch.Tensor) -> Mapping[str, Any]:
+    """What `weight`, which has no values yet, says of how it is going to be packed: adapters' packages ask for it."""
+    if not is_of_bitsandbytes(weight):
+        return {}
+    plain = (bool, int, str, torch.dtype, type(None))
+    return {name: value for name, value in vars(weight).items() if isinstance(value, plain) and name[0] != "_"}
+
+
 def is_packed_alone(parameter: torch.Tensor) -> bool:
     """Whether the module of `parameter` computes with packed weights, and with no others."""
     return type(parameter).__name__ == "Params4bit"
 
 
-def expansion_bytes(model: PreTrainedModel, name: str) -> int:
+def expansion_bytes(model: AsBuilt, name: str) -> int:
     """What a forward pass with the packed parameter `name` takes besides, for a moment."""
     module = model.get_submodule(name.rpartition(".")[0])
     if type(module).__name__ == "Linear8bitLt":
@@ -85,7 +93,7 @@ def expansion_bytes(model: PreTrainedModel, name: str) -> int:
     return _elements(module) * (REPACKED_ITEM_BYTES if _is_repacked(module) else EXPANDED_ITEM_BYTES)
 
 
-def growth_bytes(model: PreTrainedModel, name: str) -> int:
+def growth_bytes(model: AsBuilt, name: str) -> int:
     """What the packed parameter `name` takes besides once a forward pass has computed with it, until it is restored."""
     module = model.get_submodule(name.rpartition(".")[0])
     return int(_elements(module) * REPACKED_SHARE) if _is_repacked(module) else 0
@@ -112,8 +120,9 @@ def _check_shape(name: str, tensor: torch.Tensor, module: nn.Module) -> None:
         )
 
 
-def _is_of_bitsandbytes(tensor: torch.Tensor) -> bool:
-    return type(tensor).__module__.partition(".")[0] == "bitsandbytes"
+def is_of_bitsandbytes(thing: torch.Tensor | nn.Module) -> bool:
+    """Whether its class is one of bitsandbytes'."""
+    return type(thing).__module__.partition(".")[0] == "bitsandbytes"
 
 
 def _plain_objects(owner: Any) -> Iterator[Any]:

@@ -9,6 +9,7 @@ It knows weights. It refuses to know which weights of a model are quantised, and
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from torch import nn
 from airstream.codecs.names import codec_named
 from airstream.errors import UnsupportedError
 from airstream.reporting.extras import install
+from airstream.system.importing import quiet_imports
 
 Tensors = dict[str, torch.Tensor]
 """By what their names end with: what follows the name of the module."""
@@ -88,6 +90,9 @@ def find_codec(name: str) -> QuantCodec:
     codec = CODECS[codec_named(name)]
     if codec.module is not None and importlib.util.find_spec(codec.module) is None:
         raise UnsupportedError(f"codec={name!r} needs the package {codec.module}: {codec.missing}")
+    if codec.module is not None:
+        with quiet_imports():
+            importlib.import_module(codec.module)
     return codec
 
 

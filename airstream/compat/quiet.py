@@ -8,13 +8,16 @@ from contextlib import contextmanager
 
 from transformers import logging as transformers_logging
 
+from airstream.system.importing import quiet_imports
+
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' warnings."""
+    """Without transformers' warnings, and those of the packages of formats, which it imports when they are needed."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)
     try:
-        yield
+        with quiet_imports():
+            yield
     finally:
         transformers_logging.set_verbosity(verbosity)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import re
-import weakref
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,6 +25,7 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from airstream.compat.as_built import AsBuilt
 from airstream.compat.assembled import Assembled, assemble, expansion_bytes, growth_bytes
 from airstream.compat.quantizers import Quantizer
 from airstream.compat.renames import Renames
@@ -109,7 +109,7 @@ class MappedConversion(KeyConversion):
     ) -> None:
         if mapping is None:
             mapping = get_model_conversion_mapping(model) if quantizer is None else quantizer.mapping(model)
-        self._model = weakref.proxy(model)  # the engine keeps this; it must not keep the model
+        self._model = AsBuilt(model)  # the engine keeps this; it must not keep the model
         self._quantizer = quantizer
         self._targets = model.state_dict()
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from airstream.checkpoint.partial import kept_layers
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.compat.assembled import is_packed_alone
 from airstream.compat.blame import blamed_on
@@ -176,7 +177,13 @@ def _check_complete(
     if faults is not None:
         faults += [CheckpointError(f"tensor {name!r} {list(targets[name].shape)} is missing") for name in missing]
     elif missing:
-        where = next((f" in {tensor.file.parent}" for tensor in index.values()), "")
+        folder = next((tensor.file.parent for tensor in index.values()), None)
+        where = f" in {folder}" if folder is not None else ""
+        if folder is not None and (kept := kept_layers(folder)):
+            raise CheckpointError(
+                f"{folder} is a part of a model, its layers {kept[0]} to {kept[1] - 1} alone (`airstream repack "
+                "--layers`), which cannot run by itself: name the checkpoint that it was made of"
+            )
         names = ", ".join(repr(name) for name in missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise CheckpointError(
             f"the checkpoint{where} lacks {len(missing)} of the {counted(len(targets), 'tensor')} of "

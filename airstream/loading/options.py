@@ -110,7 +110,7 @@ class LoadOptions:
                 'To pack weights, name a codec: compression="4bit"'
             )
         if self.compression is not None:
-            codec_named(self.compression)
+            codec_named(self.compression, "compression")
         if self.kernels not in (EXACT, FAST):
             raise ArgumentError(
                 f'kernels={self.kernels!r} is neither "exact", as transformers computes, nor "fast", with weights as '

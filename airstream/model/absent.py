@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from airstream.compat.assembled import said_of_packing
 from airstream.model.asking import Freezable
 from airstream.model.moving import unmoved
 from airstream.model.stored import FetchRows, Stored
@@ -62,6 +63,7 @@ class Absent(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
         """What stands for `tensor`, whose values are `stored`, and says that it is on `device`."""
         absent = cls(stored, tensor.shape, tensor.dtype, device)
         absent._is_param = is_parameter
+        vars(absent).update(said_of_packing(tensor))
         return absent
 
     def __init__(self, *_: Any, **__: Any) -> None:

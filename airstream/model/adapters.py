@@ -20,7 +20,7 @@ from airstream.compat.blame import blamed_on
 from airstream.errors import ArgumentError, CheckpointError, UnsupportedError
 from airstream.model.adapter_source import Source
 from airstream.model.stored import Stored
-from airstream.model.wrappers import cast_copies, costs, freeze, refuse_merging, strangers
+from airstream.model.wrappers import cast_copies, costs, freeze, refuse_looking, refuse_merging, strangers
 from airstream.plan.facts import AdapterFacts
 from airstream.reporting.extras import install
 from airstream.reporting.units import counted
@@ -171,6 +171,7 @@ class WithAdapters:
         if names != self._counted:
             found = list(strangers(self, self._engine.modules))
             refuse_merging(found)
+            refuse_looking(found)
             self._engine.make_room(costs(found, self._engine.head))
             self._counted = names
 

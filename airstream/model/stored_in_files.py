@@ -9,11 +9,12 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from airstream.errors import BudgetError, UnsupportedError
+from airstream.errors import BudgetError
 from airstream.layout.slab import pack
 from airstream.layout.tensors import TensorSpec, view_of
 from airstream.model.conversion import Converter
 from airstream.model.stored import FetchRows, Stored
+from airstream.model.weight_refusals import refuse_copy_of_packed
 from airstream.reporting.probe import Probe
 from airstream.reporting.units import MIB, format_bytes
 from airstream.system.memory import available_host_bytes
@@ -43,10 +44,7 @@ class StoredInFiles(Stored):
     def read(self) -> torch.Tensor:
         spec = self._spec
         if spec.made_by is not None and spec.made_by.is_object:
-            raise UnsupportedError(
-                f"{spec.name!r} is packed, and has values only while its layer computes: a streamed model cannot copy "
-                "it. Read the checkpoint's files with safetensors.safe_open instead"
-            )
+            refuse_copy_of_packed(spec.name)
         slab = pack((spec,), HOST_PACKING)
         free = available_host_bytes()
         if slab.nbytes > free:

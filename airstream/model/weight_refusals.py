@@ -29,6 +29,26 @@ def refuse_absent(name: str, operation: str, *, writes: bool) -> NoReturn:
     )
 
 
+def refuse_copy_of_packed(name: str) -> NoReturn:
+    """Raise because somebody copies weight `name`, whose module computes with packed tensors."""
+    if _is_in("peft."):
+        refuse_dora(name)
+    raise UnsupportedError(
+        f"{name!r} is packed, and has values only while its layer computes: a streamed model cannot copy it. Read the "
+        "checkpoint's files with safetensors.safe_open instead"
+    )
+
+
+def refuse_dora(name: str) -> NoReturn:
+    """Raise because an adapter looks at weight `name`, which bitsandbytes has packed."""
+    raise UnsupportedError(
+        f"an adapter that looks at weights, as DoRA does, cannot be beside a streamed model whose weights bitsandbytes "
+        f"has packed, such as {name!r}: PEFT puts others in their place when it computes. delete_adapter() or PEFT's "
+        "unload() takes it out. Load it beside the checkpoint in another format, such as airstream repack writes with "
+        "--codec int8, int4 or fp8"
+    )
+
+
 def _is_in(package: str) -> bool:
     """Whether it is `package` that looks at a weight: PEFT, while it loads an adapter, or torch, while it compiles."""
     frame = sys._getframe()

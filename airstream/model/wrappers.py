@@ -12,8 +12,10 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from airstream.compat.assembled import is_of_bitsandbytes
 from airstream.errors import UnsupportedError
 from airstream.model.absent import Absent
+from airstream.model.weight_refusals import refuse_dora
 from airstream.plan.facts import AdapterFacts
 
 ITEM_BYTES = 4
@@ -49,6 +51,14 @@ def refuse_merging(modules: Iterable[nn.Module]) -> None:
     for module in modules:
         if hasattr(module, "base_layer") and hasattr(module, "merge"):
             object.__setattr__(module, "merge", _refuse_to_merge)
+
+
+def refuse_looking(modules: Iterable[nn.Module]) -> None:
+    """Refuse adapters that look at weights of bitsandbytes: PEFT then replaces these by copies, which are no plan's."""
+    for module in modules:
+        wrapped = _wrapped(module)
+        if wrapped is not None and len(getattr(module, "lora_magnitude_vector", ())) and is_of_bitsandbytes(wrapped):
+            refuse_dora(getattr(getattr(wrapped.weight, "stored", None), "name", type(wrapped).__name__))
 
 
 def freeze(modules: Iterable[nn.Module]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from airstream.profiling.costs import COMPUTE, PYTHON, ROWS, SCHEDULING, STALL, Costs
 from airstream.profiling.intervals import merge
 from airstream.profiling.profile_data import PassProfile, ProfileData
-from airstream.reporting.figure import check_file, new_figure
+from airstream.reporting.figure import check_file, new_figure, save_figure
 from airstream.reporting.paths import path_of
 from airstream.reporting.probe import LINKS, Span
 from airstream.reporting.units import format_seconds
@@ -52,7 +52,7 @@ def draw(profile: ProfileData, file: str | os.PathLike[str] | None = None) -> An
     _draw_seconds(seconds, profile)
     figure.suptitle(f"{Path(profile.model).name} on {profile.device}, {profile.dtype}", fontsize=11)
     if file is not None:
-        figure.savefig(file)
+        save_figure(figure, file)
     return figure
 
 

@@ -5,14 +5,15 @@ The format: "Trace Event Format", Google, https://docs.google.com/document/d/1Cv
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from airstream.errors import ArgumentError, DiskSpaceError
 from airstream.profiling.costs import STALL
 from airstream.profiling.profile_data import ProfileData
+from airstream.reporting.outputs import written
 from airstream.reporting.paths import path_of
 from airstream.reporting.probe import Span
 
@@ -38,21 +39,11 @@ def save(profile: ProfileData, file: str | os.PathLike[str]) -> None:
     """Write the trace to `file`, whole or not at all.
 
     Raises:
-        ArgumentError: there is no such folder, or it may not be written to.
+        ArgumentError: there is no such folder, or it may not be written to, or `file` is no file.
         DiskSpaceError: the disk is full.
     """
-    path = path_of("file", file)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with scratch.open("w", encoding="utf-8") as out:
-            json.dump({"traceEvents": list(events(profile)), "displayTimeUnit": "ms"}, out)
-        scratch.replace(path)
-    except OSError as error:
-        if isinstance(error, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)):
-            raise ArgumentError(f"{path} cannot be written: {error.strerror}. Name a file in another folder") from None
-        raise DiskSpaceError(f"{path} could not be written: {error.strerror}. Name a file on another disk") from error
-    finally:
-        scratch.unlink(missing_ok=True)
+    with written(path_of("file", file)) as stream, io.TextIOWrapper(stream, encoding="utf-8") as out:
+        json.dump({"traceEvents": list(events(profile)), "displayTimeUnit": "ms"}, out)
 
 
 def _order(track: str) -> tuple[bool, bool, str]:

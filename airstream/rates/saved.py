@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from filelock import FileLock
 from airstream.errors import CheckpointError
 from airstream.rates.facts import LINKS, HardwareFacts, assumed
 from airstream.rates.identity import machine_name, usable_cores
+from airstream.reporting.kinds import what_lies
 from airstream.system.cache import cache_folder
 from airstream.system.foreign_json import MANIFEST, read_json
 
@@ -120,6 +122,9 @@ def _load() -> list[dict[str, Any]]:
 
 def _replace(file: Path, text: str) -> None:
     """Put `text` into `file` as one step, on the disk when this returns. The lock is held."""
+    file = Path(os.path.realpath(file))  # a link stays one
+    if os.path.lexists(file) and not file.is_file():
+        raise OSError(errno.EINVAL, f"it is {what_lies(file)}", str(file))
     part = file.with_name(f".{file.name}.part")
     try:
         with part.open("w", encoding="utf-8") as stream:

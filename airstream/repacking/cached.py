@@ -46,7 +46,7 @@ def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression:
         DiskSpaceError: the disk of the cache folder has not enough room.
         CheckpointError: the checkpoint is incomplete or corrupt.
     """
-    codec = codec_named(compression)
+    codec = codec_named(compression, "compression")
     folder, gguf = locate(name, options.hub, options.gguf_file, options.trust_remote_code)
     if gguf is not None:
         raise UnsupportedError(f"{gguf} is packed already, as GGUF: leave compression={compression!r} out")
@@ -66,8 +66,8 @@ def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression:
                 _refuse_foreign(target.with_name(f".{target.name}-repacking"))
                 _remove(target)
                 _make(folder, target, codec, options)
-    except AirstreamError:
-        raise
+    except AirstreamError as error:  # a repack calls it `codec`; who asked for it has called it otherwise
+        raise type(error)(str(error).replace(f"codec={codec!r}", f"compression={compression!r}")) from error
     except OSError as error:
         raise DiskSpaceError(
             f"{target.parent}, where {target.name} would be kept, cannot be written ({error.strerror}): set "
@@ -102,7 +102,9 @@ def _remove(target: Path) -> None:
 
 
 def _make(folder: Path, target: Path, codec: str, options: LoadOptions) -> None:
-    logger.warning("packing %s with codec %s, once, into %s", folder, codec, target)
+    def begins() -> None:
+        logger.warning("packing %s with codec %s, once, into %s", folder, codec, target)
+
     known: dict[str, Any] = {"variant": options.variant, "trust_remote_code": options.trust_remote_code}
-    report = repack_and_report(folder, target, codec=codec, progress=bool(options.progress), **known)
+    report = repack_and_report(folder, target, codec=codec, progress=bool(options.progress), begins=begins, **known)
     logger.warning("packed it: %s", report)

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from airstream.checkpoint.names import MANIFEST
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 from airstream.system.foreign_json import MANIFEST as MANIFEST_KIND
 from airstream.system.foreign_json import read_json
 from airstream.transfer.files import failure_of
 
-MANIFEST = "airstream-repack.json"
 JOURNAL = "airstream-unfinished.json"
 FORMAT = 1
 SAMPLE_BYTES = 64 << 10

@@ -13,29 +13,30 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from airstream.checkpoint.hub import check_name
-from airstream.checkpoint.names import SHARD_INDEX
-from airstream.codecs.names import codec_named
+from airstream.checkpoint.names import MANIFEST, SHARD_INDEX
+from airstream.codecs.names import LOSSLESS_CODEC, codec_named
 from airstream.errors import AirstreamError, ArgumentError
+from airstream.layout.packable import may_pack
 from airstream.layout.shards import SHARD_SIZE, Shard
 from airstream.loading.arguments import refuse_others
 from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.loading.prepare import prepare
 from airstream.repacking.files import check_storable, plan_files
-from airstream.repacking.manifest import FORMAT, JOURNAL, MANIFEST, digest_of, fingerprint, read_journal, write_json
+from airstream.repacking.manifest import FORMAT, JOURNAL, digest_of, fingerprint, read_journal, write_json
 from airstream.repacking.report import RepackReport
-from airstream.repacking.target import check_target, is_done
+from airstream.repacking.target import beside, check_target, is_done, target_of
 from airstream.repacking.unfinished import begin_folder, what_is_in_the_way
 from airstream.repacking.way import Way
 from airstream.repacking.ways import way_of
 from airstream.repacking.write import copy_small, sha256_of
-from airstream.reporting.paths import path_of
 from airstream.reporting.status import status
 from airstream.reporting.units import parse_shard_size
 from airstream.system.cache import sync
@@ -103,16 +104,17 @@ def repack_and_report(
     shard_size: int | str = SHARD_SIZE,
     codec: str | None = None,
     progress: bool = True,
+    begins: Callable[[], None] = lambda: None,
     **options: Any,
 ) -> RepackReport:
-    """As `repack`, which see; gives what was done, too."""
+    """As `repack`, which see; gives what was done, too. Calls `begins` once nothing is left to be refused."""
     started = time.monotonic()
     check_name(model)
     check_flag("progress", progress)
     refuse_others(options, SOURCE_OPTIONS)
     if codec is not None:
         codec = codec_named(codec)
-    target = path_of("out", out).absolute()
+    target = target_of(out)
     shard_bytes = parse_shard_size(shard_size)
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
         prepared = prepare(model, LoadOptions(device="cpu", **options))
@@ -132,6 +134,7 @@ def repack_and_report(
         recipe["codec"] = codec
     known = digest_of(recipe)
     facts = {"recipe": known} | {name: recipe[name] for name in recipe if name != "shards"}
+    begins()
     kept = _write(target, prepared.folder, shards, facts, way, progress)
     return RepackReport(
         target,
@@ -140,6 +143,7 @@ def repack_and_report(
         kept_files=len(shards) if kept is None else kept,
         is_old=kept is None,
         seconds=time.monotonic() - started,
+        packs_nothing=codec == LOSSLESS_CODEC and not any(may_pack(each) for shard in shards for each in shard.tensors),
     )
 
 
@@ -150,15 +154,15 @@ def _write(
 
     Returns how many files of weights were kept from a run before; None if all is there and nothing was to be done.
     """
-    lock = target.with_name(f".{target.name}-repacking.lock")
-    work = target.with_name(f".{target.name}-repacking")
+    work = beside(target)
+    lock = work.with_name(f"{work.name}.lock")
     job = _Repack(work, source, shards, facts, way, progress)
     try:
         with named_when_full(work, job.missing_bytes, "repacking", GOES_ON):
             target.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(lock, timeout=0):
-                is_complete = is_done(target, facts)
                 try:
+                    is_complete = is_done(target, facts)
                     if not is_complete:
                         job.fill()
                         _give_name(work, target)
@@ -208,7 +212,9 @@ class _Repack:
 
     def has_finished_any(self) -> bool:
         """Whether a file of weights is there, of this run or one before, so that another one can go on."""
-        return any(self._work.glob("*.safetensors"))
+        with suppress(OSError):  # it may be that no folder can be called so
+            return any(self._work.glob("*.safetensors"))
+        return False
 
     def missing_bytes(self) -> int:
         """What is still to be written."""

@@ -19,6 +19,7 @@ class RepackReport:
         kept_files: of them, how many a run before had finished.
         is_old: all of it was there already, and nothing was written.
         seconds: it took.
+        packs_nothing: it was to be packed, and has nothing that can be.
     """
 
     folder: Path
@@ -27,9 +28,12 @@ class RepackReport:
     kept_files: int
     is_old: bool
     seconds: float
+    packs_nothing: bool = False
 
     def __str__(self) -> str:
         weights = f"{counted(self.num_files, 'file')} of weights, {format_bytes(self.num_bytes)}"
+        if self.packs_nothing:
+            weights += " (as they were: only bfloat16 that is not packed yet can be)"
         if self.is_old:
             return f"{self.folder} is this repack already ({weights}): nothing was written"
         kept = f"; {self.kept_files:,} of them a run before had finished" if self.kept_files else ""

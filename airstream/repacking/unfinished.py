@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from airstream.checkpoint.names import MANIFEST
 from airstream.errors import ArgumentError
-from airstream.repacking.manifest import JOURNAL, MANIFEST
+from airstream.repacking.manifest import JOURNAL
 
 __all__ = ["begin_folder", "what_is_in_the_way"]
 

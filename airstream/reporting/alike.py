@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
+from airstream.reporting.kinds import what_lies
+
 LEAST_ALIKE = 0.7
 """Of 1, which is the same word: what is less alike is another word, not a slip."""
 
@@ -23,8 +25,13 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def meant_path(name: str) -> str:
-    """A sentence with the folder or GGUF file that `name`, which leads to none, may mean; nothing if none is alike."""
+    """A sentence with the folder or GGUF file that `name`, which leads to none, may mean; nothing if none is alike.
+
+    If it is inside a file, the sentence says that.
+    """
     try:
+        if lies := what_lies(Path(name).expanduser()):
+            return f". It is {lies}"
         path = Path(name).expanduser()
         with os.scandir(path.parent) as entries:
             names = [each.name for each in islice(entries, MAX_LOOKED_AT) if each.is_dir() or each.name[-5:] == ".gguf"]

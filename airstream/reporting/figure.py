@@ -8,6 +8,7 @@ from typing import Any
 
 from airstream.errors import ArgumentError, UnsupportedError
 from airstream.reporting.extras import install
+from airstream.reporting.outputs import check_output, written
 
 
 def new_figure(width: float = 8, height: float = 5.4) -> Any:
@@ -35,19 +36,21 @@ def check_file(figure: Any, file: Path) -> None:
     """Refuse a file that cannot be written, before seconds are spent on what goes into it.
 
     Raises:
-        ArgumentError: matplotlib does not know its ending, or there is no such folder.
+        ArgumentError: matplotlib does not know its ending, there is no such folder, or it is no file.
     """
     known = sorted(figure.canvas.get_supported_filetypes())
     if file.suffix.removeprefix(".").lower() not in known:
         raise ArgumentError(f"{file} is no kind of picture that can be drawn: use .{', .'.join(known)}")
-    check_folder(file)
+    check_output(file)
 
 
-def check_folder(file: Path) -> None:
-    """Refuse a file that cannot be written because it is nowhere.
+def save_figure(figure: Any, file: Path) -> None:
+    """Write `figure` to `file`, whose ending says as what.
 
     Raises:
-        ArgumentError: there is no such folder.
+        ArgumentError, DiskSpaceError: it cannot be written.
     """
-    if not file.absolute().parent.is_dir():
-        raise ArgumentError(f"{file} cannot be written: there is no folder {file.parent}")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=file.suffix.removeprefix(".").lower())
+    with written(file) as out:
+        out.write(drawn.getbuffer())

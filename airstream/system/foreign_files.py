@@ -16,14 +16,11 @@ from pathlib import Path
 from typing import BinaryIO
 
 from airstream.errors import CheckpointError, CheckpointNotFoundError
+from airstream.reporting.kinds import kind_of
 from airstream.reporting.units import counted
 from airstream.system.impostors import complaint
 
 _FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"} | dict.fromkeys(
-    (stat.S_IFCHR, stat.S_IFBLK), "a device"
-)
 
 
 def open_regular(file: Path) -> BinaryIO:
@@ -111,4 +108,4 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
 
 def _check_regular(file: Path, mode: int) -> None:
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{file} is {_KINDS.get(stat.S_IFMT(mode), 'no file')}, not a file: refused")
+        raise CheckpointError(f"{file} is {kind_of(mode)}, not a file: refused")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import io
 import json
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -267,7 +268,9 @@ def test_commands(model: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert all(name in listed for name in COMMANDS)
     for name in ("/exit", "/quit", "/bye"):
         assert not obey(conversation, name)
-    for wrong in ("/nope", "/save", f"/save {tmp_path / 'missing' / 'talk.json'}", f"/save {tmp_path}"):
+    os.mkfifo(tmp_path / "pipe")
+    unwritable = [tmp_path / "missing" / "talk.json", tmp_path, tmp_path / "pipe", "~nobody-is-called-so/talk.json"]
+    for wrong in ("/nope", "/save", *(f"/save {file}" for file in unwritable)):
         with pytest.raises(ArgumentError):
             obey(conversation, wrong)
 

@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,12 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GenerationConfig
 
 from airstream import ArgumentError, Plan
-from airstream.cli import demo, main
+from airstream.cli import demo, main, reading
 from airstream.cli.mistakes import check_sampling
 from airstream.cli.options import load_options
 from airstream.cli.output import able_to_write
 from airstream.cli.parser import build_parser
-from airstream.cli.reading import typed
+from airstream.cli.reading import prompt_of, typed
 from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
 from airstream.cli.values import DTYPES, parse_memory
@@ -482,6 +483,8 @@ def test_no_prompt_is_told_before_anything_is_loaded(
 ) -> None:
     (tmp_path / "bytes").write_bytes(b"\xff\xfe")
     (tmp_path / "empty").write_text("\n")
+    (endless := tmp_path / "endless").touch()
+    os.truncate(endless, reading.MAX_PROMPT + 1)  # as devices seem to be
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     for words, said in (
         ([""], "the prompt is empty"),
@@ -492,11 +495,65 @@ def test_no_prompt_is_told_before_anything_is_loaded(
         (["-f", tmp_path], "cannot be read"),
         (["-f", tmp_path / "bytes"], "not UTF-8"),
         (["-f", tmp_path / "empty"], "the prompt is empty"),
+        (["-f", endless], "has more than 64.0 MiB, which no model takes"),
     ):
         assert run("generate", "not-there", *words) == 1
         err = capsys.readouterr().err
         assert said in err
         assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--trace", "--plot"])
+def test_what_is_no_file_is_not_written_over(option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    os.mkfifo(tmp_path / "run.png")
+    assert run("generate", "not-there", "p", option, tmp_path / "run.png") == 1
+    err = capsys.readouterr().err
+    assert "run.png cannot be written: it is a pipe" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("piped", ["x" * 101, "x\\\n" * 60, '"""\n' + "x\n" * 120])
+def test_standard_input_that_does_not_end_is_not_read_for_ever(piped: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "MAX_PROMPT", 100)
+    for read in (lambda: prompt_of("-", None), lambda: list(typed())):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(piped))
+        with pytest.raises(ArgumentError, match="has more than 100 B"):
+            read()
+
+
+NAMELESS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "pipe": (os.mkfifo, "is a pipe"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "is a link to 'nowhere', which leads nowhere"),
+    "loop": (lambda path: path.symlink_to(path.name), "is a link that leads in a circle"),
+    "pipe.gguf": (os.mkfifo, "is a pipe"),
+    "loop.gguf": (lambda path: path.symlink_to(path.name), "is a link that leads in a circle"),
+    "file/x": (lambda path: path.parent.touch(), "is in no folder: 'file' is a file"),
+    "file/x/y": (lambda path: path.parents[1].touch(), "is in no folder: 'file' is a file"),
+}
+"""What lies under the name of a model, and what is said of it."""
+
+
+@pytest.mark.parametrize("name", NAMELESS)
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_what_lies_under_the_name_of_a_model_is_said(
+    name: str, prefix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, said = NAMELESS[name]
+    make(Path(name))
+    assert run("plan", prefix + name, "--local-files-only") == 1
+    err = capsys.readouterr().err
+    assert said.lower() in err.lower()
+    assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file of which nothing can be read")
+def test_a_file_that_cannot_be_read_is_no_fault_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("plan", "/proc/self/mem") == 1
+    err = capsys.readouterr().err
+    assert "'/proc/self/mem' cannot be read: Input/output error" in err
+    assert "--traceback" not in err
 
 
 def test_a_prompt_without_tokens_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Products with weights as they are stored are those of their numbers, in float64, as close as float32 comes to them."""
+"""Products with weights as they are stored are those of their numbers in float64, as close as float32 comes."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_they_are_at_least_as_close_as_torchs_own(count: int) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 50])
 def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
-    weight, numbers = of_bf16(333)
+    weight, _ = of_bf16(333)
     vectors = torch.randn(2, 333)
     before, alone = torch.get_num_threads(), multiply(weight, vectors)
     torch.set_num_threads(threads)

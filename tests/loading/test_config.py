@@ -312,6 +312,7 @@ SET: Mapping[str, Any] = {
     "page_cache": True,
     "model_class": "AutoModel",
     "compression": "lossless",
+    "kernels": "fast",
     "attn_implementation": "eager",
     "gguf_file": "a.gguf",
     "subfolder": "part",

@@ -166,7 +166,7 @@ def test_table_on_the_command_line(configs: dict[str, Path], capsys: pytest.Capt
     words = ("plan", "--table", *configs.values(), "--gpu", "T4,3090", "--ram", "64GiB", "--format", "csv")
     assert run(*words) == 0
     read = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [row["card"] for row in read] == 6 * ["T4", "RTX 3090"]
+    assert [row["card"] for row in read] == 8 * ["T4", "RTX 3090"]  # a dense one in six precisions, experts in two
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import time
 import types
@@ -495,6 +496,20 @@ def test_a_trace_that_cannot_be_written_leaves_nothing(shown: Profile, tmp_path:
     with pytest.raises(ArgumentError, match="cannot be written"):
         shown.save_trace(tmp_path / "run.json")
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_link_is_written_through_and_a_pipe_is_refused(shown: Profile, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for save, name in ((shown.save_trace, "run.json"), (shown.plot, "run.png")):
+        link, file, pipe = tmp_path / f"link-{name}", tmp_path / name, tmp_path / f"pipe-{name}"
+        link.symlink_to(name)
+        save(link)
+        assert link.is_symlink()
+        assert file.stat().st_size > 1000
+        os.mkfifo(pipe)
+        with pytest.raises(ArgumentError, match="cannot be written: it is a pipe"):
+            save(pipe)
+        assert pipe.is_fifo()
 
 
 def test_a_picture_is_drawn(shown: Profile, tmp_path: Path) -> None:

@@ -531,6 +531,20 @@ def test_what_a_killed_process_was_writing_is_written_over(tmp_path: Path, cache
     assert {file.name for file in cache.iterdir()} == {"hardware.json", ".hardware.json.lock"}
 
 
+def test_a_link_in_the_cache_is_followed_and_a_pipe_is_left(cache: Path, tmp_path: Path) -> None:
+    cache.mkdir(exist_ok=True)
+    link, elsewhere = cache / "hardware.json", tmp_path / "elsewhere.json"
+    link.symlink_to(elsewhere)
+    store.save(tmp_path, CPU, facts())
+    assert link.is_symlink()
+    assert store.stored(tmp_path, CPU) == facts()
+    elsewhere.unlink()
+    os.mkfifo(elsewhere)
+    with pytest.raises(OSError, match="it is a pipe"):
+        store.save(tmp_path, CPU, facts())
+    assert elsewhere.is_fifo()
+
+
 def test_a_save_that_waits_for_another_one_too_long_says_so(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

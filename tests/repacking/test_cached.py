@@ -152,7 +152,7 @@ def test_what_is_in_the_way_in_the_cache(tiny: WriteTiny, cache: Path, tmp_path:
 
 @pytest.mark.parametrize("compression", ["zip", "12bit", True, 4])
 def test_what_is_no_codec(tiny: WriteTiny, cache: Path, compression: Any) -> None:
-    with pytest.raises(ArgumentError, match=r"codec=.*There is 'lossless'"):
+    with pytest.raises(ArgumentError, match=r"^compression=.*There is 'lossless'"):
         AutoModel.from_pretrained(tiny("llama", BF16), compression=compression)
     assert not cache.exists()
 
@@ -162,6 +162,23 @@ def test_gguf_is_packed_already(cache: Path, tmp_path: Path) -> None:
     file.write_bytes(b"GGUF")
     with pytest.raises(UnsupportedError, match="is packed already, as GGUF"):
         AutoModel.from_pretrained(file, device="cpu", compression="lossless")
+
+
+@pytest.mark.parametrize("source", ["nf4", "lossless"])
+def test_what_is_quantised_or_packed_already_is_refused_before_packing_is_told(
+    tiny: WriteTiny, cache: Path, tmp_path: Path, source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if source == "nf4":
+        packages("nf4")
+    made = airstream.repack(tiny("llama", BF16), tmp_path / "out", codec=source, progress=False)
+    capsys.readouterr()
+    with pytest.raises(UnsupportedError, match=r"already.*, so compression='fp8' cannot be made of it"):
+        AutoModel.from_pretrained(made, device="cpu", compression="fp8")
+    assert main(["generate", str(made), "w5", "--device", "cpu", "--compression", "fp8"]) == 1
+    err = capsys.readouterr().err
+    assert "so --compression fp8 cannot be made of it" in err
+    assert "packing" not in err
+    assert "--codec" not in err
 
 
 def test_it_is_planned_without_being_made(tiny: WriteTiny, cache: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import airstream
 from airstream import ArgumentError, CheckpointError
 from airstream.checkpoint.packed_tensors import KEY
 from airstream.checkpoint.safetensors import open_safetensors
+from airstream.cli import main
 from airstream.repacking.manifest import MANIFEST, read_manifest
 from tests.conftest import Resident, WriteTiny, simulated_accelerator, stream
 from tests.stand_ins.comparing import BF16, FP32, assert_equal, greedy, logits, prompts
@@ -302,3 +303,10 @@ def test_a_hostile_block_is_one_error(packed: Callable[[str], Path], tmp_path: P
     tensor.file.write_bytes(data)
     with stream(copy) as model, pytest.raises(CheckpointError, match=rf"{tensor.file.name}, of .*block 0 of bf16x11"):
         logits(model, prompts(1, 4))
+
+
+def test_what_cannot_be_packed_is_told(tiny: WriteTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for dtype, is_told in ((FP32, True), (BF16, False)):
+        for _ in range(2):  # made, and there already
+            assert main(["repack", str(tiny("llama", dtype)), str(tmp_path / str(dtype)), "--codec", "lossless"]) == 0
+            assert ("as they were: only bfloat16" in capsys.readouterr().err) == is_told

@@ -411,3 +411,17 @@ def test_a_few_rows_are_in_memory(wide: Callable[..., Path], tmp_path: Path, cod
     arguments = [str(wide("llama", BF16)), str(large), str(tmp_path / "out"), codec]
     result = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=True)
     assert int(result.stdout.splitlines()[-1]) < 32 << 20
+
+
+def test_the_packages_of_formats_say_nothing_of_their_own(tiny: WriteTiny, tmp_path: Path) -> None:
+    """Such as which kernels could not be downloaded: whether repacked or loaded."""
+    packages("nf4")
+    source, made = tiny("llama", BF16), tmp_path / "made"
+    code = (
+        "import sys, airstream\n"
+        "if sys.argv[2:]: airstream.repack(sys.argv[1], sys.argv[2], codec='nf4', progress=False)\n"
+        "else: airstream.AutoModel.from_pretrained(sys.argv[1], device='cpu', progress=False).close()"
+    )
+    for words in ([source, made], [made]):
+        run = subprocess.run([sys.executable, "-W", "ignore", "-c", code, *words], capture_output=True, text=True)
+        assert (run.returncode, run.stderr) == (0, "")

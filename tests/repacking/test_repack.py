@@ -166,7 +166,7 @@ def test_some_layers(tiny: WriteTiny, tmp_path: Path, layers: Any, has_embedding
     manifest = read_manifest(out)
     assert manifest is not None
     assert manifest["layers"] == [first, end]
-    with pytest.raises(CheckpointError, match="lacks") if wanted != weights_of(source).keys() else stream(out):
+    with pytest.raises(CheckpointError, match="is a part") if wanted != weights_of(source).keys() else stream(out):
         stream(out)
 
 
@@ -229,6 +229,77 @@ def test_where_it_may_not_write(tiny: WriteTiny, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="is a file"):
         airstream.repack(source, tmp_path / "used" / "thesis.txt", progress=False)
     assert state_of(source) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "link", "used"}, "no lock is left, either"
+
+
+NO_TARGETS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "loop": (lambda out: out.symlink_to(out.name), "is a link that leads in a circle"),
+    "into a loop": (lambda out: (out.with_name("x").symlink_to("x"), out.symlink_to("x")), "leads in a circle"),
+    "pipe": (os.mkfifo, "is a pipe"),
+    "link to a file": (lambda out: (out.with_name("x").touch(), out.symlink_to("x")), "is a file"),
+    "in a file": (lambda out: (out.with_name("x").touch(), out.symlink_to("x/y")), "is in no folder: '.*x' is a file"),
+}
+
+
+@pytest.mark.parametrize("name", NO_TARGETS)
+def test_a_target_that_can_be_no_folder_is_refused_before_anything_is_read(tmp_path: Path, name: str) -> None:
+    make, said = NO_TARGETS[name]
+    make(tmp_path / "out")
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(ArgumentError, match=f"{re.escape(str(tmp_path / 'out'))} {said}|out is .*{said}"):
+        airstream.repack("not/looked/for", tmp_path / "out", progress=False)
+    assert {path.name for path in tmp_path.iterdir()} == before
+    with pytest.raises(ArgumentError, match="/ is not empty"):
+        airstream.repack("not/looked/for", "/", progress=False)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_link_is_followed_to_an_empty_folder_or_to_nothing(tiny: WriteTiny, tmp_path: Path, is_there: bool) -> None:
+    link, real = tmp_path / "link", tmp_path / "disk" / "real"
+    link.symlink_to("disk/real")
+    if is_there:
+        real.mkdir(parents=True)
+    assert airstream.repack(tiny("llama", BF16), link, progress=False) == real
+    assert link.is_symlink()
+    assert read_manifest(link) is not None
+    assert [path.name for path in real.parent.iterdir()] == ["real"]
+    report = repack_module.repack_and_report(tiny("llama", BF16), link, progress=False)
+    assert report.is_old
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "é" * 127, "x" * 239, "x" * 201])
+def test_a_name_as_long_as_names_may_be(
+    tiny: WriteTiny, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what a run that was stopped has left there is found again."""
+    failing_at(4, KeyboardInterrupt, monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        airstream.repack(tiny("llama", BF16), tmp_path / name, progress=False)
+    begun = failing_at(99, KeyboardInterrupt, monkeypatch)
+    airstream.repack(tiny("llama", BF16), tmp_path / name, progress=False)
+    assert len(begun) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with pytest.raises(ArgumentError, match="longer than names may be"):
+        airstream.repack("not/looked/for", tmp_path / f"{name}{'x' * 60}", progress=False)
+
+
+def test_a_path_that_has_no_room_for_a_folder_beside_it(tiny: WriteTiny, tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["x" * 100] * ((4080 - len(str(tmp_path))) // 101))
+    out = deep.with_name("x" * (100 + 4090 - len(str(deep))))
+    with pytest.raises(ArgumentError, match=r"cannot be written .*File name too long"):
+        airstream.repack(tiny("llama", BF16), out, progress=False)
+
+
+@pytest.mark.parametrize("codec", [None, "lossless"])
+def test_a_part_says_that_it_is_one(tiny: WriteTiny, tmp_path: Path, codec: str | None) -> None:
+    for layers in ("1:3", "0:2", "2:"):
+        part = airstream.repack(tiny("llama", BF16), tmp_path / layers, layers=layers, codec=codec, progress=False)
+        for use in (airstream.AutoModel.plan, airstream.AutoModel.from_pretrained):
+            with pytest.raises(CheckpointError, match=r"is a part of a model, its layers \d to \d alone"):
+                use(part, device="cpu")
+        (part / MANIFEST).write_text("[]")
+        with pytest.raises(CheckpointError, match=r"lacks .* Download it again"):
+            airstream.AutoModel.plan(part, device="cpu")
 
 
 def test_an_empty_folder_may_be_there_and_a_second_run_changes_nothing(tiny: WriteTiny, tmp_path: Path) -> None:
