@@ -22,6 +22,7 @@ from airstream.errors import UnsupportedError
 from airstream.model.asking import Freezable
 from airstream.model.gate import Gate
 from airstream.model.hook import Hook
+from airstream.model.refusals import refuse_tracing
 from airstream.system.frames import is_on_stack
 
 CALL = torch.nn.Module._call_impl.__code__
@@ -91,6 +92,7 @@ def take_turns(modules: Iterable[nn.Module], direct: Direct) -> Callable[[], Non
     """Have `modules`, whose weights stay in place, take a turn when they are called alone; returns what undoes it."""
 
     def enter(called: nn.Module, *_: object) -> None:
+        refuse_tracing()
         if not direct.is_inside:
             direct.start(called)
 

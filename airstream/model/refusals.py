@@ -72,8 +72,10 @@ def refuse(call: str, remedy: str) -> NoReturn:
     raise UnsupportedError(f"a streamed model does not support {call}: {remedy}")
 
 
-# Else the error would be traced, too, and reach the user inside of torch's own.
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+# Else the error would be traced, too, and reach the user inside of torch's own. With fullgraph=True the reason does.
+@torch.compiler.disable(  # type: ignore[untyped-decorator, no-untyped-call]
+    reason=f"a streamed model does not support it: {REFUSED['compile']}"
+)
 def _refuse_compiling() -> NoReturn:
     refuse("torch.compile()", REFUSED["compile"])
 

@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 from airstream.errors import UnsupportedError
+from airstream.model.refusals import REFUSED, refuse
 
 OF_ADAPTERS = (
     "An adapter that looks at weights when it is loaded needs model.load_adapter(...) or PEFT's low_cpu_mem_usage=True"
@@ -24,13 +25,13 @@ def refuse_absent(name: str, operation: str, *, writes: bool) -> NoReturn:
         )
     raise UnsupportedError(
         f"weight.clone() reads {name!r} from the checkpoint: do the operation ({operation}) on that. A streamed model "
-        f"has its weights in memory only while it computes{f'. {OF_ADAPTERS}' if _is_in_peft() else ''}"
+        f"has its weights in memory only while it computes{f'. {OF_ADAPTERS}' if _is_in('peft.') else ''}"
     )
 
 
 def refuse_copy_of_packed(name: str) -> NoReturn:
     """Raise because somebody copies weight `name`, whose module computes with packed tensors."""
-    if _is_in_peft():
+    if _is_in("peft."):
         refuse_dora(name)
     raise UnsupportedError(
         f"{name!r} is packed, and has values only while its layer computes: a streamed model cannot copy it. Read the "
@@ -48,12 +49,12 @@ def refuse_dora(name: str) -> NoReturn:
     )
 
 
-def _is_in_peft() -> bool:
-    """Whether it is PEFT that looks at a weight, while it loads an adapter."""
+def _is_in(package: str) -> bool:
+    """Whether it is `package` that looks at a weight: PEFT, while it loads an adapter, or torch, while it compiles."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_globals.get("__name__", "").startswith("peft."):
+        if frame.f_globals.get("__name__", "").startswith(package):
             return True
     return False
 
@@ -69,6 +70,8 @@ def refuse_remaking() -> NoReturn:
 
 def refuse_storage(name: str) -> NoReturn:
     """Raise because somebody asks for the storage of weight `name`: what writes files, or looks for tied weights."""
+    if _is_in("torch._dynamo.symbolic_convert"):  # of a module whose weights stay, which no hook is called before
+        refuse("torch.compile()", REFUSED["compile"])
     raise UnsupportedError(
         f"{name!r} has no storage of its own: a streamed model has its weights in place only while it computes, side "
         "by side. Make copies, {name: weight.clone() for name, weight in model.state_dict().items()}, if there is "

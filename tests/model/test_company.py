@@ -226,6 +226,29 @@ def test_compiling_is_refused_before_it_begins(tiny: WriteTiny, reference: Any, 
         assert torch.equal(model(IDS).logits, reference(IDS).logits)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("", {"fullgraph": True}),
+        ("model.layers.1.mlp", {"fullgraph": True}),
+        ("model.layers.1.mlp", {}),
+        ("model.norm", {}),
+    ],
+    ids=str,
+)
+def test_compiling_what_stays_or_the_whole_graph_says_what_to_do(
+    tiny: WriteTiny, reference: Any, path: str, options: dict[str, Any]
+) -> None:
+    """torch passes no errors of others on then, but what they say."""
+    with stream(tiny("llama-tied", FP32), max_memory="4GiB") as model:
+        assert torch.equal(model(IDS).logits, reference(IDS).logits)  # from now on all of it stays
+        compiled = torch.compile(model.get_submodule(path), backend="eager", **options)
+        with pytest.raises(Exception, match=r"a streamed model does not support .*[wW]ithout compiling"):
+            compiled(torch.randn(1, 4, 64) if path else IDS)
+        assert torch.equal(model(IDS).logits, reference(IDS).logits)
+
+
 TRANSFORMED: Mapping[str, Callable[[Any], Any]] = {
     "vmap": lambda model: torch.func.vmap(lambda ids: model(ids[None]).logits)(IDS),
     "grad": lambda model: torch.func.grad(lambda each: model(inputs_embeds=each).logits.sum())(torch.ones(1, 2, 64)),
