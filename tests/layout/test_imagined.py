@@ -226,7 +226,7 @@ def test_the_facts_of_a_model_need_only_its_config() -> None:
     model = build(falcon_180b())
     parts = parts_of(model, imagine(model))
     packing = AcceleratorBackend.packing
-    built = Built(model, model.dtype, None, measure_cache(model), ())
+    built = Built(model, model.dtype, None, None, measure_cache(model), ())
     facts = gather_facts("falcon-180b", IMAGINED_FOLDER, built, parts, torch.device("meta"), packing, "auto")
     assert facts.checkpoint_bytes == imagine(model).nbytes
     assert [len(batch.units) for batch in facts.batchings[1]] == [1] * 80

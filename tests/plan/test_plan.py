@@ -93,7 +93,7 @@ def facts_of(
         conversion_bytes=0,
         has_tokenizer=True,
         footprint=need,
-        arithmetic=Arithmetic(layers, weights, head_bytes or 0, 0, 1.0, 4096),
+        arithmetic=Arithmetic(layers, weights, head_bytes or 0, 0, 1.0, 4096, weights // 2),
     )
 
 
