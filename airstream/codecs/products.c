@@ -12,7 +12,7 @@
 
 #include "widths.h"
 
-enum { LANES = 8 };
+enum { LANES = 8, PARTS = 4 };
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 
@@ -44,6 +44,15 @@ INLINE uint16_t to_bfloat16(float value) {
     memcpy(&bits, &value, sizeof bits);
     uint32_t rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
     return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+INLINE float sum_of(const Floats *values) {
+    float parts[LANES];
+    memcpy(parts, values, sizeof parts);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            parts[lane] += parts[lane + half];
+    return parts[0];
 }
 
 INLINE void widen(const uint16_t *restrict numbers, size_t count, float *restrict out) {
@@ -82,15 +91,6 @@ INLINE const float *lossless_row(const Weight *weight, size_t row, float *out) {
 
 INLINE const float *bf16_row(const Weight *weight, size_t row, float *out) {
     widen((const uint16_t *)(weight->numbers + row * weight->row_bytes), weight->columns, out);
-    return out;
-}
-
-/* Numbers from -128 to 127, times a scale of the row. */
-INLINE const float *int8_row(const Weight *weight, size_t row, float *restrict out) {
-    const int8_t *restrict numbers = (const int8_t *)(weight->numbers + row * weight->row_bytes);
-    float scale = scale_at(weight, row);
-    for (size_t i = 0; i < weight->columns; i++)
-        out[i] = (float)numbers[i] * scale;
     return out;
 }
 
@@ -136,69 +136,138 @@ INLINE void interleave(Bytes first, Bytes second, uint8_t *restrict out) {
     } while (0)
 #endif
 
-/* Halves of bytes, the low one first, 8 more than the number; times a scale for each run of `group` columns, which is a
- * multiple of 32. */
-INLINE const float *int4_row(const Weight *weight, size_t row, float *restrict out) {
-    const uint8_t *restrict numbers = weight->numbers + row * weight->row_bytes;
-    size_t scales = row * (weight->columns / weight->group);
-    for (size_t first = 0; first < weight->columns; first += 32) {
-        float scale = scale_at(weight, scales + first / weight->group);
-        uint8_t places[32];
-        Bytes pairs;
-        memcpy(&pairs, numbers + first / 2, sizeof pairs);
-        interleave(pairs & 15, pairs >> 4, places);
-        for (size_t part = 0; part < 32; part += LANES) {
-            Ints wide;
-            WIDEN(places + part, wide);
-            Floats values = __builtin_convertvector(wide - 8, Floats) * scale;
-            memcpy(out + first + part, &values, sizeof values);
-        }
-    }
-    return out;
+/* ------------------------------------------------------------------------------ numbers that share scales, 32 at a time */
+
+/* TYPE_bytes(numbers, first, room): 32 numbers of a row, from column `first` on, a byte each, in `room` or where they are.
+ * TYPE_eight(weight, bytes, out): what eight of those are, without their scale.
+ * TYPE_scales(weight, row): where the scales of a row begin. */
+
+INLINE const uint8_t *int8_bytes(const uint8_t *numbers, size_t first, uint8_t *room) {
+    (void)room;
+    return numbers + first;
 }
 
-/* Halves of bytes, the high one first: places of a table of 16; times a scale for each run of `group` columns. */
-INLINE const float *nf4_row(const Weight *weight, size_t row, float *restrict out) {
-    const uint8_t *restrict numbers = weight->numbers + row * weight->row_bytes;
-    size_t scales = row * (weight->columns / weight->group);
+INLINE void int8_eight(const Weight *weight, const uint8_t *bytes, Floats *out) {
+    (void)weight;
+    Ints wide;
+    WIDEN((const int8_t *)bytes, wide);
+    *out = __builtin_convertvector(wide, Floats);
+}
+
+INLINE size_t int8_scales(const Weight *weight, size_t row) {
+    (void)weight;
+    return row;
+}
+
+/* Halves of bytes, the low one first, 8 more than the number. */
+INLINE const uint8_t *int4_bytes(const uint8_t *numbers, size_t first, uint8_t *room) {
+    Bytes pairs;
+    memcpy(&pairs, numbers + first / 2, sizeof pairs);
+    interleave(pairs & 15, pairs >> 4, room);
+    return room;
+}
+
+INLINE void int4_eight(const Weight *weight, const uint8_t *bytes, Floats *out) {
+    (void)weight;
+    Ints wide;
+    WIDEN(bytes, wide);
+    *out = __builtin_convertvector(wide - 8, Floats);
+}
+
+INLINE size_t int4_scales(const Weight *weight, size_t row) {
+    return row * (weight->columns / weight->group);
+}
+
+/* Halves of bytes, the high one first: places of a table of 16. */
+INLINE const uint8_t *nf4_bytes(const uint8_t *numbers, size_t first, uint8_t *room) {
+    Bytes pairs;
+    memcpy(&pairs, numbers + first / 2, sizeof pairs);
+    interleave(pairs >> 4, pairs & 15, room);
+    return room;
+}
+
+INLINE void nf4_eight(const Weight *weight, const uint8_t *bytes, Floats *out) {
     const float *levels = (const float *)weight->table;
-    for (size_t first = 0; first < weight->columns; first += 32) {
-        float scale = scale_at(weight, scales + first / weight->group);
-        uint8_t places[32];
-        Bytes pairs;
-        memcpy(&pairs, numbers + first / 2, sizeof pairs);
-        interleave(pairs >> 4, pairs & 15, places);
-        for (size_t part = 0; part < 32; part += LANES) {
-            Ints wide;
-            WIDEN(places + part, wide);
-            Floats values;
-            LOOK_UP(levels, wide, values);
-            values *= scale;
-            memcpy(out + first + part, &values, sizeof values);
-        }
-    }
-    return out;
+    Ints wide;
+    WIDEN(bytes, wide);
+    LOOK_UP(levels, wide, *out);
 }
 
-/* float8_e4m3fn, times a scale for each square of `group` rows and columns. */
-INLINE const float *fp8_row(const Weight *weight, size_t row, float *restrict out) {
-    const uint8_t *restrict numbers = weight->numbers + row * weight->row_bytes;
-    size_t scales = row / weight->group * (weight->columns / weight->group);
-    for (size_t first = 0; first < weight->columns; first += 32) {
-        float scale = scale_at(weight, scales + first / weight->group);
-        for (size_t i = first; i < first + 32; i += LANES) {
-            Ints wide;
-            WIDEN(numbers + i, wide);
-            Ints magnitude = wide & 0x7F, is_small = magnitude < 8, is_nan = magnitude == 0x7F;
-            /* Of small ones, the same with a bit before them, less that bit: no processor likes denormal numbers. */
-            Ints bits = (magnitude << 20) + ((is_small & 121) | (~is_small & 120)) * (1 << 23);
-            Floats values = (Floats)((Ints)((Floats)bits - (Floats)(is_small & 0x3C800000)) | (wide & 0x80) << 24);
-            values = (Floats)((Ints)(values * scale) | (is_nan & 0x7FC00000));
-            memcpy(out + i, &values, sizeof values);
-        }
-    }
-    return out;
+INLINE size_t nf4_scales(const Weight *weight, size_t row) {
+    return row * (weight->columns / weight->group);
 }
+
+/* float8_e4m3fn. A scale is that of a square. */
+INLINE const uint8_t *fp8_bytes(const uint8_t *numbers, size_t first, uint8_t *room) {
+    (void)room;
+    return numbers + first;
+}
+
+INLINE void fp8_eight(const Weight *weight, const uint8_t *bytes, Floats *out) {
+    (void)weight;
+    Ints wide;
+    WIDEN(bytes, wide);
+    Ints magnitude = wide & 0x7F, is_small = magnitude < 8, is_nan = magnitude == 0x7F;
+    /* Of small ones, the same with a bit before them, less that bit: no processor likes denormal numbers. */
+    Ints bits = (magnitude << 20) + ((is_small & 121) | (~is_small & 120)) * (1 << 23);
+    Floats values = (Floats)bits - (Floats)(is_small & 0x3C800000);
+    *out = (Floats)((Ints)values | (wide & 0x80) << 24 | (is_nan & 0x7FC00000));
+}
+
+INLINE size_t fp8_scales(const Weight *weight, size_t row) {
+    return row / weight->group * (weight->columns / weight->group);
+}
+
+#define ADD_PRODUCT(type, sum, part)                                                                              \
+    do {                                                                                                          \
+        Floats values_, others_;                                                                                  \
+        type##_eight(weight, bytes + LANES * (part), &values_);                                                   \
+        memcpy(&others_, vector + first + LANES * (part), sizeof others_);                                        \
+        sum += values_ * others_;                                                                                 \
+    } while (0)
+
+/* TYPE_row of such numbers, and TYPE_dot, which multiplies with a vector what is still in registers, and with the scale
+ * when a group is over. `columns` are a multiple of `group`, and that is one of 32. */
+#define GROUPED(type)                                                                                             \
+    INLINE const float *type##_row(const Weight *weight, size_t row, float *restrict out) {                       \
+        const uint8_t *numbers = weight->numbers + row * weight->row_bytes;                                       \
+        size_t scales = type##_scales(weight, row);                                                               \
+        for (size_t first = 0; first < weight->columns; first += LANES * PARTS) {                                 \
+            float scale = scale_at(weight, scales + first / weight->group);                                       \
+            uint8_t room[LANES * PARTS];                                                                          \
+            const uint8_t *bytes = type##_bytes(numbers, first, room);                                            \
+            for (size_t part = 0; part < LANES * PARTS; part += LANES) {                                          \
+                Floats values;                                                                                    \
+                type##_eight(weight, bytes + part, &values);                                                      \
+                values *= scale;                                                                                  \
+                memcpy(out + first + part, &values, sizeof values);                                               \
+            }                                                                                                     \
+        }                                                                                                         \
+        return out;                                                                                               \
+    }                                                                                                             \
+    INLINE float type##_dot(const Weight *weight, size_t row, const float *vector) {                              \
+        const uint8_t *numbers = weight->numbers + row * weight->row_bytes;                                       \
+        size_t scales = type##_scales(weight, row);                                                               \
+        Floats total = {0};                                                                                       \
+        for (size_t group = 0; group < weight->columns; group += weight->group) {                                 \
+            Floats a = {0}, b = {0}, c = {0}, d = {0}; /* four, so that one sum does not wait for the last */     \
+            for (size_t first = group; first < group + weight->group; first += LANES * PARTS) {                   \
+                uint8_t room[LANES * PARTS];                                                                      \
+                const uint8_t *bytes = type##_bytes(numbers, first, room);                                        \
+                ADD_PRODUCT(type, a, 0);                                                                          \
+                ADD_PRODUCT(type, b, 1);                                                                          \
+                ADD_PRODUCT(type, c, 2);                                                                          \
+                ADD_PRODUCT(type, d, 3);                                                                          \
+            }                                                                                                     \
+            total += ((a + b) + (c + d)) * scale_at(weight, scales + group / weight->group);                      \
+        }                                                                                                         \
+        return sum_of(&total);                                                                                    \
+    }
+
+GROUPED(int8)
+GROUPED(int4)
+GROUPED(nf4)
+GROUPED(fp8)
 
 /* --------------------------------------------------------------------------------------------------------- with vectors */
 
@@ -220,12 +289,7 @@ INLINE float dot(const float *weights, const float *vector, size_t count) {
     float total = 0;
     for (; i < count; i++)
         total += weights[i] * vector[i];
-    float parts[LANES];
-    memcpy(parts, &all, sizeof parts);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int lane = 0; lane < half; lane++)
-            parts[lane] += parts[lane + half];
-    return parts[0] + total;
+    return sum_of(&all) + total;
 }
 
 /* product_TYPE(weight, first, end, vectors, count, out, stride, buffer): of rows `first` to `end` with `count` vectors of
@@ -233,10 +297,14 @@ INLINE float dot(const float *weights, const float *vector, size_t count) {
  * rows. How many rows come before one with a damaged block.
  *
  * rows_TYPE(weight, first, end, out, narrow, buffer): rows `first` to `end`, to float32 or, if `narrow`, to bfloat16. */
-#define KERNELS(type)                                                                                             \
+#define KERNELS(type, is_grouped)                                                                                             \
     EVERY_WIDTH size_t product_##type(const Weight *weight, size_t first, size_t end, const float *vectors,       \
         size_t count, float *out, size_t stride, float *buffer) {                                                 \
         for (size_t row = first; row < end; row++) {                                                              \
+            if (is_grouped && count == 1) {                                                                       \
+                out[row] = type##_dot(weight, row, vectors);                                                      \
+                continue;                                                                                         \
+            }                                                                                                     \
             const float *numbers = type##_row(weight, row, buffer);                                               \
             if (!numbers)                                                                                         \
                 return row - first;                                                                               \
@@ -261,10 +329,20 @@ INLINE float dot(const float *weights, const float *vector, size_t count) {
         return end - first;                                                                                       \
     }
 
-KERNELS(blocks)
-KERNELS(lossless)
-KERNELS(bf16)
-KERNELS(int8)
-KERNELS(int4)
-KERNELS(nf4)
-KERNELS(fp8)
+#define BY_ROWS(type)                                                                                             \
+    INLINE float type##_dot(const Weight *weight, size_t row, const float *vector) {                              \
+        (void)weight, (void)row, (void)vector;                                                                    \
+        return 0; /* never asked */                                                                               \
+    }
+
+BY_ROWS(blocks)
+BY_ROWS(lossless)
+BY_ROWS(bf16)
+
+KERNELS(blocks, 0)
+KERNELS(lossless, 0)
+KERNELS(bf16, 0)
+KERNELS(int8, 1)
+KERNELS(int4, 1)
+KERNELS(nf4, 1)
+KERNELS(fp8, 1)

@@ -25,6 +25,7 @@ from airstream.errors import CheckpointError
 __all__ = [
     "FEW",
     "PANEL_BYTES",
+    "STEP",
     "RowFormat",
     "StoredRows",
     "format_of_blocks",
@@ -40,6 +41,12 @@ FEW = 8
 
 PANEL_BYTES = 4 << 20
 """Of rows that are made dense at a time."""
+
+GROUPED = ("int8", "int4", "nf4", "fp8")
+"""Kernels of numbers that share scales."""
+
+STEP = 32
+"""Numbers that they unpack at a time: a group is a multiple."""
 
 MAX_COLUMNS = 1 << 18
 """Numbers of a row, which has to stay in a core's cache: more than any model's."""
@@ -70,8 +77,8 @@ class StoredRows:
 
     Attributes:
         numbers: contiguous, `rows * format.row_bytes` bytes in any dtype.
-        scales: contiguous, in float32 or bfloat16, if the format has any: (rows,) of "int8"; (rows, columns / group) of
-            "int4" and "nf4"; (rows / group, columns / group) of "fp8".
+        scales: contiguous, in float32 or bfloat16, if the format has any: (rows, columns / group) of
+            "int8", "int4" and "nf4"; (rows / group, columns / group) of "fp8".
         table: the sixteen numbers that "nf4" chooses from, in float32.
     """
 
@@ -90,6 +97,8 @@ class StoredRows:
         how = self.format
         if self.numbers.nbytes != self.rows * how.row_bytes or not self.numbers.is_contiguous():
             raise ValueError(f"rows ({self.rows}) of {how.row_bytes} B are not {self.numbers.nbytes} B")
+        if how.kind in GROUPED and (how.group % STEP or how.columns % how.group):
+            raise ValueError(f"groups of {how.group} in rows of {how.columns} are no multiples of {STEP}")
         sizes = (how.columns, how.row_bytes, how.group)
         return NativeRows(how.kind, sizes, self.numbers, self.scales, self.table, how.block)
 

@@ -15,15 +15,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
-from airstream.codecs.products import MAX_COLUMNS, RowFormat
+from airstream.codecs.products import MAX_COLUMNS, STEP, RowFormat
 from airstream.compat.gguf import conversion_for
 from airstream.compat.packed_linear import PackedLinear
 from airstream.layout.pieces import TORCH_DTYPES
 
 __all__ = ["hold_stored_rows"]
-
-STEP = 32
-"""Numbers that kernels unpack at a time: those that share a scale are a multiple."""
 
 SCALES = ("F32", "BF16")
 """What kernels read scales in."""
@@ -127,8 +124,6 @@ def _format_of(layout: Layout, module: PackedLinear, numbers: StoredTensor, scal
     count = scales.nbytes // TORCH_DTYPES[scales.dtype].itemsize
     if rest or numbers.nbytes != rows * row_bytes or scales.dtype not in SCALES or columns > MAX_COLUMNS:
         return None
-    if layout.kind == "int8":
-        return RowFormat("int8", columns, row_bytes) if count == rows else None
     group = columns // scales.shape[-1] if layout.kind == "fp8" else rows * columns // max(count, 1)
     if group == 0 or group % STEP or columns % group:
         return None

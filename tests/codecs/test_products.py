@@ -58,9 +58,9 @@ def of_bf16(columns: int) -> Weight:
 
 
 def of_int8(dtype: torch.dtype) -> Weight:
-    numbers = torch.randint(-128, 128, (ROWS, 77), dtype=torch.int8)
+    numbers = torch.randint(-128, 128, (ROWS, 96), dtype=torch.int8)
     scales = torch.rand(ROWS).to(dtype)
-    return StoredRows(RowFormat("int8", 77, 77), ROWS, numbers, scales), numbers.float() * scales.float()[:, None]
+    return StoredRows(RowFormat("int8", 96, 96, 96), ROWS, numbers, scales), numbers.float() * scales.float()[:, None]
 
 
 def of_int4(dtype: torch.dtype) -> Weight:
@@ -165,6 +165,15 @@ def test_sizes_that_do_not_go_together_are_told() -> None:
     weight, _ = of_bf16(64)
     with pytest.raises(ValueError, match="rows"):
         multiply(StoredRows(weight.format, ROWS + 1, weight.numbers), torch.ones(1, 64))
+
+
+def test_groups_that_kernels_do_not_take_are_told() -> None:
+    for columns, group in ((48, 24), (96, 64)):
+        with pytest.raises(ValueError, match="no multiples of 32"):
+            multiply(
+                StoredRows(RowFormat("int8", columns, columns, group), 1, torch.zeros(columns, dtype=torch.uint8)),
+                torch.ones(1, columns),
+            )
 
 
 def test_what_has_no_kernel_is_not_multiplied() -> None:
