@@ -56,12 +56,12 @@ class Machine:
         self.has_refused_main = False
         self.given: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
-    def map(self, nbytes: int) -> mmap.mmap:
+    def map(self, nbytes: int) -> tuple[mmap.mmap, int]:
         if self._refuses(nbytes):
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        mapping = self._map(nbytes)
+        mapping, start = self._map(nbytes)
         self.given.add(mapping)
-        return mapping
+        return mapping, start
 
     def empty(self, runtime: SimRuntime, nbytes: int) -> torch.Tensor:
         if self._refuses(nbytes):
