@@ -1,7 +1,7 @@
 /* Products of weights as they are stored with vectors: a row is unpacked into a buffer that stays in the first caches,
  * and multiplied there. Nothing else of it is ever written to memory.
  *
- * Numbers are float32 and so are sums, sixty-four of them side by side: closer to the exact product than one whose weights
+ * Numbers are float32 and so are sums, thirty-two of them side by side: closer to the exact product than one whose weights
  * were rounded to bfloat16 first, and not to the bit the same. This file may be compiled with fused multiply-adds. It knows
  * neither Python nor torch: products.py loads it as a shared library. It believes the sizes that it is told.
  */

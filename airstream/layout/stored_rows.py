@@ -124,7 +124,8 @@ def _format_of(layout: Layout, module: PackedLinear, numbers: StoredTensor, scal
     count = scales.nbytes // TORCH_DTYPES[scales.dtype].itemsize
     if rest or numbers.nbytes != rows * row_bytes or scales.dtype not in SCALES or columns > MAX_COLUMNS:
         return None
-    group = columns // scales.shape[-1] if layout.kind == "fp8" else rows * columns // max(count, 1)
+    across = scales.shape[-1] if scales.shape else 0
+    group = columns // max(across, 1) if layout.kind == "fp8" else rows * columns // max(count, 1)
     if group == 0 or group % STEP or columns % group:
         return None
     expected = (-(-rows // group) if layout.kind == "fp8" else rows) * (columns // group)

@@ -99,8 +99,9 @@ def test_a_profile_equals_the_truth_of_the_device(folder: Path, host: StillClock
     assert costs.python_seconds < 0.02 * wall
     assert (costs.stall_seconds > 0.3 * wall) is (layer_seconds > 0.1), "the case is not what it is meant to be"
     assert copies
-    one = 1.01 * layer_seconds  # threads read on: a copy that ends as the profile does may be on either side
-    assert costs.links[H2D].seconds == pytest.approx(total(copies), rel=0.02, abs=one)
+    # Threads read on: one copy that ends as the profile does may be on either side of its end, and no part of one.
+    truths = [total(copying[: len(copies) + more]) for more in (-1, 0, 1)]
+    assert any(costs.links[H2D].seconds == pytest.approx(truth, rel=0.02) for truth in truths)
     assert costs.links[H2D].bytes_per_second == pytest.approx(bytes_per_second, rel=0.02)
     if layer_seconds > 0.1:
         later = [each.costs for each in profile.passes[1:]]  # what the first waited for was queued before it
