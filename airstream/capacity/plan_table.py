@@ -112,6 +112,7 @@ def _row(precision: str, machine: Machine, facts: ModelFacts, plan: Plan, needed
     card = find_card(str(machine.gpu))
     vram, ram = plan.tiers[plan.computes_on], plan.tiers[HOST]
     per_token = facts.footprint.kv_elements * facts.footprint.item_bytes
+    is_whole = fits and not plan.streamed_bytes
     row = Row(
         model=facts.name,
         precision=precision,
@@ -124,8 +125,8 @@ def _row(precision: str, machine: Machine, facts: ModelFacts, plan: Plan, needed
         batch_size=plan.max_batch_size,
         kv_bytes_per_token=per_token,
         kv_bytes=per_token * plan.max_context * plan.max_batch_size,
-        needed_bytes=needed,
-        verdict="does not fit" if not fits else "streams" if plan.streamed_bytes else "fits",
+        needed_bytes=min(needed, vram.peak_bytes) if is_whole else needed,  # with less room, groups take less of it
+        verdict="does not fit" if not fits else "fits" if is_whole else "streams",
     )
     if not fits:
         return replace(row, least_vram_bytes=vram.peak_bytes, least_ram_bytes=ram.peak_bytes)
