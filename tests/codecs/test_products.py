@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -198,6 +200,47 @@ def test_what_another_thread_raises_is_raised() -> None:
             share.share(fail, 10, 10)
     finally:
         torch.set_num_threads(before)
+
+
+def helpers() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "airstream-products"}
+
+
+def share_with_another(work: share.Work) -> None:
+    """`share`, with two threads, both of which have had a run when it is over."""
+    both, before = threading.Barrier(2), torch.get_num_threads()
+
+    def meet(first: int, end: int) -> None:
+        if first < 2:
+            both.wait(60)
+        work(first, end)
+
+    torch.set_num_threads(2)
+    try:
+        share.share(meet, 8, 10)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_end_when_there_is_nothing_to_do_and_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    share.dismiss()
+    monkeypatch.setattr(share, "IDLE_SECONDS", 0.01)
+    for _ in range(2):
+        share_with_another(lambda *_: None)
+        for thread in helpers():
+            thread.join(60)
+        assert not helpers()
+
+
+def test_threads_that_are_dismissed_end_and_nothing_that_they_worked_on_is_kept() -> None:
+    weight = torch.zeros(1)
+    kept = weakref.ref(weight)
+    share_with_another(lambda *_, weight=weight: weight.add_(1))
+    del weight
+    share.dismiss()
+    assert not helpers()
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from airstream import ArgumentError, AutoModel, Plan, UnsupportedError
-from airstream.codecs import products_native
+from airstream.codecs import products_native, share
 from airstream.codecs.products import StoredRows, make_dense
 from airstream.compat.packed_linear import NF4_LEVELS, PackedLinear
 from airstream.repacking.repack import repack
@@ -196,3 +197,17 @@ def test_it_is_refused_where_it_cannot_be(packed: Packed, monkeypatch: pytest.Mo
 def test_it_is_refused_on_an_accelerator(packed: Packed) -> None:
     with pytest.raises(UnsupportedError, match="computes on the CPU, not on device="):
         stream(packed("plain"), device="privateuseone", **FAST)
+
+
+def test_its_threads_end_with_it(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(share, "MIN_SHARE", 1)
+    share.dismiss()
+    before, threads = torch.get_num_threads(), set(threading.enumerate())
+    torch.set_num_threads(2)
+    try:
+        with stream(packed("int8"), **FAST) as model:
+            logits(model, prompts(1, 1))
+            assert any(thread.name == "airstream-products" for thread in threading.enumerate())
+    finally:
+        torch.set_num_threads(before)
+    assert set(threading.enumerate()) <= threads
