@@ -140,7 +140,7 @@ INLINE void interleave(Bytes first, Bytes second, uint8_t *restrict out) {
 
 /* TYPE_bytes(numbers, first, room): 32 numbers of a row, from column `first` on, a byte each, in `room` or where they are.
  * TYPE_eight(weight, bytes, out): what eight of those are, without their scale.
- * TYPE_scales(weight, row): where the scales of a row begin. */
+ */
 
 INLINE const uint8_t *int8_bytes(const uint8_t *numbers, size_t first, uint8_t *room) {
     (void)room;
@@ -152,11 +152,6 @@ INLINE void int8_eight(const Weight *weight, const uint8_t *bytes, Floats *out) 
     Ints wide;
     WIDEN((const int8_t *)bytes, wide);
     *out = __builtin_convertvector(wide, Floats);
-}
-
-INLINE size_t int8_scales(const Weight *weight, size_t row) {
-    (void)weight;
-    return row;
 }
 
 /* Halves of bytes, the low one first, 8 more than the number. */
@@ -174,10 +169,6 @@ INLINE void int4_eight(const Weight *weight, const uint8_t *bytes, Floats *out) 
     *out = __builtin_convertvector(wide - 8, Floats);
 }
 
-INLINE size_t int4_scales(const Weight *weight, size_t row) {
-    return row * (weight->columns / weight->group);
-}
-
 /* Halves of bytes, the high one first: places of a table of 16. */
 INLINE const uint8_t *nf4_bytes(const uint8_t *numbers, size_t first, uint8_t *room) {
     Bytes pairs;
@@ -193,11 +184,7 @@ INLINE void nf4_eight(const Weight *weight, const uint8_t *bytes, Floats *out) {
     LOOK_UP(levels, wide, *out);
 }
 
-INLINE size_t nf4_scales(const Weight *weight, size_t row) {
-    return row * (weight->columns / weight->group);
-}
-
-/* float8_e4m3fn. A scale is that of a square. */
+/* float8_e4m3fn. */
 INLINE const uint8_t *fp8_bytes(const uint8_t *numbers, size_t first, uint8_t *room) {
     (void)room;
     return numbers + first;
@@ -214,8 +201,9 @@ INLINE void fp8_eight(const Weight *weight, const uint8_t *bytes, Floats *out) {
     *out = (Floats)((Ints)values | (wide & 0x80) << 24 | (is_nan & 0x7FC00000));
 }
 
-INLINE size_t fp8_scales(const Weight *weight, size_t row) {
-    return row / weight->group * (weight->columns / weight->group);
+/* Where the scales of a row begin, of `rows` that share them. */
+INLINE size_t scales_of(const Weight *weight, size_t row, size_t rows) {
+    return row / rows * (weight->columns / weight->group);
 }
 
 #define ADD_PRODUCT(type, sum, part)                                                                              \
@@ -226,12 +214,12 @@ INLINE size_t fp8_scales(const Weight *weight, size_t row) {
         sum += values_ * others_;                                                                                 \
     } while (0)
 
-/* TYPE_row of such numbers, and TYPE_dot, which multiplies with a vector what is still in registers, and with the scale
- * when a group is over. `columns` are a multiple of `group`, and that is one of 32. */
-#define GROUPED(type)                                                                                             \
+/* TYPE_row of such numbers, whose scales `shared_rows` share, and TYPE_dot, which multiplies with a vector what is still in
+ * registers, and with the scale when a group is over. `columns` are a multiple of `group`, and that is one of 32. */
+#define GROUPED(type, shared_rows)                                                                                \
     INLINE const float *type##_row(const Weight *weight, size_t row, float *restrict out) {                       \
         const uint8_t *numbers = weight->numbers + row * weight->row_bytes;                                       \
-        size_t scales = type##_scales(weight, row);                                                               \
+        size_t scales = scales_of(weight, row, shared_rows);                                                      \
         for (size_t first = 0; first < weight->columns; first += LANES * PARTS) {                                 \
             float scale = scale_at(weight, scales + first / weight->group);                                       \
             uint8_t room[LANES * PARTS];                                                                          \
@@ -247,7 +235,7 @@ INLINE size_t fp8_scales(const Weight *weight, size_t row) {
     }                                                                                                             \
     INLINE float type##_dot(const Weight *weight, size_t row, const float *vector) {                              \
         const uint8_t *numbers = weight->numbers + row * weight->row_bytes;                                       \
-        size_t scales = type##_scales(weight, row);                                                               \
+        size_t scales = scales_of(weight, row, shared_rows);                                                      \
         Floats total = {0};                                                                                       \
         for (size_t group = 0; group < weight->columns; group += weight->group) {                                 \
             Floats a = {0}, b = {0}, c = {0}, d = {0}; /* four, so that one sum does not wait for the last */     \
@@ -264,10 +252,10 @@ INLINE size_t fp8_scales(const Weight *weight, size_t row) {
         return sum_of(&total);                                                                                    \
     }
 
-GROUPED(int8)
-GROUPED(int4)
-GROUPED(nf4)
-GROUPED(fp8)
+GROUPED(int8, 1)
+GROUPED(int4, 1)
+GROUPED(nf4, 1)
+GROUPED(fp8, weight->group)
 
 /* --------------------------------------------------------------------------------------------------------- with vectors */
 
@@ -297,7 +285,7 @@ INLINE float dot(const float *weights, const float *vector, size_t count) {
  * rows. How many rows come before one with a damaged block.
  *
  * rows_TYPE(weight, first, end, out, narrow, buffer): rows `first` to `end`, to float32 or, if `narrow`, to bfloat16. */
-#define KERNELS(type, is_grouped)                                                                                             \
+#define KERNELS(type, is_grouped)                                                                                 \
     EVERY_WIDTH size_t product_##type(const Weight *weight, size_t first, size_t end, const float *vectors,       \
         size_t count, float *out, size_t stride, float *buffer) {                                                 \
         for (size_t row = first; row < end; row++) {                                                              \
