@@ -132,9 +132,14 @@ def multiply(weight: StoredRows, vectors: torch.Tensor) -> torch.Tensor:
 def make_dense(weight: StoredRows, first: int, out: torch.Tensor) -> None:
     """Write the rows of `weight` from `first` on to `out` (some, columns), in float32 or bfloat16.
 
+    On the meta device it allocates as much as on the CPU, where every thread has room for two rows.
+
     Raises:
         CheckpointError: a lossless block is damaged.
     """
+    if out.is_meta:
+        torch.empty((torch.get_num_threads(), 2 * weight.format.columns), device="meta")
+        return
     native = weight.native()
     _each_row(weight, len(out), lambda begin, end: native.make_dense(first + begin, first + end, out[begin:end]))
 
@@ -148,8 +153,7 @@ def _multiply_panels(weight: StoredRows, vectors: torch.Tensor) -> torch.Tensor:
     out = torch.empty((len(vectors), weight.rows), dtype=vectors.dtype, device=vectors.device)
     for first in range(0, weight.rows, step):
         dense = panel[: min(step, weight.rows - first)]
-        if not out.is_meta:
-            make_dense(weight, first, dense)
+        make_dense(weight, first, dense)
         out[:, first : first + len(dense)] = torch.mm(factors, dense.t())
     return out
 

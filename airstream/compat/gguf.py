@@ -169,7 +169,12 @@ class _ProcessedConversion(KeyConversion):
         name = self._names.get(key) or self._names.get(key.removesuffix(".weight"), "")
         return name, self._pattern
 
-    def convert(self, _: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def convert(
+        self,
+        _: str,
+        sources: Sequence[tuple[str, str, torch.Tensor]],
+        into: torch.Tensor | None = None,  # noqa: ARG002
+    ) -> dict[str, torch.Tensor]:
         device = sources[0][2].device
         if device.type not in ("cpu", "meta"):
             try:

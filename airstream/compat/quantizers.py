@@ -21,6 +21,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizatio
 from transformers.quantizers.base import HfQuantizer
 
 from airstream.checkpoint.stored import StoredTensor
+from airstream.compat.expanding import LIBRARY_ITEM_BYTES, expand_with_kernels, has_kernels_for
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
 from airstream.compat.packed_shapes import check_packed_shapes
 from airstream.compat.quiet import quiet_transformers
@@ -76,7 +77,7 @@ INTEGER_FORMATS: Mapping[str, Mapping[str, Layout]] = {
 SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
 """Model types whose activations AWQ scales by numbers that the model's class has no place for."""
 
-MIN_SCRATCH_ITEM_BYTES: Mapping[str, int] = {"compressed-tensors": 12}
+MIN_SCRATCH_ITEM_BYTES: Mapping[str, int] = {"compressed-tensors": LIBRARY_ITEM_BYTES}
 """Bytes per element that dequantising takes at least, where it does something else on the meta device."""
 
 INSTEAD = "Stream a checkpoint of the model in another format (bf16, bitsandbytes, FP8, GGUF) instead"
@@ -135,9 +136,10 @@ class Quantizer(ABC):
 class _OfTransformers(Quantizer):
     """Of a checkpoint whose format transformers knows how to read."""
 
-    def __init__(self, inner: HfQuantizer, method: str, settings: Mapping[str, Any]) -> None:
+    def __init__(self, inner: HfQuantizer, method: str, settings: Mapping[str, Any], device: torch.device) -> None:
         super().__init__(method, settings)
         self._inner = inner
+        self._has_kernels = device.type == "cpu" and has_kernels_for(method, settings)
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._inner.update_dtype(dtype)
@@ -162,7 +164,13 @@ class _OfTransformers(Quantizer):
             self._inner.postprocess_model(model)
 
     def mapping(self, model: PreTrainedModel) -> list[Any]:
-        return get_model_conversion_mapping(model, None, self._inner)
+        mapping: list[Any] = get_model_conversion_mapping(model, None, self._inner)
+        if self._has_kernels:
+            expand_with_kernels(mapping)
+        return mapping
+
+    def scratch_bytes(self, elements: int) -> int:
+        return 0 if self._has_kernels else super().scratch_bytes(elements)
 
     def is_load_operation(self, converter: Any) -> bool:
         return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)
@@ -231,7 +239,7 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
             f"a checkpoint quantised with {method} cannot run on {device}: {first_line(error)}. {_remedy(device)}"
         ) from error
     _refuse_what_changes_weights(inner, method)
-    return _OfTransformers(inner, method, settings)
+    return _OfTransformers(inner, method, settings, device)
 
 
 def _check_settings(settings: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from airstream.compat.as_built import AsBuilt
 from airstream.compat.assembled import Assembled, assemble, expansion_bytes, growth_bytes
+from airstream.compat.expanding import aimed
 from airstream.compat.quantizers import Quantizer
 from airstream.compat.renames import Renames
 from airstream.reporting.units import counted
@@ -63,8 +64,13 @@ class KeyConversion(ABC):
         """What a checkpoint tensor of `stored` is to be cast to, for a parameter of `wanted`, before any converter."""
 
     @abstractmethod
-    def convert(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """Run the converter of `name` on its `sources`: (checkpoint key, pattern, tensor), in natural key order."""
+    def convert(
+        self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]], into: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Run the converter of `name` on its `sources`: (checkpoint key, pattern, tensor), in natural key order.
+
+        What it makes of them for `name` may be `into`, which has its shape and dtype, if it can be written there.
+        """
 
     def unpacks(self, pattern: str | None) -> bool:  # noqa: ARG002 - asked by those that override it
         """Whether the converter of `pattern` begins with what makes weights of packed tensors."""
@@ -144,8 +150,15 @@ class MappedConversion(KeyConversion):
     def scratch_bytes(self, elements: int) -> int:
         return self._quantizer.scratch_bytes(elements) if self._quantizer is not None else 0
 
-    def convert(self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def convert(
+        self, name: str, sources: Sequence[tuple[str, str, torch.Tensor]], into: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         converter = _fresh(self._by_pattern[sources[0][1]])
+        is_one_to_one = len(converter.target_patterns) == 1 and len({pattern for _, pattern, _ in sources}) == len(
+            sources
+        )
+        if into is not None and is_one_to_one and len(converter.operations) == 1:
+            converter.operations = [aimed(converter.operations[0], into)]
         for key, pattern, tensor in sources:
             # A callable is what the synchronous loader adds: no thread pool per call.
             converter.add_tensor(name, key, pattern, lambda tensor=tensor: tensor)

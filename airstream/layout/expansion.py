@@ -94,8 +94,9 @@ def expand(
     shapes = [
         torch.empty(tensor.shape, dtype=dtype, device="meta") for tensor, dtype in zip(stored, dtypes, strict=True)
     ]
-    with Allocations(shapes) as allocations:
-        outputs = try_convert(conversion, name, sources, shapes)
+    into = torch.empty(target[0], dtype=target[1], device="meta")
+    with Allocations([*shapes, into]) as allocations:
+        outputs = try_convert(conversion, name, sources, shapes, into)
     if outputs is None:
         return None
     found = Expansion(
@@ -119,10 +120,15 @@ def _origin(output: torch.Tensor, sources: Sequence[torch.Tensor]) -> Origin:
 
 
 def try_convert(
-    conversion: KeyConversion, name: str, sources: Sequence[tuple[str, str]], tensors: Sequence[torch.Tensor]
+    conversion: KeyConversion,
+    name: str,
+    sources: Sequence[tuple[str, str]],
+    tensors: Sequence[torch.Tensor],
+    into: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor] | None:
-    """What the converter `name` makes of `tensors`, by name; None if it fails."""
+    """What the converter `name` makes of `tensors`, by name, as `KeyConversion.convert` does; None if it fails."""
+    given = [(*source, tensor) for source, tensor in zip(sources, tensors, strict=True)]
     try:
-        return conversion.convert(name, [(*source, tensor) for source, tensor in zip(sources, tensors, strict=True)])
+        return conversion.convert(name, given, into)
     except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError):
         return None  # it needs real shapes or values, or a source is missing: the caller finds out which

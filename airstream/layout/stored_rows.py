@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.codecs.products import MAX_COLUMNS, STEP, RowFormat
+from airstream.compat.expanding import is_plain_int4
 from airstream.compat.gguf import conversion_for
 from airstream.compat.packed_linear import PackedLinear
 from airstream.layout.pieces import TORCH_DTYPES
@@ -56,14 +57,6 @@ def _is_int8(settings: Mapping[str, Any]) -> bool:
     return kind.get("_type") == "Int8WeightOnlyConfig" and not (kind.get("_data") or {}).get("group_size")
 
 
-def _is_int4(settings: Mapping[str, Any]) -> bool:
-    wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
-    groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
-    return bool(groups) and settings.get("format") == "pack-quantized" and all(
-        not group.get("actorder") and wanted.items() <= group.items() for group in groups
-    )  # fmt: skip
-
-
 def _is_fp8(settings: Mapping[str, Any]) -> bool:
     rows, columns = settings.get("weight_block_size") or (0, 1)
     return bool(rows == columns)
@@ -74,7 +67,7 @@ NF4_STATE = ".weight.quant_state.bitsandbytes__nf4"
 LAYOUTS: Mapping[str, Layout] = {
     "bitsandbytes": Layout("nf4", 4, ".weight", ".weight.absmax", (".weight.quant_map", NF4_STATE), _is_nf4),
     "torchao": Layout("int8", 8, "._weight_qdata", "._weight_scale", ("._weight_zero_point",), _is_int8),
-    "compressed-tensors": Layout("int4", 4, ".weight_packed", ".weight_scale", (".weight_shape",), _is_int4),
+    "compressed-tensors": Layout("int4", 4, ".weight_packed", ".weight_scale", (".weight_shape",), is_plain_int4),
     "fp8": Layout("fp8", 8, ".weight", ".weight_scale_inv", (), _is_fp8),
 }
 """By what `config.json` calls the method."""

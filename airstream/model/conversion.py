@@ -54,14 +54,19 @@ def convert_slab(
         if conversion.is_object:
             continue
         with probe.span(CONVERT, conversion.nbytes, moment):
-            made = _made(keys, conversion, _sources(conversion, memory, slab.offsets))
+            only = specs.get(conversion.name)
+            into = view_of(memory, slab.offsets[only.name], only) if only is not None else None
+            made = _made(keys, conversion, _sources(conversion, memory, slab.offsets), into)
             for name, value in made.items():
-                view_of(memory, slab.offsets[name], specs[name]).copy_(value)
+                if into is None or not value.is_set_to(into):
+                    view_of(memory, slab.offsets[name], specs[name]).copy_(value)
 
 
-def _made(keys: KeyConversion, conversion: Conversion, sources: list[Source]) -> Mapping[str, torch.Tensor]:
+def _made(
+    keys: KeyConversion, conversion: Conversion, sources: list[Source], into: torch.Tensor | None
+) -> Mapping[str, torch.Tensor]:
     try:
-        return keys.convert(conversion.name, sources)
+        return keys.convert(conversion.name, sources, into)
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(error, AirstreamError) or shortage_in(error) is not None:
             raise

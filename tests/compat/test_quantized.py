@@ -21,6 +21,7 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from airstream import AutoModel, CheckpointError, UnsupportedError, verify
 from airstream.checkpoint.safetensors import open_safetensors
+from airstream.codecs.products import has_kernels
 from airstream.compat import suspects
 from airstream.compat.building import build_on_meta
 from airstream.compat.classes import choose_class
@@ -85,6 +86,8 @@ FORMATS: dict[str, tuple[str | None, Write]] = {
 """By name: the package that it takes, if any but torch and accelerate, and what writes a checkpoint of it."""
 DENSE_IN_PLACE = ("fp8", "mxfp4", "compressed-tensors", "gptq", "awq", "auto-round")
 """Formats that are dequantised in their slab, which any device can do."""
+BY_KERNEL = ("compressed-tensors W4A16",)
+"""Those that a kernel makes dense where they are to be: it takes groups of no fewer than 32."""
 VARIANTS = ("gptq 8-bit v2", "gptq 3-bit", "gptq 2-bit", "awq qwen3_moe", "auto-round without offset")
 """Formats that differ from others in their arithmetic alone, which one test shows."""
 ON_ACCELERATOR = [name for name in FORMATS if name.startswith((*DENSE_IN_PLACE, "torchao")) and name not in VARIANTS]
@@ -217,13 +220,19 @@ def test_what_dequantising_takes_is_planned(quantized: Quantized, name: str) -> 
     keys = MappedConversion(prepared.model, prepared.quantizer)
     conversions = {spec.made_by for spec in prepared.parts.specs.values()} - {None}
     assert conversions
+    by_kernel = 0
     for conversion in conversions:
         assert conversion is not None
         names = [source.name.removeprefix(RAW_PREFIX) for source in conversion.sources]
         sources = [(key, pattern, tensors[key]) for key, pattern in zip(names, conversion.patterns, strict=True)]
-        with Allocations([tensor for _, _, tensor in sources]) as allocations:
-            keys.convert(conversion.name, sources)
-        assert 0 < allocations.peak_bytes <= conversion.scratch_bytes + 256
+        spec = prepared.parts.specs[conversion.name]
+        into = torch.empty(spec.shape, dtype=spec.dtype)
+        with Allocations([into, *(tensor for _, _, tensor in sources)]) as allocations:
+            made = keys.convert(conversion.name, sources, into)
+        by_kernel += made[conversion.name].is_set_to(into)
+        assert allocations.peak_bytes <= conversion.scratch_bytes + 256
+        assert allocations.peak_bytes or made[conversion.name].is_set_to(into)
+    assert by_kernel == (len(conversions) if name in BY_KERNEL and has_kernels() else 0)
 
 
 def test_what_equal_layers_take_is_found_out_once(quantized: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,9 +240,9 @@ def test_what_equal_layers_take_is_found_out_once(quantized: Quantized, monkeypa
     runs: list[str] = []
     real = MappedConversion.convert
 
-    def counting(self: MappedConversion, name: str, sources: Any) -> Any:
+    def counting(self: MappedConversion, name: str, *given: Any) -> Any:
         runs.append(name)
-        return real(self, name, sources)
+        return real(self, name, *given)
 
     monkeypatch.setattr(MappedConversion, "convert", counting)
     prepared = prepare(quantized("gptq 4-bit"), LoadOptions(device="cpu", max_context=64))

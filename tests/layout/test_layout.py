@@ -467,7 +467,9 @@ class OneConverter:
     def scratch_bytes(self, elements: int) -> int:
         return 0
 
-    def convert(self, _: str, sources: Sequence[tuple[str, str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def convert(
+        self, _: str, sources: Sequence[tuple[str, str, torch.Tensor]], into: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         return dict(self._make(sources[0][2]))
 
 
