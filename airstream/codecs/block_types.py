@@ -55,5 +55,8 @@ BLOCK_TYPES: Mapping[str, BlockType] = {
 }
 """Every type of fixed size by its name: the one that GGUF uses, if GGUF has the type."""
 
+GRID_TYPES = ("IQ1_", "IQ2_", "IQ3_")
+"""What the names of types begin with that look numbers up in tables."""
+
 HOST_ONLY = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0"})
 """Types that the CPU decodes, wherever the blocks lie: there is no way to do it in torch operations."""

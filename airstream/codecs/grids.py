@@ -11,12 +11,10 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from airstream.codecs.block_types import GRID_TYPES
 from airstream.codecs.words import Unpacked
 from airstream.errors import UnsupportedError
 from airstream.reporting.extras import install
-
-GRID_TYPES = ("IQ1_", "IQ2_", "IQ3_")
-"""Begins of the names of types that look numbers up."""
 
 
 def grid_of(name: str) -> np.ndarray | None:

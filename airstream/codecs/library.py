@@ -20,3 +20,8 @@ def library(name: str = "blocks") -> ctypes.CDLL | None:
             except OSError:  # of another machine, or another C library
                 return None
     return None
+
+
+def has_kernels() -> bool:
+    """Whether those of products, which take all others, were compiled when airstream was installed."""
+    return library("products") is not None and library() is not None

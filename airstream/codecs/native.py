@@ -13,7 +13,8 @@ from collections.abc import Callable
 
 import torch
 
-from airstream.codecs.grids import GRID_TYPES, grid_of
+from airstream.codecs.block_types import GRID_TYPES
+from airstream.codecs.grids import grid_of
 from airstream.codecs.library import library
 
 __all__ = ["kernel"]

@@ -8,7 +8,6 @@ many threads as torch. It knows how numbers lie in rows. It refuses to know mode
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,9 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from airstream.codecs.block_types import BlockType
-from airstream.codecs.decode import MEASURED_ELEMENTS, decoding_seconds
+from airstream.codecs.library import has_kernels
 from airstream.codecs.lossless_blocks import LOSSLESS
-from airstream.codecs.products_native import NativeRows, decoder_of, has_kernels
+from airstream.codecs.products_native import NativeRows, decoder_of
 from airstream.codecs.share import share
 from airstream.errors import CheckpointError
 
@@ -29,11 +28,9 @@ __all__ = [
     "RowFormat",
     "StoredRows",
     "format_of_blocks",
-    "has_kernels",
     "make_dense",
     "multiply",
     "panel_dtype",
-    "product_seconds",
 ]
 
 FEW = 8
@@ -99,7 +96,8 @@ class StoredRows:
             raise ValueError(f"rows ({self.rows}) of {how.row_bytes} B are not {self.numbers.nbytes} B")
         if how.kind in GROUPED and (how.group % STEP or how.columns % how.group):
             raise ValueError(f"groups of {how.group} in rows of {how.columns} are no multiples of {STEP}")
-        sizes = (how.columns, how.row_bytes, how.group)
+        slots = LOSSLESS[how.block.name].slots(how.block) if how.block and how.block.name in LOSSLESS else 0
+        sizes = (how.columns, how.row_bytes, how.group, slots)
         return NativeRows(how.kind, sizes, self.numbers, self.scales, self.table, how.block)
 
 
@@ -167,30 +165,6 @@ def _each_row(weight: StoredRows, rows: int, work: Callable[[int, int], int]) ->
             raise CheckpointError(f"a block of {weight.format.block} in row {first + done} of a weight is damaged")
 
     share(whole, rows, weight.format.columns)
-
-
-@functools.cache
-def product_seconds(how: RowFormat) -> float:
-    """What one number of a weight and of one vector takes one core of this machine, while all are at it: two may
-    be one that takes turns. Measured by the first call.
-    """
-    if how.block is not None and how.block.name in LOSSLESS:  # of zeros none is outside of the window
-        dense = RowFormat("bf16", how.columns, 2 * how.columns)
-        return product_seconds(dense) + decoding_seconds(how.block)
-    rows = max(1, 2 * MEASURED_ELEMENTS // how.columns)
-    weight = StoredRows(
-        how,
-        rows,
-        torch.zeros(rows * how.row_bytes, dtype=torch.uint8),
-        torch.zeros(rows * how.columns),
-        torch.zeros(16),
-    )
-    vector, best = torch.zeros((1, how.columns)), math.inf
-    for _ in range(4):  # the first one warms up
-        start = time.perf_counter()
-        multiply(weight, vector)
-        best = min(best, time.perf_counter() - start)
-    return best * torch.get_num_threads() / (rows * how.columns)
 
 
 @functools.cache

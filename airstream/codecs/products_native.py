@@ -12,10 +12,8 @@ from typing import Any
 
 import torch
 
-from airstream.codecs.block_types import BlockType
-from airstream.codecs.grids import GRID_TYPES
+from airstream.codecs.block_types import GRID_TYPES, BlockType
 from airstream.codecs.library import library
-from airstream.codecs.lossless_blocks import LOSSLESS
 
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 
@@ -39,14 +37,14 @@ class NativeRows:
     def __init__(
         self,
         kind: str,
-        sizes: tuple[int, int, int],
+        sizes: tuple[int, int, int, int],
         numbers: torch.Tensor,
         scales: torch.Tensor | None,
         table: torch.Tensor | None,
         block: BlockType | None,
     ) -> None:
-        """`sizes` are the numbers of a row, its bytes, and the numbers of a group."""
-        self.columns, row_bytes, group = sizes
+        """`sizes` are the numbers of a row, its bytes, the numbers of a group, and the slots of a lossless block."""
+        self.columns, row_bytes, group, slots = sizes
         self._kind, self._kept = kind, (numbers, scales, table)
         self._weight = _Weight(
             numbers.data_ptr(),
@@ -56,7 +54,7 @@ class NativeRows:
             self.columns,
             row_bytes,
             group,
-            LOSSLESS[block.name].slots(block) if block is not None and block.name in LOSSLESS else 0,
+            slots,
             4 if scales is None else SCALE_BYTES[scales.dtype],
         )
 
@@ -77,11 +75,6 @@ class NativeRows:
         kernel = _kernel(f"rows_{self._kind}", _ROWS)
         narrow = out.dtype == torch.bfloat16
         return kernel(ctypes.byref(self._weight), first, end, out.data_ptr(), narrow, buffer.data_ptr())
-
-
-def has_kernels() -> bool:
-    """Whether the kernels were compiled when airstream was installed."""
-    return library("products") is not None and library() is not None
 
 
 def decoder_of(block: BlockType) -> Any:

@@ -16,33 +16,17 @@ from typing import Any
 
 import torch
 
-from airstream.codecs.products import MAX_COLUMNS, STEP, RowFormat, StoredRows, has_kernels, make_dense
+from airstream.codecs.products import MAX_COLUMNS, STEP, RowFormat, StoredRows, make_dense
+from airstream.compat.plain_formats import LIBRARY_ITEM_BYTES
 
-__all__ = ["LIBRARY_ITEM_BYTES", "aimed", "expand_with_kernels", "has_kernels_for", "is_plain_int4"]
+__all__ = ["aimed", "expand_with_kernels"]
 
 WRITTEN = (torch.float32, torch.bfloat16)
 """Dtypes that kernels write, and read scales in."""
 
 INT4_KEYS = {"weight_packed", "weight_scale", "weight_shape"}
 
-LIBRARY_ITEM_BYTES = 12
-"""What compressed-tensors takes at least for each number, which the meta device does not show."""
-
 Tensors = Mapping[str, "list[torch.Tensor] | torch.Tensor"]
-
-
-def is_plain_int4(settings: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint of compressed-tensors has symmetric integers of 4 bits in groups, one behind the other."""
-    wanted = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group"}
-    groups = [group.get("weights") or {} for group in (settings.get("config_groups") or {}).values()]
-    return bool(groups) and settings.get("format") == "pack-quantized" and all(
-        not group.get("actorder") and wanted.items() <= group.items() for group in groups
-    )  # fmt: skip
-
-
-def has_kernels_for(method: str, settings: Mapping[str, Any]) -> bool:
-    """Whether there are kernels for weights quantised by `method`, of whose config `settings` are."""
-    return has_kernels() and (method == "fp8" or (method == "compressed-tensors" and is_plain_int4(settings)))
 
 
 def expand_with_kernels(mapping: Iterable[Any]) -> None:

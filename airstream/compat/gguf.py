@@ -27,8 +27,9 @@ from airstream.checkpoint.config_file import check_numbers
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.gguf_outline import write_outline
 from airstream.checkpoint.stored import CheckpointIndex
+from airstream.compat.key_conversion import KeyConversion
+from airstream.compat.mapped_conversion import MappedConversion
 from airstream.compat.quantizers import Quantizer
-from airstream.compat.weights import KeyConversion, MappedConversion
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.reporting.extras import install
 from airstream.reporting.units import counted

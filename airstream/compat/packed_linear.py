@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from airstream.codecs.products import FEW, RowFormat, StoredRows, has_kernels, multiply, panel_dtype
+from airstream.codecs.library import has_kernels
+from airstream.codecs.products import FEW, RowFormat, StoredRows, multiply, panel_dtype
 from airstream.errors import UnsupportedError
 
 __all__ = ["PackedLinear", "put_packed_linears"]

@@ -21,9 +21,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizatio
 from transformers.quantizers.base import HfQuantizer
 
 from airstream.checkpoint.stored import StoredTensor
-from airstream.compat.expanding import LIBRARY_ITEM_BYTES, expand_with_kernels, has_kernels_for
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
 from airstream.compat.packed_shapes import check_packed_shapes
+from airstream.compat.plain_formats import LIBRARY_ITEM_BYTES, has_kernels_for
 from airstream.compat.quiet import quiet_transformers
 from airstream.compat.stated import check_stated, check_stated_numbers
 from airstream.errors import UnsupportedError
@@ -88,7 +88,13 @@ Headers = Sequence[Path] | Mapping[str, str]
 
 
 class Quantizer(ABC):
-    """How the weights of one quantised checkpoint become those of its model."""
+    """How the weights of one quantised checkpoint become those of its model.
+
+    Attributes:
+        has_kernels: kernels of ours make them dense (`compat.expanding`).
+    """
+
+    has_kernels = False
 
     def __init__(self, method: str, settings: Mapping[str, Any]) -> None:
         self.method = method
@@ -139,7 +145,7 @@ class _OfTransformers(Quantizer):
     def __init__(self, inner: HfQuantizer, method: str, settings: Mapping[str, Any], device: torch.device) -> None:
         super().__init__(method, settings)
         self._inner = inner
-        self._has_kernels = device.type == "cpu" and has_kernels_for(method, settings)
+        self.has_kernels = device.type == "cpu" and has_kernels_for(method, settings)
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._inner.update_dtype(dtype)
@@ -164,13 +170,10 @@ class _OfTransformers(Quantizer):
             self._inner.postprocess_model(model)
 
     def mapping(self, model: PreTrainedModel) -> list[Any]:
-        mapping: list[Any] = get_model_conversion_mapping(model, None, self._inner)
-        if self._has_kernels:
-            expand_with_kernels(mapping)
-        return mapping
+        return get_model_conversion_mapping(model, None, self._inner)
 
     def scratch_bytes(self, elements: int) -> int:
-        return 0 if self._has_kernels else super().scratch_bytes(elements)
+        return 0 if self.has_kernels else super().scratch_bytes(elements)
 
     def is_load_operation(self, converter: Any) -> bool:
         return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from airstream.checkpoint.stored import StoredTensor
-from airstream.compat.weights import KeyConversion
+from airstream.compat.key_conversion import KeyConversion
 from airstream.footprint.allocations import Allocations, memory_of
 from airstream.layout.pieces import dtype_of
 from airstream.layout.tensors import CACHE_LINE_BYTES

@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from airstream.checkpoint.stored import CheckpointIndex
-from airstream.compat.weights import MappedConversion, natural_order, tied_names
+from airstream.compat.mapped_conversion import MappedConversion
+from airstream.compat.weights import natural_order, tied_names
 from airstream.layout.parts import find_units
 from airstream.layout.shards import Member, Order
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.codecs.products import MAX_COLUMNS, STEP, RowFormat
-from airstream.compat.expanding import is_plain_int4
 from airstream.compat.gguf import conversion_for
 from airstream.compat.packed_linear import PackedLinear
+from airstream.compat.plain_formats import is_plain_int4
 from airstream.layout.pieces import TORCH_DTYPES
 
 __all__ = ["hold_stored_rows"]

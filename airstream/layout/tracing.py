@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
-from airstream.compat.weights import KeyConversion
+from airstream.compat.key_conversion import KeyConversion
 from airstream.errors import CheckpointError
 from airstream.layout.expansion import Expansion, Expansions, conversion_kind, expand, try_convert
 from airstream.layout.moves import Moves, find_moves, spec_of_moves

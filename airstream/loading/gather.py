@@ -11,7 +11,8 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from airstream.codecs.products import PANEL_BYTES, RowFormat, product_seconds
+from airstream.codecs.product_rates import product_seconds
+from airstream.codecs.products import PANEL_BYTES, RowFormat
 from airstream.compat.config_names import EXPERT_COUNTS, ROUTED_COUNTS, first_count, head_count, head_width
 from airstream.compat.packed_linear import PackedLinear, packed_formats
 from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention

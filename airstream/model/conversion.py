@@ -16,7 +16,7 @@ import torch
 
 from airstream.compat.assembled import Assembled
 from airstream.compat.blame import told
-from airstream.compat.weights import KeyConversion
+from airstream.compat.key_conversion import KeyConversion
 from airstream.errors import AirstreamError, CheckpointError
 from airstream.layout.slab import Slab
 from airstream.layout.tensors import RAW_PREFIX, Conversion, view_of

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from airstream.codecs.share import dismiss
 from airstream.compat.gguf import conversion_for
+from airstream.compat.key_conversion import KeyConversion
 from airstream.compat.traits import vocabulary_of
-from airstream.compat.weights import KeyConversion
 from airstream.footprint.lm_head import take_sequences_apart
 from airstream.layout.parts import Kind
 from airstream.loading.prepared import Prepared

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from airstream.codecs import products, share
-from airstream.codecs.block_types import BLOCK_TYPES, BlockType
+from airstream.codecs.block_types import BLOCK_TYPES, GRID_TYPES, BlockType
 from airstream.codecs.decode import decode_with_torch
-from airstream.codecs.grids import GRID_TYPES
 from airstream.codecs.lossless_pack import choose_block, encode
 from airstream.codecs.products import FEW, RowFormat, StoredRows, format_of_blocks, make_dense, multiply
 from airstream.compat.packed_linear import NF4_LEVELS

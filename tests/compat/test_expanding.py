@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.core_model_loading import Transpose, WeightConverter
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from airstream.codecs.products import has_kernels
+from airstream.codecs.library import has_kernels
 from airstream.compat import expanding
-from airstream.compat.weights import MappedConversion
+from airstream.compat.mapped_conversion import MappedConversion
 from tests.stand_ins.comparing import BF16, FP32
 from tests.stand_ins.tiny_models import TINY
 

@@ -21,13 +21,13 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from airstream import AutoModel, CheckpointError, UnsupportedError, verify
 from airstream.checkpoint.safetensors import open_safetensors
-from airstream.codecs.products import has_kernels
+from airstream.codecs.library import has_kernels
 from airstream.compat import suspects
 from airstream.compat.building import build_on_meta
 from airstream.compat.classes import choose_class
 from airstream.compat.integers import AWQ, CUTS_FUSED_WEIGHTS, GPTQ, Layout, with_unpacking
+from airstream.compat.mapped_conversion import MappedConversion
 from airstream.compat.quantizers import find_quantizer
-from airstream.compat.weights import MappedConversion
 from airstream.footprint.allocations import Allocations
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.tensors import RAW_PREFIX

@@ -29,9 +29,9 @@ from transformers.core_model_loading import Transpose, WeightConverter
 
 from airstream.checkpoint.safetensors import open_safetensors
 from airstream.checkpoint.stored import StoredTensor
-from airstream.compat import weights
+from airstream.compat import mapped_conversion
 from airstream.compat.building import build_on_meta
-from airstream.compat.weights import MappedConversion
+from airstream.compat.mapped_conversion import MappedConversion
 from airstream.errors import CheckpointError
 from airstream.layout import slab as slab_module
 from airstream.layout.byte_plan import read_specs
@@ -188,7 +188,7 @@ def test_a_converter_that_computes_is_left_for_later(llama: Path, monkeypatch: p
     transposed = WeightConverter(
         ["layers.0.mlp.down_proj.weight"], ["layers.0.mlp.down_proj.weight"], operations=[Transpose(0, 1)]
     )
-    monkeypatch.setattr(weights, "get_model_conversion_mapping", lambda _: [transposed])
+    monkeypatch.setattr(mapped_conversion, "get_model_conversion_mapping", lambda _: [transposed])
     model = on_meta(llama)
     spec = read_specs(model, open_safetensors(llama), torch.float32)[name]
     assert spec.pieces == ()

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from airstream import ArgumentError, AutoModel, Plan, UnsupportedError
-from airstream.codecs import products_native, share
+from airstream.codecs import library, share
 from airstream.codecs.products import StoredRows, make_dense
 from airstream.compat.packed_linear import NF4_LEVELS, PackedLinear
 from airstream.repacking.repack import repack
@@ -188,7 +188,7 @@ def test_a_gradient_is_refused(packed: Packed) -> None:
 def test_it_is_refused_where_it_cannot_be(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArgumentError, match='neither "exact"'):
         stream(packed("plain"), kernels="quick")
-    monkeypatch.setattr(products_native, "library", lambda _="blocks": None)
+    monkeypatch.setattr(library, "library", lambda _="blocks": None)
     with pytest.raises(UnsupportedError, match="C compiler"):
         stream(packed("plain"), **FAST)
 
