@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +20,10 @@ from airstream.codecs import library, share
 from airstream.codecs.products import StoredRows, make_dense
 from airstream.compat.packed_linear import NF4_LEVELS, PackedLinear
 from airstream.repacking.repack import repack
-from tests.conftest import stream
+from tests.conftest import smallest_budget, stream
+from tests.model.test_lifecycle import MEASURE
 from tests.stand_ins.comparing import BF16, FP32, greedy, logits, prompts
+from tests.stand_ins.quantized_models import LARGE
 from tests.stand_ins.tiny_gguf import write_tiny_gguf
 from tests.stand_ins.tiny_models import TINY, TinyModel, write_model
 
@@ -36,21 +41,30 @@ BY_CODEC = pytest.mark.parametrize("codec", CODECS)
 Packed = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    """`packed(codec)`: a llama, packed so; as it was if the codec is "plain"."""
-    root = tmp_path_factory.mktemp("fast")
+def packer(root: Path, entry: TinyModel) -> Packed:
+    """`packed(codec)`: the model `entry`, packed so; as it was if the codec is "plain"."""
 
     @functools.cache
     def folder_of(codec: str) -> Path:
         folder = root / codec
         if codec == "plain":
-            write_model(TinyModel("llama", {**TINY["llama"].fields, **WIDE}), folder, BF16)
+            write_model(entry, folder, BF16)
         else:
             repack(folder_of("plain"), folder, codec=codec)
         return folder
 
     return folder_of
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    return packer(tmp_path_factory.mktemp("fast"), TinyModel("llama", {**TINY["llama"].fields, **WIDE}))
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """Of a model whose layers are large enough for a kernel's count of memory to show them."""
+    return packer(tmp_path_factory.mktemp("large"), LARGE)
 
 
 def fast_modules(model: Any) -> list[PackedLinear]:
@@ -211,3 +225,19 @@ def test_its_threads_end_with_it(packed: Packed, monkeypatch: pytest.MonkeyPatch
     finally:
         torch.set_num_threads(before)
     assert set(threading.enumerate()) <= threads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
+@pytest.mark.parametrize(
+    ("codec", "kernels"), [("lossless", "fast"), ("int4", "fast"), ("int4", "exact"), ("fp8", "exact")]
+)
+def test_the_peak_stays_within_the_plan(large: Packed, codec: str, kernels: str) -> None:
+    """Of a prompt, for which rows are made dense, and of single tokens."""
+    folder = large(codec)
+    options = {"layers_per_batch": 1, "max_context": 128, "page_cache": False, "kernels": kernels}
+    budget = str(smallest_budget(folder, **options)["cpu"])
+    call = [sys.executable, "-c", MEASURE.replace("tokens=28", "tokens=4"), str(folder), budget, kernels]
+    result = subprocess.run(call, capture_output=True, text=True, check=True)
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured["rise"] > measured["ring"]
+    assert measured["rise"] <= measured["planned"]
