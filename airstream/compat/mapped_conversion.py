@@ -42,7 +42,7 @@ class MappedConversion(KeyConversion):
     ) -> None:
         if mapping is None:
             mapping = get_model_conversion_mapping(model) if quantizer is None else quantizer.mapping(model)
-        if quantizer is not None and quantizer.has_kernels:
+        if quantizer is not None and quantizer.kernel:
             expand_with_kernels(mapping)
         self._model = AsBuilt(model)  # the engine keeps this; it must not keep the model
         self._quantizer = quantizer

@@ -10,7 +10,7 @@ from typing import Any
 
 from airstream.codecs.library import has_kernels
 
-__all__ = ["LIBRARY_ITEM_BYTES", "has_kernels_for", "is_plain_int4"]
+__all__ = ["LIBRARY_ITEM_BYTES", "is_plain_int4", "kernel_for"]
 
 LIBRARY_ITEM_BYTES = 12
 """What compressed-tensors takes at least for each number, which the meta device does not show."""
@@ -25,6 +25,11 @@ def is_plain_int4(settings: Mapping[str, Any]) -> bool:
     )  # fmt: skip
 
 
-def has_kernels_for(method: str, settings: Mapping[str, Any]) -> bool:
-    """Whether there are kernels for weights quantised by `method`, of whose config `settings` are."""
-    return has_kernels() and (method == "fp8" or (method == "compressed-tensors" and is_plain_int4(settings)))
+def kernel_for(method: str, settings: Mapping[str, Any]) -> str | None:
+    """What the kernel is called that makes weights dense which `method` quantised, of whose config `settings` are.
+
+    None if there is none.
+    """
+    if method == "compressed-tensors" and is_plain_int4(settings) and has_kernels():
+        return "int4"
+    return "fp8" if method == "fp8" and has_kernels() else None

@@ -23,7 +23,7 @@ from transformers.quantizers.base import HfQuantizer
 from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
 from airstream.compat.packed_shapes import check_packed_shapes
-from airstream.compat.plain_formats import LIBRARY_ITEM_BYTES, has_kernels_for
+from airstream.compat.plain_formats import LIBRARY_ITEM_BYTES, kernel_for
 from airstream.compat.quiet import quiet_transformers
 from airstream.compat.stated import check_stated, check_stated_numbers
 from airstream.errors import UnsupportedError
@@ -91,10 +91,10 @@ class Quantizer(ABC):
     """How the weights of one quantised checkpoint become those of its model.
 
     Attributes:
-        has_kernels: kernels of ours make them dense (`compat.expanding`).
+        kernel: the name of a kernel of ours that makes them dense, if there is one (`compat.expanding`).
     """
 
-    has_kernels = False
+    kernel: str | None = None
 
     def __init__(self, method: str, settings: Mapping[str, Any]) -> None:
         self.method = method
@@ -145,7 +145,7 @@ class _OfTransformers(Quantizer):
     def __init__(self, inner: HfQuantizer, method: str, settings: Mapping[str, Any], device: torch.device) -> None:
         super().__init__(method, settings)
         self._inner = inner
-        self.has_kernels = device.type == "cpu" and has_kernels_for(method, settings)
+        self.kernel = kernel_for(method, settings) if device.type == "cpu" else None
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._inner.update_dtype(dtype)
@@ -173,7 +173,7 @@ class _OfTransformers(Quantizer):
         return get_model_conversion_mapping(model, None, self._inner)
 
     def scratch_bytes(self, elements: int) -> int:
-        return 0 if self.has_kernels else super().scratch_bytes(elements)
+        return 0 if self.kernel else super().scratch_bytes(elements)
 
     def is_load_operation(self, converter: Any) -> bool:
         return any(getattr(operation, "hf_quantizer", None) is not None for operation in converter.operations)

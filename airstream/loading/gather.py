@@ -23,7 +23,7 @@ from airstream.layout.slab import distinct, pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.loading.build import Built
 from airstream.loading.options import EXACT, FAST
-from airstream.loading.packed import measure_packed
+from airstream.loading.packed import expanding_seconds, measure_packed
 from airstream.plan.facts import Arithmetic, BatchFacts, Group, ModelFacts
 from airstream.plan.groups import KnownSizes, batch_facts, growth_bytes
 from airstream.plan.policy import AUTO_BATCH_BYTES
@@ -65,6 +65,8 @@ def gather_facts(
     copied_for_each = way is Way.TOGETHER and copied_bytes > 0 and copies_weights(model.dtype)
     everything = list(parts.specs.values())
     packed = measure_packed(parts.specs_of(Kind.LAYER, Kind.HEAD))
+    kernel = built.quantizer.kernel if built.quantizer is not None else None
+    expanding = expanding_seconds(kernel, parts.specs_of(Kind.LAYER, Kind.HEAD))
     return ModelFacts(
         name=name,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -88,7 +90,7 @@ def gather_facts(
         ),
         arithmetic=_arithmetic(model, parts),
         stored_bytes=packed.stored_bytes if packed else None,
-        decoding_seconds_per_byte=packed.decoding_seconds / packed.stored_bytes if packed else 0.0,
+        decoding_seconds_per_byte=packed.decoding_seconds / packed.stored_bytes if packed else expanding,
         decoding_traffic_per_byte=packed.decoding_traffic / packed.stored_bytes if packed else 0.0,
         kernels=FAST if any(type(module) is PackedLinear for module in model.modules()) else EXACT,
         position_limit=position_limit(model),

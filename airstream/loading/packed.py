@@ -1,10 +1,11 @@
-"""This says what weights that are stored as blocks cost: bytes on disk, and what decoding takes a CPU, and a device.
+"""This says what packed weights cost: bytes on disk, and what it takes a CPU, and a device, to make them dense.
 
 It refuses to know the memory that decoding takes: `transfer.buffers` says that.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import torch
 
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import decoding_seconds
+from airstream.codecs.product_rates import dense_seconds
 from airstream.codecs.traffic import decoding_traffic
 from airstream.layout.tensors import TensorSpec
 
@@ -48,3 +50,13 @@ def measure_packed(specs: Iterable[TensorSpec]) -> Packed | None:
         seconds += numbers * decoding_seconds(typical[block.name])
         traffic += numbers * decoding_traffic(typical[block.name], getattr(torch, target))
     return Packed(sum(piece.nbytes for piece in pieces), seconds, traffic)
+
+
+def expanding_seconds(kernel: str | None, specs: Iterable[TensorSpec]) -> float:
+    """What it takes one CPU core to make `specs` dense for a byte of them on disk, where `kernel` does it."""
+    if kernel is None:
+        return 0.0
+    made = {spec.name: spec for spec in specs}.values()
+    stored_bytes = sum(source.nbytes for spec in made for source in (spec.made_by.sources if spec.made_by else (spec,)))
+    numbers = sum(math.prod(spec.shape) for spec in made if spec.made_by)
+    return numbers * dense_seconds(kernel) / max(stored_bytes, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -30,7 +31,9 @@ from airstream.compat.mapped_conversion import MappedConversion
 from airstream.compat.quantizers import find_quantizer
 from airstream.footprint.allocations import Allocations
 from airstream.layout.byte_plan import read_specs
+from airstream.layout.parts import Kind
 from airstream.layout.tensors import RAW_PREFIX
+from airstream.loading import packed
 from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
 from airstream.model.absent import Absent
@@ -233,6 +236,19 @@ def test_what_dequantising_takes_is_planned(quantized: Quantized, name: str) -> 
         assert allocations.peak_bytes <= conversion.scratch_bytes + 256
         assert allocations.peak_bytes or made[conversion.name].is_set_to(into)
     assert by_kernel == (len(conversions) if name in BY_KERNEL and has_kernels() else 0)
+
+
+def test_what_a_kernel_takes_is_predicted(quantized: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a second for a number: that many for the bytes that hold it."""
+    if not has_kernels():
+        pytest.skip("kernels were not compiled")
+    monkeypatch.setattr(packed, "dense_seconds", {"int4": 1.0}.__getitem__)
+    prepared = prepare(quantized("compressed-tensors W4A16"), LoadOptions(device="cpu", max_context=64))
+    specs = {spec.name: spec for spec in prepared.parts.specs_of(Kind.LAYER, Kind.HEAD)}.values()
+    numbers = sum(math.prod(spec.shape) for spec in specs if spec.made_by is not None)
+    stored = sum(sum(source.nbytes for source in spec.stored) for spec in specs)
+    assert prepared.facts.decoding_seconds_per_byte == pytest.approx(numbers / stored)
+    assert prepared.facts.stored_bytes is None
 
 
 def test_what_equal_layers_take_is_found_out_once(quantized: Quantized, monkeypatch: pytest.MonkeyPatch) -> None:
