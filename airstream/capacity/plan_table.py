@@ -6,8 +6,9 @@ It knows plans. It refuses to know how rows are written (`table.py`), and needs 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,24 +76,39 @@ def plan_table(
     left_out: list[str] = []
     for model in models:
         dtype = {} if "torch_dtype" in options else {"dtype": "float16"}
-        asked = prepare_for_planning(model, dtype | options, machines[0], prompt_tokens)
+        prepared = partial(prepare_for_planning, model, prompt_tokens=prompt_tokens)
+        asked = prepared(dtype | options, machines[0])
         packed = asked.options.compression
         precision = SHORT_NAMES.get(asked.facts.dtype, asked.facts.dtype) if packed is None else codec_named(packed)
-        rows += _rows(precision, asked, short_name(model), machines)
+        rows += _rows(precision, partial(prepared, dtype | options), asked, short_name(model), machines)
         for codec in CODEC_NAMES if packed is None and asked.quantizer is None else ():
+            given = dtype | options | {"compression": codec}
             try:
-                packed_so = prepare_for_planning(
-                    model, dtype | options | {"compression": codec}, machines[0], prompt_tokens
-                )
+                packed_so = prepared(given, machines[0])
             except UnsupportedError as error:
                 left_out.append(f"{short_name(model)} has no {codec}: {error}.")
                 continue
             if packed_so.facts != asked.facts:  # else there is nothing to pack
-                rows += _rows(codec, packed_so, short_name(model), machines)
+                rows += _rows(codec, partial(prepared, given), packed_so, short_name(model), machines)
     return Table(tuple(rows), (*_notes(asked.request), *left_out))
 
 
-def _rows(precision: str, asked: Prepared, name: str, machines: Sequence[Machine]) -> Iterator[Row]:
+def _rows(
+    precision: str, prepared: Callable[[Machine], Prepared], first: Prepared, name: str, machines: Sequence[Machine]
+) -> list[Row]:
+    """The rows of a model at one precision: `first` is what `prepared` gives for the first machine."""
+    if first.quantizer is None or not first.quantizer.needs_fp8:
+        return list(_rows_alike(precision, first, name, machines))
+    rows: dict[str, Row] = {}
+    for has_fp8 in (True, False):  # some cards multiply its weights as they are
+        alike = [each for each in machines if find_card(str(each.gpu)).has_fp8 is has_fp8]
+        if alike:
+            asked = first if alike[0] is machines[0] else prepared(alike[0])
+            rows |= {row.card: row for row in _rows_alike(precision, asked, name, alike)}
+    return [rows[str(each.gpu)] for each in machines]
+
+
+def _rows_alike(precision: str, asked: Prepared, name: str, machines: Sequence[Machine]) -> Iterator[Row]:
     facts = replace(asked.facts, name=name)
     question = Question(
         asked.options, machines[0], asked.folder, asked.device, asked.staged, asked.request.prompt_tokens

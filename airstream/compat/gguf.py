@@ -29,7 +29,7 @@ from airstream.checkpoint.gguf_outline import write_outline
 from airstream.checkpoint.stored import CheckpointIndex
 from airstream.compat.key_conversion import KeyConversion
 from airstream.compat.mapped_conversion import MappedConversion
-from airstream.compat.quantizers import Quantizer
+from airstream.compat.quantizer import Quantizer
 from airstream.errors import CheckpointError, CheckpointNotFoundError, UnsupportedError
 from airstream.reporting.extras import install
 from airstream.reporting.units import counted

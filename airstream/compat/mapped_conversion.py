@@ -20,7 +20,7 @@ from airstream.compat.as_built import AsBuilt
 from airstream.compat.assembled import Assembled, assemble, expansion_bytes, growth_bytes
 from airstream.compat.expanding import aimed, expand_with_kernels
 from airstream.compat.key_conversion import KeyConversion
-from airstream.compat.quantizers import Quantizer
+from airstream.compat.quantizer import Quantizer
 from airstream.compat.renames import Renames
 
 __all__ = ["MappedConversion"]

@@ -9,9 +9,7 @@ read.
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,12 +18,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig, get_hf_quantizer
 from transformers.quantizers.base import HfQuantizer
 
-from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
-from airstream.compat.packed_shapes import check_packed_shapes
-from airstream.compat.plain_formats import LIBRARY_ITEM_BYTES, kernel_for
+from airstream.compat.plain_formats import kernel_for
+from airstream.compat.quantizer import DEQUANTIZED_ON_CPU, Headers, Quantizer
 from airstream.compat.quiet import quiet_transformers
-from airstream.compat.stated import check_stated, check_stated_numbers
+from airstream.compat.stated import check_stated_numbers
 from airstream.errors import UnsupportedError
 from airstream.reporting.first_line import first_line
 
@@ -41,14 +38,8 @@ PACKAGES: Mapping[str, str] = {
 }
 """What pip has to install for a format; accelerate besides, for all of them."""
 
-OBJECTS = ("bitsandbytes", "torchao")
-"""Formats whose weights are objects made of several tensors of the checkpoint."""
-
 DEQUANTIZED = ("mxfp4", "compressed-tensors")
 """Formats that are always dequantised: what would compute on packed weights rearranges them in place on first use."""
-
-DEQUANTIZED_ON_CPU = ("fp8", "mxfp8")
-"""Formats that compute on packed weights on a GPU, and that transformers dequantises where there is none."""
 
 REFUSED: Mapping[str, str] = {
     "hqq": "transformers cannot load it from a checkpoint itself",
@@ -77,66 +68,7 @@ INTEGER_FORMATS: Mapping[str, Mapping[str, Layout]] = {
 SCALED_ACTIVATIONS = ("bloom", "falcon", "gpt_bigcode", "gpt_neox", "gptj", "mpt", "starcoder2")
 """Model types whose activations AWQ scales by numbers that the model's class has no place for."""
 
-MIN_SCRATCH_ITEM_BYTES: Mapping[str, int] = {"compressed-tensors": LIBRARY_ITEM_BYTES}
-"""Bytes per element that dequantising takes at least, where it does something else on the meta device."""
-
 INSTEAD = "Stream a checkpoint of the model in another format (bf16, bitsandbytes, FP8, GGUF) instead"
-
-
-Headers = Sequence[Path] | Mapping[str, str]
-"""The files whose headers say of weights what a config does not, or what these say."""
-
-
-class Quantizer(ABC):
-    """How the weights of one quantised checkpoint become those of its model.
-
-    Attributes:
-        kernel: the name of a kernel of ours that makes them dense, if there is one (`compat.expanding`).
-    """
-
-    kernel: str | None = None
-
-    def __init__(self, method: str, settings: Mapping[str, Any]) -> None:
-        self.method = method
-        self.settings = settings
-
-    def check(self, index: Mapping[str, StoredTensor]) -> None:
-        """Refuse a checkpoint whose tensors are not packed as its config says, or do not go together.
-
-        Raises:
-            CheckpointError: the message names the file, the tensor and, if there is one, the field.
-        """
-        check_stated(self.settings, self.method, index)
-        check_packed_shapes(self.method, index)
-
-    @abstractmethod
-    def dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of everything that is not quantised, if `dtype` is asked for."""
-
-    @abstractmethod
-    def preprocess(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, headers: Headers) -> None:
-        """Put the modules that hold quantised weights into `model`, which is on the meta device."""
-
-    @abstractmethod
-    def finish(self, model: PreTrainedModel) -> None:
-        """What `from_pretrained` does with `model` once its weights are there."""
-
-    @abstractmethod
-    def mapping(self, model: PreTrainedModel) -> list[Any]:
-        """The renames and converters of checkpoint keys, those of the format included."""
-
-    @abstractmethod
-    def is_load_operation(self, converter: Any) -> bool:
-        """Whether `converter` begins with what makes weights of the packed tensors of the format."""
-
-    def scratch_bytes(self, elements: int) -> int:
-        """What dequantising `elements` takes at least, whatever a run on the meta device says."""
-        return elements * MIN_SCRATCH_ITEM_BYTES.get(self.method, 0)
-
-    @property
-    def makes_objects(self) -> bool:
-        """Whether that gives objects, rather than dense weights."""
-        return self.method in OBJECTS
 
 
 class _OfTransformers(Quantizer):
@@ -202,8 +134,11 @@ class IntegerQuantizer(Quantizer):
         return isinstance(converter.operations[0], UnpackIntegers)
 
 
-def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer | None:
+def find_quantizer(config: PreTrainedConfig, device: torch.device, has_fp8: bool | None = None) -> Quantizer | None:
     """The quantizer of the checkpoint that `config` describes; None if it is not quantised. Changes `config`.
+
+    Args:
+        has_fp8: whether a device that is only described multiplies FP8; None if `device` is here to be asked.
 
     Raises:
         UnsupportedError: the format is unknown, cannot be streamed, or needs a package or a device that is not there.
@@ -223,7 +158,8 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
             "does not know. Upgrade transformers"
         )
     _check_settings(settings)
-    if method in DEQUANTIZED or (method in DEQUANTIZED_ON_CPU and device.type == "cpu"):
+    multiplies = has_fp8 is not False and device.type != "cpu"
+    if method in DEQUANTIZED or (method in DEQUANTIZED_ON_CPU and not multiplies):
         owner.quantization_config = {**settings, "dequantize": True}
     if settings.get("llm_int8_enable_fp32_cpu_offload"):  # of the machine that saved it: nothing would be packed here
         owner.quantization_config = {**settings, "llm_int8_enable_fp32_cpu_offload": False}
@@ -241,6 +177,8 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device) -> Quantizer 
         raise UnsupportedError(
             f"a checkpoint quantised with {method} cannot run on {device}: {first_line(error)}. {_remedy(device)}"
         ) from error
+    if method in DEQUANTIZED_ON_CPU and has_fp8:
+        inner.quantization_config.dequantize = False  # whatever is here
     _refuse_what_changes_weights(inner, method)
     return _OfTransformers(inner, method, settings, device)
 

@@ -25,7 +25,7 @@ from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.compat.assembled import is_packed_alone
 from airstream.compat.blame import blamed_on
 from airstream.compat.gguf import conversion_for
-from airstream.compat.quantizers import Quantizer
+from airstream.compat.quantizer import Quantizer
 from airstream.compat.weights import DtypePlan, may_be_missing, natural_order, tied_names
 from airstream.errors import CheckpointError
 from airstream.layout.pieces import dtype_of, plain_spec

@@ -20,7 +20,7 @@ from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
 from airstream.compat.mapped_conversion import MappedConversion
 from airstream.compat.quantised_modules import choose_modules
 from airstream.compat.quantising import find_codec
-from airstream.compat.quantizers import Quantizer
+from airstream.compat.quantizer import Quantizer
 from airstream.compat.weights import DtypePlan
 from airstream.errors import UnsupportedError
 from airstream.layout.parts import find_units

@@ -23,7 +23,8 @@ from airstream.compat.building import attention_names, build_on_meta
 from airstream.compat.classes import choose_class
 from airstream.compat.gguf import gguf_config, gguf_dtype
 from airstream.compat.packed_linear import check_fast, put_packed_linears, take_packed_linears_out
-from airstream.compat.quantizers import Quantizer, find_quantizer
+from airstream.compat.quantizer import Quantizer
+from airstream.compat.quantizers import find_quantizer
 from airstream.compat.remote import check_trust
 from airstream.compat.suspects import advice, names_a_field
 from airstream.compat.traits import CacheSize, measure_cache
@@ -64,6 +65,13 @@ class Built(NamedTuple):
     passes: tuple[PassGrowth, ...]
 
 
+class _Known(NamedTuple):
+    """What `build_model` is told besides."""
+
+    is_measured: bool
+    has_fp8: bool | None
+
+
 def build_model(
     folder: Path,
     options: LoadOptions,
@@ -71,6 +79,7 @@ def build_model(
     index: CheckpointIndex | None,
     imagined: Imagined | None = None,
     is_measured: bool = True,
+    has_fp8: bool | None = None,
 ) -> Built:
     """The model that the config in `folder` describes, with the modules that compute with its weights on `device`.
 
@@ -78,8 +87,10 @@ def build_model(
         index: of its weights, if they are there.
         imagined: the checkpoint that is meant instead, with the same config but for what that says.
         is_measured: find out about its cache and its passes.
+        has_fp8: whether `device` multiplies FP8, if it is only described.
     """
-    build = partial(_build, options=options, device=device, index=index, imagined=imagined, is_measured=is_measured)
+    known = _Known(is_measured, has_fp8)
+    build = partial(_build, options=options, device=device, index=index, imagined=imagined, known=known)
     if isinstance(index, GgufIndex):
         config = gguf_config(index)
         with blamed_on(f"no model can be built from {index.first}"):
@@ -100,14 +111,14 @@ def _build(
     device: torch.device,
     index: CheckpointIndex | None,
     imagined: Imagined | None,
-    is_measured: bool,
+    known: _Known,
 ) -> Built:
     if imagined is not None:
         index = imagined.index
         if imagined.settings is not None:
             config.quantization_config = dict(imagined.settings)
             config.dtype = config.dtype or imagined.dtype
-    quantizer = find_quantizer(config, device)
+    quantizer = find_quantizer(config, device, known.has_fp8)
     dtype = _resolve_dtype(options.dtype, config, index)
     dtype = quantizer.dtype(dtype) if quantizer is not None else dtype
     if device.type == "cpu":
@@ -122,8 +133,8 @@ def _build(
             quantizer.check(index)
             if (rows := hold_stored_rows(model, index, quantizer.method, quantizer.settings)) is not None:
                 index, quantizer = rows, None
-    cache = measure_cache(model) if is_measured else None  # while its modules compute on any device
-    passes = measure_passes(model, device) if is_measured else ()
+    cache = measure_cache(model) if known.is_measured else None  # while its modules compute on any device
+    passes = measure_passes(model, device) if known.is_measured else ()
     if quantizer is not None:
         _check_planned_from_headers(index, quantizer)
         files = index.files if index is not None else ()

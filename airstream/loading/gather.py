@@ -65,8 +65,7 @@ def gather_facts(
     copied_for_each = way is Way.TOGETHER and copied_bytes > 0 and copies_weights(model.dtype)
     everything = list(parts.specs.values())
     packed = measure_packed(parts.specs_of(Kind.LAYER, Kind.HEAD))
-    kernel = built.quantizer.kernel if built.quantizer is not None else None
-    expanding = expanding_seconds(kernel, parts.specs_of(Kind.LAYER, Kind.HEAD))
+    expanding = expanding_seconds(built.quantizer, parts.specs_of(Kind.LAYER, Kind.HEAD))
     return ModelFacts(
         name=name,
         dtype=str(model.dtype).removeprefix("torch."),

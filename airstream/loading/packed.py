@@ -15,6 +15,7 @@ from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import decoding_seconds
 from airstream.codecs.product_rates import dense_seconds
 from airstream.codecs.traffic import decoding_traffic
+from airstream.compat.quantizer import Quantizer
 from airstream.layout.tensors import TensorSpec
 
 
@@ -52,11 +53,11 @@ def measure_packed(specs: Iterable[TensorSpec]) -> Packed | None:
     return Packed(sum(piece.nbytes for piece in pieces), seconds, traffic)
 
 
-def expanding_seconds(kernel: str | None, specs: Iterable[TensorSpec]) -> float:
-    """What it takes one CPU core to make `specs` dense for a byte of them on disk, where `kernel` does it."""
-    if kernel is None:
+def expanding_seconds(quantizer: Quantizer | None, specs: Iterable[TensorSpec]) -> float:
+    """What it takes one CPU core to make `specs` dense for a byte of them on disk, where a kernel of ours does it."""
+    if quantizer is None or quantizer.kernel is None:
         return 0.0
     made = {spec.name: spec for spec in specs}.values()
     stored_bytes = sum(source.nbytes for spec in made for source in (spec.made_by.sources if spec.made_by else (spec,)))
     numbers = sum(math.prod(spec.shape) for spec in made if spec.made_by)
-    return numbers * dense_seconds(kernel) / max(stored_bytes, 1)
+    return numbers * dense_seconds(quantizer.kernel) / max(stored_bytes, 1)

@@ -104,7 +104,8 @@ def prepare(
             raise UnsupportedError(f"{gguf} is packed already, as GGUF: leave compression={options.compression!r} out")
         imagined = imagine_compressed(folder, options, index)
         index = imagined.index if imagined is not None else index
-    built = build_model(folder, options, device, index, imagined)
+    has_fp8 = machine.card.has_fp8 if machine.card is not None else None
+    built = build_model(folder, options, device, index, imagined, has_fp8=has_fp8)
     model, dtype, quantizer = built.model, built.dtype, built.quantizer
     begin(STEPS[3])
     index = built.checkpoint or imagine(model)

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from airstream.checkpoint.stored import CheckpointIndex
-from airstream.compat.quantizers import Quantizer
+from airstream.compat.quantizer import Quantizer
 from airstream.layout.parts import Parts
 from airstream.loading.options import LoadOptions
 from airstream.plan.facts import ModelFacts

@@ -41,6 +41,10 @@ _FORMS = {"pcie", "sxm"}
 """Words that need not be said where only one form has the memory named."""
 
 
+FP8_CAPABILITY = 8.9
+"""From which on NVIDIA's cards have instructions for FP8, as transformers asks."""
+
+
 @dataclass(frozen=True, slots=True)
 class Card:
     """A graphics card, by its data sheet.
@@ -55,6 +59,7 @@ class Card:
             is the one with "sparsity".
         fp32_tflops: peak without matrix units.
         int8_tops: dense peak; None where it is not known.
+        compute_capability: what NVIDIA calls the generation of its cores; None of other makers.
         source: the document.
     """
 
@@ -68,7 +73,13 @@ class Card:
     bf16_tflops: float | None
     fp32_tflops: float
     int8_tops: float | None
+    compute_capability: float | None
     source: str
+
+    @property
+    def has_fp8(self) -> bool:
+        """Whether transformers multiplies FP8 weights on it as they are."""
+        return self.compute_capability is not None and self.compute_capability >= FP8_CAPABILITY
 
 
 @functools.cache
