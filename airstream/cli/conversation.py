@@ -51,7 +51,7 @@ class Conversation:
         self._stops = stops
         self._reuses = reuses
         self._cache: DynamicCache | None = None
-        self._cached_ids = torch.empty(0, dtype=torch.long)
+        self._cached_ids = torch.empty(0, dtype=torch.long, device="cpu")
         self.system = system
 
     @property
@@ -93,7 +93,7 @@ class Conversation:
                 reply = cut(self._model.tokenizer.decode(recorder.ids, skip_special_tokens=True), self._stops)
                 self.messages = [*asked, {"role": "assistant", "content": reply}]
                 # The last token has been chosen, and not been seen: if a pass was under way, by some layers only.
-                seen = torch.cat([prompt_ids, torch.tensor(recorder.ids[:-1], dtype=torch.long)])
+                seen = torch.cat([prompt_ids, torch.tensor(recorder.ids[:-1], dtype=torch.long, device="cpu")])
             self._keep(cache, seen, is_whole)
             self.num_tokens = len(prompt_ids) + len(recorder.ids)
         self.is_complete = has_ended(self._model, recorder.ids, criteria)

@@ -115,7 +115,7 @@ def decode_with_torch(target: torch.Tensor, raw: torch.Tensor, block: BlockType)
 def decoding_seconds(block: BlockType) -> float:
     """What one number of type `block` takes one core of this machine. Measured by the first call, in milliseconds."""
     block, raw = _typical(block)
-    target = torch.empty(raw.numel() // block.nbytes * block.elements, dtype=getattr(torch, block.dtype))
+    target = torch.empty(raw.numel() // block.nbytes * block.elements, dtype=getattr(torch, block.dtype), device="cpu")
     best = math.inf
     for _ in range(3):  # the first one warms up
         start = time.thread_time()
@@ -128,12 +128,14 @@ def _typical(block: BlockType) -> tuple[BlockType, torch.Tensor]:
     """Blocks as trained weights have them, where their values decide what decoding takes, and their type."""
     count = MEASURED_ELEMENTS // block.elements
     if block.name not in LOSSLESS:
-        return block, torch.zeros(count * block.nbytes, dtype=torch.uint8)
+        return block, torch.zeros(count * block.nbytes, dtype=torch.uint8, device="cpu")
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn(count * block.elements, generator=generator).to(torch.bfloat16)
+    numbers = torch.randn(count * block.elements, generator=generator, dtype=torch.float32, device="cpu").to(
+        torch.bfloat16
+    )
     fitting = choose_block(numbers, block.elements, (block.name,))
     if fitting is None:  # so small that they win nothing
-        return block, torch.zeros(count * block.nbytes, dtype=torch.uint8)
+        return block, torch.zeros(count * block.nbytes, dtype=torch.uint8, device="cpu")
     return fitting, encode(numbers, fitting)
 
 

@@ -65,7 +65,7 @@ def bad_blocks(raw: torch.Tensor, block: BlockType) -> list[int]:
     """
     decode = _kernel(block) or partial(decode_with_torch, block=block)
     blocks = raw.view(-1, block.nbytes)
-    numbers = torch.empty((len(blocks), block.elements), dtype=torch.int16)
+    numbers = torch.empty((len(blocks), block.elements), dtype=torch.int16, device="cpu")
     sums = blocks[:, 4:HEAD_BYTES].contiguous().view(torch.int32).view(-1).tolist()
     bad, start = [], 0
     while start < len(blocks):

@@ -94,7 +94,7 @@ def encode_with_numpy(numbers: torch.Tensor, block: BlockType) -> torch.Tensor:
 
 def _encode(numbers: torch.Tensor, block: BlockType, put: Kernel) -> torch.Tensor:
     rows = _rows(numbers, block.elements)
-    blocks = torch.empty((len(rows), block.nbytes), dtype=torch.uint8)
+    blocks = torch.empty((len(rows), block.nbytes), dtype=torch.uint8, device="cpu")
     done = put(blocks, rows)
     if done < len(rows):
         raise CheckpointError(_no_room(block, done))

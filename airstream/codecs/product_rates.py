@@ -27,7 +27,7 @@ def product_seconds(how: RowFormat) -> float:
     if how.block is not None and how.block.name in LOSSLESS:  # of zeros none is outside of the window
         dense = RowFormat("bf16", how.columns, 2 * how.columns)
         return product_seconds(dense) + decoding_seconds(how.block)
-    weight, vector = _zeros(how), torch.zeros((1, how.columns))
+    weight, vector = _zeros(how), torch.zeros((1, how.columns), dtype=torch.float32, device="cpu")
     return _core_seconds(lambda: multiply(weight, vector)) / (weight.rows * how.columns)
 
 
@@ -36,14 +36,20 @@ def dense_seconds(kind: str) -> float:
     """What it takes one core, as above, to write a number of `kind`, "fp8" or "int4", to memory in bfloat16."""
     columns = 4096
     weight = _zeros(RowFormat(kind, columns, columns // (2 if kind == "int4" else 1), 128))
-    out = torch.empty((weight.rows, columns), dtype=torch.bfloat16)
+    out = torch.empty((weight.rows, columns), dtype=torch.bfloat16, device="cpu")
     return _core_seconds(lambda: make_dense(weight, 0, out)) / out.numel()
 
 
 def _zeros(how: RowFormat) -> StoredRows:
     rows = max(1, 2 * MEASURED_ELEMENTS // how.columns)
-    numbers = torch.zeros(rows * how.row_bytes, dtype=torch.uint8)
-    return StoredRows(how, rows, numbers, torch.zeros(rows * how.columns), torch.zeros(16))
+    numbers = torch.zeros(rows * how.row_bytes, dtype=torch.uint8, device="cpu")
+    return StoredRows(
+        how,
+        rows,
+        numbers,
+        torch.zeros(how.num_scales(rows), dtype=torch.float32, device="cpu"),
+        torch.zeros(16, dtype=torch.float32, device="cpu"),
+    )
 
 
 def _core_seconds(work: Callable[[], object]) -> float:

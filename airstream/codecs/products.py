@@ -67,6 +67,10 @@ class RowFormat:
     group: int = 1
     block: BlockType | None = None
 
+    def num_scales(self, rows: int) -> int:
+        """How many scales `rows` of numbers have that share them."""
+        return (-(-rows // self.group) if self.kind == "fp8" else rows) * (self.columns // self.group)
+
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
@@ -91,11 +95,19 @@ class StoredRows:
         Raises:
             ValueError: sizes do not go together, which C would not notice.
         """
-        how = self.format
+        how, scales, table = self.format, self.scales, self.table
         if self.numbers.nbytes != self.rows * how.row_bytes or not self.numbers.is_contiguous():
             raise ValueError(f"rows ({self.rows}) of {how.row_bytes} B are not {self.numbers.nbytes} B")
         if how.kind in GROUPED and (how.group % STEP or how.columns % how.group):
             raise ValueError(f"groups of {how.group} in rows of {how.columns} are no multiples of {STEP}")
+        if how.kind in GROUPED and (scales is None or scales.numel() != how.num_scales(self.rows)):
+            raise ValueError(f"rows ({self.rows}) of {how} have {how.num_scales(self.rows)} scales")
+        if how.kind == "nf4" and (table is None or (table.numel(), table.dtype) != (16, torch.float32)):
+            raise ValueError("the table of nf4 is sixteen numbers in float32")
+        if any(
+            not each.is_cpu or not each.is_contiguous() for each in (self.numbers, scales, table) if each is not None
+        ):
+            raise ValueError("kernels read contiguous memory of the host")
         slots = LOSSLESS[how.block.name].slots(how.block) if how.block and how.block.name in LOSSLESS else 0
         sizes = (how.columns, how.row_bytes, how.group, slots)
         return NativeRows(how.kind, sizes, self.numbers, self.scales, self.table, how.block)
@@ -136,7 +148,7 @@ def make_dense(weight: StoredRows, first: int, out: torch.Tensor) -> None:
         CheckpointError: a lossless block is damaged.
     """
     if out.is_meta:
-        torch.empty((torch.get_num_threads(), 2 * weight.format.columns), device="meta")
+        torch.empty((torch.get_num_threads(), 2 * weight.format.columns), device="meta", dtype=torch.float32)
         return
     native = weight.native()
     _each_row(weight, len(out), lambda begin, end: native.make_dense(first + begin, first + end, out[begin:end]))
@@ -174,7 +186,7 @@ def panel_dtype(dtype: torch.dtype) -> torch.dtype:
         return torch.float32  # what kernels write besides
     seconds = {}
     for candidate in (torch.float32, dtype):
-        some = torch.ones((256, 1024), dtype=candidate)
+        some = torch.ones((256, 1024), dtype=candidate, device="cpu")
         torch.mm(some, some.t())  # which compiles a kernel, perhaps
         start = time.perf_counter()
         torch.mm(some, some.t())

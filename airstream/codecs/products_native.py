@@ -64,14 +64,14 @@ class NativeRows:
         Returns:
             How many rows come before one that cannot be unpacked.
         """
-        buffer = torch.empty(2 * self.columns)
+        buffer = torch.empty(2 * self.columns, dtype=torch.float32, device="cpu")
         targets = (out.data_ptr(), out.shape[1], buffer.data_ptr())
         kernel = _kernel(f"product_{self._kind}", _PRODUCT)
         return kernel(ctypes.byref(self._weight), first, end, vectors.data_ptr(), len(vectors), *targets)
 
     def make_dense(self, first: int, end: int, out: torch.Tensor) -> int:
         """Write rows `first` to `end` to `out` (rows, columns), float32 or bfloat16. Returns as `multiply` does."""
-        buffer = torch.empty(2 * self.columns)
+        buffer = torch.empty(2 * self.columns, dtype=torch.float32, device="cpu")
         kernel = _kernel(f"rows_{self._kind}", _ROWS)
         narrow = out.dtype == torch.bfloat16
         return kernel(ctypes.byref(self._weight), first, end, out.data_ptr(), narrow, buffer.data_ptr())

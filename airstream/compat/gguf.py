@@ -244,7 +244,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 def _tensor(value: Any, device: torch.device) -> torch.Tensor:
     if device.type == "meta":
-        return torch.empty(tuple(value.shape), device="meta")
+        return torch.empty(tuple(value.shape), device="meta", dtype=torch.float32)
     return (value if isinstance(value, torch.Tensor) else torch.from_numpy(value)).to(device)
 
 

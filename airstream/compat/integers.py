@@ -154,7 +154,7 @@ def _group_of_input(g_idx: torch.Tensor | None, inputs: int, groups: int) -> tor
     if g_idx is None or (
         g_idx.device.type == "cpu"
         and inputs % groups == 0
-        and torch.equal(g_idx, torch.arange(inputs, dtype=g_idx.dtype) // (inputs // groups))
+        and torch.equal(g_idx, torch.arange(inputs, dtype=g_idx.dtype, device="cpu") // (inputs // groups))
     ):
         return None
     return g_idx
@@ -195,7 +195,9 @@ _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 def _in_awq_order(integers: torch.Tensor) -> torch.Tensor:
     """(rows, outputs) as they lie in words -> in the order of outputs."""
-    places = torch.tensor([_AWQ_ORDER.index(output) for output in range(len(_AWQ_ORDER))], device=integers.device)
+    places = torch.tensor(
+        [_AWQ_ORDER.index(output) for output in range(len(_AWQ_ORDER))], device=integers.device, dtype=torch.long
+    )
     return integers.view(len(integers), -1, len(_AWQ_ORDER))[:, :, places].flatten(1)
 
 

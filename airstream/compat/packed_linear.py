@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
 from airstream.codecs.library import has_kernels
@@ -24,7 +25,9 @@ NF4_LEVELS = torch.tensor(
         -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
         -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
         0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-    ]
+    ],
+    dtype=torch.float32,
+    device="cpu",
 )  # fmt: skip
 """The numbers of 4-bit NormalFloat (Dettmers et al. 2023, QLoRA, appendix E)."""
 
@@ -81,6 +84,8 @@ def _on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 
 def _dense_format(module: nn.Linear, count: int) -> RowFormat | None:
     """How a dense weight is multiplied with `count` vectors: None if torch does that well."""
+    if is_traceable_wrapper_subclass(module.weight):
+        return None  # of torchao: it says a dtype, and has other memory
     if module.weight.dtype != torch.bfloat16 or not module.weight.is_contiguous():
         return None
     if count > FEW and panel_dtype(torch.bfloat16) == torch.bfloat16 and not module.weight.is_meta:

@@ -111,7 +111,7 @@ def _nf4_rows(rows: torch.Tensor) -> Tensors:
 
 
 def _nf4_weight(weight: torch.Tensor) -> Tensors:
-    _, state = _nf4(torch.zeros(NF4_BLOCK, dtype=weight.dtype))
+    _, state = _nf4(torch.zeros(NF4_BLOCK, dtype=weight.dtype, device="cpu"))
     state.shape = weight.shape
     return {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items() if name != "absmax"}
 
@@ -205,7 +205,7 @@ def _int4_rows(rows: torch.Tensor) -> Tensors:
 
 
 def _int4_weight(weight: torch.Tensor) -> Tensors:
-    return {"weight_shape": torch.tensor(weight.shape)}
+    return {"weight_shape": torch.tensor(weight.shape, dtype=torch.long, device="cpu")}
 
 
 @cache

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizatio
 from transformers.quantizers.base import HfQuantizer
 
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
-from airstream.compat.plain_formats import kernel_for
+from airstream.compat.plain_formats import groups_of, kernel_for
 from airstream.compat.quantizer import DEQUANTIZED_ON_CPU, Headers, Quantizer
 from airstream.compat.quiet import quiet_transformers
 from airstream.compat.stated import check_stated_numbers
@@ -215,8 +215,7 @@ def _layout(settings: Mapping[str, Any], method: str, model_type: str) -> Layout
 
 def _refuse_quantised_activations(settings: Mapping[str, Any], method: str) -> None:
     """Refuse what would be computed in another way if its weights were dequantised: activations are rounded, too."""
-    groups = settings.get("config_groups") or {}
-    if method == "compressed-tensors" and any(group.get("input_activations") for group in groups.values()):
+    if method == "compressed-tensors" and any(group.get("input_activations") for group in groups_of(settings)):
         raise UnsupportedError(
             "a compressed-tensors checkpoint with quantised activations (W8A8, FP8 dynamic) cannot be streamed: its "
             f"modules change their own weights on first use. Weight-only ones (W4A16, W8A16) can. {INSTEAD}"

@@ -111,8 +111,8 @@ def _is_batched(hidden: torch.Tensor, has_bias: bool) -> bool:
 def _product(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight, and hidden states of three sequences of five positions."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(PROBE_VOCAB_SIZE, PROBE_WIDTH, generator=generator)
-    hidden = torch.randn(3, 5, PROBE_WIDTH, generator=generator)
+    weight = torch.randn(PROBE_VOCAB_SIZE, PROBE_WIDTH, generator=generator, dtype=torch.float32, device="cpu")
+    hidden = torch.randn(3, 5, PROBE_WIDTH, generator=generator, dtype=torch.float32, device="cpu")
     return weight.to(dtype), hidden.to(dtype)
 
 

@@ -54,7 +54,7 @@ def find_moves(
     everything = torch.cat([ids.reshape(-1) for ids in outputs.values()])
     if not is_permutation(everything, sum(counts)):
         return None
-    begins = torch.zeros(sum(counts) + 1, dtype=torch.bool)  # one more: an empty source may be the last
+    begins = torch.zeros(sum(counts) + 1, dtype=torch.bool, device="cpu")  # one more: an empty source may be the last
     begins[starts] = True
     found = {}
     for name, ids in outputs.items():

@@ -12,7 +12,7 @@ def is_permutation(ids: torch.Tensor, count: int) -> bool:
     """Whether `ids` are the numbers up to `count`, each of them once. Millions of them: sorting would take seconds."""
     if ids.dtype != torch.int64 or ids.numel() != count or not bool(((ids >= 0) & (ids < count)).all()):
         return False
-    seen = torch.zeros(count, dtype=torch.bool)
+    seen = torch.zeros(count, dtype=torch.bool, device="cpu")
     seen[ids] = True
     return bool(seen.all())
 
@@ -28,7 +28,7 @@ def dealt(ids: torch.Tensor) -> tuple[int, int] | None:
     rows = ways * int((ids == 1).nonzero()[0])
     if ids.numel() % rows or rows == ways:
         return None
-    expected = torch.arange(ids.numel()).view(-1, rows // ways, ways).transpose(1, 2)
+    expected = torch.arange(ids.numel(), dtype=torch.long, device="cpu").view(-1, rows // ways, ways).transpose(1, 2)
     return (rows, ways) if torch.equal(ids, expected.reshape(-1)) else None
 
 

@@ -8,6 +8,7 @@ It knows the formats of `compat.quantising`, by the names of their tensors. It r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,9 @@ SCALES = ("F32", "BF16")
 """What kernels read scales in."""
 
 
+Shape = tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """One format.
@@ -34,6 +38,9 @@ class Layout:
     Attributes:
         kind: the kernel.
         bits: of a number.
+        dtype: of the tensor that numbers are in, as safetensors calls it.
+        shape: of that tensor, for a weight of some rows and columns.
+        scale_shapes: that of its scales may be one of these, for rows, columns and the numbers that share one.
         numbers, scales: how the names of its tensors end, behind that of the module.
         others: those that say nothing of their own.
         is_meant: whether a checkpoint's settings are those that the kernel computes.
@@ -41,6 +48,9 @@ class Layout:
 
     kind: str
     bits: int
+    dtype: str
+    shape: Callable[[int, int], Shape]
+    scale_shapes: Callable[[int, int, int], tuple[Shape, ...]]
     numbers: str
     scales: str
     others: tuple[str, ...]
@@ -64,11 +74,59 @@ def _is_fp8(settings: Mapping[str, Any]) -> bool:
 
 NF4_STATE = ".weight.quant_state.bitsandbytes__nf4"
 
+
+def _squares(rows: int, columns: int, group: int) -> tuple[Shape, ...]:
+    """Of fp8. transformers shares scales evenly among rows, which is another thing where the last are fewer."""
+    down = -(-rows // group)
+    is_even = rows % down == 0
+    return () if is_even and rows != down * group else ((down, columns // group),)
+
+
 LAYOUTS: Mapping[str, Layout] = {
-    "bitsandbytes": Layout("nf4", 4, ".weight", ".weight.absmax", (".weight.quant_map", NF4_STATE), _is_nf4),
-    "torchao": Layout("int8", 8, "._weight_qdata", "._weight_scale", ("._weight_zero_point",), _is_int8),
-    "compressed-tensors": Layout("int4", 4, ".weight_packed", ".weight_scale", (".weight_shape",), is_plain_int4),
-    "fp8": Layout("fp8", 8, ".weight", ".weight_scale_inv", (), _is_fp8),
+    "bitsandbytes": Layout(
+        "nf4",
+        4,
+        "U8",
+        lambda rows, columns: (rows * columns // 2, 1),
+        lambda rows, columns, group: ((rows * columns // group,),),
+        ".weight",
+        ".weight.absmax",
+        (".weight.quant_map", NF4_STATE),
+        _is_nf4,
+    ),
+    "torchao": Layout(
+        "int8",
+        8,
+        "I8",
+        lambda rows, columns: (rows, columns),
+        lambda rows, columns, group: ((rows, columns // group), (rows,)),
+        "._weight_qdata",
+        "._weight_scale",
+        ("._weight_zero_point",),
+        _is_int8,
+    ),
+    "compressed-tensors": Layout(
+        "int4",
+        4,
+        "I32",
+        lambda rows, columns: (rows, columns // 8),
+        lambda rows, columns, group: ((rows, columns // group),),
+        ".weight_packed",
+        ".weight_scale",
+        (".weight_shape",),
+        is_plain_int4,
+    ),
+    "fp8": Layout(
+        "fp8",
+        8,
+        "F8_E4M3",
+        lambda rows, columns: (rows, columns),
+        _squares,
+        ".weight",
+        ".weight_scale_inv",
+        (),
+        _is_fp8,
+    ),
 }
 """By what `config.json` calls the method."""
 
@@ -114,12 +172,13 @@ def _format_of(layout: Layout, module: PackedLinear, numbers: StoredTensor, scal
     """How the rows of a weight of `module` are stored; None if kernels do not take it so."""
     rows, columns = module.out_features, module.in_features
     row_bytes, rest = divmod(columns * layout.bits, 8)
-    count = scales.nbytes // TORCH_DTYPES[scales.dtype].itemsize
-    if rest or numbers.nbytes != rows * row_bytes or scales.dtype not in SCALES or columns > MAX_COLUMNS:
+    if rest or columns > MAX_COLUMNS or numbers.dtype != layout.dtype or scales.dtype not in SCALES:
         return None
-    across = scales.shape[-1] if scales.shape else 0
-    group = columns // max(across, 1) if layout.kind == "fp8" else rows * columns // max(count, 1)
+    if numbers.shape != layout.shape(rows, columns):
+        return None
+    across = math.prod(scales.shape) // rows if layout.kind != "fp8" else scales.shape[-1] if scales.shape else 0
+    group = columns // max(across, 1)
     if group == 0 or group % STEP or columns % group:
         return None
-    expected = (-(-rows // group) if layout.kind == "fp8" else rows) * (columns // group)
-    return RowFormat(layout.kind, columns, row_bytes, group) if count == expected else None
+    how = RowFormat(layout.kind, columns, row_bytes, group)
+    return how if scales.shape in layout.scale_shapes(rows, columns, group) else None

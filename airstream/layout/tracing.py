@@ -224,7 +224,7 @@ def _numbered(stored: Sequence[StoredTensor], width: int) -> list[torch.Tensor]:
     for tensor in stored:
         shape = (*tensor.shape[:-1], 1) if width > 1 else tensor.shape
         count = math.prod(shape)
-        numbered.append(torch.arange(start, start + count).view(shape))
+        numbered.append(torch.arange(start, start + count, dtype=torch.long, device="cpu").view(shape))
         start += count
     return numbered
 
@@ -241,7 +241,7 @@ def _transposed_spec(
     shape = tensor.shape[::-1]
     if len(stored) > 1 or len(shape) != 2 or _shape_of(targets, name) != shape or tuple(ids.shape) != (1, count):
         return None
-    if not torch.equal(ids.flatten(), torch.arange(count)):
+    if not torch.equal(ids.flatten(), torch.arange(count, dtype=torch.long, device="cpu")):
         return None
     piece = piece_of(tensor, 0, tensor.nbytes, 0, wanted[name])
     return [TensorSpec(name, wanted[name], shape, (piece,), line_offset=0, transposed=True)]

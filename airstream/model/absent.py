@@ -177,9 +177,9 @@ def _row_numbers(absent: Absent, func: Any, rest: Sequence[Any]) -> torch.Tensor
     """The rows that `absent[...]`, as torch takes it apart, asks for, if it asks for rows by their numbers."""
     num_rows = absent.shape[0]
     if func is ATEN.select.int and rest[0] == 0:
-        ids = torch.tensor(rest[1])
+        ids = torch.tensor(rest[1], dtype=torch.long, device="cpu")
     elif func is ATEN.slice.Tensor and (not rest or rest[0] == 0):
-        ids = torch.arange(num_rows)[slice(*rest[1:])]
+        ids = torch.arange(num_rows, dtype=torch.long, device="cpu")[slice(*rest[1:])]
     elif func is ATEN.index.Tensor and len(rest[0]) == 1 and rest[0][0].dtype in (torch.int32, torch.int64):
         ids = rest[0][0]
     else:

@@ -52,7 +52,7 @@ class StoredInFiles(Stored):
                 f"a copy of {spec.name!r} takes {format_bytes(slab.nbytes)}, and {format_bytes(free)} of memory are "
                 "free: copy fewer weights at once, or read the checkpoint's files with safetensors.safe_open"
             )
-        memory = torch.empty(slab.nbytes, dtype=torch.uint8)
+        memory = torch.empty(slab.nbytes, dtype=torch.uint8, device="cpu")
         self._reader.read(slab.pieces, HostLanding(memory, Staging(self._reader.chunk_bytes)))
         self._convert.run(slab, memory)
         values = view_of(memory, slab.offsets[spec.name], spec)
@@ -104,7 +104,7 @@ def row_fetcher(spec: TensorSpec, reader: Reader, device: torch.device, probe: P
     def fetch(numbers: Sequence[int]) -> torch.Tensor:
         if listener := probe.listener:
             listener.begin_wait()
-        memory = torch.empty(len(numbers) * row, dtype=torch.uint8)
+        memory = torch.empty(len(numbers) * row, dtype=torch.uint8, device="cpu")
         pieces = [
             Piece(table.file, table.offset + number * stored_row, stored_row, position * row, table.cast)
             for position, number in enumerate(numbers)

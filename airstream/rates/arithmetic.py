@@ -69,7 +69,7 @@ def measure_layer(backend: Backend, effort: Effort) -> float:
     small real model. The fastest of a few runs: whatever else the machine does can only add to it.
     """
     model = _tiny_llama(effort.num_layers).to(backend.device)
-    prompt = torch.ones((1, 1), dtype=torch.long).to(backend.device)
+    prompt = torch.ones((1, 1), dtype=torch.long, device="cpu").to(backend.device)
 
     def generate() -> None:
         model.generate(prompt, max_new_tokens=effort.num_tokens, do_sample=False)
@@ -123,7 +123,7 @@ def _tokens(number: int, weight: torch.Tensor) -> torch.Tensor:
 
 def _random(count: int, like: torch.Tensor) -> torch.Tensor:
     """`count` numbers in the dtype and on the device of `like`: units that see but one number run cool, and fast."""
-    numbers = torch.randn(count, generator=torch.Generator().manual_seed(0), device="cpu")
+    numbers = torch.randn(count, generator=torch.Generator().manual_seed(0), device="cpu", dtype=torch.float32)
     return numbers.to(like.dtype).to(like.device)
 
 

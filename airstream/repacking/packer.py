@@ -130,7 +130,7 @@ def _changed(old: BlockType | None, new: BlockType | None, data: torch.Tensor) -
     if new is not None:
         return encode(data.view(torch.bfloat16), new)
     assert old is not None
-    numbers = torch.empty(data.numel() // old.nbytes * old.elements, dtype=getattr(torch, old.dtype))
+    numbers = torch.empty(data.numel() // old.nbytes * old.elements, dtype=getattr(torch, old.dtype), device="cpu")
     decode_into(numbers, data, old)
     return numbers.view(torch.uint8)
 

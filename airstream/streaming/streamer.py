@@ -208,7 +208,7 @@ class Streamer:
         with self._changed.lock:
             self._regions.clear()
         self._backend.synchronize()
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def check_open(self) -> None:
         """Raise if it is closed, or if what is asked for would be read in another process."""

@@ -152,7 +152,7 @@ class Lane:
         source = self._buffers[self._turn].tensor[staged(piece)]
         on_device = piece.cast if piece.cast is not None and piece.cast.is_blocks else None
         if piece.cast is not None and on_device is None:
-            raw, source = source, torch.empty(piece.target_bytes, dtype=torch.uint8)
+            raw, source = source, torch.empty(piece.target_bytes, dtype=torch.uint8, device="cpu")
             with self._bus.probe.span(CONVERT, piece.nbytes):
                 cast_into(source, raw, piece.cast)
             self._cast[self._turn] = source  # must outlive the copy

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from airstream import ArgumentError, AutoModel, Plan, UnsupportedError
+from airstream import ArgumentError, AutoModel, CheckpointError, Plan, UnsupportedError
 from airstream.codecs import library, share
+from airstream.codecs.product_rates import product_seconds
 from airstream.codecs.products import StoredRows, make_dense
 from airstream.compat.packed_linear import NF4_LEVELS, PackedLinear
 from airstream.repacking.repack import repack
 from tests.conftest import smallest_budget, stream
 from tests.model.test_lifecycle import MEASURE
 from tests.stand_ins.comparing import BF16, FP32, greedy, logits, prompts
-from tests.stand_ins.quantized_models import LARGE
+from tests.stand_ins.quantized_models import LARGE, write_torchao
 from tests.stand_ins.tiny_gguf import write_tiny_gguf
 from tests.stand_ins.tiny_models import TINY, TinyModel, write_model
 
@@ -241,3 +246,97 @@ def test_the_peak_stays_within_the_plan(large: Packed, codec: str, kernels: str)
     measured = json.loads(result.stdout.splitlines()[-1])
     assert measured["rise"] > measured["ring"]
     assert measured["rise"] <= measured["planned"]
+
+
+@contextmanager
+def defaults(dtype: torch.dtype, device: str) -> Iterator[None]:
+    """What torch takes for granted in the whole process, as it does while any model is built."""
+    torch.set_default_dtype(dtype)
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(FP32)
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(BF16, "cpu"), (torch.float64, "meta")], ids=str)
+@pytest.mark.parametrize("kernels", ["exact", "fast"])
+@BY_CODEC
+def test_what_torch_takes_for_granted_changes_nothing(
+    packed: Packed, codec: str, kernels: str, dtype: torch.dtype, device: str
+) -> None:
+    few, many = prompts(1, 3), prompts(2, 12)
+    product_seconds.cache_clear()
+    with stream(packed(codec), max_context=64, kernels=kernels) as model:
+        expected = logits(model, few), logits(model, many)
+        with defaults(dtype, device):
+            model.model.layers[1].mlp(torch.ones((1, 1, 256), dtype=BF16, device="cpu"))
+            if device == "cpu":  # transformers' own code makes tensors on the default device
+                assert torch.equal(logits(model, few), expected[0])
+                assert torch.equal(logits(model, many), expected[1])
+    product_seconds.cache_clear()
+    with defaults(dtype, "cpu"), stream(packed(codec), max_context=64, kernels=kernels) as model:
+        assert torch.equal(logits(model, few), expected[0])
+
+
+Tensors = dict[str, torch.Tensor]
+UP = "model.layers.1.mlp.up_proj."
+
+
+def turned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(tensor.shape[::-1])
+
+
+OTHERWISE: dict[str, tuple[str, str, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "fp8 of another kind": ("fp8", "weight", lambda it: it.float().to(torch.float8_e5m2)),
+    "fp8 in bytes": ("fp8", "weight", lambda it: it.view(torch.uint8)),
+    "fp8, turned": ("fp8", "weight", turned),
+    "fp8, scales by rows": ("fp8", "weight_scale_inv", lambda it: it.repeat_interleave(2, 0)),
+    "int8 in bytes without sign": ("int8", "_weight_qdata", lambda it: it.view(torch.uint8)),
+    "int8, turned": ("int8", "_weight_qdata", turned),
+    "int4, turned": ("int4", "weight_packed", turned),
+    "int4, flat": ("int4", "weight_packed", torch.flatten),
+    "int4, flat scales": ("int4", "weight_scale", torch.flatten),
+    "int4, half the scales": ("int4", "weight_scale", lambda it: it[:, :1].contiguous()),
+    "nf4, flat": ("nf4", "weight", torch.flatten),
+    "nf4 in another dtype": ("nf4", "weight", lambda it: it.view(torch.int8)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERWISE)
+def test_what_is_stored_otherwise_is_what_exact_kernels_take_it_for(packed: Packed, tmp_path: Path, name: str) -> None:
+    codec, end, change = OTHERWISE[name]
+    folder = tmp_path / "other"
+    shutil.copytree(packed(codec), folder)
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            tensors, metadata = (
+                dict(zip(names := list(opened.keys()), map(opened.get_tensor, names), strict=True)),
+                opened.metadata(),
+            )
+        if UP + end in tensors:
+            save_file(tensors | {UP + end: change(tensors[UP + end])}, file, metadata=metadata)
+
+    def found(kernels: str) -> torch.Tensor | str:
+        try:
+            with stream(folder, max_context=64, kernels=kernels) as model:
+                return logits(model, prompts(1, 5))
+        except CheckpointError as error:
+            return str(error)
+
+    exact, fast = found("exact"), found("fast")
+    if isinstance(exact, str) or isinstance(fast, str):
+        assert exact == fast
+    else:
+        assert close(fast, exact)
+
+
+@pytest.mark.parametrize("name", ["Float8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig"])
+def test_objects_that_no_kernel_takes_compute_themselves(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("torchao")
+    write_torchao(tmp_path, name)
+    with stream(tmp_path, max_context=64) as model:
+        expected = logits(model, prompts(1, 5))
+    with stream(tmp_path, **FAST) as model:
+        assert close(logits(model, prompts(1, 5)), expected)
