@@ -193,7 +193,12 @@ def _suggestion(name: str) -> str:
     by_key = {" ".join(sorted(_words(card.name))): card.name for card in all_cards()}
     alike = [by_key[key] for key in difflib.get_close_matches(" ".join(sorted(_words(name))), by_key)]
     close = same_number or alike
-    return f"did you mean {_listed(close)}?" if close else f"there is of {_listed(_nearest_first(name))}"
+    if close:
+        return f"did you mean {_listed(close)}?"
+    return (
+        f"there is of {_listed(_nearest_first(name))}. Name the one that is most like it, and give the memory of "
+        'yours: max_memory={0: "4GiB"} (--max-memory 0=4GiB)'
+    )
 
 
 def _nearest_first(name: str) -> list[str]:

@@ -688,6 +688,7 @@ def test_names_are_taken_forgivingly(spelling: str, name: str) -> None:
         ("H100", "may be H100 PCIe or H100 SXM"),
         ("4O90", "did you mean"),
         ("RTX 9999", "there is of RTX 3090, "),
+        ("GTX 1650", 'Name the one that is most like it, and give the memory of yours: max_memory={0: "4GiB"} ('),
         ("MI999", "there is of MI210, MI300X, "),
         ("", "there is of GTX 1060 6GB, "),
         ("nvidia", "there is of GTX 1060 6GB, "),
