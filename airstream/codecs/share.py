@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import threading
+import time
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
@@ -27,6 +28,9 @@ RUNS_EACH = 4
 IDLE_SECONDS = 1.0
 """For which a thread waits for work: longer than anything in a pass, but for a slow disk."""
 
+POLL_SECONDS = 1e-4
+"""Between two looks at whether the others have ended, after an interrupt: a run takes about as long."""
+
 Work = Callable[[int, int], object]
 
 
@@ -38,6 +42,21 @@ class _Task:
         self._runs = runs
         self._numbers = itertools.count()  # `next` is one step of the interpreter: no two threads get the same
         self._outcomes: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._helping: list[None] = []  # to which Python adds, and from which it takes, in one step
+
+    def help(self) -> None:
+        """`do_some`, beside the caller."""
+        self._helping.append(None)
+        try:
+            self.do_some()
+        finally:
+            self._helping.pop()
+
+    def end(self) -> None:
+        """Begin no more runs, and wait for those of others, which write to what the caller may give away."""
+        self.work = None
+        while self._helping:
+            time.sleep(POLL_SECONDS)
 
     def do_some(self) -> None:
         """Do runs until all are taken."""
@@ -94,7 +113,7 @@ class _Helpers:
     def _help(self) -> None:
         with contextlib.suppress(Empty):
             while (task := self._tasks.get(timeout=IDLE_SECONDS)) is not None:
-                task.do_some()
+                task.help()
                 del task  # it keeps a weight
 
 
@@ -105,8 +124,7 @@ _helpers: dict[int, _Helpers] = {}
 def share(work: Work, rows: int, columns: int) -> None:
     """Call `work(first, end)` for runs of rows that are all of them together, at once.
 
-    What the first of them raises is raised. If the caller is interrupted meanwhile, the others end behind its back:
-    `work` must keep alive what it reads and writes.
+    What the first of them raises is raised. If the caller is interrupted, it waits for what others have begun.
     """
     threads = torch.get_num_threads()
     count = max(1, min(threads * RUNS_EACH, rows, rows * columns // MIN_SHARE))
@@ -119,8 +137,10 @@ def share(work: Work, rows: int, columns: int) -> None:
         _helpers.setdefault(os.getpid(), _Helpers()).offer(task, beside)
         task.do_some()
         task.wait()
-    finally:
-        task.work = None  # who comes too late finds nothing, and keeps nothing alive
+    except BaseException:
+        task.end()
+        raise
+    task.work = None  # who comes too late finds nothing, and keeps nothing alive
 
 
 def dismiss() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 
@@ -229,6 +230,34 @@ def test_threads_end_when_there_is_nothing_to_do_and_start_again(monkeypatch: py
         for thread in helpers():
             thread.join(60)
         assert not helpers()
+
+
+def test_whoever_is_interrupted_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They write to memory that may be another's when the call is over."""
+    caller, is_begun, is_over = threading.get_ident(), threading.Event(), threading.Event()
+
+    def work(_: int, __: int) -> None:
+        if threading.get_ident() == caller:
+            assert is_begun.wait(60)
+            raise KeyboardInterrupt
+        is_begun.set()
+        time.sleep(0.2)
+        is_over.set()
+
+    def interrupted(task: share._Task) -> None:
+        work(*task._runs[next(task._numbers)])  # as between two steps of Python's, outside of what it catches
+
+    real, before = share._Task.do_some, torch.get_num_threads()
+    monkeypatch.setattr(
+        share._Task, "do_some", lambda task: (interrupted if threading.get_ident() == caller else real)(task)
+    )
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            share.share(work, 8, 10)
+        assert is_over.is_set()
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_threads_that_are_dismissed_end_and_nothing_that_they_worked_on_is_kept() -> None:
