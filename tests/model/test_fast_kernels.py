@@ -28,6 +28,7 @@ from airstream.repacking.repack import repack
 from tests.conftest import smallest_budget, stream
 from tests.model.test_lifecycle import MEASURE
 from tests.stand_ins.comparing import BF16, FP32, greedy, logits, prompts
+from tests.stand_ins.interrupts import Interrupts
 from tests.stand_ins.quantized_models import LARGE, write_torchao
 from tests.stand_ins.tiny_gguf import write_tiny_gguf
 from tests.stand_ins.tiny_models import TINY, TinyModel, write_model
@@ -340,3 +341,19 @@ def test_objects_that_no_kernel_takes_compute_themselves(tmp_path: Path, name: s
         expected = logits(model, prompts(1, 5))
     with stream(tmp_path, **FAST) as model:
         assert close(logits(model, prompts(1, 5)), expected)
+
+
+@pytest.mark.parametrize("kernels", ["exact", "fast"])
+def test_a_model_works_on_after_an_interrupt(packed: Packed, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the threads beside it were writing."""
+    monkeypatch.setattr(share, "MIN_SHARE", 1)
+    ids = prompts(1, 3)
+    with torch.no_grad(), stream(packed("int4"), max_context=64, kernels=kernels) as model:
+        expected = logits(model, ids)
+        interrupts = Interrupts(lambda: logits(model, ids), 60)
+        num_interrupted = 0
+        for place, count in interrupts.places:
+            num_interrupted += interrupts.at(place, count)
+            torch.set_grad_enabled(False)  # torch's own `with` may have been interrupted
+            assert torch.equal(logits(model, ids), expected), place
+        assert num_interrupted > len(interrupts.places) / 2, "the case is not what it is meant to be"
