@@ -161,7 +161,7 @@ def _multiply_panels(weight: StoredRows, vectors: torch.Tensor) -> torch.Tensor:
     step = max(1, min(weight.rows, PANEL_BYTES // (columns * dtype.itemsize)))
     panel = torch.empty((step, columns), dtype=dtype, device=vectors.device)
     out = torch.empty((len(vectors), weight.rows), dtype=vectors.dtype, device=vectors.device)
-    for first in range(0, weight.rows, step):
+    for first in range(0, step if out.is_meta else weight.rows, step):  # all take the same memory
         dense = panel[: min(step, weight.rows - first)]
         make_dense(weight, first, dense)
         out[:, first : first + len(dense)] = torch.mm(factors, dense.t())
