@@ -18,15 +18,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.names import MANIFEST, SHARD_INDEX
 from airstream.codecs.names import LOSSLESS_CODEC, codec_named
+from airstream.compat.asked_formats import AskedFormat
 from airstream.errors import AirstreamError, ArgumentError
 from airstream.layout.packable import may_pack
 from airstream.layout.shards import SHARD_SIZE, Shard
 from airstream.loading.arguments import refuse_others
+from airstream.loading.asked import codec_name
 from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.loading.prepare import prepare
 from airstream.repacking.files import check_storable, plan_files
@@ -102,7 +105,7 @@ def repack_and_report(
     *,
     layers: str | range | tuple[int, int] | None = None,
     shard_size: int | str = SHARD_SIZE,
-    codec: str | None = None,
+    codec: str | AskedFormat | None = None,
     progress: bool = True,
     begins: Callable[[], None] = lambda: None,
     **options: Any,
@@ -112,12 +115,15 @@ def repack_and_report(
     check_name(model)
     check_flag("progress", progress)
     refuse_others(options, SOURCE_OPTIONS)
-    if codec is not None:
+    dtype: torch.dtype | None = None
+    if isinstance(codec, AskedFormat):
+        dtype = codec.dtype
+    elif codec is not None:
         codec = codec_named(codec)
     target = target_of(out)
     shard_bytes = parse_shard_size(shard_size)
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
-        prepared = prepare(model, LoadOptions(device="cpu", **options))
+        prepared = prepare(model, LoadOptions(device="cpu", dtype=dtype or "auto", **options))
     check_target(target, prepared.folder)
     check_storable(prepared)
     way = way_of(codec, prepared)
@@ -131,7 +137,9 @@ def repack_and_report(
         "shards": {shard.file: [tensor.name for tensor in shard.tensors] for shard in shards},
     }
     if codec is not None:
-        recipe["codec"] = codec
+        recipe["codec"] = codec_name(codec)
+    if isinstance(codec, AskedFormat):
+        recipe["settings"] = codec.settings | {"dtype": str(prepared.dtype)}
     known = digest_of(recipe)
     facts = {"recipe": known} | {name: recipe[name] for name in recipe if name != "shards"}
     begins()
