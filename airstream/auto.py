@@ -118,7 +118,8 @@ class AutoModel:
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
             progress: a live line about loading, prompt and tokens; "auto" shows it in notebooks and on terminals.
             unnamed: nothing: what stands without a name is refused, and told its name.
-            foreign: other libraries' arguments: honoured, let pass if they change nothing, or refused with a remedy.
+            foreign: other libraries' arguments, such as `quantization_config`: honoured, let pass if they change
+                nothing, or refused with a remedy.
 
         Raises:
             ArgumentError: an argument is unknown, malformed, or contradicts another.
