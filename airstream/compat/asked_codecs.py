@@ -118,7 +118,9 @@ def _eight_bit_rows(rows: torch.Tensor) -> Tensors:
 
 
 def _eight_bit_weight(_: torch.Tensor) -> Tensors:
-    return {"weight_format": torch.tensor(0, dtype=torch.uint8)}  # by rows, the only one that it writes today
+    return {
+        "weight_format": torch.tensor(0, dtype=torch.uint8, device="cpu")
+    }  # by rows, the only one that it writes today
 
 
 def _nested_scales(weight: torch.Tensor, scales: torch.Tensor, kind: str) -> Tensors:
@@ -135,7 +137,7 @@ def _nested_scales(weight: torch.Tensor, scales: torch.Tensor, kind: str) -> Ten
     made = {f"weight.{end}": tensor for end, tensor in state.as_dict(packed=True).items()}
     said = next(end for end in made if "quant_state" in end)
     room = NUMBER_ROOM - len(repr(state.offset.item()))
-    made[said] = torch.cat([made[said], torch.full((room,), ord(" "), dtype=torch.uint8)])
+    made[said] = torch.cat([made[said], torch.full((room,), ord(" "), dtype=torch.uint8, device="cpu")])
     return made
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from airstream.compat.quantizers import DEQUANTIZED, DEQUANTIZED_ON_CPU
+from airstream.compat.quantizer import DEQUANTIZED, DEQUANTIZED_ON_CPU
 from airstream.errors import ArgumentError
 from airstream.reporting.alike import nearest
 from airstream.reporting.first_line import first_line

@@ -68,7 +68,7 @@ class QuantCodec:
         weight = torch.empty(shape, dtype=dtype, device="meta")
         made = self.of_rows(weight) | self.of_weight(weight)
         if self.of_scales is not None:
-            made |= self.of_scales(weight, torch.zeros(self.num_scales(weight)))
+            made |= self.of_scales(weight, torch.zeros(self.num_scales(weight), dtype=torch.float32, device="cpu"))
         return {end: tensor.to("meta") for end, tensor in made.items()}
 
     def num_scales(self, weight: torch.Tensor) -> int:

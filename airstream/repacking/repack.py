@@ -32,6 +32,7 @@ from airstream.loading.arguments import refuse_others
 from airstream.loading.asked import codec_name
 from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.loading.prepare import prepare
+from airstream.loading.prepared import Prepared
 from airstream.repacking.files import check_storable, plan_files
 from airstream.repacking.manifest import FORMAT, JOURNAL, digest_of, fingerprint, read_journal, write_json
 from airstream.repacking.report import RepackReport
@@ -130,18 +131,7 @@ def repack_and_report(
     shards, chosen = plan_files(prepared, layers, shard_bytes, way)
     smaller = ", or name a smaller shard_size=... (a layer is never cut)"
     check_file_size(max(way.expected_bytes(shard) for shard in shards), "repacking", smaller)
-    recipe = {
-        "format": FORMAT,
-        "source": fingerprint(prepared.index.files),
-        "layers": None if chosen is None else list(chosen),
-        "shards": {shard.file: [tensor.name for tensor in shard.tensors] for shard in shards},
-    }
-    if codec is not None:
-        recipe["codec"] = codec_name(codec)
-    if isinstance(codec, AskedFormat):
-        recipe["settings"] = codec.settings | {"dtype": str(prepared.dtype)}
-    known = digest_of(recipe)
-    facts = {"recipe": known} | {name: recipe[name] for name in recipe if name != "shards"}
+    facts = _facts(prepared, codec, shards, chosen)
     begins()
     kept = _write(target, prepared.folder, shards, facts, way, progress)
     return RepackReport(
@@ -153,6 +143,23 @@ def repack_and_report(
         seconds=time.monotonic() - started,
         packs_nothing=codec == LOSSLESS_CODEC and not any(may_pack(each) for shard in shards for each in shard.tensors),
     )
+
+
+def _facts(
+    prepared: Prepared, codec: str | AskedFormat | None, shards: Sequence[Shard], chosen: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What tells the result from others; of which tensors lie in which file, only a digest."""
+    recipe: dict[str, Any] = {
+        "format": FORMAT,
+        "source": fingerprint(prepared.index.files),
+        "layers": None if chosen is None else list(chosen),
+        "shards": {shard.file: [tensor.name for tensor in shard.tensors] for shard in shards},
+    }
+    if codec is not None:
+        recipe["codec"] = codec_name(codec)
+    if isinstance(codec, AskedFormat):
+        recipe["settings"] = codec.settings | {"dtype": str(prepared.dtype)}
+    return {"recipe": digest_of(recipe)} | {name: recipe[name] for name in recipe if name != "shards"}
 
 
 def _write(
