@@ -18,14 +18,17 @@ from transformers import PreTrainedModel
 from airstream.checkpoint.beside import check_small_files
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
+from airstream.checkpoint.locate import locate
+from airstream.compat.asked_formats import AskedFormat
 from airstream.compat.blame import Consequences, blamed_on, no_advice
 from airstream.compat.building import finish_loading, load_generation_config
 from airstream.compat.gguf import gguf_tokenizer
 from airstream.compat.small_files import small_file_at_fault
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.loading.arguments import adopt, refuse_unnamed
+from airstream.loading.asked import settled
 from airstream.loading.machine import THIS_MACHINE, Machine
-from airstream.loading.options import LoadOptions, MaxMemory
+from airstream.loading.options import LoadOptions, MaxMemory, resolve_device
 from airstream.loading.prepare import DEFAULTS, STEPS, prepare, prepare_for_planning
 from airstream.loading.prepared import Prepared
 from airstream.loading.smaller import packed_alternatives
@@ -115,7 +118,8 @@ class AutoModel:
             profiling_mode: record where the time goes, in `last_profile`. Costs less than 2 % of it.
             progress: a live line about loading, prompt and tokens; "auto" shows it in notebooks and on terminals.
             unnamed: nothing: what stands without a name is refused, and told its name.
-            foreign: other libraries' arguments: honoured, let pass if they change nothing, or refused with a remedy.
+            foreign: other libraries' arguments, such as `quantization_config`: honoured, let pass if they change
+                nothing, or refused with a remedy.
 
         Raises:
             ArgumentError: an argument is unknown, malformed, or contradicts another.
@@ -169,6 +173,9 @@ def load_model(
     if is_forked():
         compute_on_one_thread()
     # Without the time at first: where something is downloaded, the hub draws bars.
+    if isinstance(options.compression, AskedFormat):
+        folder, gguf = locate(name, options.hub, options.gguf_file, options.trust_remote_code, with_weights=False)
+        options = settled(options, folder, gguf, resolve_device(options.device))
     if options.compression is not None:
         name = packed_copy(name, options, options.compression)
         options = replace(options, compression=None, subfolder="", variant=None, revision=None)

@@ -15,8 +15,9 @@ import torch
 
 from airstream.capacity.rows import Row, short_name
 from airstream.capacity.table import Table
-from airstream.codecs.names import CODEC_NAMES, codec_named
+from airstream.codecs.names import CODEC_NAMES
 from airstream.errors import ArgumentError, UnsupportedError
+from airstream.loading.asked import codec_name
 from airstream.loading.machine import THIS_MACHINE, Machine, Question, check_machine, request_for
 from airstream.loading.options import parse_max_memory
 from airstream.loading.prepare import prepare_for_planning
@@ -79,7 +80,7 @@ def plan_table(
         prepared = partial(prepare_for_planning, model, prompt_tokens=prompt_tokens)
         asked = prepared(dtype | options, machines[0])
         packed = asked.options.compression
-        precision = SHORT_NAMES.get(asked.facts.dtype, asked.facts.dtype) if packed is None else codec_named(packed)
+        precision = SHORT_NAMES.get(asked.facts.dtype, asked.facts.dtype) if packed is None else codec_name(packed)
         rows += _rows(precision, partial(prepared, dtype | options), asked, short_name(model), machines)
         for codec in CODEC_NAMES if packed is None and asked.quantizer is None else ():
             given = dtype | options | {"compression": codec}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
-from airstream.compat.quantising import QuantCodec
+from airstream.compat.quant_codec import QuantCodec
 from airstream.compat.weights import tied_names
 from airstream.errors import UnsupportedError
 
@@ -60,19 +60,42 @@ def choose_modules(model: PreTrainedModel, units: Sequence[str], codec: QuantCod
             'transformers loads quantised experts in one format only. Use codec="fp8"'
         )
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    wanted = {name for name, module in linear.items() if _is_wanted(name, module, units, codec)}
+    settings = codec.settings(dtype)
+    tied = {name.rpartition(".")[0] for pair in tied_names(model).items() for name in pair}
+    given = settings.get(codec.skipped) if codec.is_asked_for else None
+    if codec.is_asked_for:
+        wanted = _converted(model, linear, codec, given, tied)
+    else:
+        wanted = {name for name, module in linear.items() if _is_wanted(name, module, units, codec)}
     wanted |= {name for name, shapes in experts.items() if all(codec.fits(shape[1:]) for shape in shapes)}
-    wanted -= {name.rpartition(".")[0] for pair in tied_names(model).items() for name in pair}
-    skipped, said = _skipped(model, {*linear, *experts}, wanted)
-    chosen = frozenset(name for name in wanted if should_convert_module(name, skipped))
+    wanted -= tied
+    skipped, said = _skipped(model, {*linear, *experts}, wanted, codec, given)
+    chosen = frozenset(name for name in wanted if should_convert_module(name + codec.leaf, skipped))
     if not chosen:
         raise UnsupportedError(
             f"codec={codec.name!r} takes weights of linear modules (nn.Linear) with {codec.takes}, and no layer of "
             f"{type(model).__name__} has one. Stream the checkpoint as it is"
         )
-    settings = codec.settings(dtype)
     settings[codec.skipped] = sorted(set(linear) - chosen) if codec.lists_all else said
     return Choice(chosen - experts.keys(), chosen & experts.keys(), settings)
+
+
+def _converted(
+    model: PreTrainedModel, linear: Mapping[str, nn.Module], codec: QuantCodec, given: list[str] | None, tied: set[str]
+) -> set[str]:
+    """The modules that transformers quantises if it is `given` those that stay, but for what does not fit."""
+    stay = HfQuantizer.get_modules_to_not_convert(model, given, model._keep_in_fp32_modules)
+    found = {
+        name
+        for name, module in linear.items()
+        if type(module) is nn.Linear and should_convert_module(name + codec.leaf, stay)
+    }
+    if lost := found & tied:
+        raise UnsupportedError(
+            f"codec={codec.name!r} cannot have {codec.skipped}={given!r}: {min(lost)} is one with the embedding, which "
+            "stays as it is: name it there, too"
+        )
+    return {name for name in found if codec.fits(tuple(linear[name].weight.shape))}  # type: ignore[arg-type]
 
 
 def _is_wanted(name: str, module: nn.Module, units: Sequence[str], codec: QuantCodec) -> bool:
@@ -99,11 +122,16 @@ def _is_in(name: str, units: Sequence[str]) -> bool:
     return name.startswith(tuple(f"{unit}." for unit in units))
 
 
-def _skipped(model: PreTrainedModel, all_modules: set[str], wanted: set[str]) -> tuple[list[str], list[str] | None]:
-    """What transformers is not to quantise, and how `config.json` says it: not at all where it is the default."""
+def _skipped(
+    model: PreTrainedModel, all_modules: set[str], wanted: set[str], codec: QuantCodec, given: list[str] | None
+) -> tuple[list[str], list[str] | None]:
+    """What transformers is not to quantise, and how `config.json` says it: as `given` if that will do.
+
+    None is transformers' default.
+    """
     kept_wide = list(model._keep_in_fp32_modules or ())
-    default = HfQuantizer.get_modules_to_not_convert(model)
-    if {name for name in all_modules if should_convert_module(name, default + kept_wide)} == wanted:
-        return default + kept_wide, None
+    default = HfQuantizer.get_modules_to_not_convert(model, given)
+    if {name for name in all_modules if should_convert_module(name + codec.leaf, default + kept_wide)} == wanted:
+        return default + kept_wide, given
     said = sorted({*default, *(all_modules - wanted)})
     return said + kept_wide, said

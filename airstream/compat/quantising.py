@@ -9,11 +9,8 @@ It knows weights. It refuses to know which weights of a model are quantised, and
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +19,8 @@ import torch
 from torch import nn
 
 from airstream.codecs.names import codec_named
-from airstream.errors import UnsupportedError
+from airstream.compat.quant_codec import SCALES, QuantCodec, Tensors, check_package
 from airstream.reporting.extras import install
-from airstream.system.importing import quiet_imports
-
-Tensors = dict[str, torch.Tensor]
-"""By what their names end with: what follows the name of the module."""
 
 ROW_STEP = 128
 """A weight may be cut behind any multiple of so many rows: no format shares anything among more of them."""
@@ -42,44 +35,6 @@ INT4_GROUP = 128
 """Columns that share a scale."""
 
 
-@dataclass(frozen=True, slots=True)
-class QuantCodec:
-    """One format of quantised weights.
-
-    Attributes:
-        module: what is imported to quantise, and to load the result; None if transformers alone does both.
-        missing: what to type if it is not there; accelerate, which transformers asks for besides, comes with it.
-        skipped: the field of its settings that lists modules which stay as they are.
-        settings: what `config.json` says, for a model that computes in a dtype.
-        of_rows: what `ROW_STEP` rows, or a multiple, become, by the ends of their names. What all rows become is that,
-            one behind the other.
-        of_weight: what belongs to the whole weight.
-        attributes: what the header of a file says of the whole weight, under the model's name for it.
-        fits: whether a weight of a shape can be quantised.
-        takes: the same in words.
-        lists_all: whether its settings have to list every module that stays as it is.
-        takes_experts: whether transformers loads experts of it, which are one tensor in the model.
-    """
-
-    name: str
-    module: str | None
-    missing: str
-    skipped: str
-    settings: Callable[[torch.dtype], dict[str, Any]]
-    of_rows: Callable[[torch.Tensor], Tensors]
-    of_weight: Callable[[torch.Tensor], Tensors] = lambda weight: {}  # noqa: ARG005 - most have nothing
-    attributes: Callable[[torch.Tensor], str | None] = lambda weight: None  # noqa: ARG005 - most have none
-    fits: Callable[[tuple[int, ...]], bool] = lambda shape: len(shape) == 2
-    takes: str = "any number of rows and columns"
-    lists_all: bool = False
-    takes_experts: bool = False
-
-    def outputs(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensors:
-        """What a weight becomes: tensors without values."""
-        weight = torch.empty(shape, dtype=dtype, device="meta")
-        return {end: tensor.to("meta") for end, tensor in (self.of_rows(weight) | self.of_weight(weight)).items()}
-
-
 def find_codec(name: str) -> QuantCodec:
     """The codec called `name`.
 
@@ -88,11 +43,7 @@ def find_codec(name: str) -> QuantCodec:
         UnsupportedError: the package that it takes is not there; the message says what to install.
     """
     codec = CODECS[codec_named(name)]
-    if codec.module is not None and importlib.util.find_spec(codec.module) is None:
-        raise UnsupportedError(f"codec={name!r} needs the package {codec.module}: {codec.missing}")
-    if codec.module is not None:
-        with quiet_imports():
-            importlib.import_module(codec.module)
+    check_package(codec)
     return codec
 
 
@@ -105,21 +56,31 @@ def _nf4_settings(dtype: torch.dtype) -> dict[str, Any]:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype).to_dict()
 
 
-def _nf4_rows(rows: torch.Tensor) -> Tensors:
-    packed, state = _nf4(rows)
-    return {"weight": packed, "weight.absmax": state.absmax}
+def four_bit_rows(rows: torch.Tensor, kind: str = "nf4", storage: torch.dtype = torch.uint8) -> Tensors:
+    """Numbers of 4 bits, of the `kind` "nf4" or "fp4", and their scales. They are called numbers of type `storage`."""
+    packed, state = _four_bit(rows, kind, storage)
+    return {"weight": packed, SCALES: state.absmax}
 
 
-def _nf4_weight(weight: torch.Tensor) -> Tensors:
-    _, state = _nf4(torch.zeros(NF4_BLOCK, dtype=weight.dtype, device="cpu"))
-    state.shape = weight.shape
+def four_bit_weight(weight: torch.Tensor, kind: str = "nf4") -> Tensors:
+    """What bitsandbytes says of a weight in numbers of 4 bits."""
+    state = four_bit_state(weight, kind)
     return {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items() if name != "absmax"}
 
 
-def _nf4(numbers: torch.Tensor) -> Any:
+def four_bit_state(weight: torch.Tensor, kind: str) -> Any:
+    """What bitsandbytes knows of a weight in numbers of 4 bits, without the scales."""
+    _, state = _four_bit(torch.zeros(NF4_BLOCK, dtype=weight.dtype, device="cpu"), kind)
+    state.shape = weight.shape
+    return state
+
+
+def _four_bit(numbers: torch.Tensor, kind: str, storage: torch.dtype = torch.uint8) -> Any:
     from bitsandbytes.functional import quantize_4bit
 
-    return quantize_4bit(numbers, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)
+    return quantize_4bit(
+        numbers, blocksize=NF4_BLOCK, quant_type=kind, compress_statistics=False, quant_storage=storage
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- torchao: int8
@@ -132,22 +93,29 @@ def _int8_settings(_: torch.dtype) -> dict[str, Any]:
     return TorchAoConfig(Int8WeightOnlyConfig()).to_dict()
 
 
-def _int8_rows(rows: torch.Tensor) -> Tensors:
-    return {name.removeprefix("module."): tensor for name, tensor in _int8(rows)[0].items()}
+def _int8_config() -> Any:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return Int8WeightOnlyConfig(set_inductor_config=False)  # which would change settings of the whole process
 
 
-def _int8_attributes(weight: torch.Tensor) -> str:
-    return str(_int8(weight)[1]["module.weight"])
+def torchao_rows(rows: torch.Tensor, config: Callable[[], Any] = _int8_config) -> Tensors:
+    """What torchao makes of `rows`, as the object says that `config` gives."""
+    return {name.removeprefix("module."): tensor for name, tensor in _by_torchao(rows, config())[0].items()}
 
 
-def _int8(weight: torch.Tensor) -> tuple[Tensors, dict[str, str]]:
+def torchao_attributes(weight: torch.Tensor, config: Callable[[], Any] = _int8_config) -> str:
+    """What torchao needs to know of a weight."""
+    return str(_by_torchao(weight, config())[1]["module.weight"])
+
+
+def _by_torchao(weight: torch.Tensor, config: Any) -> tuple[Tensors, dict[str, str]]:
     """The tensors of `weight`, and what torchao needs to know of them."""
     from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from torchao.quantization import quantize_
 
     module = nn.Linear(1, 1, bias=False, device="meta")
     module.weight = nn.Parameter(weight, requires_grad=False)
-    config = Int8WeightOnlyConfig(set_inductor_config=False)  # which would change settings of the whole process
     quantize_(module, config, lambda *_: True)
     made = flatten_tensor_state_dict({"module.weight": module.weight.data})
     del module.weight  # torchao ties the module to itself, and the weight would stay until somebody collects it
@@ -163,22 +131,23 @@ def _fp8_settings(_: torch.dtype) -> dict[str, Any]:
     return FineGrainedFP8Config(weight_block_size=(FP8_BLOCK, FP8_BLOCK)).to_dict()
 
 
-def _fp8_rows(rows: torch.Tensor) -> Tensors:
-    return {name.removeprefix("module."): tensor for name, tensor in _fp8().convert({"module.weight": rows}).items()}
+def fp8_rows(rows: torch.Tensor, block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)) -> Tensors:
+    """Numbers of e4m3, and a scale for each `block` of rows and columns."""
+    made = _fp8(block).convert({"module.weight": rows})
+    return {name.removeprefix("module."): tensor for name, tensor in made.items()}
 
 
 @cache
-def _fp8() -> Any:
+def _fp8(block: tuple[int, int]) -> Any:
     from transformers import FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-    return Fp8Quantize(
-        SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=(FP8_BLOCK, FP8_BLOCK)))
-    )
+    return Fp8Quantize(SimpleNamespace(quantization_config=FineGrainedFP8Config(weight_block_size=block)))
 
 
-def _fits_fp8(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and not any(size % FP8_BLOCK for size in shape)
+def fits_fp8(shape: tuple[int, ...], block: tuple[int, int] = (FP8_BLOCK, FP8_BLOCK)) -> bool:
+    """Whether a weight of `shape` is whole blocks."""
+    return len(shape) == 2 and not shape[0] % block[0] and not shape[1] % block[1]
 
 
 # --------------------------------------------------------------------------------------------- compressed-tensors: int4
@@ -227,8 +196,8 @@ _ROWS = (
         install("bitsandbytes", "quant"),
         "llm_int8_skip_modules",
         _nf4_settings,
-        _nf4_rows,
-        _nf4_weight,
+        four_bit_rows,
+        four_bit_weight,
     ),
     QuantCodec(
         "int8",
@@ -236,8 +205,9 @@ _ROWS = (
         install("torchao", "quant"),
         "modules_to_not_convert",
         _int8_settings,
-        _int8_rows,
-        attributes=_int8_attributes,
+        torchao_rows,
+        attributes=torchao_attributes,
+        leaf=".weight",
     ),
     QuantCodec(
         "fp8",
@@ -245,8 +215,8 @@ _ROWS = (
         "",
         "modules_to_not_convert",
         _fp8_settings,
-        _fp8_rows,
-        fits=_fits_fp8,
+        fp8_rows,
+        fits=fits_fp8,
         takes=f"a multiple of {FP8_BLOCK} rows and of {FP8_BLOCK} columns",
         takes_experts=True,
     ),

@@ -18,6 +18,9 @@ from airstream.compat.stated import check_stated
 OBJECTS = ("bitsandbytes", "torchao")
 """Formats whose weights are objects made of several tensors of the checkpoint."""
 
+DEQUANTIZED = ("mxfp4", "compressed-tensors")
+"""Formats that are always dequantised: what would compute on packed weights rearranges them in place on first use."""
+
 DEQUANTIZED_ON_CPU = ("fp8", "mxfp8")
 """Formats that compute on packed weights on a GPU, and that transformers dequantises where there is none."""
 

@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
 from airstream.compat.plain_formats import groups_of, kernel_for
-from airstream.compat.quantizer import DEQUANTIZED_ON_CPU, Headers, Quantizer
+from airstream.compat.quantizer import DEQUANTIZED, DEQUANTIZED_ON_CPU, Headers, Quantizer
 from airstream.compat.quiet import quiet_transformers
 from airstream.compat.stated import check_stated_numbers
 from airstream.errors import UnsupportedError
@@ -37,9 +37,6 @@ PACKAGES: Mapping[str, str] = {
     "bitnet": "accelerate",
 }
 """What pip has to install for a format; accelerate besides, for all of them."""
-
-DEQUANTIZED = ("mxfp4", "compressed-tensors")
-"""Formats that are always dequantised: what would compute on packed weights rearranges them in place on first use."""
 
 REFUSED: Mapping[str, str] = {
     "hqq": "transformers cannot load it from a checkpoint itself",

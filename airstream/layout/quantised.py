@@ -17,9 +17,10 @@ import torch
 
 from airstream.checkpoint.safetensors_writer import METADATA
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
+from airstream.compat.asked_codecs import codec_for
+from airstream.compat.asked_formats import AskedFormat
 from airstream.compat.mapped_conversion import MappedConversion
 from airstream.compat.quantised_modules import choose_modules
-from airstream.compat.quantising import find_codec
 from airstream.compat.quantizer import Quantizer
 from airstream.compat.weights import DtypePlan
 from airstream.errors import UnsupportedError
@@ -42,7 +43,7 @@ class QuantisedTensors:
         model: plain, on the meta device.
         index: of its weights.
         dtype: what a weight is cast to before.
-        codec: its name.
+        codec: its name, or what is asked for.
         folder: where the checkpoint lies, for messages.
         quantizer: that of the checkpoint; there must be none.
 
@@ -53,8 +54,8 @@ class QuantisedTensors:
 
     Raises:
         ArgumentError: there is no such codec.
-        UnsupportedError: the checkpoint is quantised already, its model has nothing that can be quantised, or the
-            package that the codec takes is not there.
+        UnsupportedError: it cannot be had, the checkpoint is quantised already, its model has nothing that can be
+            quantised, or the package that the codec takes is not there.
     """
 
     def __init__(
@@ -62,20 +63,20 @@ class QuantisedTensors:
         model: PreTrainedModel,
         index: CheckpointIndex,
         dtype: torch.dtype,
-        codec: str,
+        codec: str | AskedFormat,
         folder: Path,
         quantizer: Quantizer | None = None,
     ) -> None:
-        self.codec = find_codec(codec)
+        self.codec = codec_for(codec)
         self.dtype = dtype
         if quantizer is not None:
             raise UnsupportedError(
-                f"{folder} is quantised already ({quantizer.method}), so codec={codec!r} cannot be "
+                f"{folder} is quantised already ({quantizer.method}), so codec={self.codec.name!r} cannot be "
                 "made of it: name the checkpoint that it was made of"
             )
         if any(tensor.block is not None for tensor in index.values()):
             raise UnsupportedError(
-                f"{folder} is packed already, so codec={codec!r} cannot be made of it: name the checkpoint "
+                f"{folder} is packed already, so codec={self.codec.name!r} cannot be made of it: name the checkpoint "
                 "that it was made of, or repack it without a codec first"
             )
         units = [unit for stack in find_units(model) for unit in stack]

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from airstream.compat.asked_formats import ARGUMENT, QUANTISE, AskedFormat, read_asked
 from airstream.errors import ArgumentError
 
 __all__ = ["HARMLESS", "HONOURED", "REFUSED", "adopt"]
@@ -68,6 +69,7 @@ HONOURED: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
     "gpu_batch_size": ("max_batch_size", _same),
     "load_in_4bit": ("compression", lambda _, wanted: "4bit" if wanted else DEFAULT),
     "load_in_8bit": ("compression", lambda _, wanted: "8bit" if wanted else DEFAULT),
+    ARGUMENT: ("compression", lambda _, wanted: read_asked(wanted) if wanted else DEFAULT),
 }
 """Arguments that mean what one of ours means: its name, and what gives its value."""
 
@@ -92,10 +94,6 @@ HARMLESS: Mapping[str, str] = {
 }
 """Arguments that change no result, and why nothing is to be done."""
 
-QUANTISE = (
-    'name how the weights are to be packed, compression="nf4", "int8", "int4", "fp8" or "lossless", or a checkpoint '
-    "that is quantised already (bitsandbytes, GPTQ, AWQ, FP8, MXFP4), or a GGUF file"
-)
 BUDGET = (
     'name the memory that may be used, max_memory="4GiB" or max_memory={0: "4GiB", "cpu": "8GiB"}, and the plan does '
     "the rest"
@@ -106,7 +104,6 @@ ONE_DEVICE = "one device computes, which device= names, and layers are streamed 
 
 REFUSED: Mapping[str, str] = {
     "quantization": QUANTISE,
-    "quantization_config": QUANTISE,
     "bnb_config": QUANTISE,
     "compress_weight": QUANTISE,
     "compress_cache": "the KV cache is kept as it is: max_batch_size and max_context say how much of it there is",
@@ -153,7 +150,8 @@ def adopt(foreign: Mapping[str, Any], given: Mapping[str, Any], defaults: Mappin
     for name, value in foreign.items():
         if name in HONOURED:
             ours, translate = HONOURED[name]
-            _set(options, ours, translate(name, value), defaults, f"{name}={value!r}")
+            meant = translate(name, value)
+            _set(options, ours, meant, defaults, str(meant) if name == ARGUMENT else f"{name}={value!r}")
         elif name in HARMLESS:
             idle.append(f"{name} ({HARMLESS[name]})")
         elif name not in REFUSED:
@@ -194,7 +192,8 @@ def _set(options: dict[str, Any], ours: str, value: Any, defaults: Mapping[str, 
         return
     other = options.get(ours, defaults[ours])
     if other not in (defaults[ours], value):
-        raise ArgumentError(f"{typed} and {ours}={other!r} contradict each other: leave the first one out")
+        theirs = str(other) if isinstance(other, AskedFormat) else f"{ours}={other!r}"
+        raise ArgumentError(f"{typed} and {theirs} contradict each other: leave the first one out")
     options[ours] = value
 
 

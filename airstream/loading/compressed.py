@@ -15,6 +15,7 @@ from airstream.layout.imagined import imagine
 from airstream.layout.imagined_checkpoint import Imagined
 from airstream.layout.imagined_packing import imagine_packed, imagine_quantised
 from airstream.layout.quantised import QuantisedTensors
+from airstream.loading.asked import reworded
 from airstream.loading.build import build_model
 from airstream.loading.options import LoadOptions
 
@@ -28,12 +29,15 @@ def imagine_compressed(folder: Path, options: LoadOptions, index: CheckpointInde
     Raises:
         UnsupportedError: it cannot be packed so; the message says why.
     """
-    assert options.compression is not None
-    codec = codec_named(options.compression)
-    plain_options = LoadOptions(variant=options.variant, trust_remote_code=options.trust_remote_code)
+    asked = options.compression
+    assert asked is not None
+    codec = codec_named(asked) if isinstance(asked, str) else asked
+    dtype = "auto" if isinstance(codec, str) else codec.dtype or "auto"
+    plain_options = LoadOptions(variant=options.variant, trust_remote_code=options.trust_remote_code, dtype=dtype)
     plain = build_model(folder, plain_options, torch.device("cpu"), index, is_measured=False)
     index = index or imagine(plain.model)
     if codec == LOSSLESS_CODEC:
         return imagine_packed(plain.model, index)
-    made = QuantisedTensors(plain.model, index, plain.dtype, codec, folder, plain.quantizer)
+    with reworded(asked):
+        made = QuantisedTensors(plain.model, index, plain.dtype, codec, folder, plain.quantizer)
     return imagine_quantised(plain.model, index, made)

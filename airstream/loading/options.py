@@ -16,6 +16,7 @@ import torch
 from airstream.checkpoint.hub import HubOptions
 from airstream.checkpoint.names import is_inside
 from airstream.codecs.names import codec_named
+from airstream.compat.asked_formats import AskedFormat
 from airstream.errors import ArgumentError
 from airstream.reporting.paths import path_of
 from airstream.reporting.units import parse_budget
@@ -63,7 +64,7 @@ class LoadOptions:
     page_cache: bool | Literal["auto"] = "auto"
     model_class: Any = None
     attn_implementation: str | None = None
-    compression: str | None = None
+    compression: str | AskedFormat | None = None
     kernels: Literal["exact", "fast"] = "exact"
     gguf_file: str | None = None
     subfolder: str = ""
@@ -109,7 +110,7 @@ class LoadOptions:
                 f'dtype={self.dtype!r} is not a type that models compute in: use "auto", "bfloat16", torch.float16... '
                 'To pack weights, name a codec: compression="4bit"'
             )
-        if self.compression is not None:
+        if self.compression is not None and not isinstance(self.compression, AskedFormat):
             codec_named(self.compression, "compression")
         if self.kernels not in (EXACT, FAST):
             raise ArgumentError(

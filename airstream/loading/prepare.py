@@ -23,6 +23,7 @@ from airstream.layout.imagined import imagine
 from airstream.layout.kept_packed import keep_packed
 from airstream.layout.parts import divide
 from airstream.loading.arguments import adopt
+from airstream.loading.asked import settled
 from airstream.loading.build import build_model
 from airstream.loading.compressed import imagine_compressed
 from airstream.loading.gather import gather_facts, needs_staging
@@ -99,6 +100,8 @@ def prepare(
         raise CheckpointError(f"{gguf or folder} has no tensors: its files of weights are empty. Download it again")
     begin(STEPS[2])
     imagined = None
+    if not with_weights:
+        options = settled(options, folder, gguf, device)
     if options.compression is not None and not with_weights:  # what is loaded has been packed
         if gguf is not None:
             raise UnsupportedError(f"{gguf} is packed already, as GGUF: leave compression={options.compression!r} out")

@@ -15,9 +15,11 @@ from filelock import FileLock
 
 from airstream.checkpoint.formats import open_checkpoint
 from airstream.checkpoint.locate import locate
-from airstream.codecs.names import LOSSLESS_CODEC, codec_named
+from airstream.codecs.names import LOSSLESS_CODEC
+from airstream.compat.asked_formats import AskedFormat
 from airstream.errors import AirstreamError, CheckpointError, DiskSpaceError, UnsupportedError
 from airstream.layout.packable import may_pack
+from airstream.loading.asked import codec_name, reworded
 from airstream.loading.options import LoadOptions
 from airstream.repacking.manifest import digest_of, fingerprint, read_manifest
 from airstream.repacking.repack import copied_files, repack_and_report
@@ -34,8 +36,8 @@ MAX_NAME = 40
 """Letters of a checkpoint's name that stand in that of its copy."""
 
 
-def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression: str) -> Path:
-    """The folder with the checkpoint `name`, packed by the codec that `compression` names. Made unless it is there.
+def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression: str | AskedFormat) -> Path:
+    """The folder with the checkpoint `name`, packed as `compression` says. Made unless it is there.
 
     It is that of the checkpoint itself where nothing can be packed without loss.
 
@@ -46,7 +48,7 @@ def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression:
         DiskSpaceError: the disk of the cache folder has not enough room.
         CheckpointError: the checkpoint is incomplete or corrupt.
     """
-    codec = codec_named(compression, "compression")
+    codec = codec_name(compression)
     folder, gguf = locate(name, options.hub, options.gguf_file, options.trust_remote_code)
     if gguf is not None:
         raise UnsupportedError(f"{gguf} is packed already, as GGUF: leave compression={compression!r} out")
@@ -55,19 +57,22 @@ def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression:
         logger.warning("%s has no weights in bfloat16 that are not packed: it is streamed as it is", folder)
         return folder
     small = {file.name: sha256_of(file) for file in copied_files(folder)}  # which are copied: a config may be changed
-    made_of = digest_of({"folder": str(folder), "source": fingerprint(index.files), "small": small, "codec": codec})
+    facts = {"folder": str(folder), "source": fingerprint(index.files), "small": small, "codec": codec}
+    if isinstance(compression, AskedFormat):
+        facts |= {"settings": compression.settings, "dtype": str(compression.dtype)}
+    made_of = digest_of(facts)
     target = cache_folder() / PACKED_FOLDER / f"{folder.name[:MAX_NAME]}-{codec}-{made_of[:12]}"
     if _is_made(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(target.parent / f".{target.name}.lock"):
+        with reworded(compression), FileLock(target.parent / f".{target.name}.lock"):
             if not _is_made(target):  # else another process made it while this one waited for the lock
                 _refuse_foreign(target.with_name(f".{target.name}-repacking"))
                 _remove(target)
-                _make(folder, target, codec, options)
-    except AirstreamError as error:  # a repack calls it `codec`; who asked for it has called it otherwise
-        raise type(error)(str(error).replace(f"codec={codec!r}", f"compression={compression!r}")) from error
+                _make(folder, target, compression, options)
+    except AirstreamError:
+        raise
     except OSError as error:
         raise DiskSpaceError(
             f"{target.parent}, where {target.name} would be kept, cannot be written ({error.strerror}): set "
@@ -101,9 +106,9 @@ def _remove(target: Path) -> None:
         shutil.rmtree(target)
 
 
-def _make(folder: Path, target: Path, codec: str, options: LoadOptions) -> None:
+def _make(folder: Path, target: Path, codec: str | AskedFormat, options: LoadOptions) -> None:
     def begins() -> None:
-        logger.warning("packing %s with codec %s, once, into %s", folder, codec, target)
+        logger.warning("packing %s with codec %s, once, into %s", folder, codec_name(codec), target)
 
     known: dict[str, Any] = {"variant": options.variant, "trust_remote_code": options.trust_remote_code}
     report = repack_and_report(folder, target, codec=codec, progress=bool(options.progress), begins=begins, **known)

@@ -14,6 +14,8 @@ import torch
 
 from airstream.checkpoint.config_file import read_config_file
 from airstream.checkpoint.stored import StoredTensor
+from airstream.compat.asked_formats import AskedFormat
+from airstream.compat.quant_codec import SCALES
 from airstream.layout.pieces import TORCH_DTYPES
 from airstream.layout.quantised import QuantisedTensors, name_of
 from airstream.loading.prepared import Prepared
@@ -26,11 +28,13 @@ class Quantisation(QuantisedTensors):
         ArgumentError, UnsupportedError: as the class that it extends.
     """
 
-    def __init__(self, prepared: Prepared, codec: str) -> None:
+    def __init__(self, prepared: Prepared, codec: str | AskedFormat) -> None:
         super().__init__(prepared.model, prepared.index, prepared.dtype, codec, prepared.folder, prepared.quantizer)
+        self._scales: dict[str, list[torch.Tensor]] = {}
 
     def of_weight(self, source: StoredTensor) -> Iterator[tuple[str, memoryview]]:
-        """What belongs to `source` as a whole, by name; nothing, if it stays as it is."""
+        """What belongs to `source` as a whole, by name; nothing, if it stays as it is. Its rows come next."""
+        self._scales.pop(source.name, None)
         if self.is_quantised(source):
             made = self.codec.of_weight(torch.empty(source.shape, dtype=self.dtype, device="meta"))
             yield from self._named(source, made)
@@ -50,7 +54,20 @@ class Quantisation(QuantisedTensors):
             yield source.name, numbers.to(cast).view(torch.uint8).numpy().data
             return
         rows = numbers.view(-1, *source.shape[1:])
-        yield from self._named(source, self.codec.of_rows(rows.to(self.dtype)))
+        made = self.codec.of_rows(rows.to(self.dtype))
+        if self.codec.of_scales is not None:
+            made |= self._of_scales(source, made.pop(SCALES))
+        yield from self._named(source, made)
+
+    def _of_scales(self, source: StoredTensor, scales: torch.Tensor) -> Mapping[str, torch.Tensor]:
+        """What all scales of `source` become, once the last of them are there."""
+        assert self.codec.of_scales is not None
+        weight = torch.empty(source.shape, dtype=self.dtype, device="meta")
+        known = self._scales.setdefault(source.name, [])
+        known.append(scales)
+        if sum(map(len, known)) < self.codec.num_scales(weight):
+            return {}
+        return self.codec.of_scales(weight, torch.cat(self._scales.pop(source.name)))
 
     def _named(self, source: StoredTensor, made: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, memoryview]]:
         for end, tensor in made.items():

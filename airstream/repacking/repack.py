@@ -18,17 +18,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
 from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.names import MANIFEST, SHARD_INDEX
 from airstream.codecs.names import LOSSLESS_CODEC, codec_named
+from airstream.compat.asked_formats import AskedFormat
 from airstream.errors import AirstreamError, ArgumentError
 from airstream.layout.packable import may_pack
 from airstream.layout.shards import SHARD_SIZE, Shard
 from airstream.loading.arguments import refuse_others
+from airstream.loading.asked import codec_name
 from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.loading.prepare import prepare
+from airstream.loading.prepared import Prepared
 from airstream.repacking.files import check_storable, plan_files
 from airstream.repacking.manifest import FORMAT, JOURNAL, digest_of, fingerprint, read_journal, write_json
 from airstream.repacking.report import RepackReport
@@ -102,7 +106,7 @@ def repack_and_report(
     *,
     layers: str | range | tuple[int, int] | None = None,
     shard_size: int | str = SHARD_SIZE,
-    codec: str | None = None,
+    codec: str | AskedFormat | None = None,
     progress: bool = True,
     begins: Callable[[], None] = lambda: None,
     **options: Any,
@@ -112,28 +116,22 @@ def repack_and_report(
     check_name(model)
     check_flag("progress", progress)
     refuse_others(options, SOURCE_OPTIONS)
-    if codec is not None:
+    dtype: torch.dtype | None = None
+    if isinstance(codec, AskedFormat):
+        dtype = codec.dtype
+    elif codec is not None:
         codec = codec_named(codec)
     target = target_of(out)
     shard_bytes = parse_shard_size(shard_size)
     with status(f"planning {Path(model).absolute().name}", progress, is_timed=False):  # the hub may draw bars
-        prepared = prepare(model, LoadOptions(device="cpu", **options))
+        prepared = prepare(model, LoadOptions(device="cpu", dtype=dtype or "auto", **options))
     check_target(target, prepared.folder)
     check_storable(prepared)
     way = way_of(codec, prepared)
     shards, chosen = plan_files(prepared, layers, shard_bytes, way)
     smaller = ", or name a smaller shard_size=... (a layer is never cut)"
     check_file_size(max(way.expected_bytes(shard) for shard in shards), "repacking", smaller)
-    recipe = {
-        "format": FORMAT,
-        "source": fingerprint(prepared.index.files),
-        "layers": None if chosen is None else list(chosen),
-        "shards": {shard.file: [tensor.name for tensor in shard.tensors] for shard in shards},
-    }
-    if codec is not None:
-        recipe["codec"] = codec
-    known = digest_of(recipe)
-    facts = {"recipe": known} | {name: recipe[name] for name in recipe if name != "shards"}
+    facts = _facts(prepared, codec, shards, chosen)
     begins()
     kept = _write(target, prepared.folder, shards, facts, way, progress)
     return RepackReport(
@@ -145,6 +143,23 @@ def repack_and_report(
         seconds=time.monotonic() - started,
         packs_nothing=codec == LOSSLESS_CODEC and not any(may_pack(each) for shard in shards for each in shard.tensors),
     )
+
+
+def _facts(
+    prepared: Prepared, codec: str | AskedFormat | None, shards: Sequence[Shard], chosen: tuple[int, int] | None
+) -> dict[str, Any]:
+    """What tells the result from others; of which tensors lie in which file, only a digest."""
+    recipe: dict[str, Any] = {
+        "format": FORMAT,
+        "source": fingerprint(prepared.index.files),
+        "layers": None if chosen is None else list(chosen),
+        "shards": {shard.file: [tensor.name for tensor in shard.tensors] for shard in shards},
+    }
+    if codec is not None:
+        recipe["codec"] = codec_name(codec)
+    if isinstance(codec, AskedFormat):
+        recipe["settings"] = codec.settings | {"dtype": str(prepared.dtype)}
+    return {"recipe": digest_of(recipe)} | {name: recipe[name] for name in recipe if name != "shards"}
 
 
 def _write(

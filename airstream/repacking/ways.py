@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from airstream.codecs.names import LOSSLESS_CODEC
+from airstream.compat.asked_formats import AskedFormat
 from airstream.layout.shards import Shard, header_of
 from airstream.loading.prepared import Prepared
 from airstream.repacking.pack import expected_bytes, write_packed
@@ -20,7 +21,7 @@ def _exact_bytes(shard: Shard) -> int:
     return len(header_of(shard)) + shard.nbytes
 
 
-def way_of(codec: str | None, prepared: Prepared) -> Way:
+def way_of(codec: str | AskedFormat | None, prepared: Prepared) -> Way:
     """The way to write `prepared` with `codec`, or plain if there is none.
 
     Raises:

@@ -7,6 +7,7 @@ It knows files and elements. A disk that fails to give a byte back is a fault li
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import torch
@@ -37,7 +38,8 @@ def check_file(
     Raises:
         BudgetError: there is not so much memory.
     """
-    scans: list[_Scan | BlockCheck] = [_Scan(tensor) for tensor in tensors if deep and _has_fractions(tensor)]
+    names = {tensor.name for tensor in tensors}
+    scans: list[_Scan | BlockCheck] = [_Scan(tensor) for tensor in tensors if deep and _has_fractions(tensor, names)]
     scans += [BlockCheck(tensor) for tensor in tensors if BlockCheck.can_check(tensor)]
     try:
         size = file.stat().st_size
@@ -69,9 +71,13 @@ def check_file(
     return faults
 
 
-def _has_fractions(tensor: StoredTensor) -> bool:
-    """Whether its values may be NaN: not those of blocks of packed weights, which are whole numbers beside a scale."""
-    return tensor.block is None and TORCH_DTYPES[tensor.dtype].is_floating_point
+def _has_fractions(tensor: StoredTensor, names: AbstractSet[str]) -> bool:
+    """Whether its values may be NaN: not those of packed weights, which are whole numbers beside a scale.
+
+    Such are blocks, and what bitsandbytes calls numbers of another type, with scales among the `names` in the file.
+    """
+    is_packed = tensor.block is not None or f"{tensor.name}.absmax" in names
+    return not is_packed and TORCH_DTYPES[tensor.dtype].is_floating_point
 
 
 def _chunks(file: Path, size: int) -> Iterator[tuple[int, memoryview]]:

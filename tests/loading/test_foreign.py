@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config
 
 import airstream
 from airstream import ArgumentError, AutoModel, Machine, plan_table
+from airstream.compat.asked_formats import read_asked
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.loading.arguments import HARMLESS, HONOURED, REFUSED, adopt
 from airstream.loading.prepare import DEFAULTS
@@ -44,6 +46,8 @@ HONOURED_AS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"gpu_batch_size": 4}, {"max_batch_size": 4}),
     ({"load_in_4bit": True, "load_in_8bit": False}, {"compression": "4bit"}),
     ({"load_in_8bit": True}, {"compression": "8bit"}),
+    ({"quantization_config": None}, {}),
+    ({"quantization_config": {"quant_method": "fp8"}}, {"compression": read_asked(FineGrainedFP8Config())}),
 ]
 
 

@@ -1,0 +1,140 @@
+"""This reads what an object of transformers, or a dict in its place, asks a checkpoint to be quantised as.
+
+It knows what such objects are and whether a checkpoint is what one asks for already. It refuses to know which of them
+can be packed (`asked_codecs`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from airstream.compat.quantizer import DEQUANTIZED, DEQUANTIZED_ON_CPU
+from airstream.errors import ArgumentError
+from airstream.reporting.alike import nearest
+from airstream.reporting.first_line import first_line
+
+__all__ = ["ARGUMENT", "QUANTISE", "AskedFormat", "check_same", "read_asked"]
+
+ARGUMENT = "quantization_config"
+
+QUANTISE = (
+    'name how the weights are to be packed, compression="nf4", "int8", "int4", "fp8" or "lossless", or a checkpoint '
+    "that is quantised already (bitsandbytes, GPTQ, AWQ, FP8, MXFP4), or a GGUF file"
+)
+"""What there is for whoever wants smaller weights."""
+
+OF_THE_MACHINE = ("llm_int8_enable_fp32_cpu_offload",)
+"""Fields that say where weights lie, which a plan does here."""
+
+
+@dataclass(frozen=True)
+class AskedFormat:
+    """What is asked for.
+
+    Attributes:
+        kind: the name of the object's class.
+        text: the object's fields, as JSON.
+        dtype: what weights are cast to before; None for what the checkpoint says.
+    """
+
+    kind: str
+    text: str
+    dtype: torch.dtype | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The object's fields, as `config.json` of a quantised checkpoint has them."""
+        return dict(json.loads(self.text))
+
+    @property
+    def method(self) -> str:
+        """What writes and reads the format."""
+        return str(self.settings.get("quant_method"))
+
+    def config(self) -> Any:
+        """The object."""
+        from transformers.quantizers.auto import AutoQuantizationConfig
+
+        return AutoQuantizationConfig.from_dict(self.settings)
+
+    def __str__(self) -> str:
+        return f"{ARGUMENT} ({self.kind})"
+
+
+def read_asked(value: Any) -> AskedFormat:
+    """What `value`, an object or a dict, asks for.
+
+    Raises:
+        ArgumentError: it is neither, or transformers makes nothing of it.
+    """
+    from transformers.quantizers.auto import AutoQuantizationConfig
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    made = value
+    if isinstance(value, Mapping):
+        try:
+            made = AutoQuantizationConfig.from_dict(dict(value))
+        except (ValueError, TypeError, KeyError, AttributeError, AssertionError, ImportError) as error:
+            raise ArgumentError(f"{ARGUMENT}={value!r}: {first_line(error)}: {QUANTISE}") from error
+    if not isinstance(made, QuantizationConfigMixin):
+        raise ArgumentError(f"{ARGUMENT}={value!r} is no object of transformers that says how to quantise: {QUANTISE}")
+    fields = json.loads(json.dumps(made.to_dict(), default=str))
+    if isinstance(value, Mapping):
+        _refuse_unknown(value, fields)
+    for name in OF_THE_MACHINE:
+        if name in fields:
+            fields[name] = False
+    return AskedFormat(type(made).__name__, json.dumps(fields, sort_keys=True))
+
+
+def _refuse_unknown(given: Mapping[str, Any], fields: Mapping[str, Any]) -> None:
+    """Refuse what transformers would pass over in silence."""
+    for name in given:
+        if name not in fields:
+            public = [field for field in fields if not field.startswith("_")]
+            meant = nearest(str(name), public)
+            instead = f"did you mean {meant!r}?" if meant else f"the fields are {', '.join(public)}"
+            raise ArgumentError(f"{ARGUMENT} has no field {name!r}: {instead}")
+
+
+def check_same(asked: AskedFormat, stored: Mapping[str, Any], file: Path, device: torch.device) -> None:
+    """Refuse what is `asked` of a checkpoint that is quantised already, unless it is that.
+
+    Args:
+        stored: what `file`, its config.json, says of it.
+        device: the one that computes.
+
+    Raises:
+        ArgumentError: the message names both.
+    """
+    method = str(stored.get("quant_method") or "bitsandbytes")
+    if asked.method != method:
+        raise ArgumentError(
+            f"{asked} asks for {asked.method!r}, and the checkpoint is quantised with {method!r} already ({file}): "
+            f"leave {ARGUMENT} out, or name the checkpoint that it was made of"
+        )
+    said = _completed(stored)
+    for field, value in asked.settings.items():
+        if field not in said or field.startswith("_") or field in OF_THE_MACHINE or value in (None, said[field]):
+            continue
+        is_made_dense = method in DEQUANTIZED or (method in DEQUANTIZED_ON_CPU and device.type == "cpu")
+        if field == "dequantize" and is_made_dense:
+            continue
+        raise ArgumentError(
+            f"{asked} has {field}={value!r}, and the checkpoint is quantised already with {said[field]!r} ({file}): "
+            f"leave {ARGUMENT} out, or name the checkpoint that it was made of"
+        )
+
+
+def _completed(stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`stored`, with the values of what it does not say, if transformers knows them."""
+    try:
+        return read_asked({name: stored[name] for name in stored}).settings
+    except ArgumentError:
+        return stored
