@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.core_model_loading import Transpose, WeightConverter
 
 from airstream import AutoModel
-from airstream.compat import weights
+from airstream.compat import mapped_conversion
 from airstream.compat.building import finish_loading
 from airstream.errors import (
     AirstreamError,
@@ -438,7 +438,7 @@ def store_transposed(folder: Path, stored_as: str, monkeypatch: pytest.MonkeyPat
         save_file(tensors, shard)
         index.write_text(index.read_text().replace(f'"{name}"', f'"{stored}"'))
     converter = WeightConverter([f"mlp.{stored_as}.weight"], ["mlp.down_proj.weight"], operations=[Transpose(0, 1)])
-    monkeypatch.setattr(weights, "get_model_conversion_mapping", lambda _: [converter])
+    monkeypatch.setattr(mapped_conversion, "get_model_conversion_mapping", lambda _: [converter])
 
 
 @pytest.mark.parametrize("stored_as", ["down_proj_transposed", "down_proj"])
