@@ -99,18 +99,18 @@ def is_packed_alone(parameter: torch.Tensor) -> bool:
     return type(parameter).__name__ == "Params4bit"
 
 
-def expansion_bytes(model: AsBuilt, name: str) -> int:
+def expansion_bytes(model: AsBuilt, name: str, on_cpu: bool) -> int:
     """What a forward pass with the packed parameter `name` takes besides, for a moment."""
     module = model.get_submodule(name.rpartition(".")[0])
     if type(module).__name__ == "Linear8bitLt":
         return _elements(module) * INT8_ITEM_BYTES
-    return _elements(module) * (REPACKED_ITEM_BYTES if _is_repacked(module) else EXPANDED_ITEM_BYTES)
+    return _elements(module) * (REPACKED_ITEM_BYTES if on_cpu and _is_repacked(module) else EXPANDED_ITEM_BYTES)
 
 
-def growth_bytes(model: AsBuilt, name: str) -> int:
+def growth_bytes(model: AsBuilt, name: str, on_cpu: bool) -> int:
     """What the packed parameter `name` takes besides once a forward pass has computed with it, until it is restored."""
     module = model.get_submodule(name.rpartition(".")[0])
-    return int(_elements(module) * REPACKED_SHARE) if _is_repacked(module) else 0
+    return int(_elements(module) * REPACKED_SHARE) if on_cpu and _is_repacked(module) else 0
 
 
 def _elements(module: nn.Module) -> int:
@@ -118,7 +118,7 @@ def _elements(module: nn.Module) -> int:
 
 
 def _is_repacked(module: nn.Module) -> bool:
-    """Whether bitsandbytes packs the weight in another order when it is first used, on a CPU."""
+    """Whether bitsandbytes packs the weight in another order when it is first used, if that is on a CPU."""
     return bool(getattr(module, "support_avx512bf16_for_cpu", False))
 
 

@@ -74,7 +74,8 @@ class MappedConversion(KeyConversion):
         return wanted
 
     def expansion(self, name: str) -> tuple[int, int]:
-        return expansion_bytes(self._model, name), growth_bytes(self._model, name)
+        on_cpu = self._quantizer is not None and self._quantizer.is_on_cpu
+        return expansion_bytes(self._model, name, on_cpu), growth_bytes(self._model, name, on_cpu)
 
     def scratch_bytes(self, elements: int) -> int:
         return self._quantizer.scratch_bytes(elements) if self._quantizer is not None else 0

@@ -35,9 +35,11 @@ class Quantizer(ABC):
     """How the weights of one quantised checkpoint become those of its model.
 
     Attributes:
+        is_on_cpu: the CPU computes.
         kernel: the name of a kernel of ours that makes them dense, if there is one (`compat.expanding`).
     """
 
+    is_on_cpu: bool = False
     kernel: str | None = None
 
     def __init__(self, method: str, settings: Mapping[str, Any]) -> None:

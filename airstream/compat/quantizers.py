@@ -74,7 +74,8 @@ class _OfTransformers(Quantizer):
     def __init__(self, inner: HfQuantizer, method: str, settings: Mapping[str, Any], device: torch.device) -> None:
         super().__init__(method, settings)
         self._inner = inner
-        self.kernel = kernel_for(method, settings) if device.type == "cpu" else None
+        self.is_on_cpu = device.type == "cpu"
+        self.kernel = kernel_for(method, settings) if self.is_on_cpu else None
 
     def dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._inner.update_dtype(dtype)
