@@ -17,12 +17,8 @@ from airstream.layout.slab import pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.plan.facts import BatchFacts, Group
 from airstream.plan.policy import MIN_SHARE, TINY_SHARE
-from airstream.reporting.units import MIB, round_up
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.packing import Packing
-
-DEVICE_BLOCK_BYTES = 2 * MIB
-"""torch's allocators give large blocks of device memory in multiples of this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +92,7 @@ def _apart(specs: Sequence[TensorSpec], packing: Packing) -> int:
 
 def _group_bytes(specs: Sequence[TensorSpec], packing: Packing) -> tuple[int, int]:
     """On the device that computes, and in host memory for an accelerator."""
-    nbytes = pack(specs, packing).nbytes
-    if not packing.follows_file and nbytes > MIB:
-        nbytes = round_up(nbytes, DEVICE_BLOCK_BYTES)
-    return nbytes + growth_bytes(specs), pack_as_stored(specs)[0].nbytes
+    return pack(specs, packing).nbytes + growth_bytes(specs), pack_as_stored(specs)[0].nbytes
 
 
 def growth_bytes(specs: Iterable[TensorSpec]) -> int:

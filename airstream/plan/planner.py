@@ -18,26 +18,15 @@ from functools import lru_cache
 from airstream.errors import BudgetError
 from airstream.layout.ring import ring_bytes
 from airstream.plan.facts import BatchFacts, ModelFacts
-from airstream.plan.plan import ACTIVATIONS, KV_CACHE, Batch, Plan, Tier
+from airstream.plan.plan import Batch, Plan
 from airstream.plan.policy import AHEAD_BYTES, CONTEXTS, MAX_AHEAD, MIN_OVERLAPPED_CONTEXT, WORTH_A_STEP
 from airstream.plan.refusal import most
-from airstream.plan.request import HOST, Request, Workload
-from airstream.plan.spread import counts_after, resident_order
+from airstream.plan.request import HOST, Request
+from airstream.plan.sharing import roundings
+from airstream.plan.spread import counts_after, in_order, resident_order
 from airstream.plan.text import too_small
+from airstream.plan.tiers import Weights, tiers_of
 from airstream.plan.traffic import with_prediction
-from airstream.reporting.units import MIB
-
-HOST_RUNTIME_BYTES = 46 * MIB
-"""What a first forward pass adds to the host process on its own: lazily imported code, thread stacks, kernels.
-
-Up to 32 MiB in float32; in half precision, where kernels are kept (`kernels`), up to 44.
-"""
-
-INCLUDED_TENSORS, TENSOR_BYTES = 4_000, 1_300
-"""The runtime has room for what the engine knows of so many tensors of a checkpoint; each further one takes this."""
-
-DEVICE_RUNTIME_BYTES = 128 * MIB
-"""Matrix-multiplication workspaces and the rounding of the device's allocator."""
 
 _cached_ring_bytes = lru_cache(maxsize=4096)(ring_bytes)
 
@@ -60,11 +49,15 @@ class _Frame:
 
 @dataclass(frozen=True, slots=True)
 class _Placing:
-    """How many groups of each batch stay on the device, and how many of the next ones in host memory."""
+    """How many groups of each batch stay on the device, and how many of the next ones in host memory.
+
+    Those on the device take `rounding_bytes` besides.
+    """
 
     resident: Sequence[int]
     hosted: Sequence[int]
     with_tables: bool = False
+    rounding_bytes: int = 0
 
 
 def make_plan(facts: ModelFacts, request: Request) -> Plan:
@@ -121,7 +114,8 @@ def smallest_plan(facts: ModelFacts, request: Request) -> Plan:
 def _bare_plan(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
     """The plan of `frame` with nothing resident but what it says."""
     nothing = [0] * len(_batches(facts, frame))
-    return _plan(facts, request, frame, _Placing(_with_head(nothing, facts, frame), nothing))
+    rounding = _head_rounding(facts, request, frame)
+    return _plan(facts, request, frame, _Placing(_with_head(nothing, facts, frame), nothing, rounding_bytes=rounding))
 
 
 def _frames(facts: ModelFacts, request: Request) -> Iterator[_Frame]:
@@ -151,10 +145,13 @@ def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
     layers = batches[: len(facts.batchings[frame.layers])]
     order = resident_order(layers)
     nothing = [0] * len(batches)
+    taken = roundings(in_order(layers, order)) if request.tier != HOST else [0] * (len(order) + 1)
+    taken_by_head = _head_rounding(facts, request, frame)
 
     def resident(steps: int) -> _Placing:
         counts = counts_after(order, steps, len(layers)) + [0] * (len(batches) - len(layers))
-        return _Placing(_with_head(counts, facts, frame), nothing, with_tables=steps > len(order))
+        rounding = taken_by_head + taken[min(steps, len(order))]
+        return _Placing(_with_head(counts, facts, frame), nothing, steps > len(order), rounding)
 
     def fits(placing: _Placing, without_ring: bool = False) -> bool:
         return _fits(_plan(facts, request, frame, placing), without_ring)
@@ -170,7 +167,7 @@ def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
             rest.insert(0, len(layers))
 
         def hosted(count: int) -> _Placing:
-            return _Placing(chosen.resident, counts_after(rest, count, len(batches)), chosen.with_tables)
+            return replace(chosen, hosted=counts_after(rest, count, len(batches)))
 
         chosen = hosted(most(lambda count: fits(hosted(count)), len(rest)))
     return _plan(facts, request, frame, chosen)
@@ -187,6 +184,13 @@ def _with_head(counts: Sequence[int], facts: ModelFacts, frame: _Frame) -> Seque
     return [*counts[:-1], len(facts.head.groups)]
 
 
+def _head_rounding(facts: ModelFacts, request: Request, frame: _Frame) -> int:
+    """What the lm_head takes besides its bytes, if it is resident: its groups share no memory with others."""
+    if facts.head is None or not frame.head_resident or request.tier == HOST:
+        return 0
+    return roundings(facts.head.groups)[-1]
+
+
 def _batches(facts: ModelFacts, frame: _Frame) -> tuple[BatchFacts, ...]:
     return facts.batchings[frame.layers] + ((facts.head,) if facts.head is not None else ())
 
@@ -201,6 +205,7 @@ def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing)
     in_memory = tables.keys() | (facts.tables_of_head if frame.head_resident else frozenset())
     ring = _cached_ring_bytes(sizes, depth + 1)
     resident = facts.resident_bytes + sum(batch.resident_bytes for batch in batches) + sum(tables.values())
+    hosted = sum(batch.hosted_bytes for batch in batches)
     return Plan(
         model=facts.name,
         dtype=facts.dtype,
@@ -218,38 +223,8 @@ def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing)
         direct_io=request.direct_io,
         max_context=frame.context,
         max_batch_size=request.max_batch_size,
-        tiers=_tiers(facts, request, frame, ring, resident, sum(batch.hosted_bytes for batch in batches)),
+        tiers=tiers_of(facts, request, frame.context, Weights(ring, resident, placing.rounding_bytes, hosted)),
     )
-
-
-def _tiers(
-    facts: ModelFacts, request: Request, frame: _Frame, ring: int, resident: int, hosted: int
-) -> dict[str, Tier]:
-    need = facts.footprint
-    workload = request.workload or Workload.generation(
-        request.max_batch_size, frame.context, pixel_values=request.max_batch_size * facts.footprint.image_values
-    )
-    work = {
-        "ring": ring,
-        "resident weights": resident,
-        "adapters": facts.adapter_bytes,
-        KV_CACHE: workload.kv_bytes(need),
-        ACTIVATIONS: workload.activation_bytes(need),
-        "conversion": facts.conversion_bytes,
-    }
-    host = {
-        "hosted weights": hosted,
-        "staging": request.staging_bytes,
-        "tokenizer": need.tokenizer_bytes if facts.has_tokenizer else 0,
-        "runtime": HOST_RUNTIME_BYTES + TENSOR_BYTES * max(0, facts.num_tensors - INCLUDED_TENSORS),
-    }
-    if request.driver_bytes:
-        host["device driver"] = request.driver_bytes
-    decoding = {"decoding": request.decoding_bytes} if request.decoding_bytes else {}
-    items = {HOST: work | decoding | host}
-    if request.tier != HOST:
-        items = {request.tier: work | decoding | {"runtime": DEVICE_RUNTIME_BYTES}, HOST: host}
-    return {name: Tier(request.budgets[name], request.budget_notes[name], parts) for name, parts in items.items()}
 
 
 def _place(batch: BatchFacts, resident: int, hosted: int) -> Batch:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from airstream.plan.facts import BatchFacts
+from airstream.plan.facts import BatchFacts, Group
 
 
 def resident_order(batches: Sequence[BatchFacts]) -> list[int]:
@@ -29,6 +29,12 @@ def resident_order(batches: Sequence[BatchFacts]) -> list[int]:
             steps.append((round(kept / total, 3), rank, batch))
             kept += group.nbytes
     return [batch for _, _, batch in sorted(steps)]
+
+
+def in_order(batches: Sequence[BatchFacts], order: Sequence[int]) -> list[Group]:
+    """The groups of `batches` in the order in which they are given."""
+    groups = [iter(batch.groups) for batch in batches]
+    return [next(groups[batch]) for batch in order]
 
 
 def counts_after(order: Sequence[int], steps: int, num_batches: int) -> list[int]:

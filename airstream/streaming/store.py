@@ -6,13 +6,16 @@ the plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain
 
 from airstream.layout.as_stored import pack_as_stored
 from airstream.layout.slab import pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.plan.facts import BatchFacts, ModelFacts
 from airstream.plan.plan import Batch, Plan
+from airstream.plan.sharing import sharing
+from airstream.plan.spread import in_order, resident_order
 from airstream.streaming.fill import Fill, Hosted, Resident
 from airstream.transfer.base import Backend
 
@@ -20,12 +23,17 @@ Names = tuple[str, ...]
 
 
 class Store:
-    """Memory of resident tensors, by the names of the tensors that share it."""
+    """Memory of tensors that stay, by the names of those of a group.
+
+    On an accelerator several groups share an allocation; if others come to share it, or fewer, all of them are read
+    again.
+    """
 
     def __init__(self, specs: Mapping[str, TensorSpec], backend: Backend) -> None:
         self._specs = specs
         self._backend = backend
         self._resident: dict[Names, Resident] = {}
+        self._shared: set[tuple[Names, ...]] = set()
         self._hosted: dict[Names, Hosted] = {}
 
     def change_to(self, plan: Plan, facts: ModelFacts) -> list[Fill]:
@@ -37,12 +45,22 @@ class Store:
         batches = [*facts.batchings[plan.layers_per_batch], *([facts.head] if facts.head is not None else [])]
         stays = {name for batch in plan.batches for name in batch.resident} | plan.tables.keys()
         waits = {name for batch in plan.batches for name in batch.hosted}
-        self._resident = {names: memory for names, memory in self._resident.items() if stays.issuperset(names)}
+        shared = list(self._sharing(facts.batchings[plan.layers_per_batch], facts.head, stays))
+        self._shared &= set(shared)
+        kept = {*chain.from_iterable(self._shared), *((name,) for name in plan.tables)}
+        self._resident = {names: memory for names, memory in self._resident.items() if names in kept}
         for names in [names for names in self._hosted if not waits.issuperset(names)]:
             self._hosted.pop(names).memory.close()
+        for together in shared:
+            if together not in self._shared:
+                self._allocate(together)
+                self._shared.add(together)
         fills = [self._fill(batch, groups) for batch, groups in zip(plan.batches, batches, strict=True)]
         nothing = pack((), self._backend.packing)
-        return fills + [Fill(nothing, 0, (self._make_resident((name,)),)) for name in plan.tables]
+        for name in plan.tables:
+            if (name,) not in self._resident:
+                self._allocate(((name,),))
+        return fills + [Fill(nothing, 0, (self._resident[(name,)],)) for name in plan.tables]
 
     def resident(self, name: str) -> Resident | None:
         """Where tensor `name` stays, if it does."""
@@ -51,6 +69,7 @@ class Store:
     def close(self) -> None:
         """Give everything back. Idempotent."""
         self._resident.clear()
+        self._shared.clear()
         for hosted in self._hosted.values():
             hosted.memory.close()
         self._hosted.clear()
@@ -58,17 +77,31 @@ class Store:
     def _fill(self, batch: Batch, facts: BatchFacts) -> Fill:
         stays, waits = set(batch.resident), set(batch.hosted)
         groups = [group.names for group in facts.groups]
-        resident = [self._make_resident(names) for names in groups if stays.issuperset(names)]
+        resident = [self._resident[names] for names in groups if stays.issuperset(names)]
         hosted = [self._make_hosted(names) for names in groups if waits.issuperset(names)]
         rest = self._named(name for names in groups for name in names if name not in stays)
         elsewhere = {spec.name for spec in stored_specs(self._named(waits))}
         return Fill(pack(rest, self._backend.packing, elsewhere), batch.nbytes, resident, hosted)
 
-    def _make_resident(self, names: Names) -> Resident:
-        if names not in self._resident:
-            slab = pack(self._named(names), self._backend.packing)
-            self._resident[names] = Resident(slab, self._backend.allocate(slab.nbytes, touch=False))
-        return self._resident[names]
+    def _sharing(
+        self, layers: Sequence[BatchFacts], head: BatchFacts | None, stays: set[str]
+    ) -> Iterator[tuple[Names, ...]]:
+        """The groups of each allocation. In memory of the host, whose pages are small, each has one of its own."""
+        for groups in (in_order(layers, resident_order(layers)), head.groups if head is not None else ()):
+            staying = [group for group in groups if stays.issuperset(group.names)]
+            alone = self._backend.packing.follows_file
+            yield from (
+                tuple(group.names for group in together)
+                for together in (((group,) for group in staying) if alone else sharing(staying))
+            )
+
+    def _allocate(self, together: Sequence[Names]) -> None:
+        """Memory for groups that share it."""
+        slabs = [pack(self._named(names), self._backend.packing) for names in together]
+        memory = self._backend.allocate(sum(slab.nbytes for slab in slabs), touch=False)
+        ends = accumulate(slab.nbytes for slab in slabs)
+        for names, slab, end in zip(together, slabs, ends, strict=True):
+            self._resident[names] = Resident(slab, memory[end - slab.nbytes : end])
 
     def _make_hosted(self, names: Names) -> Hosted:
         if names not in self._hosted:

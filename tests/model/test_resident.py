@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from airstream import BudgetError
 from airstream.model.absent import Absent
 from airstream.model.row_table import RowTable
-from airstream.plan.planner import DEVICE_RUNTIME_BYTES
+from airstream.plan.tiers import DEVICE_RUNTIME_BYTES
 from airstream.transfer.reader import CHUNK_BYTES
 from tests.conftest import (
     STREAMING,
