@@ -19,6 +19,7 @@ from airstream.checkpoint.beside import check_small_files
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.locate import locate
+from airstream.codecs.names import LOSSLESS_CODEC
 from airstream.compat.asked_formats import AskedFormat
 from airstream.compat.blame import Consequences, blamed_on, no_advice
 from airstream.compat.building import finish_loading, load_generation_config
@@ -177,7 +178,7 @@ def load_model(
         folder, gguf = locate(name, options.hub, options.gguf_file, options.trust_remote_code, with_weights=False)
         options = settled(options, folder, gguf, resolve_device(options.device))
     if options.compression is not None:
-        name = packed_copy(name, options, options.compression)
+        name = packed_copy(name, options, options.compression, partial(_check_fits, name, options))
         options = replace(options, compression=None, subfolder="", variant=None, revision=None)
     activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
     plan: Plan | None = None
@@ -187,6 +188,19 @@ def load_model(
         plan = make_plan(prepared.facts, prepared.request)
         activity.begin(LAST_STEP)
         return _assemble(prepared, plan, host_bytes)
+
+
+def _check_fits(name: str | os.PathLike[str], options: LoadOptions) -> None:
+    """Refuse a budget in which the model could not run, before it is packed for hours.
+
+    Of a lossless one it is not known before how small it gets.
+
+    Raises:
+        BudgetError: the message has the smallest one that would do.
+    """
+    if options.compression != LOSSLESS_CODEC:
+        prepared = prepare(name, options, with_weights=False)
+        make_plan(prepared.facts, prepared.request)
 
 
 def _check_default_device() -> None:

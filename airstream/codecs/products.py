@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import linear
 
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.library import has_kernels
@@ -81,6 +82,7 @@ class StoredRows:
         scales: contiguous, in float32 or bfloat16, if the format has any: (rows, columns / group) of
             "int8", "int4" and "nf4"; (rows / group, columns / group) of "fp8".
         table: the sixteen numbers that "nf4" chooses from, in float32.
+        name: for messages.
     """
 
     format: RowFormat
@@ -88,6 +90,7 @@ class StoredRows:
     numbers: torch.Tensor
     scales: torch.Tensor | None = None
     table: torch.Tensor | None = None
+    name: str = "a weight"
 
     def native(self) -> NativeRows:
         """The same for kernels.
@@ -121,8 +124,8 @@ def format_of_blocks(block: BlockType, columns: int) -> RowFormat | None:
     return RowFormat(kind, columns, columns // block.elements * block.nbytes, block.elements, block)
 
 
-def multiply(weight: StoredRows, vectors: torch.Tensor) -> torch.Tensor:
-    """`vectors` (count, columns) times the transposed `weight`: (count, rows), float32 for `FEW`, else as vectors are.
+def multiply(weight: StoredRows, vectors: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`vectors` (count, columns) times the transposed `weight`, and `bias` (rows,): (count, rows), rounded once.
 
     On the meta device it allocates as much as on the CPU.
 
@@ -130,13 +133,15 @@ def multiply(weight: StoredRows, vectors: torch.Tensor) -> torch.Tensor:
         CheckpointError: a lossless block is damaged.
     """
     if len(vectors) > FEW:
-        return _multiply_panels(weight, vectors)
+        return _multiply_panels(weight, vectors, bias)
     wide = vectors.float().contiguous()
     out = torch.empty((len(wide), weight.rows), dtype=torch.float32, device=vectors.device)
     if not out.is_meta:
         native = weight.native()
         _each_row(weight, weight.rows, lambda first, end: native.multiply(first, end, wide, out))
-    return out
+    if bias is not None:
+        out += bias
+    return out.to(vectors.dtype)
 
 
 def make_dense(weight: StoredRows, first: int, out: torch.Tensor) -> None:
@@ -154,7 +159,7 @@ def make_dense(weight: StoredRows, first: int, out: torch.Tensor) -> None:
     _each_row(weight, len(out), lambda begin, end: native.make_dense(first + begin, first + end, out[begin:end]))
 
 
-def _multiply_panels(weight: StoredRows, vectors: torch.Tensor) -> torch.Tensor:
+def _multiply_panels(weight: StoredRows, vectors: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """For many vectors: some rows are made dense at a time, in the dtype that torch multiplies fastest."""
     dtype, columns = panel_dtype(vectors.dtype), weight.format.columns
     factors = vectors.to(dtype)
@@ -164,7 +169,8 @@ def _multiply_panels(weight: StoredRows, vectors: torch.Tensor) -> torch.Tensor:
     for first in range(0, step if out.is_meta else weight.rows, step):  # all take the same memory
         dense = panel[: min(step, weight.rows - first)]
         make_dense(weight, first, dense)
-        out[:, first : first + len(dense)] = torch.mm(factors, dense.t())
+        some = slice(first, first + len(dense))
+        out[:, some] = linear(factors, dense, None if bias is None else bias[some].to(dtype))
     return out
 
 
@@ -174,7 +180,10 @@ def _each_row(weight: StoredRows, rows: int, work: Callable[[int, int], int]) ->
     def whole(first: int, end: int) -> None:
         done = work(first, end)
         if done < end - first:
-            raise CheckpointError(f"a block of {weight.format.block} in row {first + done} of a weight is damaged")
+            raise CheckpointError(
+                f"a block of {weight.format.block.name if weight.format.block else weight.format.kind} in row "
+                f"{first + done:,} of {weight.name} is damaged. Get the file again, or pack it anew"
+            )
 
     share(whole, rows, weight.format.columns)
 

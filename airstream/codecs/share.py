@@ -94,7 +94,7 @@ class _Helpers:
         """Let `count` threads do some of `task`: fewer if the system starts no more."""
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         for _ in range(count - len(self._threads)):
-            thread = threading.Thread(target=self._help, name="airstream-products", daemon=True)
+            thread = threading.Thread(target=_help, args=(self._tasks,), name="airstream-products", daemon=True)
             with contextlib.suppress(RuntimeError):
                 thread.start()
                 self._threads.append(thread)
@@ -103,18 +103,20 @@ class _Helpers:
 
     def dismiss(self) -> None:
         """Have the threads end, and wait for it."""
-        threads = self._threads
+        threads, tasks = self._threads, self._tasks
+        self._threads, self._tasks = [], SimpleQueue()  # who has ended takes nothing out of the old one
         for _ in threads:
-            self._tasks.put(None)
+            tasks.put(None)
         for thread in threads:
             if thread is not threading.current_thread():  # where a model may be collected
                 thread.join(IDLE_SECONDS)
 
-    def _help(self) -> None:
-        with contextlib.suppress(Empty):
-            while (task := self._tasks.get(timeout=IDLE_SECONDS)) is not None:
-                task.help()
-                del task  # it keeps a weight
+
+def _help(tasks: SimpleQueue[_Task | None]) -> None:
+    with contextlib.suppress(Empty):
+        while (task := tasks.get(timeout=IDLE_SECONDS)) is not None:
+            task.help()
+            del task  # it keeps a weight
 
 
 _helpers: dict[int, _Helpers] = {}

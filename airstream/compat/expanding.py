@@ -1,8 +1,8 @@
 """This makes quantised weights dense by kernels of ours, where they give the bits that the library would give.
 
-transformers and compressed-tensors go over every number several times, in float32 (FP8: 3 to 10 ns a number and core).
-A kernel writes it once, and takes no memory besides. Each number is one product, rounded once, so that there is but one
-right result. What the kernels do not take is left to the library.
+transformers and compressed-tensors go over every number several times, in float32. A kernel writes it
+once, and takes no memory besides. Each number is one product, rounded once, so that there is but one right result. What
+the kernels do not take is left to the library.
 
 It knows the operations of transformers. It refuses to know where weights lie, and how kernels work.
 """

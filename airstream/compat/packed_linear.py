@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedModel
 
@@ -39,15 +40,22 @@ class PackedLinear(nn.Linear):
     """
 
     row_format: RowFormat | None = None
+    stored_as = "a weight"
 
-    def hold(self, how: RowFormat, scales: tuple[int, ...] = (), dtype: torch.dtype = torch.float32) -> None:
-        """From now on the weight is rows of bytes, with `scales` of such a shape, if any. It is on the meta device."""
+    def hold(
+        self, how: RowFormat, stored_as: str, scales: tuple[int, ...] = (), dtype: torch.dtype = torch.float32
+    ) -> None:
+        """From now on the weight is rows of bytes, with `scales` of such a shape, if any. It is on the meta device.
+
+        Args:
+            stored_as: which tensor of which file that is, for messages.
+        """
         self.__dict__["weight"] = self.weight.detach()
         del self._parameters["weight"]
         self.register_parameter("packed", _on_meta((self.out_features, how.row_bytes), torch.uint8))
         if scales:
             self.register_parameter("packed_scale", _on_meta(scales, dtype))
-        self.row_format = how
+        self.row_format, self.stored_as = how, stored_as
 
     @property
     def hidden_numbers(self) -> int:
@@ -59,11 +67,9 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as nn.Linear has it
         """`input` (..., columns) times the transposed weight, and the bias: (..., rows), in the dtype of `input`."""
-        if input.requires_grad and torch.is_grad_enabled():
-            raise UnsupportedError(
-                'kernels="fast" computes without gradients, and one is asked for: leave it out, or compute under '
-                "torch.no_grad()"
-            )
+        _refuse_what_kernels_cannot(self, input)
+        if torch.is_autocast_enabled("cpu"):
+            input = input.to(torch.get_autocast_dtype("cpu"))  # noqa: A001 - as above
         vectors = input.reshape(-1, self.in_features)
         how = self.row_format or _dense_format(self, len(vectors))
         if how is None:
@@ -72,10 +78,34 @@ class PackedLinear(nn.Linear):
         assert numbers is not None
         table = NF4_LEVELS if how.kind == "nf4" else None
         scales = self._parameters.get("packed_scale")
-        out = multiply(StoredRows(how, self.out_features, numbers.detach(), scales, table), vectors)
-        if self.bias is not None:
-            out += self.bias
-        return out.to(input.dtype).view(*input.shape[:-1], self.out_features)
+        weight = StoredRows(how, self.out_features, numbers.detach(), scales, table, self.stored_as)
+        return multiply(weight, vectors, self.bias).view(*input.shape[:-1], self.out_features)
+
+
+def _refuse_what_kernels_cannot(module: PackedLinear, vectors: torch.Tensor) -> None:
+    """Raise where a kernel would give something else than torch, which it does not know of, or nothing.
+
+    Raises:
+        UnsupportedError: the message says what is asked for.
+    """
+    asked = None
+    if not vectors.is_floating_point():
+        asked = f"products with numbers in {vectors.dtype}"
+    elif torch._C._get_tracing_state() is not None:
+        asked = "a trace of them"
+    elif torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0:
+        asked = "a transform or derivative of them"
+    elif vectors.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(
+            'kernels="fast" computes without gradients, and one is asked for: leave it out, or compute under '
+            "torch.no_grad()"
+        )
+    elif module.row_format is not None and module._parameters.get("weight") is not None:
+        asked = "another weight in the place of one that stays packed"
+    if asked is not None:
+        raise UnsupportedError(
+            f'kernels="fast" multiplies with weights as they are stored, and is asked for {asked}: leave kernels= out'
+        )
 
 
 def _on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
@@ -93,8 +123,8 @@ def _dense_format(module: nn.Linear, count: int) -> RowFormat | None:
     return RowFormat("bf16", module.in_features, 2 * module.in_features)
 
 
-def check_fast(device: torch.device) -> None:
-    """Refuse a device for which there are no kernels, or a machine on which they were not compiled.
+def check_fast(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a device or dtype for which there are no kernels, or a machine on which they were not compiled.
 
     Raises:
         UnsupportedError: the message has the remedy.
@@ -102,6 +132,10 @@ def check_fast(device: torch.device) -> None:
     if device.type != "cpu":
         raise UnsupportedError(
             f'kernels="fast" computes on the CPU, not on device="{device}": leave it out, or load with device="cpu"'
+        )
+    if dtype == torch.float64:
+        raise UnsupportedError(
+            'kernels="fast" sums up in float32, and dtype=float64 asks for more: leave one of them out'
         )
     if not has_kernels():
         raise UnsupportedError(

@@ -35,7 +35,7 @@ def keep_packed(model: PreTrainedModel, specs: Mapping[str, TensorSpec]) -> dict
         block = _block_of(spec)
         how = format_of_blocks(block, module.in_features) if block is not None else None
         if how is not None:
-            module.hold(how)
+            module.hold(how, f"{spec.pieces[0].file}: tensor {spec.name!r}")
             del kept[spec.name]
             kept[f"{name}.packed"] = replace(
                 spec,

@@ -147,25 +147,39 @@ def hold_stored_rows(
     if layout is None or not layout.is_meant(settings):
         return None
     conversion, modules = conversion_for(model, index), dict(model.named_modules())
-    tensors, held = dict(index), []
-    for stem in [key.removesuffix(layout.scales) for key in index if key.endswith(layout.scales)]:
+    tensors, held = dict(index), {}
+    for stem, found in _stems(layout, index).items():
         name, pattern = conversion.rename(f"{stem}.weight")
         module = modules.get(name.rpartition(".")[0])
         numbers, scales = tensors.pop(f"{stem}{layout.numbers}", None), tensors.pop(f"{stem}{layout.scales}")
-        if pattern is not None or not isinstance(module, PackedLinear) or numbers is None:
+        if pattern is not None or not isinstance(module, PackedLinear) or numbers is None or module in held:
             return None
+        if found - {".bias"} != {layout.numbers, layout.scales, *layout.others}:
+            return None  # one is missing, or one more says something else of the weight
         how = _format_of(layout, module, numbers, scales)
         if how is None:
             return None
         for end in layout.others:
-            tensors.pop(f"{stem}{end}", None)
+            del tensors[f"{stem}{end}"]
         name = name.removesuffix("weight")
         tensors[f"{name}packed"] = replace(numbers, dtype="U8", shape=(module.out_features, how.row_bytes))
         tensors[f"{name}packed_scale"] = scales
-        held.append((module, how, scales))
-    for module, how, scales in held:
-        module.hold(how, scales.shape, TORCH_DTYPES[scales.dtype])
+        held[module] = how, numbers, scales
+    for module, (how, numbers, scales) in held.items():
+        stored_as = f"{numbers.file}: tensor {numbers.name!r}"
+        module.hold(how, stored_as, scales.shape, TORCH_DTYPES[scales.dtype])
     return CheckpointIndex(tensors) if held else None
+
+
+def _stems(layout: Layout, index: CheckpointIndex) -> dict[str, set[str]]:
+    """Beginnings of the names of packed weights, and how the names of all tensors go on that begin so."""
+    stems: dict[str, set[str]] = {
+        key.removesuffix(layout.scales): set() for key in index if key.endswith(layout.scales)
+    }
+    for key in index:
+        for place in [place for place, letter in enumerate(key) if letter == "." and key[:place] in stems]:
+            stems[key[:place]].add(key[place:])
+    return stems
 
 
 def _format_of(layout: Layout, module: PackedLinear, numbers: StoredTensor, scales: StoredTensor) -> RowFormat | None:

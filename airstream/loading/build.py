@@ -127,7 +127,7 @@ def _build(
     with _attention(options.attn_implementation, source):
         model = build_on_meta(model_cls, config, dtype, options.attn_implementation)
     if options.kernels == FAST:
-        check_fast(device)
+        check_fast(device, dtype)
         put_packed_linears(model)
         if quantizer is not None and index is not None:
             quantizer.check(index)

@@ -41,7 +41,8 @@ measured peaks of 4-bit bitsandbytes and FP8, which were up to 24 MiB above the 
 
 PRODUCTS_BYTES = PANEL_BYTES + 28 * MIB
 """Memory of products with packed weights: rows that are dense for a moment, for the lm_head and in each thread, and the
-package of the format, which is asked for its settings. Measured: up to 24 MiB, beside other programs."""
+package of the format, which is asked for its settings. Measured: up to 13 MiB; beside eight busy programs once 3 MiB
+more than a plan that had 24 in all for it."""
 
 
 def gather_facts(

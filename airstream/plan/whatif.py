@@ -21,6 +21,10 @@ FOUR_BIT = 4.5
 """Bits per weight of common 4-bit formats, the scales of their blocks included (Q4_0 of GGUF: 18 bytes for 32)."""
 
 
+FEW_BYTES = 0.6
+"""Of the dense weights': what has no more is packed in 8 bits or fewer already."""
+
+
 Packed = Mapping[str, tuple[ModelFacts, Request]]
 """The same model packed, by what to ask for that."""
 
@@ -55,7 +59,8 @@ def _alternatives(facts: ModelFacts, request: Request, is_packed: bool) -> Itera
     hardware = request.hardware
     if hardware is not None and hardware.disk.per_second < FAST_DISK.per_second:
         yield "a 7 GB/s disk", facts, replace(request, hardware=replace(hardware, disk=FAST_DISK))
-    if not is_packed:
+    dense_bytes = facts.arithmetic.num_weights * facts.footprint.item_bytes
+    if not is_packed and facts.checkpoint_bytes > FEW_BYTES * dense_bytes:
         yield "4-bit weights", quantised(facts, FOUR_BIT), request
 
 

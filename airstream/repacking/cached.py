@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,17 @@ MAX_NAME = 40
 """Letters of a checkpoint's name that stand in that of its copy."""
 
 
-def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression: str | AskedFormat) -> Path:
+def packed_copy(
+    name: str | os.PathLike[str],
+    options: LoadOptions,
+    compression: str | AskedFormat,
+    check: Callable[[], None] = lambda: None,
+) -> Path:
     """The folder with the checkpoint `name`, packed as `compression` says. Made unless it is there.
 
     It is that of the checkpoint itself where nothing can be packed without loss.
+
+    `check` is called before it is made: what it raises is raised, and nothing has been written.
 
     Blocks while another process makes it. Memory is that of a repack; one that was killed goes on where it was.
 
@@ -64,6 +72,7 @@ def packed_copy(name: str | os.PathLike[str], options: LoadOptions, compression:
     target = cache_folder() / PACKED_FOLDER / f"{folder.name[:MAX_NAME]}-{codec}-{made_of[:12]}"
     if _is_made(target):
         return target
+    check()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with reworded(compression), FileLock(target.parent / f".{target.name}.lock"):

@@ -131,6 +131,18 @@ def test_they_are_at_least_as_close_as_torchs_own(count: int) -> None:
     assert (mine.double() - exact).abs().mean() <= 1.01 * (own.double() - exact).abs().mean()
 
 
+@pytest.mark.parametrize("count", [1, FEW, FEW + 1, 40])
+def test_a_bias_is_added_before_rounding(count: int) -> None:
+    """Added to what is rounded already, it would be rounded twice: 1.4 times the error."""
+    weight, numbers = of_bf16(320)
+    bias = torch.randn(len(numbers), generator=torch.Generator().manual_seed(1)).to(torch.bfloat16) * 8
+    vectors = torch.randn(count, 320, generator=torch.Generator().manual_seed(count)).to(torch.bfloat16)
+    truth = vectors.double() @ numbers.double().t() + bias.double()
+    found = multiply(weight, vectors, bias)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - truth).abs().mean() <= 1.02 * (truth.to(torch.bfloat16).double() - truth).abs().mean()
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3, 50])
 def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
     weight, _ = of_bf16(333)
@@ -269,6 +281,22 @@ def test_threads_that_are_dismissed_end_and_nothing_that_they_worked_on_is_kept(
     assert not helpers()
     gc.collect()
     assert kept() is None
+
+
+def test_who_ends_by_itself_leaves_no_word_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    share.dismiss()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(share, "IDLE_SECONDS", 0.01)
+        share_with_another(lambda *_: None)
+        for thread in helpers():
+            thread.join(60)
+    share.dismiss()
+    monkeypatch.setattr(share, "IDLE_SECONDS", 60.0)
+    share_with_another(lambda *_: None)
+    (helper,) = helpers()
+    share_with_another(lambda *_: None)
+    assert helpers() == {helper}
+    share.dismiss()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from airstream import ArgumentError, AutoModel, CheckpointError, Plan, UnsupportedError
+from airstream.checkpoint.formats import open_checkpoint
 from airstream.codecs import library, share
 from airstream.codecs.product_rates import product_seconds
 from airstream.codecs.products import StoredRows, make_dense
@@ -359,3 +360,57 @@ def test_a_model_works_on_after_an_interrupt(packed: Packed, kernels: str, monke
             torch.set_grad_enabled(False)  # torch's own `with` may have been interrupted
             assert torch.equal(logits(model, ids), expected), place
         assert num_interrupted > len(interrupts.places) / 2, "the case is not what it is meant to be"
+
+
+ASKED: dict[str, tuple[str, Callable[[PackedLinear], Any]]] = {
+    "whole numbers": ("torch.int64", lambda module: module(torch.ones(1, 256, dtype=torch.long))),
+    "a trace": ("a trace", lambda module: torch.jit.trace(module, torch.ones(1, 256, dtype=BF16))),
+    "vmap": ("a transform", lambda module: torch.func.vmap(module)(torch.ones(3, 1, 256, dtype=BF16))),
+    "a gradient": ("one is asked for", lambda module: module(torch.ones(1, 256, dtype=BF16, requires_grad=True))),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_kernels_cannot_do_is_refused(packed: Packed, name: str) -> None:
+    said, ask = ASKED[name]
+    with stream(packed("int8"), **FAST, max_memory="1GiB") as model:
+        model(**prompts(1, 2))
+        with pytest.raises(UnsupportedError, match=rf'kernels="fast" .*{said}'):
+            ask(model.model.layers[1].mlp.up_proj)
+
+
+def test_another_weight_is_not_ignored(packed: Packed) -> None:
+    with stream(packed("int8"), **FAST, max_memory="1GiB") as model:
+        model(**prompts(1, 2))
+        module = model.model.layers[1].mlp.up_proj
+        with pytest.raises(UnsupportedError, match=r"another weight|cannot be"):  # noqa: PT012 - either may notice
+            module.weight = torch.nn.Parameter(torch.zeros(384, 256, dtype=BF16))
+            model(**prompts(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, BF16])
+def test_autocast_means_what_it_means_elsewhere(packed: Packed, dtype: torch.dtype) -> None:
+    with stream(packed("int4"), max_context=64) as model, torch.autocast("cpu", dtype):
+        expected = model(**prompts(1, 5)).logits
+    with stream(packed("int4"), **FAST) as model, torch.autocast("cpu", dtype):
+        found = model(**prompts(1, 5)).logits
+    assert found.dtype == expected.dtype
+    assert close(found, expected)
+
+
+def test_float64_is_refused(packed: Packed) -> None:
+    with pytest.raises(UnsupportedError, match="dtype=float64 asks for more"):
+        stream(packed("plain"), **FAST, dtype=torch.float64)
+
+
+def test_a_damaged_block_is_named(packed: Packed, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(packed("lossless"), folder)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensor = open_checkpoint(folder)[name]
+    with Path(tensor.file).open("r+b") as file:
+        file.seek(tensor.offset)
+        file.write(b"\xff" * 4096)
+    said = r"safetensors: tensor .*up_proj.* is damaged.* anew"
+    with stream(folder, **FAST) as model, pytest.raises(CheckpointError, match=said):
+        model(**prompts(1, 2))

@@ -53,6 +53,7 @@ def test_python_examples_run(
     if "peft" in code:
         pytest.importorskip("peft")
     monkeypatch.chdir(tmp_path)  # for what they write
+    monkeypatch.setenv("AIRSTREAM_CACHE", str(tmp_path / "cache"))
     exec(compile(code.replace(PLACEHOLDER, str(folder)), "example", "exec"), names)
     if hasattr(names.get("model"), "close"):
         names["model"].close()

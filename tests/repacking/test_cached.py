@@ -16,7 +16,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import airstream
-from airstream import ArgumentError, AutoModel, DiskSpaceError, UnsupportedError
+from airstream import ArgumentError, AutoModel, BudgetError, DiskSpaceError, UnsupportedError
 from airstream.cli import main
 from airstream.loading.prepare import prepare_for_planning
 from airstream.repacking import cached
@@ -232,3 +232,12 @@ def test_the_command_line(tiny: WriteTiny, cache: Path, capsys: pytest.CaptureFi
     assert main([*asked, "--compression", "lossless"]) == 0
     assert capsys.readouterr().out == plain
     assert len(list((cache / "packed").glob("[!.]*-lossless-*"))) == 1
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_packed(
+    tiny: WriteTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(cached, "repack_and_report", lambda *_, **__: pytest.fail("it was packed"))
+    with pytest.raises(BudgetError, match=r"does not fit"):
+        AutoModel.from_pretrained(tiny("llama", BF16), device="cpu", compression="int8", max_memory="20MiB")
