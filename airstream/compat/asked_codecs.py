@@ -118,9 +118,8 @@ def _eight_bit_rows(rows: torch.Tensor) -> Tensors:
 
 
 def _eight_bit_weight(_: torch.Tensor) -> Tensors:
-    return {
-        "weight_format": torch.tensor(0, dtype=torch.uint8, device="cpu")
-    }  # by rows, the only one that it writes today
+    by_rows = torch.tensor(0, dtype=torch.uint8, device="cpu")  # the only format that it writes today
+    return {"weight_format": by_rows}
 
 
 def _nested_scales(weight: torch.Tensor, scales: torch.Tensor, kind: str) -> Tensors:

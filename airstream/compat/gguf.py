@@ -174,7 +174,7 @@ class _ProcessedConversion(KeyConversion):
         self,
         _: str,
         sources: Sequence[tuple[str, str, torch.Tensor]],
-        into: torch.Tensor | None = None,  # noqa: ARG002
+        into: torch.Tensor | None = None,  # noqa: ARG002 - numpy makes the result
     ) -> dict[str, torch.Tensor]:
         device = sources[0][2].device
         if device.type not in ("cpu", "meta"):
