@@ -1,7 +1,7 @@
 """This reads what an object of transformers, or a dict in its place, asks a checkpoint to be quantised as.
 
-It knows what such objects are and whether a checkpoint is what one asks for already. It refuses to know which of them
-can be packed (`asked_codecs`).
+It knows what such objects are. It refuses to know which of them can be packed (`asked_codecs`), and what a checkpoint
+is already (`same_format`).
 """
 
 from __future__ import annotations
@@ -9,17 +9,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from airstream.compat.quantizer import DEQUANTIZED, DEQUANTIZED_ON_CPU
 from airstream.errors import ArgumentError
 from airstream.reporting.alike import nearest
 from airstream.reporting.first_line import first_line
 
-__all__ = ["ARGUMENT", "QUANTISE", "AskedFormat", "check_same", "read_asked"]
+if TYPE_CHECKING:
+    import torch  # the command line reads the names of this module before it has a model to load
+
+__all__ = ["ARGUMENT", "OF_THE_MACHINE", "QUANTISE", "AskedFormat", "read_asked"]
 
 ARGUMENT = "quantization_config"
 
@@ -101,40 +100,3 @@ def _refuse_unknown(given: Mapping[str, Any], fields: Mapping[str, Any]) -> None
             meant = nearest(str(name), public)
             instead = f"did you mean {meant!r}?" if meant else f"the fields are {', '.join(public)}"
             raise ArgumentError(f"{ARGUMENT} has no field {name!r}: {instead}")
-
-
-def check_same(asked: AskedFormat, stored: Mapping[str, Any], file: Path, device: torch.device) -> None:
-    """Refuse what is `asked` of a checkpoint that is quantised already, unless it is that.
-
-    Args:
-        stored: what `file`, its config.json, says of it.
-        device: the one that computes.
-
-    Raises:
-        ArgumentError: the message names both.
-    """
-    method = str(stored.get("quant_method") or "bitsandbytes")
-    if asked.method != method:
-        raise ArgumentError(
-            f"{asked} asks for {asked.method!r}, and the checkpoint is quantised with {method!r} already ({file}): "
-            f"leave {ARGUMENT} out, or name the checkpoint that it was made of"
-        )
-    said = _completed(stored)
-    for field, value in asked.settings.items():
-        if field not in said or field.startswith("_") or field in OF_THE_MACHINE or value in (None, said[field]):
-            continue
-        is_made_dense = method in DEQUANTIZED or (method in DEQUANTIZED_ON_CPU and device.type == "cpu")
-        if field == "dequantize" and is_made_dense:
-            continue
-        raise ArgumentError(
-            f"{asked} has {field}={value!r}, and the checkpoint is quantised already with {said[field]!r} ({file}): "
-            f"leave {ARGUMENT} out, or name the checkpoint that it was made of"
-        )
-
-
-def _completed(stored: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`stored`, with the values of what it does not say, if transformers knows them."""
-    try:
-        return read_asked({name: stored[name] for name in stored}).settings
-    except ArgumentError:
-        return stored

@@ -16,7 +16,8 @@ import torch
 from airstream.checkpoint.config_file import read_config_file
 from airstream.codecs.names import codec_named
 from airstream.compat.asked_codecs import codec_for
-from airstream.compat.asked_formats import ARGUMENT, AskedFormat, check_same
+from airstream.compat.asked_formats import ARGUMENT, AskedFormat
+from airstream.compat.same_format import check_same
 from airstream.errors import AirstreamError, UnsupportedError
 from airstream.loading.options import LoadOptions, named_dtype
 
