@@ -18,6 +18,9 @@ from airstream.transfer.piece import Piece
 MAX_GAP_BYTES = 1 << 20
 """Bytes nobody needs that are read along when they lie between two tensors of a slab: cheaper than a second read."""
 
+KERNEL_SHARE = 1 / 16
+"""Of what it makes: a kernel of ours takes no more memory, for scales. Libraries take several times as much as that."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slab:
@@ -45,14 +48,35 @@ def stored_specs(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     return list({stored.name: stored for spec in specs for stored in spec.stored}.values())
 
 
-def pack(specs: Iterable[TensorSpec], packing: Packing, elsewhere: Collection[str] = ()) -> Slab:
+def is_made_in_passes(spec: TensorSpec, packing: Packing) -> bool:
+    """Whether `spec` is made dense in every pass where it stays packed.
+
+    On a CPU only by what takes next to no memory for that, which are kernels of ours: others take longer than a disk.
+    """
+    made_by = spec.made_by
+    if made_by is None or made_by.is_object:
+        return False
+    return not packing.follows_file or made_by.scratch_bytes <= KERNEL_SHARE * spec.nbytes
+
+
+def kept_specs(specs: Iterable[TensorSpec], packing: Packing) -> list[TensorSpec]:
+    """What stays in memory of `specs` that stay packed: the raw ones, where passes make the others of them."""
+    kept = (spec.stored if is_made_in_passes(spec, packing) else (spec,) for spec in specs)
+    return list({spec.name: spec for each in kept for spec in each}.values())
+
+
+def pack(
+    specs: Iterable[TensorSpec], packing: Packing, elsewhere: Collection[str] = (), beside: Collection[str] = ()
+) -> Slab:
     """Lay `specs` out in one slab, neighbours in a file side by side, so that few large reads fill it.
 
-    Those whose names are in `elsewhere`, raw ones too, have room in it, but are not read: they come from elsewhere.
+    Args:
+        elsewhere: the names of those, raw ones too, that have room in it, but come from elsewhere, and are not read.
+        beside: the names of raw ones that are not in it: others are made of them where they are.
     """
     specs = tuple(specs)
     conversions = tuple(dict.fromkeys(spec.made_by for spec in specs if spec.made_by is not None))
-    stored = stored_specs(specs)
+    stored = [spec for spec in stored_specs(specs) if spec.name not in beside]
     builder = _SlabBuilder(packing)
     for spec in in_file_order(spec for spec in stored if spec.name not in elsewhere):
         builder.add(spec)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
+from typing import Protocol
 
 import torch
 
@@ -19,12 +21,25 @@ from airstream.compat.blame import told
 from airstream.compat.key_conversion import KeyConversion
 from airstream.errors import AirstreamError, CheckpointError
 from airstream.layout.slab import Slab
-from airstream.layout.tensors import RAW_PREFIX, Conversion, view_of
+from airstream.layout.tensors import RAW_PREFIX, Conversion, TensorSpec, view_of
 from airstream.reporting.probe import CONVERT, Moment, Probe
 from airstream.transfer.shortage import shortage_in
 
 Source = tuple[str, str, torch.Tensor]
 """A raw tensor as converters of transformers take it: checkpoint key, pattern, values."""
+
+
+Kept = Mapping[str, torch.Tensor]
+"""By name, raw tensors that are in none of the memory that a slab fills: they stay packed elsewhere."""
+
+NOTHING: Kept = MappingProxyType({})
+
+
+class Run(Protocol):
+    """Runs the conversions that a slab asks for."""
+
+    def __call__(self, slab: Slab, memory: torch.Tensor, kept: Kept = NOTHING) -> None:
+        """Make of the raw tensors in `memory`, once they are there, and of those in `kept` what is to be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +51,7 @@ class Converter:
         build: makes the object of one of them from views of a memory, by the offsets at which its sources start.
     """
 
-    run: Callable[[Slab, torch.Tensor], None]
+    run: Run
     build: Callable[[Conversion, torch.Tensor, Mapping[str, int]], Assembled]
 
 
@@ -46,9 +61,14 @@ def converter_of(keys: KeyConversion, probe: Probe, moment: Callable[[], Moment]
 
 
 def convert_slab(
-    keys: KeyConversion, probe: Probe, moment: Callable[[], Moment], slab: Slab, memory: torch.Tensor
+    keys: KeyConversion,
+    probe: Probe,
+    moment: Callable[[], Moment],
+    slab: Slab,
+    memory: torch.Tensor,
+    kept: Kept = NOTHING,
 ) -> None:
-    """Run the conversions of a freshly filled slab: raw tensors in `memory` in, the model's tensors in `memory` out."""
+    """Run the conversions of a freshly filled slab: raw tensors in, the model's tensors in `memory` out."""
     specs = {spec.name: spec for spec in slab.specs}
     for conversion in slab.conversions:
         if conversion.is_object:
@@ -56,7 +76,7 @@ def convert_slab(
         with probe.span(CONVERT, conversion.nbytes, moment):
             only = specs.get(conversion.name)
             into = view_of(memory, slab.offsets[only.name], only) if only is not None else None
-            made = _made(keys, conversion, _sources(conversion, memory, slab.offsets), into)
+            made = _made(keys, conversion, _sources(conversion, memory, slab.offsets, kept), into)
             for name, value in made.items():
                 if into is None or not value.is_set_to(into):
                     view_of(memory, slab.offsets[name], specs[name]).copy_(value)
@@ -80,8 +100,13 @@ def _build(keys: KeyConversion, conversion: Conversion, memory: torch.Tensor, of
     return keys.assemble(conversion.name, _sources(conversion, memory, offsets))
 
 
-def _sources(conversion: Conversion, memory: torch.Tensor, offsets: Mapping[str, int]) -> list[Source]:
+def _sources(
+    conversion: Conversion, memory: torch.Tensor, offsets: Mapping[str, int], kept: Kept = NOTHING
+) -> list[Source]:
+    def values(raw: TensorSpec) -> torch.Tensor:
+        return kept[raw.name] if raw.name in kept else view_of(memory, offsets[raw.name], raw)
+
     return [
-        (raw.name.removeprefix(RAW_PREFIX), pattern, view_of(memory, offsets[raw.name], raw))
+        (raw.name.removeprefix(RAW_PREFIX), pattern, values(raw))
         for raw, pattern in zip(conversion.sources, conversion.patterns, strict=True)
     ]

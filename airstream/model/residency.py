@@ -178,7 +178,7 @@ class Residency:
             if not batch.is_settled:
                 self._settle(batch)
             if region.fresh:
-                self._convert.run(slab, region.memory)
+                self._convert.run(slab, region.memory, batch.fill.kept)
             region.fresh = region.is_being_changed = False
         key = (batch.number, region.offset)
         if key not in self._views:

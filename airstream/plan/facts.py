@@ -20,11 +20,21 @@ class Group:
         nbytes: the bytes that they take in the memory of the device that computes.
         host_bytes: the bytes that they take in host memory, from where they are copied to an accelerator; None if they
             cannot wait there.
+        packed_bytes: the bytes that they take in the memory of the device that computes if they stay packed there, and
+            are made dense in every pass; None for as many as `nbytes`.
+        made_bytes: the room that passes then make them in.
     """
 
     names: tuple[str, ...]
     nbytes: int
     host_bytes: int | None
+    packed_bytes: int | None = None
+    made_bytes: int = 0
+
+    @property
+    def kept_bytes(self) -> int:
+        """The bytes that they take where it computes if they stay packed."""
+        return self.nbytes if self.packed_bytes is None else self.packed_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +58,17 @@ class BatchFacts:
         """The bytes of the first `count` groups on the device that computes."""
         return sum(group.nbytes for group in self.groups[:count])
 
-    def host_bytes(self, resident: int, hosted: int) -> int:
-        """Host memory of the `hosted` groups after the first `resident` ones."""
-        return sum(group.host_bytes or 0 for group in self.groups[resident : resident + hosted])
+    def packed_bytes(self, start: int, stop: int) -> int:
+        """The bytes of groups `start` to `stop` on the device that computes, if they stay packed."""
+        return sum(group.kept_bytes for group in self.groups[start:stop])
+
+    def made_bytes(self, start: int, stop: int) -> int:
+        """The room that passes make groups `start` to `stop` in, if they stay packed."""
+        return sum(group.made_bytes for group in self.groups[start:stop])
+
+    def host_bytes(self, start: int, stop: int) -> int:
+        """Host memory of groups `start` to `stop`."""
+        return sum(group.host_bytes or 0 for group in self.groups[start:stop])
 
     def names(self, start: int, stop: int) -> tuple[str, ...]:
         """The tensors of groups `start` to `stop`."""

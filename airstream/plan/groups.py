@@ -9,14 +9,15 @@ It knows how tensors lie in files and in slabs. It refuses to know budgets, and 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from airstream.layout.as_stored import pack_as_stored
-from airstream.layout.slab import pack, stored_specs
-from airstream.layout.tensors import TensorSpec
+from airstream.layout.slab import is_made_in_passes, kept_specs, pack, stored_specs
+from airstream.layout.tensors import CACHE_LINE_BYTES, TensorSpec
 from airstream.plan.facts import BatchFacts, Group
 from airstream.plan.policy import MIN_SHARE, TINY_SHARE
+from airstream.reporting.units import round_up
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.packing import Packing
 
@@ -26,11 +27,11 @@ class _Sizes:
     """What is the same for batches that lie in their files alike.
 
     Attributes:
-        groups: for each, the numbers of its tensors, its bytes on the device, and in host memory.
+        groups: each without the names, and the numbers of its tensors.
         slabs, reads: as in `BatchFacts`.
     """
 
-    groups: tuple[tuple[tuple[int, ...], int, int], ...]
+    groups: tuple[tuple[Group, tuple[int, ...]], ...]
     slabs: tuple[int, ...]
     reads: tuple[int, ...]
 
@@ -50,8 +51,7 @@ def batch_facts(units: Sequence[str], specs: Iterable[TensorSpec], packing: Pack
     if kind is not None:
         known[kind] = sizes
     groups = tuple(
-        Group(tuple(specs[number].name for number in numbers), nbytes, host_bytes)
-        for numbers, nbytes, host_bytes in sizes.groups
+        replace(group, names=tuple(specs[number].name for number in numbers)) for group, numbers in sizes.groups
     )
     return BatchFacts(tuple(units), groups, sizes.slabs, sizes.reads)
 
@@ -65,7 +65,7 @@ def _sizes(specs: Sequence[TensorSpec], packing: Packing) -> _Sizes:
         slab = pack(rest, packing)
         slabs.append(max(slab.nbytes, 0 if packing.follows_file else _apart(rest, packing)))
         reads.append(slab.read_bytes)
-    sized = ((tuple(numbers[spec.name] for spec in group), *_group_bytes(group, packing)) for group in groups)
+    sized = ((_sized(group, packing), tuple(numbers[spec.name] for spec in group)) for group in groups)
     return _Sizes(tuple(sized), tuple(slabs), tuple(reads))
 
 
@@ -90,9 +90,17 @@ def _apart(specs: Sequence[TensorSpec], packing: Packing) -> int:
     return pack(specs, packing, elsewhere={spec.name for spec in stored_specs(specs)}).nbytes
 
 
-def _group_bytes(specs: Sequence[TensorSpec], packing: Packing) -> tuple[int, int]:
-    """On the device that computes, and in host memory for an accelerator."""
-    return pack(specs, packing).nbytes + growth_bytes(specs), pack_as_stored(specs)[0].nbytes
+def _sized(specs: Sequence[TensorSpec], packing: Packing) -> Group:
+    """The group of `specs`, without their names."""
+    nbytes, host_bytes = pack(specs, packing).nbytes + growth_bytes(specs), pack_as_stored(specs)[0].nbytes
+    made = [spec for spec in specs if is_made_in_passes(spec, packing)]
+    if not made:
+        return Group((), nbytes, host_bytes)
+    kept = kept_specs(specs, packing)
+    packed_bytes = pack(kept, packing).nbytes + growth_bytes(kept)
+    most_between = packing.alignment + CACHE_LINE_BYTES  # of two of them
+    made_bytes = sum(spec.nbytes + most_between for spec in made)
+    return Group((), nbytes, host_bytes, packed_bytes, round_up(made_bytes, PAGE_BYTES))
 
 
 def growth_bytes(specs: Iterable[TensorSpec]) -> int:

@@ -29,6 +29,8 @@ class Batch:
         resident: names of the tensors that stay on the device that computes, and `resident_bytes` of them.
         hosted: names of the tensors that stay in host memory and cross to the accelerator, `hosted_bytes` as they lie
             there: packed, if they are stored so.
+        packed: names of the tensors that stay, packed, on the device that computes, and `packed_bytes` of them.
+        made_bytes: the bytes of the slab that are made of them in every pass, and cross nothing.
     """
 
     units: tuple[str, ...]
@@ -38,6 +40,14 @@ class Batch:
     resident_bytes: int = 0
     hosted: tuple[str, ...] = ()
     hosted_bytes: int = 0
+    packed: tuple[str, ...] = ()
+    packed_bytes: int = 0
+    made_bytes: int = 0
+
+    @property
+    def streamed_bytes(self) -> int:
+        """The bytes that come from a disk or from host memory in every pass, as they lie in the ring."""
+        return self.nbytes - self.made_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +104,18 @@ class Plan:
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes that cross the ring in one pass over all layers."""
-        return sum(batch.nbytes for batch in self.batches)
+        """Bytes that come into the ring, from disk or host memory, in one pass over all layers."""
+        return sum(batch.streamed_bytes for batch in self.batches)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Weights that stay packed on the device that computes."""
+        return sum(batch.packed_bytes for batch in self.batches)
+
+    @property
+    def made_bytes(self) -> int:
+        """Bytes in the ring that are made of what stays packed, in one pass over all layers."""
+        return sum(batch.made_bytes for batch in self.batches)
 
     @property
     def read_bytes(self) -> int:
@@ -104,8 +124,8 @@ class Plan:
 
     @property
     def resident_bytes(self) -> int:
-        """Weights that stay on the device that computes, though they could be streamed."""
-        return sum(batch.resident_bytes for batch in self.batches) + sum(self.tables.values())
+        """Weights that stay on the device that computes, though they could be streamed: dense, or packed."""
+        return sum(batch.resident_bytes + batch.packed_bytes for batch in self.batches) + sum(self.tables.values())
 
     @property
     def hosted_bytes(self) -> int:
@@ -154,6 +174,8 @@ def describe(plan: Plan) -> str:
 def _model_lines(plan: Plan) -> Iterator[str]:
     yield f"{plan.model} ({format_bytes(plan.checkpoint_bytes)}, {plan.dtype}) on {plan.device}"
     yield f"  resident     {_resident(plan)}"
+    if plan.packed_bytes:
+        yield f"  packed       {format_bytes(plan.packed_bytes)} of that, made dense in every pass"
     if plan.hosted_bytes:
         rest = f"{format_bytes(plan.read_bytes)} from disk" if plan.read_bytes else "nothing from disk"
         yield f"  host memory  {format_bytes(plan.hosted_bytes)} wait there and cross in every pass, {rest}"
@@ -191,8 +213,8 @@ def _time_lines(plan: Plan) -> Iterator[str]:
 
 
 def _resident(plan: Plan) -> str:
-    whole = sum(batch.nbytes == 0 for batch in plan.batches)
-    partial = sum(bool(batch.resident) and batch.nbytes > 0 for batch in plan.batches)
+    whole = sum(batch.streamed_bytes == 0 for batch in plan.batches)
+    partial = sum(bool(batch.resident or batch.packed) and batch.streamed_bytes > 0 for batch in plan.batches)
     parts = [
         f"{whole} of {counted(len(plan.batches), 'batch')}" if whole else "",
         f"parts of {partial}" if partial else "",
@@ -201,7 +223,7 @@ def _resident(plan: Plan) -> str:
 
 
 def _streamed(plan: Plan) -> str:
-    count = sum(batch.nbytes > 0 for batch in plan.batches)
+    count = sum(batch.streamed_bytes > 0 for batch in plan.batches)
     if not count:
         return "nothing: all of it is in memory after the first pass"
     reads = "around the page cache" if plan.direct_io else "through the page cache"

@@ -11,19 +11,18 @@ groups were formed (`groups`), and in which order they become resident (`spread`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from airstream.errors import BudgetError
 from airstream.layout.ring import ring_bytes
 from airstream.plan.facts import BatchFacts, ModelFacts
+from airstream.plan.placing import Placing, Placings
 from airstream.plan.plan import Batch, Plan
 from airstream.plan.policy import AHEAD_BYTES, CONTEXTS, MAX_AHEAD, MIN_OVERLAPPED_CONTEXT, WORTH_A_STEP
 from airstream.plan.refusal import most
 from airstream.plan.request import HOST, Request
-from airstream.plan.sharing import roundings
-from airstream.plan.spread import counts_after, in_order, resident_order
 from airstream.plan.text import too_small
 from airstream.plan.tiers import Weights, tiers_of
 from airstream.plan.traffic import with_prediction
@@ -45,19 +44,6 @@ class _Frame:
     context: int
     is_overlapped: bool
     steps_down: int
-
-
-@dataclass(frozen=True, slots=True)
-class _Placing:
-    """How many groups of each batch stay on the device, and how many of the next ones in host memory.
-
-    Those on the device take `rounding_bytes` besides.
-    """
-
-    resident: Sequence[int]
-    hosted: Sequence[int]
-    with_tables: bool = False
-    rounding_bytes: int = 0
 
 
 def make_plan(facts: ModelFacts, request: Request) -> Plan:
@@ -85,14 +71,14 @@ def plan_or_none(facts: ModelFacts, request: Request) -> Plan | None:
         return None
 
 
-def cost(plan: Plan, steps_down: int) -> tuple[float, float]:
-    """What a pass moves by `plan`, from disk and over the bus, and what is lost by how it is moved. Less is better.
+def cost(plan: Plan, steps_down: int = 0) -> tuple[float, float, float]:
+    """What a pass by `plan` moves, from disk and over the bus, and makes dense, and what that loses. Less is better.
 
     Every step down, to smaller batches or to fewer of them ahead, has to save `WORTH_A_STEP` to be worth it. What a
     step costs is the same for all contexts and budgets, so that more memory, or less to do in it, is never worse.
     """
     loss = WORTH_A_STEP**steps_down
-    return plan.read_bytes * loss, plan.streamed_bytes * loss
+    return plan.read_bytes * loss, plan.streamed_bytes * loss, plan.made_bytes * loss
 
 
 def _shorter(facts: ModelFacts, request: Request) -> int:
@@ -113,9 +99,7 @@ def smallest_plan(facts: ModelFacts, request: Request) -> Plan:
 
 def _bare_plan(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
     """The plan of `frame` with nothing resident but what it says."""
-    nothing = [0] * len(_batches(facts, frame))
-    rounding = _head_rounding(facts, request, frame)
-    return _plan(facts, request, frame, _Placing(_with_head(nothing, facts, frame), nothing, rounding_bytes=rounding))
+    return _plan(facts, request, frame, _placings(facts, request, frame).dense(0))
 
 
 def _frames(facts: ModelFacts, request: Request) -> Iterator[_Frame]:
@@ -140,71 +124,56 @@ def _depths(request: Request) -> tuple[int | None, ...]:
 
 
 def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
-    """The plan of `frame` with as much resident as fits."""
-    batches = _batches(facts, frame)
-    layers = batches[: len(facts.batchings[frame.layers])]
-    order = resident_order(layers)
-    nothing = [0] * len(batches)
-    taken = roundings(in_order(layers, order)) if request.tier != HOST else [0] * (len(order) + 1)
-    taken_by_head = _head_rounding(facts, request, frame)
+    """The plan of `frame` with as much resident as fits: dense, or packed, if less moves then."""
+    placings = _placings(facts, request, frame)
 
-    def resident(steps: int) -> _Placing:
-        counts = counts_after(order, steps, len(layers)) + [0] * (len(batches) - len(layers))
-        rounding = taken_by_head + taken[min(steps, len(order))]
-        return _Placing(_with_head(counts, facts, frame), nothing, steps > len(order), rounding)
-
-    def fits(placing: _Placing, without_ring: bool = False) -> bool:
+    def fits(placing: Placing, without_ring: bool = False) -> bool:
         return _fits(_plan(facts, request, frame, placing), without_ring)
 
-    # The ring shrinks where all of its batches have given something, so that more may fit where less does not.
-    steps = most(lambda steps: fits(resident(steps), without_ring=True), len(order) + bool(facts.tables))
-    while steps and not fits(resident(steps)):
-        steps -= 1
-    chosen = resident(steps)
+    def most_of(place: Callable[[int], Placing], limit: int) -> int:
+        # The ring shrinks where all of its batches have given something, so that more may fit where less does not.
+        count = most(lambda count: fits(place(count), without_ring=True), limit)
+        while count and not fits(place(count)):
+            count -= 1
+        return count
+
+    every = len(placings.order)
+    dense = most_of(placings.dense, every + bool(facts.tables))
+    chosen = [placings.dense(dense)]
+    if dense < every and placings.has_packed:
+        packed = every if fits(placings.packed(0, every)) else most_of(partial(placings.packed, 0), every)
+        chosen.append(placings.packed(most(lambda count: fits(placings.packed(count, packed)), packed), packed))
     if request.tier != HOST:
-        rest = [batch for batch in order[min(steps, len(order)) :] if _can_be_hosted(layers[batch])]
-        if not frame.head_resident and facts.head is not None and _can_be_hosted(facts.head):
-            rest.insert(0, len(layers))
-
-        def hosted(count: int) -> _Placing:
-            return replace(chosen, hosted=counts_after(rest, count, len(batches)))
-
-        chosen = hosted(most(lambda count: fits(hosted(count)), len(rest)))
-    return _plan(facts, request, frame, chosen)
+        chosen = [_most_hosted(placings, each, fits) for each in chosen]
+    return min((_plan(facts, request, frame, placing) for placing in chosen), key=cost)
 
 
-def _can_be_hosted(batch: BatchFacts) -> bool:
-    return all(group.host_bytes is not None for group in batch.groups)
+def _most_hosted(placings: Placings, chosen: Placing, fits: Callable[[Placing], bool]) -> Placing:
+    """`chosen` with as much in host memory as fits."""
+    every = len(placings.order) + 1  # the lm_head, too
+    return placings.hosted(chosen, most(lambda count: fits(placings.hosted(chosen, count)), every))
 
 
-def _with_head(counts: Sequence[int], facts: ModelFacts, frame: _Frame) -> Sequence[int]:
-    """`counts` with all groups of the lm_head, the last batch, if it is resident."""
-    if facts.head is None or not frame.head_resident:
-        return counts
-    return [*counts[:-1], len(facts.head.groups)]
-
-
-def _head_rounding(facts: ModelFacts, request: Request, frame: _Frame) -> int:
-    """What the lm_head takes besides its bytes, if it is resident: its groups share no memory with others."""
-    if facts.head is None or not frame.head_resident or request.tier == HOST:
-        return 0
-    return roundings(facts.head.groups)[-1]
+def _placings(facts: ModelFacts, request: Request, frame: _Frame) -> Placings:
+    layers = facts.batchings[frame.layers]
+    return Placings(layers, facts.head, is_head_resident=frame.head_resident, is_on_device=request.tier != HOST)
 
 
 def _batches(facts: ModelFacts, frame: _Frame) -> tuple[BatchFacts, ...]:
     return facts.batchings[frame.layers] + ((facts.head,) if facts.head is not None else ())
 
 
-def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing) -> Plan:
+def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: Placing) -> Plan:
     """The plan in which everything has been decided; it may not fit."""
-    batches = tuple(map(_place, _batches(facts, frame), placing.resident, placing.hosted))
+    batches = tuple(map(_place, _batches(facts, frame), placing.resident, placing.packed, placing.hosted))
     sizes = tuple(batch.nbytes for batch in batches if batch.nbytes)
-    depth = frame.prefetch if frame.prefetch is not None else enough_ahead(sizes)
+    depth = frame.prefetch if frame.prefetch is not None else enough_ahead([batch.streamed_bytes for batch in batches])
     tables = {name: group.nbytes for name, group in facts.tables.items() if name not in facts.tables_of_head}
     tables = tables if placing.with_tables else {}
     in_memory = tables.keys() | (facts.tables_of_head if frame.head_resident else frozenset())
     ring = _cached_ring_bytes(sizes, depth + 1)
-    resident = facts.resident_bytes + sum(batch.resident_bytes for batch in batches) + sum(tables.values())
+    resident = sum(batch.resident_bytes + batch.packed_bytes for batch in batches)
+    resident += facts.resident_bytes + sum(tables.values())
     hosted = sum(batch.hosted_bytes for batch in batches)
     return Plan(
         model=facts.name,
@@ -227,20 +196,26 @@ def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing)
     )
 
 
-def _place(batch: BatchFacts, resident: int, hosted: int) -> Batch:
+def _place(batch: BatchFacts, resident: int, packed: int, hosted: int) -> Batch:
+    kept = resident + packed
+    made = batch.made_bytes(resident, kept)
     return Batch(
         units=batch.units,
-        nbytes=batch.slab_bytes[resident],
-        read_bytes=batch.read_bytes[resident + hosted],
+        nbytes=batch.slab_bytes[kept] + made,
+        read_bytes=batch.read_bytes[kept + hosted],
         resident=batch.names(0, resident),
         resident_bytes=batch.resident_bytes(resident),
-        hosted=batch.names(resident, resident + hosted),
-        hosted_bytes=batch.host_bytes(resident, hosted),
+        hosted=batch.names(kept, kept + hosted),
+        hosted_bytes=batch.host_bytes(kept, kept + hosted),
+        packed=batch.names(resident, kept),
+        packed_bytes=batch.packed_bytes(resident, kept),
+        made_bytes=made,
     )
 
 
 def enough_ahead(sizes: Sequence[int]) -> int:
     """How many batches to read ahead so that the disk never waits for room."""
+    sizes = [nbytes for nbytes in sizes if nbytes]
     if not sizes:
         return 1
     average = max(sum(sizes) // len(sizes), 1)

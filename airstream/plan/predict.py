@@ -28,6 +28,9 @@ MEMORY, COMPUTE = "memory bandwidth", "compute"
 LINK_OF_RATE = {"disk": DISK, "host_copy": HOST_COPY, "h2d": H2D, "h2d_pageable": H2D}
 """Fields of `HardwareFacts`, and the link that each is a rate of."""
 
+PACKED = "packed"
+"""What is made dense where it is, and moves over none of them."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Traffic:
@@ -47,6 +50,7 @@ class Traffic:
         decoding_seconds_per_byte: what a CPU core takes for a byte from disk or page cache, where weights are packed.
         decoding_traffic_per_byte: the bytes of its memory that an accelerator passes over to decode one that crosses.
         product_seconds_per_byte: what a CPU core takes to multiply with a byte of weights that stay packed.
+        packed_bytes: those that stay packed, and are made dense in every pass: `made_bytes` in the ring.
         cached_bytes: read out of the page cache in every pass, not from disk.
         h2d_bytes, h2d_pageable_bytes: the bytes that cross to the accelerator in every pass, from pinned memory and
             from other. A plan has none of the latter: what could not be pinned crosses by way of pinned buffers.
@@ -69,6 +73,8 @@ class Traffic:
     decoding_seconds_per_byte: float = 0.0
     decoding_traffic_per_byte: float = 0.0
     product_seconds_per_byte: float = 0.0
+    packed_bytes: int = 0
+    made_bytes: int = 0
     cached_bytes: int = 0
     h2d_bytes: int = 0
     h2d_pageable_bytes: int = 0
@@ -163,8 +169,9 @@ def predict(traffic: Traffic, hardware: HardwareFacts, batch_size: int, prompt_t
         "host_copy": traffic.cached_bytes,
         "h2d": traffic.h2d_bytes,
         "h2d_pageable": traffic.h2d_pageable_bytes,
+        PACKED: traffic.packed_bytes,
     }
-    first = warm | {"disk": traffic.first_disk_bytes, "host_copy": 0, "h2d": traffic.first_h2d_bytes}
+    first = warm | {"disk": traffic.first_disk_bytes, "host_copy": 0, "h2d": traffic.first_h2d_bytes, PACKED: 0}
     prompt = Step(batch_size, prompt_tokens, kept=1, accepted=1)
     decode = _links(traffic, hardware, warm, Step(batch_size, 1, kept=1, accepted=1), context)
     prefill = _links(traffic, hardware, first, prompt, prompt_tokens)
@@ -179,7 +186,7 @@ def predict(traffic: Traffic, hardware: HardwareFacts, batch_size: int, prompt_t
         bottleneck=_bottleneck(traffic, decode),
         prefill_bottleneck=_bottleneck(traffic, prefill),
         links=decode,
-        rates=_rates(traffic, hardware, [name for name in warm if warm[name] or first[name]]),
+        rates=_rates(traffic, hardware, [name for name in LINK_OF_RATE if warm[name] or first[name]]),
     )
 
 
@@ -189,7 +196,7 @@ def _links(
     """Seconds that a step keeps each link busy."""
     seconds = dict.fromkeys((DISK, HOST_COPY, H2D, MEMORY, COMPUTE), 0.0)
     for name, nbytes in moved.items():
-        if nbytes:
+        if nbytes and name in LINK_OF_RATE:
             seconds[LINK_OF_RATE[name]] += nbytes / _rate(hardware, name).per_second
     bandwidth = hardware.weights_rate(traffic.dtype).per_second
     touched = traffic.touched_bytes(step.sequences * step.tokens)
@@ -201,11 +208,11 @@ def _links(
     if traffic.on_cpu and traffic.reads_ahead:  # else the CPU has nothing better to do while it reads
         seconds[COMPUTE] += moved["disk"] * hardware.disk_cpu_seconds_per_byte / hardware.num_cores
     if traffic.on_cpu:
-        packed = moved["disk"] + moved["host_copy"]
+        packed = moved["disk"] + moved["host_copy"] + moved[PACKED]
         seconds[COMPUTE] += packed * traffic.decoding_seconds_per_byte / hardware.num_cores
     else:  # while the next bytes cross, but in the memory that weights are multiplied from
         packed = moved["h2d"] + moved["h2d_pageable"]
-        seconds[MEMORY] += packed * traffic.decoding_traffic_per_byte / bandwidth
+        seconds[MEMORY] += (packed * traffic.decoding_traffic_per_byte + traffic.made_bytes) / bandwidth
     return seconds
 
 

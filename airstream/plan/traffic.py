@@ -39,6 +39,8 @@ def traffic_of(plan: Plan, facts: ModelFacts, on_cpu: bool) -> Traffic:
         kv_bytes_per_token=facts.footprint.kv_elements * facts.footprint.item_bytes,
         attention_width=sums.attention_width,
         product_seconds_per_byte=sums.product_seconds / max(sums.weight_bytes, 1),
+        packed_bytes=plan.packed_bytes,
+        made_bytes=plan.made_bytes,
         disk_bytes=plan.read_bytes if plan.direct_io else 0,
         cached_bytes=0 if plan.direct_io else plan.read_bytes,
         first_disk_bytes=stored_bytes,

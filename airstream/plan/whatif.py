@@ -89,8 +89,8 @@ def quantised(facts: ModelFacts, bits: float) -> ModelFacts:
 
 def _scaled(batch: BatchFacts, share: float) -> BatchFacts:
     groups = tuple(
-        Group(g.names, int(share * g.nbytes), None if g.host_bytes is None else int(share * g.host_bytes))
-        for g in batch.groups
+        Group(each.names, int(share * each.nbytes), None if each.host_bytes is None else int(share * each.host_bytes))
+        for each in batch.groups
     )
     slabs, reads = ([int(share * nbytes) for nbytes in sizes] for sizes in (batch.slab_bytes, batch.read_bytes))
     return BatchFacts(batch.units, groups, tuple(slabs), tuple(reads))

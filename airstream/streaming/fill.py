@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 
@@ -74,12 +74,14 @@ class Fill:
         room: the bytes that the slab takes in the ring.
         resident: the tensors that stay on the device.
         hosted: the part of `slab` that comes from host memory.
+        kept: by name, what stays on the device packed, as tensors, of which another part of `slab` is made.
     """
 
     slab: Slab
     room: int
     resident: Sequence[Resident] = ()
     hosted: Sequence[Hosted] = ()
+    kept: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def is_complete(self) -> bool:

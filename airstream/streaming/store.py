@@ -6,13 +6,17 @@ the plan.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain
 
+import torch
+
 from airstream.layout.as_stored import pack_as_stored
-from airstream.layout.slab import pack, stored_specs
-from airstream.layout.tensors import TensorSpec
+from airstream.layout.slab import is_made_in_passes, kept_specs, pack, stored_specs
+from airstream.layout.tensors import TensorSpec, view_of
 from airstream.plan.facts import BatchFacts, ModelFacts
+from airstream.plan.placing import as_packed
 from airstream.plan.plan import Batch, Plan
 from airstream.plan.sharing import sharing
 from airstream.plan.spread import in_order, resident_order
@@ -30,7 +34,8 @@ class Store:
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], backend: Backend) -> None:
-        self._specs = specs
+        raw = {each.name: each for spec in specs.values() if spec.made_by is not None for each in spec.stored}
+        self._specs = {**specs, **raw}
         self._backend = backend
         self._resident: dict[Names, Resident] = {}
         self._shared: set[tuple[Names, ...]] = set()
@@ -44,8 +49,9 @@ class Store:
         """
         batches = [*facts.batchings[plan.layers_per_batch], *([facts.head] if facts.head is not None else [])]
         stays = {name for batch in plan.batches for name in batch.resident} | plan.tables.keys()
+        packed = {name for batch in plan.batches for name in batch.packed}
         waits = {name for batch in plan.batches for name in batch.hosted}
-        shared = list(self._sharing(facts.batchings[plan.layers_per_batch], facts.head, stays))
+        shared = list(self._sharing(facts.batchings[plan.layers_per_batch], facts.head, stays, packed))
         self._shared &= set(shared)
         kept = {*chain.from_iterable(self._shared), *((name,) for name in plan.tables)}
         self._resident = {names: memory for names, memory in self._resident.items() if names in kept}
@@ -75,20 +81,30 @@ class Store:
         self._hosted.clear()
 
     def _fill(self, batch: Batch, facts: BatchFacts) -> Fill:
-        stays, waits = set(batch.resident), set(batch.hosted)
+        stays, packed, waits = set(batch.resident), set(batch.packed), set(batch.hosted)
         groups = [group.names for group in facts.groups]
         resident = [self._resident[names] for names in groups if stays.issuperset(names)]
+        sources = [self._resident[self._kept(names)] for names in groups if packed.issuperset(names)]
         hosted = [self._make_hosted(names) for names in groups if waits.issuperset(names)]
-        rest = self._named(name for names in groups for name in names if name not in stays)
+        rest = self._named(name for names in groups for name in names if name not in stays and name not in packed)
         elsewhere = {spec.name for spec in stored_specs(self._named(waits))}
-        return Fill(pack(rest, self._backend.packing, elsewhere), batch.nbytes, resident, hosted)
+        made = [spec for spec in self._named(batch.packed) if is_made_in_passes(spec, self._backend.packing)]
+        beside = {spec.name for spec in stored_specs(made)}
+        slab = pack([*rest, *made], self._backend.packing, elsewhere, beside)  # the rest as if it were all: as planned
+        return Fill(slab, batch.nbytes, resident + sources, hosted, _tensors_in(sources, beside))
+
+    def _kept(self, names: Names) -> Names:
+        """What stays of a group that stays packed."""
+        return tuple(spec.name for spec in kept_specs(self._named(names), self._backend.packing))
 
     def _sharing(
-        self, layers: Sequence[BatchFacts], head: BatchFacts | None, stays: set[str]
+        self, layers: Sequence[BatchFacts], head: BatchFacts | None, stays: set[str], packed: set[str]
     ) -> Iterator[tuple[Names, ...]]:
         """The groups of each allocation. In memory of the host, whose pages are small, each has one of its own."""
         for groups in (in_order(layers, resident_order(layers)), head.groups if head is not None else ()):
             staying = [group for group in groups if stays.issuperset(group.names)]
+            kept = (as_packed(group) for group in groups if packed.issuperset(group.names))
+            staying += [replace(group, names=self._kept(group.names)) for group in kept]
             alone = self._backend.packing.follows_file
             yield from (
                 tuple(group.names for group in together)
@@ -111,3 +127,13 @@ class Store:
 
     def _named(self, names: Iterable[str]) -> Sequence[TensorSpec]:
         return [self._specs[name] for name in names]
+
+
+def _tensors_in(sources: Iterable[Resident], names: Collection[str]) -> Mapping[str, torch.Tensor]:
+    """The tensors `names`, which stay as they are, by name."""
+    return {
+        spec.name: view_of(each.memory, each.slab.offsets[spec.name], spec)
+        for each in sources
+        for spec in each.slab.specs
+        if spec.name in names
+    }
