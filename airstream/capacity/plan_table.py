@@ -24,7 +24,7 @@ from airstream.loading.prepare import prepare_for_planning
 from airstream.loading.prepared import Prepared
 from airstream.plan.facts import ModelFacts
 from airstream.plan.plan import Plan
-from airstream.plan.planner import make_plan, plan_or_none, smallest_plan
+from airstream.plan.planner import plan_or_none, smallest_plan, smallest_whole_plan
 from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import HOST, Request
 from airstream.rates.cards import find_card
@@ -37,9 +37,6 @@ CARDS = (
 """Cards that people have, from 6 to 80 GiB."""
 
 SHORT_NAMES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
-
-ROOMY = 1 << 50
-"""Bytes that hold any model."""
 
 
 def plan_table(
@@ -129,7 +126,7 @@ def _row(precision: str, machine: Machine, facts: ModelFacts, plan: Plan, needed
     card = find_card(str(machine.gpu))
     vram, ram = plan.tiers[plan.computes_on], plan.tiers[HOST]
     per_token = facts.footprint.kv_elements * facts.footprint.item_bytes
-    is_whole = fits and not plan.streamed_bytes
+    is_whole = fits and not plan.streamed_bytes and not plan.rows_from_disk
     row = Row(
         model=facts.name,
         precision=precision,
@@ -160,9 +157,9 @@ def _row(precision: str, machine: Machine, facts: ModelFacts, plan: Plan, needed
 
 
 def _needed_bytes(facts: ModelFacts, request: Request, context: int) -> int:
-    """The device's peak under the plan that has room for everything."""
-    roomy = replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), max_context=context, hardware=None)
-    return make_plan(facts, roomy).tiers[request.tier].peak_bytes
+    """The device's peak with everything in its memory, packed if that is less."""
+    whole = smallest_whole_plan(facts, replace(request, max_context=context, hardware=None))
+    return whole.tiers[request.tier].peak_bytes
 
 
 def _notes(request: Request) -> Iterator[str]:

@@ -62,7 +62,7 @@ class Placings:
         return self._placing(steps, steps)
 
     def packed(self, dense: int, steps: int) -> Placing:
-        """The first groups stay: `dense` of them so, and the others packed."""
+        """As `dense`, but that the first `dense` groups alone are, and the others packed."""
         return self._placing(dense, steps)
 
     def hosted(self, chosen: Placing, steps: int) -> Placing:
@@ -82,7 +82,7 @@ class Placings:
             resident + self._head_counts,
             packed + nothing,
             [0] * (num_layers + len(nothing)),
-            with_tables=dense > len(self.order),
+            with_tables=steps > len(self.order),
             rounding_bytes=self._rounding(dense, steps),
         )
 

@@ -97,6 +97,17 @@ def smallest_plan(facts: ModelFacts, request: Request) -> Plan:
     return min(plans, key=lambda plan: sum(plan.peak_bytes.values()))
 
 
+def smallest_whole_plan(facts: ModelFacts, request: Request) -> Plan:
+    """The plan that needs the least memory of the device that computes, of those that keep all weights in it."""
+    plans = []
+    for frame in _frames(facts, request):
+        if frame.head_resident:
+            placings = _placings(facts, request, frame)
+            every = len(placings.order) + bool(facts.tables)
+            plans += [_plan(facts, request, frame, each) for each in (placings.dense(every), placings.packed(0, every))]
+    return min(plans, key=lambda plan: plan.tiers[request.tier].peak_bytes)
+
+
 def _bare_plan(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
     """The plan of `frame` with nothing resident but what it says."""
     return _plan(facts, request, frame, _placings(facts, request, frame).dense(0))
@@ -141,8 +152,8 @@ def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
     dense = most_of(placings.dense, every + bool(facts.tables))
     chosen = [placings.dense(dense)]
     if dense < every and placings.has_packed:
-        packed = every if fits(placings.packed(0, every)) else most_of(partial(placings.packed, 0), every)
-        chosen.append(placings.packed(most(lambda count: fits(placings.packed(count, packed)), packed), packed))
+        packed = most_of(partial(placings.packed, 0), every + bool(facts.tables))
+        chosen.append(placings.packed(most(lambda count: fits(placings.packed(count, packed)), every), packed))
     if request.tier != HOST:
         chosen = [_most_hosted(placings, each, fits) for each in chosen]
     return min((_plan(facts, request, frame, placing) for placing in chosen), key=cost)
