@@ -101,7 +101,7 @@ def smallest_whole_plan(facts: ModelFacts, request: Request) -> Plan:
     """The plan that needs the least memory of the device that computes, of those that keep all weights in it."""
     plans = []
     for frame in _frames(facts, request):
-        if frame.head_resident:
+        if frame.head_resident and frame.is_overlapped:  # no other is looked at where it fits
             placings = _placings(facts, request, frame)
             every = len(placings.order) + bool(facts.tables)
             plans += [_plan(facts, request, frame, each) for each in (placings.dense(every), placings.packed(0, every))]
