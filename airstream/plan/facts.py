@@ -155,6 +155,12 @@ class ModelFacts:
     num_tensors: int = 0
     kernels: str = "exact"
 
+    @property
+    def may_stay_packed(self) -> bool:
+        """Whether some tensors take less memory if they stay packed, and are made dense in every pass."""
+        batches = next(iter(self.batchings.values()))
+        return any(group.kept_bytes < group.nbytes for batch in batches for group in batch.groups)
+
     def with_adapters(self, adapters: AdapterFacts) -> ModelFacts:
         """The sizes of the model with these adapters instead of those that it has."""
         footprint = replace(

@@ -63,7 +63,7 @@ class Placings:
 
     def packed(self, dense: int, steps: int) -> Placing:
         """As `dense`, but that the first `dense` groups alone are, and the others packed."""
-        return self._placing(dense, steps)
+        return self._placing(dense, max(dense, steps))
 
     def hosted(self, chosen: Placing, steps: int) -> Placing:
         """`chosen`, and the next groups wait in host memory, the lm_head's first."""

@@ -50,7 +50,8 @@ def make_plan(facts: ModelFacts, request: Request) -> Plan:
     """The best plan that fits the budgets.
 
     Preferred, in this order: reading ahead, a longer context, less to read and to stream in a pass; of plans that
-    hardly differ in that, a resident lm_head, larger batches, more batches ahead.
+    hardly differ in that, a resident lm_head, larger batches, more batches ahead. Where weights may stay packed, and
+    it is known what the machine can do, the seconds of a pass take the place of the bytes.
 
     Raises:
         BudgetError: not even the smallest plan fits; the message has the smallest budgets that would do.
@@ -59,7 +60,8 @@ def make_plan(facts: ModelFacts, request: Request) -> Plan:
         fitting = [frame for frame in frames if _fits(_bare_plan(facts, request, frame))]
         plans = [(_fill(facts, request, frame), frame.steps_down) for frame in fitting]
         if plans:
-            return with_prediction(min(plans, key=lambda each: cost(*each))[0], facts, request)
+            best, _ = min(plans, key=lambda each: _cost(facts, request, *each))
+            return with_prediction(best, facts, request)
     raise BudgetError(too_small(smallest_plan(facts, request), request.described, _shorter(facts, request)))
 
 
@@ -79,6 +81,15 @@ def cost(plan: Plan, steps_down: int = 0) -> tuple[float, float, float]:
     """
     loss = WORTH_A_STEP**steps_down
     return plan.read_bytes * loss, plan.streamed_bytes * loss, plan.made_bytes * loss
+
+
+def _cost(facts: ModelFacts, request: Request, plan: Plan, steps_down: int) -> tuple[float, ...]:
+    """`cost`, behind the seconds of a pass where weights may stay packed: what is not moved has to be made dense."""
+    if request.hardware is None or not facts.may_stay_packed:
+        return cost(plan, steps_down)
+    expected = with_prediction(plan, facts, request).prediction
+    assert expected is not None
+    return expected.decode_seconds * WORTH_A_STEP**steps_down, *cost(plan, steps_down)
 
 
 def _shorter(facts: ModelFacts, request: Request) -> int:
@@ -148,15 +159,20 @@ def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
             count -= 1
         return count
 
+    def with_packed(least: int) -> Placing:
+        """At least so many groups are dense, then as many as can be stay packed, then as many of those are dense."""
+        kept = most_of(partial(placings.packed, least), every + bool(facts.tables))
+        return placings.packed(most(lambda count: fits(placings.packed(count, kept)), min(kept, every)), kept)
+
     every = len(placings.order)
     dense = most_of(placings.dense, every + bool(facts.tables))
     chosen = [placings.dense(dense)]
     if dense < every and placings.has_packed:
-        packed = most_of(partial(placings.packed, 0), every + bool(facts.tables))
-        chosen.append(placings.packed(most(lambda count: fits(placings.packed(count, packed)), every), packed))
+        chosen += [with_packed(least) for least in dict.fromkeys((0, dense // 2))]
     if request.tier != HOST:
         chosen = [_most_hosted(placings, each, fits) for each in chosen]
-    return min((_plan(facts, request, frame, placing) for placing in chosen), key=cost)
+    plans = (_plan(facts, request, frame, placing) for placing in chosen)
+    return min(plans, key=lambda plan: _cost(facts, request, plan, frame.steps_down))
 
 
 def _most_hosted(placings: Placings, chosen: Placing, fits: Callable[[Placing], bool]) -> Placing:
