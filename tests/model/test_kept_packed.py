@@ -1,0 +1,154 @@
+"""Weights that are made dense stay packed in memory where that pays, and every pass makes them: the same logits."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from airstream.loading.machine import Machine
+from airstream.loading.options import LoadOptions
+from airstream.loading.prepare import prepare
+from airstream.plan.plan import Plan
+from airstream.plan.planner import make_plan
+from airstream.plan.request import HOST
+from airstream.plan.tiers import DEVICE_RUNTIME_BYTES
+from airstream.rates.facts import Rate
+from airstream.repacking.repack import repack
+from tests.conftest import STREAMING, least_memory, simulated_accelerator, stream
+from tests.stand_ins.comparing import BF16, greedy, logits, prompts
+from tests.stand_ins.tiny_models import TINY, TinyModel, write_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of the packages of formats
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+WIDE = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 6}
+CODECS = ("int4", "fp8")
+BY_CODEC = pytest.mark.parametrize("codec", CODECS)
+DEVICES = ("cpu", "sim:0")
+SLOW_DISK, FAST_DISK = (Rate(per_second, "of a test") for per_second in (1e6, 1e12))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("kept")
+    write_model(TinyModel("llama", {**TINY["llama"].fields, **WIDE}), root / "plain", BF16)
+    return {codec: repack(root / "plain", root / codec, codec=codec, progress=False) for codec in CODECS}
+
+
+@pytest.fixture(autouse=True)
+def _small_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models are so small that what stays would be read along, for what does not."""
+    monkeypatch.setattr("airstream.layout.slab.MAX_GAP_BYTES", 0)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed weights are worth their while: it takes longer to read a weight than to make it."""
+    monkeypatch.setattr("airstream.loading.machine.Machine.rates", with_disk(SLOW_DISK))
+
+
+def with_disk(disk: Rate) -> Any:
+    measured = Machine.rates
+
+    def rates(self: Machine, *arguments: Any) -> Any:
+        return replace(measured(self, *arguments), disk=disk, host_copy=disk)
+
+    return rates
+
+
+def plan_for(folder: Path, device: str, more: int, disk: Rate) -> Plan:
+    prepared = prepare(folder, LoadOptions(device=device, **STREAMING, max_memory=memory(folder, device, more)))
+    assert prepared.request.hardware is not None
+    hardware = replace(prepared.request.hardware, disk=disk, host_copy=disk)
+    return make_plan(prepared.facts, replace(prepared.request, hardware=hardware))
+
+
+def memory(folder: Path, device: str, more: int) -> dict[Any, int]:
+    """So many bytes more than the least where it computes."""
+    where = 0 if device != "cpu" else HOST
+    return {tier: least + more * (tier == where) for tier, least in least_memory(folder, device, **STREAMING).items()}
+
+
+@BY_CODEC
+@pytest.mark.parametrize("device", DEVICES)
+def test_logits_are_those_of_the_resident_model(
+    folders: dict[str, Path], slow_disk: None, codec: str, device: str
+) -> None:
+    folder, inputs = folders[codec], [prompts(1, 1), prompts(2, 7)]
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
+    expected = [logits(reference, each) for each in inputs]
+    kinds = set()
+    for more in (0, 400_000, 800_000, 1_500_000, 3_000_000, 6_000_000, 40_000_000):
+        with ExitStack() as stack:
+            sim = stack.enter_context(simulated_accelerator()) if device != "cpu" else None
+            model = stack.enter_context(stream(folder, device, max_memory=memory(folder, device, more)))
+            plan = model.plan
+            for each, wanted in zip(inputs * 2, expected * 2, strict=True):
+                assert torch.equal(logits(model, each), wanted)
+            assert torch.equal(greedy(model, inputs[0]), greedy(reference, inputs[0]))
+            kinds.add((plan.packed_bytes > 0, plan.streamed_bytes > 0))
+            if sim is not None:
+                assert sim.peak_bytes <= plan.tiers["0"].peak_bytes - DEVICE_RUNTIME_BYTES
+                model.close()
+                assert sim.races == []
+    assert {(False, True), (True, True), (False, False)} <= kinds  # all streamed, some packed, all dense
+
+
+@BY_CODEC
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_stays_packed_is_read_once(folders: dict[str, Path], slow_disk: None, codec: str, device: str) -> None:
+    folder = folders[codec]
+    with ExitStack() as stack:
+        if device != "cpu":
+            stack.enter_context(simulated_accelerator())
+        whole = next(
+            plan
+            for more in range(0, 40_000_000, 500_000)
+            if (plan := plan_for(folder, device, more, SLOW_DISK)).packed_bytes and not plan.streamed_bytes
+        )
+        budget = {int(tier) if tier.isdigit() else tier: each.budget_bytes for tier, each in whole.tiers.items()}
+        model = stack.enter_context(stream(folder, device, max_memory=budget))
+        assert model.plan.packed_bytes > 0
+        logits(model, prompts(1, 3))
+        read = model.stats.streamed_bytes
+        logits(model, prompts(1, 3))
+        assert model.stats.streamed_bytes == read > 0
+
+
+@BY_CODEC
+def test_a_fast_disk_leaves_the_processor_less_to_do(folders: dict[str, Path], codec: str) -> None:
+    slow, fast = (plan_for(folders[codec], "cpu", 3_000_000, disk) for disk in (SLOW_DISK, FAST_DISK))
+    assert slow.packed_bytes > 0 == fast.packed_bytes
+    assert slow.made_bytes > 0
+    assert slow.read_bytes < fast.read_bytes
+
+
+@BY_CODEC
+@pytest.mark.parametrize("device", DEVICES)
+def test_more_memory_never_means_more_seconds(folders: dict[str, Path], codec: str, device: str) -> None:
+    with ExitStack() as stack:
+        if device != "cpu":
+            stack.enter_context(simulated_accelerator())
+        seconds = []
+        for more in range(0, 24_000_000, 2_000_000):
+            expected = plan_for(folders[codec], device, more, SLOW_DISK).prediction
+            assert expected is not None
+            seconds.append(expected.decode_seconds)
+    assert all(later <= 1.02 * sooner for sooner, later in pairwise(seconds))
+
+
+def test_a_plan_says_so(folders: dict[str, Path]) -> None:
+    plan = plan_for(folders["int4"], "cpu", 3_000_000, SLOW_DISK)
+    assert "of that, made dense in every pass" in str(plan)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert plan.peak_bytes[HOST] <= plan.tiers[HOST].budget_bytes
