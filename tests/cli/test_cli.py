@@ -345,7 +345,7 @@ from airstream.cli import main
 told = []
 for words in json.load(sys.stdin):
     err = io.StringIO()
-    with contextlib.redirect_stderr(err):
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
             status = main(words)
         except SystemExit as exit:
@@ -428,6 +428,25 @@ def test_mistakes_are_told_before_torch_is_imported() -> None:
         assert said in err, words
         assert got == status, words
         assert err.count("\n") == 1, words
+
+
+@pytest.mark.parametrize("words", [[], ["--traceback"]])
+def test_who_names_no_command_is_shown_all_of_them(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    listed = capsys.readouterr().out.splitlines()
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    helped = capsys.readouterr().out
+    known = re.findall(r"^    (\w+)  ", helped, re.MULTILINE)
+    assert len(known) >= 7
+    for name in known:
+        (line,) = (line for line in listed if line.split()[:1] == [name])
+        assert len(line) <= 80
+        assert line.split(maxsplit=1)[1] in helped  # whole, on one line there as well
 
 
 @pytest.mark.parametrize(
