@@ -20,6 +20,7 @@ DEVICE = "device that computes (default: the accelerator if there is one, else c
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Which machine a plan is for."""
     group = parser.add_argument_group("another machine (what is not given is as here)")
     group.add_argument("--gpu", metavar="CARD", help='"RTX 3090", which need not be here; "3090,4090" with --table')
     group.add_argument("--ram", type=values.size, metavar="SIZE", help="all memory of the host: 64GiB")
@@ -29,6 +30,7 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
+    """What `AutoModel.from_pretrained` takes."""
     group = parser.add_argument_group("loading (as in AutoModel.from_pretrained)")
     group.add_argument(
         "--max-memory",
@@ -68,6 +70,7 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 
 
 def add_source(group: Any) -> None:
+    """Where a checkpoint comes from."""
     group.add_argument("--gguf-file", metavar="FILE", help="the GGUF file to use, of a folder or hub repository")
     group.add_argument("--subfolder", metavar="FOLDER", help="of the folder or repository, where the checkpoint lies")
     group.add_argument("--variant", help="of the weights: fp16 names model.fp16.safetensors")
@@ -79,6 +82,7 @@ def add_source(group: Any) -> None:
 
 
 def add_generation(parser: argparse.ArgumentParser, default: str) -> None:
+    """How many tokens come, and which; `default` says what is done unless asked otherwise."""
     group = parser.add_argument_group("generation", f"By default: {default}.")
     group.add_argument("--max-new-tokens", type=COUNT, default=256, metavar="N", help="(default: %(default)s)")
     group.add_argument(

@@ -117,7 +117,7 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     hardware.add_argument("--device", type=values.device, help=DEVICE)
     hardware.add_argument("--refresh", action="store_true", help="measure again, whatever is known already")
     hardware.add_argument("--json", action="store_true", help="print the rates as JSON")
-    hardware.set_defaults(run=_command("hardware"))
+    hardware.set_defaults(run=_command("hardware", mistakes.check_hardware))
 
     _add_files(commands)
     return parser

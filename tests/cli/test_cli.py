@@ -410,16 +410,41 @@ AT_ONCE = [
     ("repack m out --shard-size 4KiB", 2, "name 1.0 MiB at least"),
     (f"repack {'x' * 300}/y/z ../{'x' * 300}", 1, "x"),
     ("repack m out --shard-size big", 2, "'big' is not a size"),
+    *((f"{words} {{empty}}", 1, "has no checkpoint: expected model.safetensors, ") for words in ("chat", "verify")),
+    ("generate {empty} p", 1, "has no checkpoint: expected model.safetensors, "),
+    ("generate {empty} p --variant fp16", 1, "has no checkpoint of --variant fp16: expected model.fp16.safetensors, "),
+    ("repack {empty} out", 1, "has no checkpoint: expected model.safetensors, "),
+    ("plan {empty}", 1, "has no config.json: it is not the folder of a transformers model"),
+    ("plan --table {config} {empty}", 1, "has no config.json"),
+    ("plan {empty} --subfolder x", 1, "has no folder 'x', which --subfolder names"),
+    ("generate {config} p", 1, "has no checkpoint: expected model.safetensors, "),
+    ("generate {weights} p", 1, "has no config.json"),
+    ("repack {weights} out", 1, "has no config.json"),
+    ("chat {adapter}", 1, "has no checkpoint"),
+    ("plan {adapter}", 1, "is an adapter, not a model"),
+    ("chat {file}", 1, "is a file: name the folder of a checkpoint"),
+    ("generate {empty} p --gguf-file x.gguf", 1, "has no file 'x.gguf'"),
+    ("hardware {file}", 1, "is a file: name a folder on the disk to measure"),
+    ("hardware {empty}/x", 1, "is not a folder: name one on the disk that is to be measured"),
     ("demo --max-memory lots", 2, "'lots' is not a size"),
     ("demo --max-memory 200", 2, 'did you mean "200GiB"?'),
 ]
-"""What the command line alone shows to be wrong."""
+"""What the command line alone shows to be wrong, or what lies under the names in it."""
+
+LACKING = {"empty": "", "config": "config.json", "weights": "model.safetensors", "adapter": "adapter_config.json"}
+"""Folders that are no models, and what is in them."""
 
 
-def test_mistakes_are_told_before_torch_is_imported() -> None:
+def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    for name, file in LACKING.items():
+        (tmp_path / name).mkdir()
+        if file:
+            (tmp_path / name / file).write_text("{}")
+    (tmp_path / "file").touch()
+    here = {name: str(tmp_path / name) for name in (*LACKING, "file")}
     told = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
-        input=json.dumps([words.split() for words, _, _ in AT_ONCE]),
+        input=json.dumps([words.format(**here).split() for words, _, _ in AT_ONCE]),
         capture_output=True,
         text=True,
         check=True,
