@@ -1,4 +1,7 @@
-"""These are the names of a config and of the files of weights, as transformers looks for them. What is in them is for other modules."""
+"""These are the names of a config and of the files of weights, as transformers looks for them.
+
+What is in them is for other modules.
+"""
 
 from __future__ import annotations
 

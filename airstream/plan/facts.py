@@ -101,6 +101,7 @@ class ModelFacts:
     Attributes:
         batchings: for every number of layers per batch that may be chosen, best first, the batches it gives.
         head: the lm_head as a batch of its own if it can be streamed, else None.
+        has_fixed_head: there is an lm_head that cannot, and is among the weights that always stay.
         resident_bytes: weights and buffers that always stay in memory.
         tables: the embedding tables, by parameter name. Only the rows needed are read, unless there is room for all.
         tables_of_head: those among them that are in memory anyway once the head is, because they are tied to it.
@@ -135,6 +136,7 @@ class ModelFacts:
     position_limit: int | None = None
     rotary_limit: int | None = None
     num_tensors: int = 0
+    has_fixed_head: bool = False
     kernels: str = "exact"
 
     def with_adapters(self, adapters: AdapterFacts) -> ModelFacts:

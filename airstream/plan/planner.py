@@ -191,6 +191,13 @@ def _head_rounding(facts: ModelFacts, request: Request, frame: _Frame) -> int:
     return roundings(facts.head.groups)[-1]
 
 
+def _head(facts: ModelFacts, frame: _Frame) -> str:
+    """Where the lm_head is, in a word."""
+    if facts.head is None:
+        return "resident" if facts.has_fixed_head else "none"
+    return "resident" if frame.head_resident else "streamed"
+
+
 def _batches(facts: ModelFacts, frame: _Frame) -> tuple[BatchFacts, ...]:
     return facts.batchings[frame.layers] + ((facts.head,) if facts.head is not None else ())
 
@@ -216,7 +223,7 @@ def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing)
         layers_per_batch=frame.layers,
         prefetch_batches=depth,
         ring_bytes=ring,
-        head="none" if facts.head is None else "resident" if frame.head_resident else "streamed",
+        head=_head(facts, frame),
         tables=tables,
         rows_from_disk={name: group.nbytes for name, group in facts.tables.items() if name not in in_memory},
         checkpoint_bytes=facts.checkpoint_bytes,

@@ -169,6 +169,20 @@ def test_the_plan_names_it_and_counts_packed_bytes(packed: Packed) -> None:
     assert fast.prediction is None or fast.prediction.decode_seconds > 0
 
 
+@pytest.mark.parametrize("codec", ["plain", "lossless"])
+def test_a_packed_lm_head_is_streamed_like_a_dense_one(packed: Packed, codec: str) -> None:
+    with stream(packed(codec), **FAST) as model:
+        assert model.plan.head == "streamed"
+        assert model.plan.batches[-1].units == ("lm_head",)
+        head = model.get_submodule("lm_head")
+        assert (head.row_format is not None) is (codec == "lossless")
+        inputs = prompts(2, 12)
+        streamed = logits(model, inputs)
+    with stream(packed(codec), **FAST, max_memory="1GiB") as model:
+        assert model.plan.head == "resident"
+        assert torch.equal(logits(model, inputs), streamed)
+
+
 def test_a_packed_weight_has_a_shape_and_no_values(packed: Packed) -> None:
     plain = AutoModelForCausalLM.from_pretrained(packed("plain"))
     with stream(packed("int4"), **FAST) as model:
