@@ -23,7 +23,9 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     """Which machine a plan is for."""
     group = parser.add_argument_group("another machine (what is not given is as here)")
     group.add_argument("--gpu", metavar="CARD", help='"RTX 3090", which need not be here; "3090,4090" with --table')
-    group.add_argument("--ram", type=values.size, metavar="SIZE", help="all memory of the host: 64GiB")
+    group.add_argument(
+        "--ram", type=values.size, metavar="SIZE", help="all memory of the host: 64GiB, of which 90%% is used"
+    )
     group.add_argument(
         "--disk-gbps", type=number(float, above=0), metavar="GB/S", help="of the disk that the checkpoint lies on"
     )
