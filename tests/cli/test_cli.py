@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -31,7 +32,7 @@ from airstream.cli.reading import prompt_of, typed
 from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
 from airstream.cli.values import DTYPES, parse_memory
-from airstream.cli.wording import as_options
+from airstream.cli.wording import OPTIONS, as_options
 from airstream.loading.options import LoadOptions
 from tests.conftest import WriteTiny, least_memory, stream
 from tests.stand_ins.tiny_models import tiny_tokenizer
@@ -208,6 +209,15 @@ def test_the_dtypes_named_are_those_that_models_compute_in() -> None:
     assert {str(each).removeprefix("torch.") for each in vars(torch).values() if isinstance(each, torch.dtype)} & {
         *DTYPES
     } == {"bfloat16", "float16", "float32", "float64"}
+
+
+def test_errors_know_every_option_that_python_has_as_an_argument() -> None:
+    """By its name in Python; else a message of the command line would tell users what they cannot type."""
+    parser = build_parser("0")
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    named = {action.dest for command in commands.choices.values() for action in command._actions}
+    arguments = {option.name for option in dataclasses.fields(LoadOptions)}
+    assert (named & arguments) <= set(OPTIONS)
 
 
 def test_every_loading_argument_reaches_from_pretrained() -> None:
@@ -760,6 +770,7 @@ def test_a_prompt_without_quotes_is_told_to_have_some(capsys: pytest.CaptureFixt
         ),
         ('say "dtype=float16 or', 'say "--dtype float16 or'),
         ("/data/max_memory/x", "/data/max_memory/x"),
+        ('With kernels="fast" it would', "With --kernels fast it would"),
     ],
 )
 def test_errors_are_in_the_words_of_the_command_line(message: str, said: str) -> None:
