@@ -45,6 +45,7 @@ from airstream.profiling.live import progress
 from airstream.repacking.cached import packed_copy
 from airstream.reporting.status import Activity, showing
 from airstream.system.forks import is_forked
+from airstream.system.in_use import using
 from airstream.system.memory import process_bytes
 from airstream.transfer.machinery import Machinery
 from airstream.transfer.opening import open_machinery
@@ -186,7 +187,7 @@ def load_model(
         options = replace(options, compression=None, subfolder="", variant=None, revision=None)
     activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
     plan: Plan | None = None
-    with showing(activity.text, bool(options.progress)), explained(lambda: plan):
+    with using(Path(name)), showing(activity.text, bool(options.progress)), explained(lambda: plan):
         prepared = prepare(name, options, begin=activity.begin)
         check(prepared.model)
         plan = fitting_plan(prepared, partial(prepare, name))

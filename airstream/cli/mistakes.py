@@ -88,6 +88,12 @@ def check_plan(arguments: argparse.Namespace) -> None:
         check_config(model, arguments)
 
 
+def check_cache(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError if the arguments of `airstream cache` cannot go together."""
+    if arguments.json and arguments.clear is not None:
+        raise ArgumentError("--json is of the list, and --clear prints none: leave one of them out")
+
+
 def check_hardware(arguments: argparse.Namespace) -> None:
     """Raise ArgumentError unless `airstream hardware` has a folder to measure in."""
     folder = Path(arguments.path)

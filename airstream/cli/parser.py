@@ -7,6 +7,7 @@ import importlib
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from airstream.cli import mistakes, values
@@ -28,6 +29,7 @@ COMMANDS: Mapping[str, str] = {
     "plan": "what would stay in memory, what stream; peak and seconds",
     "hardware": "what this machine's disk, memory and processors can do",
     "repack": "write a checkpoint anew, layer by layer; packed, or a part",
+    "cache": "list the packed copies that compression keeps, or clear them",
     "verify": "prove a checkpoint complete and uncorrupted, or say what is not",
 }
 """What each command does, in the line that it has in a list of 80 columns."""
@@ -200,6 +202,16 @@ def _add_files(commands: Any) -> None:
     add_source(repack.add_argument_group("source (as in AutoModel.from_pretrained)"))
     repack.set_defaults(run=_command("repack", mistakes.check_repack))
 
+    cache = commands.add_parser("cache", help=COMMANDS["cache"])
+    cache.add_argument(
+        "--clear",
+        nargs="*",
+        metavar="NAME",
+        help="remove the copies of these names, or of models of these names; all, if none is named",
+    )
+    cache.add_argument("--json", action="store_true", help="print the list as JSON")
+    cache.set_defaults(run=_command("cache", mistakes.check_cache, is_light=True))
+
     verify = commands.add_parser("verify", help=COMMANDS["verify"])
     verify.add_argument("model", help="folder or hub id of a checkpoint, or a .gguf file")
     verify.add_argument("--deep", action="store_true", help="look for NaN and infinite values too")
@@ -209,15 +221,15 @@ def _add_files(commands: Any) -> None:
     verify.set_defaults(run=_command("verify", mistakes.check_verify))
 
 
-def _command(name: str, check: Callable[[argparse.Namespace], None] | None = None) -> Command:
-    """What runs the module of that name, once `check` has found nothing wrong."""
+def _command(name: str, check: Callable[[argparse.Namespace], None] | None = None, is_light: bool = False) -> Command:
+    """What runs the module of that name, once `check` has found nothing wrong. A light one imports no torch."""
 
     def run(arguments: argparse.Namespace) -> int | None:
         if check is not None:
             check(arguments)
         if name == "demo" and not can_draw():  # a newcomer's first command should never be silent
             print("airstream: starting: importing torch and transformers", file=sys.stderr, flush=True)
-        with starting():
+        with nullcontext() if is_light else starting():
             module = importlib.import_module(f"airstream.cli.{name}")
         exit_status: int | None = module.run(arguments)
         return exit_status

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from airstream.errors import AirstreamError, BudgetError
-from airstream.loading.options import EXACT, FAST, LoadOptions
+from airstream.loading.options import EXACT, LoadOptions
 from airstream.loading.prepared import Prepared
 from airstream.plan.plan import Plan
 from airstream.plan.planner import make_plan, plan_or_none
@@ -41,7 +41,7 @@ def _fits_fast(prepared: Prepared, again: Callable[[LoadOptions], Prepared]) -> 
     if prepared.options.kernels != EXACT or prepared.device.type != "cpu":
         return False
     try:
-        fast = again(replace(prepared.options, kernels=FAST))
+        fast = again(replace(prepared.options, kernels="fast"))
     except AirstreamError:  # there are no such kernels here, or not for this model
         return False
     return plan_or_none(fast.facts, fast.request) is not None

@@ -61,13 +61,11 @@ def gather_facts(
     head = batch_facts((parts.head.name,), parts.head.specs, packing, {}) if parts.head else None
     head_bytes = {spec.identity for spec in parts.specs_of(Kind.HEAD)}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
-    is_dense = parts.head is not None and f"{parts.head.name}.packed" not in packed_formats(model)
-    copied_bytes = head.slab_bytes[0] if head and is_dense and device.type == "cpu" else 0
+    copied_bytes = head.slab_bytes[0] if head and device.type == "cpu" and not _is_packed(model, head) else 0
     way = way_of(model.dtype) if copied_bytes else Way.TOGETHER
     copied_for_each = way is Way.TOGETHER and copied_bytes > 0 and copies_weights(model.dtype)
-    everything = list(parts.specs.values())
-    packed = measure_packed(parts.specs_of(Kind.LAYER, Kind.HEAD))
-    expanding = expanding_seconds(built.quantizer, parts.specs_of(Kind.LAYER, Kind.HEAD))
+    everything, moved = list(parts.specs.values()), parts.specs_of(Kind.LAYER, Kind.HEAD)
+    packed, expanding = measure_packed(moved), expanding_seconds(built.quantizer, moved)
     return ModelFacts(
         name=name,
         dtype=str(model.dtype).removeprefix("torch."),
@@ -98,6 +96,11 @@ def gather_facts(
         position_limit=position_limit(model),
         rotary_limit=rotary_limit(model),
     )
+
+
+def _is_packed(model: PreTrainedModel, head: BatchFacts) -> bool:
+    """Whether the lm_head multiplies with packed rows, so that nobody copies it."""
+    return f"{head.units[0]}.packed" in packed_formats(model)
 
 
 def _tables(parts: Parts) -> list[TensorSpec]:

@@ -436,6 +436,7 @@ AT_ONCE = [
     ("generate {empty} p --gguf-file x.gguf", 1, "has no file 'x.gguf'"),
     ("hardware {file}", 1, "is a file: name a folder on the disk to measure"),
     ("hardware {empty}/x", 1, "is not a folder: name one on the disk that is to be measured"),
+    ("cache --json --clear", 1, "leave one of them out"),
     ("demo --max-memory lots", 2, "'lots' is not a size"),
     ("demo --max-memory 200", 2, 'did you mean "200GiB"?'),
 ]
