@@ -325,6 +325,13 @@ MISTAKES = [
         "--quantization nf4",
         "--quantization is of other programs. Name how the weights are to be packed, --c",
     ),
+    *(
+        (
+            f"{option} 4",
+            f"{option} is of other programs. Torch's threads compute, one for each core: set OMP_NUM_THREADS=",
+        )
+        for option in ("--threads", "--n-threads", "-t", "--num-threads", "--threads-batch")
+    ),
     ("--low-cpu-mem-usage", "Leave it out: weights are never in memory all at once"),
     ("--gpu-memory-utilization 0.9", "Name the memory that may be used, --max-memory 4GiB or --max-memory 0=4GiB cpu="),
     ("--dtype int8", "'int8' is not a type that models compute in"),
