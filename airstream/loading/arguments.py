@@ -101,8 +101,8 @@ BUDGET = (
 CONFIG = "a model is built as its config.json says: change that file, in a copy of the checkpoint"
 KERNELS = "choose how attention is computed with attn_implementation="
 THREADS = (
-    "torch's threads compute, one for each core: set OMP_NUM_THREADS=... in the environment before the program starts, or "
-    "call torch.set_num_threads(...) in it"
+    "torch's threads compute, one for each core: set OMP_NUM_THREADS=... in the environment before the program starts, "
+    "or call torch.set_num_threads(...) in it"
 )
 ONE_DEVICE = "one device computes, which device= names, and layers are streamed to it"
 

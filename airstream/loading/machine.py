@@ -156,6 +156,7 @@ def request_for(question: Question, facts: ModelFacts) -> Request:
         device=str(device),
         budgets=budgets,
         budget_notes=notes,
+        given=frozenset(given),
         described={name: words for name, words in machine.described(device).items() if name not in given},
         prefetch_batches=None if options.prefetch_batches == "auto" else options.prefetch_batches,
         max_context=options.max_context,

@@ -6,7 +6,8 @@ There are numbers and names here, and no tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from airstream.footprint.formulas import Footprint
 
@@ -43,14 +44,21 @@ class BatchFacts:
     groups: tuple[Group, ...]
     slab_bytes: tuple[int, ...]
     read_bytes: tuple[int, ...]
+    _sums: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _host_sums: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Add up groups once: a plan is found by asking thousands of times."""
+        object.__setattr__(self, "_sums", tuple(accumulate((g.nbytes for g in self.groups), initial=0)))
+        object.__setattr__(self, "_host_sums", tuple(accumulate((g.host_bytes or 0 for g in self.groups), initial=0)))
 
     def resident_bytes(self, count: int) -> int:
         """The bytes of the first `count` groups on the device that computes."""
-        return sum(group.nbytes for group in self.groups[:count])
+        return self._sums[count]
 
     def host_bytes(self, resident: int, hosted: int) -> int:
         """Host memory of the `hosted` groups after the first `resident` ones."""
-        return sum(group.host_bytes or 0 for group in self.groups[resident : resident + hosted])
+        return self._host_sums[resident + hosted] - self._host_sums[resident]
 
     def names(self, start: int, stop: int) -> tuple[str, ...]:
         """The tensors of groups `start` to `stop`."""

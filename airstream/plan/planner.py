@@ -11,14 +11,15 @@ groups were formed (`groups`), and in which order they become resident (`spread`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from airstream.errors import BudgetError
 from airstream.layout.ring import ring_bytes
 from airstream.plan.facts import BatchFacts, ModelFacts
-from airstream.plan.plan import Batch, Plan
+from airstream.plan.plan import Batch, Plan, Tier
 from airstream.plan.policy import AHEAD_BYTES, CONTEXTS, MAX_AHEAD, MIN_OVERLAPPED_CONTEXT, WORTH_A_STEP
 from airstream.plan.refusal import most
 from airstream.plan.request import HOST, Request
@@ -60,6 +61,15 @@ class _Placing:
     rounding_bytes: int = 0
 
 
+class _Sizes(NamedTuple):
+    """How many batches are read ahead, which tables stay, and what takes the memories."""
+
+    depth: int
+    tables: Mapping[str, int]
+    weights: Weights
+    tiers: Mapping[str, Tier]
+
+
 def make_plan(facts: ModelFacts, request: Request) -> Plan:
     """The best plan that fits the budgets.
 
@@ -70,7 +80,7 @@ def make_plan(facts: ModelFacts, request: Request) -> Plan:
         BudgetError: not even the smallest plan fits; the message has the smallest budgets that would do.
     """
     for _, frames in itertools.groupby(_frames(facts, request), key=lambda frame: (frame.is_overlapped, frame.context)):
-        fitting = [frame for frame in frames if _fits(_bare_plan(facts, request, frame))]
+        fitting = [frame for frame in frames if _fits(_bare_plan(facts, request, frame).tiers)]
         plans = [(_fill(facts, request, frame), frame.steps_down) for frame in fitting]
         if plans:
             return with_prediction(min(plans, key=lambda each: cost(*each))[0], facts, request)
@@ -100,7 +110,7 @@ def _shorter(facts: ModelFacts, request: Request) -> int:
 
     def holds(context: int) -> bool:
         shorter = replace(request, max_context=context)
-        return any(_fits(_bare_plan(facts, shorter, frame)) for frame in _frames(facts, shorter))
+        return any(_fits(_bare_plan(facts, shorter, frame).tiers) for frame in _frames(facts, shorter))
 
     return most(holds, (request.max_context or 1) - 1) if request.workload is None else 0
 
@@ -154,7 +164,7 @@ def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
         return _Placing(_with_head(counts, facts, frame), nothing, steps > len(order), rounding)
 
     def fits(placing: _Placing, without_ring: bool = False) -> bool:
-        return _fits(_plan(facts, request, frame, placing), without_ring)
+        return _fits(_sizes(facts, request, frame, placing).tiers, without_ring)
 
     # The ring shrinks where all of its batches have given something, so that more may fit where less does not.
     steps = most(lambda steps: fits(resident(steps), without_ring=True), len(order) + bool(facts.tables))
@@ -202,35 +212,44 @@ def _batches(facts: ModelFacts, frame: _Frame) -> tuple[BatchFacts, ...]:
     return facts.batchings[frame.layers] + ((facts.head,) if facts.head is not None else ())
 
 
-def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing) -> Plan:
-    """The plan in which everything has been decided; it may not fit."""
-    batches = tuple(map(_place, _batches(facts, frame), placing.resident, placing.hosted))
-    sizes = tuple(batch.nbytes for batch in batches if batch.nbytes)
-    depth = frame.prefetch if frame.prefetch is not None else enough_ahead(sizes)
+def _sizes(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing) -> _Sizes:
+    """What decides whether a plan fits, without the names of what lies where."""
+    batches = _batches(facts, frame)
+    slabs = tuple(filter(None, (batch.slab_bytes[kept] for batch, kept in zip(batches, placing.resident, strict=True))))
+    depth = frame.prefetch if frame.prefetch is not None else enough_ahead(slabs)
     tables = {name: group.nbytes for name, group in facts.tables.items() if name not in facts.tables_of_head}
     tables = tables if placing.with_tables else {}
-    in_memory = tables.keys() | (facts.tables_of_head if frame.head_resident else frozenset())
-    ring = _cached_ring_bytes(sizes, depth + 1)
-    resident = facts.resident_bytes + sum(batch.resident_bytes for batch in batches) + sum(tables.values())
-    hosted = sum(batch.hosted_bytes for batch in batches)
+    resident = facts.resident_bytes + sum(tables.values())
+    hosted = 0
+    for batch, kept, waiting in zip(batches, placing.resident, placing.hosted, strict=True):
+        resident += batch.resident_bytes(kept)
+        hosted += batch.host_bytes(kept, waiting)
+    weights = Weights(_cached_ring_bytes(slabs, depth + 1), resident, placing.rounding_bytes, hosted)
+    return _Sizes(depth, tables, weights, tiers_of(facts, request, frame.context, weights))
+
+
+def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: _Placing) -> Plan:
+    """The plan in which everything has been decided; it may not fit."""
+    sizes = _sizes(facts, request, frame, placing)
+    in_memory = sizes.tables.keys() | (facts.tables_of_head if frame.head_resident else frozenset())
     return Plan(
         model=facts.name,
         dtype=facts.dtype,
         kernels=facts.kernels,
         device=request.device,
         computes_on=request.tier,
-        batches=batches,
+        batches=tuple(map(_place, _batches(facts, frame), placing.resident, placing.hosted)),
         layers_per_batch=frame.layers,
-        prefetch_batches=depth,
-        ring_bytes=ring,
+        prefetch_batches=sizes.depth,
+        ring_bytes=sizes.weights.ring,
         head=_head(facts, frame),
-        tables=tables,
+        tables=sizes.tables,
         rows_from_disk={name: group.nbytes for name, group in facts.tables.items() if name not in in_memory},
         checkpoint_bytes=facts.checkpoint_bytes,
         direct_io=request.direct_io,
         max_context=frame.context,
         max_batch_size=request.max_batch_size,
-        tiers=tiers_of(facts, request, frame.context, Weights(ring, resident, placing.rounding_bytes, hosted)),
+        tiers=sizes.tiers,
     )
 
 
@@ -254,8 +273,8 @@ def enough_ahead(sizes: Sequence[int]) -> int:
     return min(-(-AHEAD_BYTES // average), MAX_AHEAD, max(len(sizes) - 1, 1))
 
 
-def _fits(plan: Plan, without_ring: bool = False) -> bool:
+def _fits(tiers: Mapping[str, Tier], without_ring: bool = False) -> bool:
     return all(
         tier.peak_bytes - (tier.items.get("ring", 0) if without_ring else 0) <= tier.budget_bytes
-        for tier in plan.tiers.values()
+        for tier in tiers.values()
     )
