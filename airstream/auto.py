@@ -28,6 +28,7 @@ from airstream.compat.small_files import small_file_at_fault
 from airstream.errors import CheckpointNotFoundError, UnsupportedError
 from airstream.loading.arguments import adopt, refuse_unnamed
 from airstream.loading.asked import settled
+from airstream.loading.fitting import fitting_plan
 from airstream.loading.machine import THIS_MACHINE, Machine
 from airstream.loading.options import LoadOptions, MaxMemory, resolve_device
 from airstream.loading.prepare import DEFAULTS, STEPS, prepare, prepare_for_planning
@@ -38,13 +39,13 @@ from airstream.model.forked import compute_on_one_thread
 from airstream.model.shortage import explained
 from airstream.model.streamed import StreamedModel, make_streamed
 from airstream.plan.plan import Plan
-from airstream.plan.planner import make_plan
 from airstream.plan.request import Workload
 from airstream.plan.whatif import with_advice
 from airstream.profiling.live import progress
 from airstream.repacking.cached import packed_copy
 from airstream.reporting.status import Activity, showing
 from airstream.system.forks import is_forked
+from airstream.system.in_use import using
 from airstream.system.memory import process_bytes
 from airstream.transfer.machinery import Machinery
 from airstream.transfer.opening import open_machinery
@@ -153,7 +154,11 @@ class AutoModel:
         """
         refuse_unnamed(unnamed)
         prepared = prepare_for_planning(pretrained_model_name_or_path, options, machine, prompt_tokens)
-        made = make_plan(prepared.facts, prepared.request)
+        tokens = prepared.request.prompt_tokens
+        again = partial(
+            prepare, pretrained_model_name_or_path, with_weights=False, machine=machine, prompt_tokens=tokens
+        )
+        made = fitting_plan(prepared, again)
         packed = {}
         if made.streamed_bytes and made.prediction is not None:
             packed = packed_alternatives(pretrained_model_name_or_path, options, machine, prompt_tokens, prepared)
@@ -182,10 +187,10 @@ def load_model(
         options = replace(options, compression=None, subfolder="", variant=None, revision=None)
     activity = Activity(f"loading {Path(name).absolute().name}", (*STEPS, LAST_STEP), is_timed=False)
     plan: Plan | None = None
-    with showing(activity.text, bool(options.progress)), explained(lambda: plan):
+    with using(Path(name)), showing(activity.text, bool(options.progress)), explained(lambda: plan):
         prepared = prepare(name, options, begin=activity.begin)
         check(prepared.model)
-        plan = make_plan(prepared.facts, prepared.request)
+        plan = fitting_plan(prepared, partial(prepare, name))
         activity.begin(LAST_STEP)
         return _assemble(prepared, plan, host_bytes)
 
@@ -200,7 +205,7 @@ def _check_fits(name: str | os.PathLike[str], options: LoadOptions) -> None:
     """
     if options.compression != LOSSLESS_CODEC:
         prepared = prepare(name, options, with_weights=False)
-        make_plan(prepared.facts, prepared.request)
+        fitting_plan(prepared, partial(prepare, name, with_weights=False))
 
 
 def _check_default_device() -> None:

@@ -6,7 +6,7 @@ It knows plans. It refuses to know pictures (`map` draws this), and whether such
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from airstream.plan.facts import ModelFacts
@@ -41,9 +41,11 @@ class Spot:
 
 @dataclass(frozen=True, slots=True)
 class Landscape:
-    """Sizes of memory, in bytes, of which a plan takes 90 %, and what they give.
+    """Sizes of memory, in bytes, and what they give.
 
     Attributes:
+        shares: of device memory, if there is any, and of host memory: what a plan may take of it. All of it where the
+            budget was given, else 90 %.
         context: tokens that are planned for.
         device_bytes: sizes of the accelerator's memory, rising; empty where the CPU computes.
         host_bytes: sizes of host memory, rising.
@@ -53,6 +55,7 @@ class Landscape:
         is_cached: that reads from the page cache, and is faster than all the others, which read from disk.
     """
 
+    shares: tuple[float, ...]
     context: int
     device_bytes: tuple[int, ...]
     host_bytes: tuple[int, ...]
@@ -63,42 +66,58 @@ class Landscape:
 
     def ram_without_disk(self) -> list[float | None]:
         """By device size, the host memory from which on nothing comes from disk any more; None if that is never."""
-        return [_enough(self.host_bytes, spots) for spots in self.spots]
+        return [_enough(self.host_bytes, spots, self.shares[-1]) for spots in self.spots]
 
 
-def survey(facts: ModelFacts, request: Request) -> Landscape:
+def survey(facts: ModelFacts, request: Request, on_progress: Callable[[float], None] = lambda _: None) -> Landscape:
     """Plans for `request` with memories of many sizes, whatever its own budgets are.
 
     All of them are for one context: that of the plan for `request`, so that the picture and the plan say the same; if
     the machine asked for cannot hold the model, the longest that is planned for. What is read comes from disk, around
-    the page cache.
+    the page cache. `on_progress` is told which share of it is done.
     """
     whole = make_plan(facts, replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), hardware=None))
     asked = plan_or_none(facts, request)
     request = replace(request, max_context=(asked or whole).max_context, direct_io=True)
     whole = make_plan(facts, replace(request, budgets=dict.fromkeys(request.budgets, ROOMY), hardware=None))
     least, most = smallest_plan(facts, request).peak_bytes, whole.peak_bytes
+    shares = {tier: _share_of(request, tier) for tier in dict.fromkeys((request.tier, HOST))}
     device_bytes: tuple[int, ...] = ()
-    host_bytes = _sizes(least[HOST], most[HOST], SIZES_OF_CURVE)
+    host_bytes = _sizes(least[HOST] / shares[HOST], most[HOST] / shares[HOST], SIZES_OF_CURVE)
     if request.tier != HOST:
-        device_bytes = _sizes(least[request.tier], most[request.tier], SIZES_OF_MAP)
-        host_bytes = _sizes(least[HOST], most[HOST] + facts.checkpoint_bytes, SIZES_OF_MAP)
+        share = shares[request.tier]
+        device_bytes = _sizes(least[request.tier] / share, most[request.tier] / share, SIZES_OF_MAP)
+        all_of_it = (most[HOST] + facts.checkpoint_bytes) / shares[HOST]
+        host_bytes = _sizes(least[HOST] / shares[HOST], all_of_it, SIZES_OF_MAP)
     memories: Sequence[Mapping[str, int]] = [{request.tier: size} for size in device_bytes] or [{}]
-    here = {tier: int(request.budgets[tier] / AUTO_SHARE) for tier in dict.fromkeys((request.tier, HOST))}
+    here = {tier: int(request.budgets[tier] / share) for tier, share in shares.items()}
+    spots = []
+    for done, memory in enumerate(memories):
+        row = []
+        for number, spot in enumerate(_spots(facts, request, memory, host_bytes)):
+            row.append(spot)
+            on_progress((done + (number + 1) / len(host_bytes)) / len(memories))
+        spots.append(tuple(row))
     return Landscape(
+        shares=tuple(shares.values()),
         context=whole.max_context,
         device_bytes=device_bytes,
         host_bytes=host_bytes,
-        spots=tuple(tuple(_spots(facts, request, memory, host_bytes)) for memory in memories),
+        spots=tuple(spots),
         here_bytes=tuple(here.values()),
         here=None if asked is None else _of_plan(asked),
         is_cached=asked is not None and not asked.direct_io and asked.read_bytes > 0,
     )
 
 
-def _sizes(least: int, most: int, count: int) -> tuple[int, ...]:
-    """Sizes of memory around those whose budgets are `least` and `most`, evenly spread over their logarithms."""
-    largest = BEYOND * most / AUTO_SHARE
+def _share_of(request: Request, tier: str) -> float:
+    """What a plan may take of a memory: sizes of one whose budget was given are budgets themselves."""
+    return 1.0 if tier in request.given else AUTO_SHARE
+
+
+def _sizes(least: float, most: float, count: int) -> tuple[int, ...]:
+    """Sizes of memory around `least` and `most`, evenly spread over their logarithms."""
+    largest = BEYOND * most
     span = min((BEYOND * most / least) ** (1 + MARGIN), SPAN)
     return tuple(int(largest * span ** (number / (count - 1) - 1)) for number in range(count))
 
@@ -115,7 +134,7 @@ def _spots(
 
 
 def _spot(facts: ModelFacts, request: Request, memory: Mapping[str, int]) -> Spot | None:
-    budgets = {name: int(AUTO_SHARE * nbytes) for name, nbytes in memory.items()}
+    budgets = {name: int(_share_of(request, name) * nbytes) for name, nbytes in memory.items()}
     plan = plan_or_none(facts, replace(request, budgets=budgets))
     return None if plan is None else _of_plan(plan)
 
@@ -125,12 +144,12 @@ def _of_plan(plan: Plan) -> Spot:
     return Spot(plan.prediction.decode_seconds, plan.read_bytes)
 
 
-def _enough(host_bytes: Sequence[int], spots: Sequence[Spot | None]) -> float | None:
+def _enough(host_bytes: Sequence[int], spots: Sequence[Spot | None], share: float) -> float | None:
     """Every byte that is still read from disk needs one of host memory's budget, if none of that was left over."""
     enough = None
     for size, spot in zip(host_bytes, spots, strict=True):
         if spot is not None and spot.disk_bytes:
-            enough = size + spot.disk_bytes / AUTO_SHARE
+            enough = size + spot.disk_bytes / share
         elif spot is not None:
             return min(enough or math.inf, size)
     return enough

@@ -22,6 +22,7 @@ from airstream.plan.policy import AUTO_SHARE
 from airstream.plan.request import Request
 from airstream.reporting.figure import check_file, new_figure, save_figure
 from airstream.reporting.paths import path_of
+from airstream.reporting.status import Share, showing
 from airstream.reporting.units import counted, format_bytes, format_seconds
 
 __all__ = ["plot_plan"]
@@ -40,7 +41,7 @@ EDGE = 0.015
 
 STAR = {"marker": "*", "markersize": 14, "color": "black", "markeredgecolor": "white"}
 
-USED = f"in {{unit}}, of which {AUTO_SHARE:.0%} is used"
+USED, GIVEN = f"in {{unit}}, of which {AUTO_SHARE:.0%} is used", "in {unit}, all of which is used"
 
 DOES_NOT_FIT = "0.9"
 """The grey of sizes that do not do."""
@@ -72,8 +73,10 @@ def plot_plan(
     if file is not None:
         file = path_of("file", file)
         check_file(figure, file)
-    asked = prepare_for_planning(model, options, machine)
-    landscape = survey(asked.facts, asked.request)
+    counted_off = Share(f"planning {short_name(model)}")
+    with showing(counted_off.text):
+        asked = prepare_for_planning(model, options, machine)
+        landscape = survey(asked.facts, asked.request, counted_off.reach)
     axes = figure.subplots()
     if landscape.device_bytes:
         _draw_map(figure, axes, landscape)
@@ -106,8 +109,8 @@ def _draw_map(figure: Any, axes: Any, landscape: Landscape) -> None:
     by_ram = zip(*landscape.spots, strict=True)
     seconds = [[math.nan if spot is None else spot.seconds for spot in row] for row in by_ram]
     levels = _draw_seconds(figure, axes, x, y, seconds)
-    set_sizes(axes, "x", x, f"VRAM {USED}")
-    set_sizes(axes, "y", y, f"RAM {USED}")
+    set_sizes(axes, "x", x, f"VRAM {_use(landscape.shares[0])}")
+    set_sizes(axes, "y", y, f"RAM {_use(landscape.shares[1])}")
     axes.set_facecolor(DOES_NOT_FIT)  # below, where host memory is too small
     _shade(axes, x, sum(not any(spots) for spots in landscape.spots))
     room = _Room(axes)
@@ -259,7 +262,7 @@ def _draw_curve(axes: Any, landscape: Landscape) -> None:
     x = landscape.host_bytes
     fitting = [(size, spot.seconds) for size, spot in zip(x, spots, strict=True) if spot is not None]
     axes.plot(*zip(*fitting, strict=True), color="black", linewidth=1.8)
-    set_sizes(axes, "x", x, f"RAM {USED}")
+    set_sizes(axes, "x", x, f"RAM {_use(landscape.shares[0])}")
     here = [landscape.here.seconds] if landscape.here is not None else []
     set_seconds(axes, [*here, *(seconds for _, seconds in fitting)])
     axes.grid(visible=True, color="0.85", linewidth=0.6)
@@ -280,6 +283,10 @@ def _mark_curve(axes: Any, landscape: Landscape) -> None:
         beside = {"xytext": (-10, -16), "ha": "right"}
     text = f"{size_text(ram)}: {_here(landscape)}"
     axes.annotate(text, (x, seconds), textcoords="offset points", weight="bold", **beside)
+
+
+def _use(share: float) -> str:
+    return GIVEN if share == 1 else USED
 
 
 def _here(landscape: Landscape) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from airstream.checkpoint.names import CONFIG_FILE
 from airstream.errors import CheckpointError, CheckpointNotFoundError
 from airstream.system.foreign_json import CONFIG, read_json
 
@@ -48,6 +49,17 @@ anywhere."""
 
 CHOICES = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Fields that may name code of others on the hub, which transformers would fetch and run."""
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """What the config in `folder` says. Errors as `read_config_file`; an adapter is told to be one."""
+    file = folder / CONFIG_FILE
+    if (folder / "adapter_config.json").is_file() and not file.is_file():
+        raise CheckpointNotFoundError(
+            f"{folder} is an adapter, not a model: load the model that it was trained with, and then "
+            f"model.load_adapter({os.fspath(folder)!r})"
+        )
+    return read_config_file(file)
 
 
 def read_config_file(file: Path) -> dict[str, Any]:

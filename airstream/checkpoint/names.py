@@ -1,9 +1,13 @@
-"""These are the names of the files of weights, as transformers looks for them. What is in them is for other modules."""
+"""These are the names of a config and of the files of weights, as transformers looks for them.
+
+What is in them is for other modules.
+"""
 
 from __future__ import annotations
 
 from pathlib import PurePosixPath
 
+CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 SHARD_INDEX = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"

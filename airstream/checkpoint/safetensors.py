@@ -17,7 +17,8 @@ from airstream.checkpoint.names import SHARD_INDEX, SINGLE_FILE, file_name
 from airstream.checkpoint.packed_tensors import unfold
 from airstream.checkpoint.shard_index import read_weight_map
 from airstream.checkpoint.stored import ITEM_BYTES, CheckpointIndex, StoredTensor
-from airstream.errors import CheckpointError, CheckpointNotFoundError
+from airstream.checkpoint.weight_files import no_checkpoint
+from airstream.errors import CheckpointError
 from airstream.reporting.units import counted, format_bytes
 from airstream.system.foreign_files import open_regular
 from airstream.system.foreign_json import HEADER, parse_json
@@ -165,11 +166,10 @@ def _weight_map(folder: Path, variant: str | None) -> dict[str, str] | None:
 def _checkpoint_files(folder: Path, weight_map: Mapping[str, str] | None, variant: str | None) -> list[Path]:
     if weight_map is not None:
         return [folder / shard for shard in sorted(set(weight_map.values()))]
-    names = [file_name(name, variant) for name in (SINGLE_FILE, SHARD_INDEX, "pytorch_model.bin")]
-    if (folder / names[0]).is_file():
-        return [folder / names[0]]
+    single = folder / file_name(SINGLE_FILE, variant)
+    if single.is_file():
+        return [single]
     files = sorted(folder.glob(file_name("*.safetensors", variant)))
     if files:
         return files
-    what = "checkpoint" if variant is None else f"checkpoint of variant={variant!r}"
-    raise CheckpointNotFoundError(f"{folder} has no {what}: expected {names[0]}, {names[1]} or {names[2]}")
+    raise no_checkpoint(folder, variant)

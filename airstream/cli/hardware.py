@@ -10,7 +10,6 @@ import torch
 
 from airstream.codecs.block_types import BLOCK_TYPES
 from airstream.codecs.lossless_blocks import LOSSLESS, lossless_block
-from airstream.errors import ArgumentError
 from airstream.loading.options import resolve_device
 from airstream.rates import saved as store
 from airstream.rates.facts import HardwareFacts
@@ -28,8 +27,6 @@ AGAIN = "--refresh, when the machine is idle, measures again"
 def run(arguments: argparse.Namespace) -> None:
     """Print the rates and where each comes from; measure them first if nobody has, or if asked to."""
     folder, device = Path(arguments.path), resolve_device(arguments.device)
-    if folder.is_file():
-        raise ArgumentError(f"{folder} is a file: name a folder on the disk to measure")
     facts = None if arguments.refresh else store.stored(folder, device)
     where = f"kept in {store.store_file()}; {AGAIN}"
     if facts is None:

@@ -12,6 +12,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from airstream.cli.here import check_checkpoint, check_config, exists, refuse_empty
 from airstream.cli.reading import prompt_of
 from airstream.cli.values import parse_memory
 from airstream.errors import ArgumentError, CheckpointNotFoundError
@@ -37,6 +38,7 @@ def check_generate(arguments: argparse.Namespace) -> None:
     if arguments.trace:
         check_output(path_of("--trace", arguments.trace))
     _check_picture(arguments.plot)
+    check_checkpoint(arguments.model, arguments)
     arguments.prompt = prompt_of(arguments.prompt, arguments.file)
 
 
@@ -44,6 +46,7 @@ def check_chat(arguments: argparse.Namespace) -> None:
     """Raise ArgumentError if the arguments of `airstream chat` cannot go together."""
     _check_loading(arguments)
     check_sampling(arguments)
+    check_checkpoint(arguments.model, arguments)
 
 
 def check_repack(arguments: argparse.Namespace) -> None:
@@ -52,6 +55,7 @@ def check_repack(arguments: argparse.Namespace) -> None:
     _check_model(arguments.model)
     if not arguments.out:
         raise ArgumentError("the folder to write has no name: name a new one")
+    check_checkpoint(arguments.model, arguments)
 
 
 def check_verify(arguments: argparse.Namespace) -> None:
@@ -59,6 +63,8 @@ def check_verify(arguments: argparse.Namespace) -> None:
     _check_model(arguments.model)
     if arguments.deep and arguments.quick:
         raise ArgumentError("--deep reads all weights and --quick reads none: leave one of them out")
+    if not arguments.json:
+        refuse_empty(arguments.model, arguments)
 
 
 def check_plan(arguments: argparse.Namespace) -> None:
@@ -78,6 +84,23 @@ def check_plan(arguments: argparse.Namespace) -> None:
             f"--prompt-tokens {arguments.prompt_tokens} do not fit into --max-context {arguments.max_context}"
         )
     _check_picture(arguments.plot)
+    for model in arguments.models:
+        check_config(model, arguments)
+
+
+def check_cache(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError if the arguments of `airstream cache` cannot go together."""
+    if arguments.json and arguments.clear is not None:
+        raise ArgumentError("--json is of the list, and --clear prints none: leave one of them out")
+
+
+def check_hardware(arguments: argparse.Namespace) -> None:
+    """Raise ArgumentError unless `airstream hardware` has a folder to measure in."""
+    folder = Path(arguments.path)
+    if folder.is_file():
+        raise ArgumentError(f"{folder} is a file: name a folder on the disk to measure")
+    if not folder.is_dir():
+        raise ArgumentError(f"{folder} is not a folder: name one on the disk that is to be measured")
 
 
 def _refuse_idle(arguments: argparse.Namespace) -> None:
@@ -119,7 +142,7 @@ def check_sampling(arguments: argparse.Namespace) -> None:
 
 def _check_order(command: str, model: str, other: str | None) -> None:
     """Raise if what stands in the model's place can be none, and what stands behind it is one."""
-    if other is None or _exists(model) or HUB_ID.fullmatch(model):
+    if other is None or exists(model) or HUB_ID.fullmatch(model):
         return
     if _is_checkpoint(other) or (HUB_ID.fullmatch(other) and "/" in other):
         raise ArgumentError(
@@ -129,18 +152,10 @@ def _check_order(command: str, model: str, other: str | None) -> None:
 
 
 def _is_checkpoint(name: str) -> bool:
-    if not _exists(name):
+    if not exists(name):
         return False
     path = Path(name).expanduser()
     return path.suffix == ".gguf" or (path / "config.json").is_file() or any(path.glob("*.gguf"))
-
-
-def _exists(name: str) -> bool:
-    """Whether `name` leads to something; a long text is the name of nothing."""
-    try:
-        return Path(name).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long, has a zero byte, of a home that is nowhere
-        return False
 
 
 def _check_loading(arguments: argparse.Namespace) -> None:
@@ -159,7 +174,7 @@ def _check_model(name: str) -> None:
     """Raise for what is plainly a path and leads nowhere. What may be a hub id is left to the hub."""
     if not name:
         raise ArgumentError("the model's name is empty: name a folder or a hub id")
-    if name.startswith((".", "/", "~")) and not _exists(name):
+    if name.startswith((".", "/", "~")) and not exists(name):
         kind = "file" if name.endswith(".gguf") else "folder"
         raise CheckpointNotFoundError(f"there is no {kind} {name!r}{meant_path(name)}")
 

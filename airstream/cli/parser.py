@@ -6,10 +6,12 @@ import argparse
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NoReturn
 
 from airstream.cli import mistakes, values
+from airstream.cli.groups import DEVICE, add_generation, add_loading, add_machine, add_source
 from airstream.cli.slips import meant_instead
 from airstream.cli.starting import starting
 from airstream.cli.values import number
@@ -20,16 +22,21 @@ Command = Callable[[argparse.Namespace], int | None]
 """Returns the exit status, if it is not 0."""
 
 
-COUNT = number(int, at_least=1)
+COMMANDS: Mapping[str, str] = {
+    "demo": "a small real model answers, in less memory than it has weights",
+    "generate": "continue a prompt; the text appears as it is generated",
+    "chat": "talk to a model; /help lists what else can be typed",
+    "plan": "what would stay in memory, what stream; peak and seconds",
+    "hardware": "what this machine's disk, memory and processors can do",
+    "repack": "write a checkpoint anew, layer by layer; packed, or a part",
+    "cache": "list the packed copies that compression keeps, or clear them",
+    "verify": "prove a checkpoint complete and uncorrupted, or say what is not",
+}
+"""What each command does, in the line that it has in a list of 80 columns."""
 
-MAX_SEED = (1 << 63) - 1
-SCALE = number(float, at_least=1e-6, at_most=1_000_000)
-"""What logits can be divided by, and multiplied with: they stay numbers in float32."""
+COMMAND = "COMMAND"
 
-TEMPERATURE = number(float, at_least=1e-6, at_most=1_000_000, or_zero=True)
 NAMED_SIZE = re.compile(r"[\w:]+=[\w.]+")
-
-DEVICE = "device that computes (default: the accelerator if there is one, else cpu)"
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,6 +45,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         meant = meant_instead(message, self.format_usage())
         self.exit(2, f"{self.prog}: {message}{meant} (`{self.prog} --help` says more)\n")
+
+
+class ProgramParser(Parser):
+    """Of the program itself. Who names no command is shown which there are."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.endswith(f": {COMMAND}"):  # that it is missing
+            print("\n".join(("Commands:", *(f"  {name:<10}{what}" for name, what in COMMANDS.items()), "")))
+        super().error(message)
 
 
 class CommandParser(Parser):
@@ -71,18 +87,18 @@ def _one_by_one(args: Sequence[str]) -> list[str]:
 
 def build_parser(version: str) -> argparse.ArgumentParser:
     """The parser of this `version`; what it returns has `run`, the command to call with it."""
-    parser = Parser(
+    parser = ProgramParser(
         prog="airstream", description="Run language models bigger than memory by streaming their layers from disk."
     )
     parser.add_argument("--version", action="version", version=f"airstream {version}")
     parser.add_argument("--traceback", action="store_true", help="after an unexpected error, show where it was raised")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=CommandParser)
+    commands = parser.add_subparsers(required=True, metavar=COMMAND, parser_class=CommandParser)
 
     _add_demo(commands)
     _add_generate(commands)
     _add_chat(commands)
 
-    plan = commands.add_parser("plan", help="what would be resident, what streamed, the predicted peak and seconds")
+    plan = commands.add_parser("plan", help=COMMANDS["plan"])
     plan.add_argument("models", nargs="+", metavar="MODEL", help="folder or hub id; its config is enough")
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument(
@@ -94,23 +110,23 @@ def build_parser(version: str) -> argparse.ArgumentParser:
     plan.add_argument("--table", action="store_true", help="models x precisions x cards: what fits, what streams")
     plan.add_argument("--format", choices=("text", "markdown", "csv", "json"), help="of the table (default: text)")
     plan.add_argument("--plot", metavar="FILE", help="draw seconds per token over sizes of memory: plan.png")
-    _add_machine(plan)
-    _add_loading(plan)
+    add_machine(plan)
+    add_loading(plan)
     plan.set_defaults(run=_command("plan", mistakes.check_plan))
 
-    hardware = commands.add_parser("hardware", help="what this machine's disk, memory and processors can do")
+    hardware = commands.add_parser("hardware", help=COMMANDS["hardware"])
     hardware.add_argument("path", nargs="?", default=".", help="a folder on the disk to measure (default: this one)")
     hardware.add_argument("--device", type=values.device, help=DEVICE)
     hardware.add_argument("--refresh", action="store_true", help="measure again, whatever is known already")
     hardware.add_argument("--json", action="store_true", help="print the rates as JSON")
-    hardware.set_defaults(run=_command("hardware"))
+    hardware.set_defaults(run=_command("hardware", mistakes.check_hardware))
 
     _add_files(commands)
     return parser
 
 
 def _add_demo(commands: Any) -> None:
-    demo = commands.add_parser("demo", help="a small real model answers a question in less memory than it has weights")
+    demo = commands.add_parser("demo", help=COMMANDS["demo"])
     demo.add_argument(
         "question", nargs="?", type=values.words, default="What is the capital of Italy, and what is it known for?"
     )
@@ -131,7 +147,7 @@ def _add_demo(commands: Any) -> None:
 
 
 def _add_generate(commands: Any) -> None:
-    generate = commands.add_parser("generate", help="continue a prompt; the text appears as it is generated")
+    generate = commands.add_parser("generate", help=COMMANDS["generate"])
     generate.add_argument("model", help="folder or hub id of a checkpoint, or a .gguf file")
     generate.add_argument("prompt", nargs="?", help='the text to continue; "-" reads it from standard input')
     generate.add_argument("--file", "-f", metavar="FILE", help="read the prompt from a file, but for its last line end")
@@ -144,13 +160,13 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--profile", action="store_true", help="say at the end where the time went, on stderr")
     generate.add_argument("--trace", metavar="FILE", help="write a trace for ui.perfetto.dev: run.json")
     generate.add_argument("--plot", metavar="FILE", help="draw where the time went: run.png")
-    _add_generation(generate, "the most likely token is taken, unless an option below asks for sampling")
-    _add_loading(generate)
+    add_generation(generate, "the most likely token is taken, unless an option below asks for sampling")
+    add_loading(generate)
     generate.set_defaults(run=_command("generate", mistakes.check_generate))
 
 
 def _add_chat(commands: Any) -> None:
-    chat = commands.add_parser("chat", help="talk to a model; /help lists what else can be typed")
+    chat = commands.add_parser("chat", help=COMMANDS["chat"])
     chat.add_argument("model", help="folder or hub id of a checkpoint with a chat template")
     chat.add_argument("--system", type=values.words, metavar="TEXT", help="a system message to begin with")
     chat.add_argument(
@@ -158,13 +174,13 @@ def _add_chat(commands: Any) -> None:
         action="store_true",
         help="read the whole conversation again for every answer, as `generate` does",
     )
-    _add_generation(chat, "sampling as the checkpoint's generation_config.json says, unless an option below differs")
-    _add_loading(chat)
+    add_generation(chat, "sampling as the checkpoint's generation_config.json says, unless an option below differs")
+    add_loading(chat)
     chat.set_defaults(run=_command("chat", mistakes.check_chat))
 
 
 def _add_files(commands: Any) -> None:
-    repack = commands.add_parser("repack", help="write a checkpoint anew, each layer in one piece; or some layers only")
+    repack = commands.add_parser("repack", help=COMMANDS["repack"])
     repack.add_argument("model", help="folder or hub id of a checkpoint, which is only read")
     repack.add_argument("out", help="folder to write, new or empty; a run that was killed goes on where it was")
     repack.add_argument(
@@ -183,113 +199,37 @@ def _add_files(commands: Any) -> None:
         metavar="SIZE",
         help="of a file, at most (default: %(default)s)",
     )
-    _add_source(repack.add_argument_group("source (as in AutoModel.from_pretrained)"))
+    add_source(repack.add_argument_group("source (as in AutoModel.from_pretrained)"))
     repack.set_defaults(run=_command("repack", mistakes.check_repack))
 
-    verify = commands.add_parser("verify", help="prove a checkpoint complete and uncorrupted, or name what is not")
+    cache = commands.add_parser("cache", help=COMMANDS["cache"])
+    cache.add_argument(
+        "--clear",
+        nargs="*",
+        metavar="NAME",
+        help="remove the copies of these names, or of models of these names; all, if none is named",
+    )
+    cache.add_argument("--json", action="store_true", help="print the list as JSON")
+    cache.set_defaults(run=_command("cache", mistakes.check_cache, is_light=True))
+
+    verify = commands.add_parser("verify", help=COMMANDS["verify"])
     verify.add_argument("model", help="folder or hub id of a checkpoint, or a .gguf file")
     verify.add_argument("--deep", action="store_true", help="look for NaN and infinite values too")
     verify.add_argument("--quick", action="store_true", help="names, shapes and sizes only: read no weights")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
-    _add_source(verify.add_argument_group("source (as in AutoModel.from_pretrained)"))
+    add_source(verify.add_argument_group("source (as in AutoModel.from_pretrained)"))
     verify.set_defaults(run=_command("verify", mistakes.check_verify))
 
 
-def _add_machine(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("another machine (what is not given is as here)")
-    group.add_argument("--gpu", metavar="CARD", help='"RTX 3090", which need not be here; "3090,4090" with --table')
-    group.add_argument("--ram", type=values.size, metavar="SIZE", help="all memory of the host: 64GiB")
-    group.add_argument(
-        "--disk-gbps", type=number(float, above=0), metavar="GB/S", help="of the disk that the checkpoint lies on"
-    )
-
-
-def _add_loading(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("loading (as in AutoModel.from_pretrained)")
-    group.add_argument(
-        "--max-memory",
-        action="append",
-        type=values.memory,
-        metavar="SIZE",
-        help="4GiB, or 0=4GiB cpu=8GiB; default: most of it",
-    )
-    group.add_argument("--device", type=values.device, help=DEVICE)
-    group.add_argument("--dtype", type=values.dtype, help='of the weights (default: "auto", the checkpoint\'s own)')
-    group.add_argument(
-        "--max-context", "--context", type=COUNT, metavar="TOKENS", help="tokens per sequence to plan for"
-    )
-    group.add_argument(
-        "--max-batch-size", "--batch", type=COUNT, metavar="N", help="sequences to plan for (default: 1)"
-    )
-    group.add_argument(
-        "--layers-per-batch", type=number(int, at_least=1, word="auto"), metavar="N", help="layers moved as one unit"
-    )
-    group.add_argument(
-        "--prefetch-batches",
-        type=number(int, at_least=0, word="auto"),
-        metavar="N",
-        help="layer batches read ahead; 0: none",
-    )
-    group.add_argument(
-        "--page-cache", action=argparse.BooleanOptionalAction, help="read through the page cache (default: if it fits)"
-    )
-    group.add_argument("--attn-implementation", help="as in transformers")
-    group.add_argument(
-        "--compression", "--codec", type=values.codec, metavar="CODEC", help="repack so, into the cache folder, once"
-    )
-    group.add_argument(
-        "--kernels", choices=("exact", "fast"), help="fast: multiply packed weights as they are, rounding otherwise"
-    )
-    _add_source(group)
-
-
-def _add_source(group: Any) -> None:
-    group.add_argument("--gguf-file", metavar="FILE", help="the GGUF file to use, of a folder or hub repository")
-    group.add_argument("--subfolder", metavar="FOLDER", help="of the folder or repository, where the checkpoint lies")
-    group.add_argument("--variant", help="of the weights: fp16 names model.fp16.safetensors")
-    group.add_argument("--revision", help="of the hub repository")
-    group.add_argument("--token", help="of the hub")
-    group.add_argument("--cache-dir", help="of the hub")
-    group.add_argument("--local-files-only", action="store_true", default=None, help="do not use the network")
-    group.add_argument("--trust-remote-code", action="store_true", default=None, help="run code from the checkpoint")
-
-
-def _add_generation(parser: argparse.ArgumentParser, default: str) -> None:
-    group = parser.add_argument_group("generation", f"By default: {default}.")
-    group.add_argument("--max-new-tokens", type=COUNT, default=256, metavar="N", help="(default: %(default)s)")
-    group.add_argument(
-        "--prefill-chunk-size", type=COUNT, metavar="TOKENS", help="read the prompt in pieces, which takes less memory"
-    )
-    choice = group.add_mutually_exclusive_group()
-    choice.add_argument("--greedy", action="store_true", help="take the most likely token")
-    choice.add_argument("--sample", action="store_true", help="sample as the checkpoint says")
-    group.add_argument("--temperature", type=TEMPERATURE, metavar="T", help="sample; 0 takes the most likely token")
-    group.add_argument(
-        "--top-p", type=number(float, above=0, at_most=1), metavar="P", help="sample the most likely that make up P"
-    )
-    group.add_argument("--top-k", type=number(int, at_least=0), metavar="K", help="sample the K most likely; 0: all")
-    group.add_argument(
-        "--min-p",
-        type=number(float, at_least=0, at_most=1),
-        metavar="P",
-        help="those at least P times the likeliest",
-    )
-    group.add_argument("--repetition-penalty", type=SCALE, metavar="R", help="above 1: what was there is less likely")
-    group.add_argument(
-        "--stop", action="append", type=values.text, metavar="TEXT", help="end before this text; or one of several"
-    )
-    group.add_argument("--seed", type=number(int, at_least=0, at_most=MAX_SEED), metavar="N", help="of sampling")
-
-
-def _command(name: str, check: Callable[[argparse.Namespace], None] | None = None) -> Command:
-    """What runs the module of that name, once `check` has found nothing wrong."""
+def _command(name: str, check: Callable[[argparse.Namespace], None] | None = None, is_light: bool = False) -> Command:
+    """What runs the module of that name, once `check` has found nothing wrong. A light one imports no torch."""
 
     def run(arguments: argparse.Namespace) -> int | None:
         if check is not None:
             check(arguments)
         if name == "demo" and not can_draw():  # a newcomer's first command should never be silent
             print("airstream: starting: importing torch and transformers", file=sys.stderr, flush=True)
-        with starting():
+        with nullcontext() if is_light else starting():
             module = importlib.import_module(f"airstream.cli.{name}")
         exit_status: int | None = module.run(arguments)
         return exit_status

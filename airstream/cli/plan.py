@@ -23,13 +23,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     (model,) = arguments.models
     machine = Machine(gpu=arguments.gpu, ram=arguments.ram, disk_gbps=arguments.disk_gbps)
-    planning = status(f"planning {Path(model).absolute().name}", is_timed=False)  # the hub may draw bars
     if arguments.plot is not None:
-        with planning:
-            plot_plan(model, machine=machine, file=arguments.plot, **options)
+        plot_plan(model, machine=machine, file=arguments.plot, **options)
         note(f"drawn: {arguments.plot}")
         return
-    with planning:
+    with status(f"planning {Path(model).absolute().name}", is_timed=False):  # the hub may draw bars
         plan = AutoModel.plan(model, machine=machine, prompt_tokens=arguments.prompt_tokens, **options)
     print(plan.to_json() if arguments.json else plan)
 

@@ -24,6 +24,9 @@ ELSEWHERE = {
 }
 """What the same is called in other programs, llama.cpp first of all."""
 
+SHORT = {"-t": "threads", "-tb": "threads_batch"}
+"""Short options of llama.cpp that are explained as the long ones are."""
+
 CHOICE = re.compile(r"invalid choice: '(?P<given>[^']*)' \(choose from (?P<known>.*)\)")
 
 
@@ -39,7 +42,8 @@ def meant_instead(message: str, usage: str) -> str:
     if not options:
         return ": a prompt of several words stands in quotes"
     for option in options:
-        if option not in ELSEWHERE and (why := _explained(option.removeprefix("--").replace("-", "_"), left)):
+        name = SHORT.get(option) or option.removeprefix("--").replace("-", "_")
+        if option not in ELSEWHERE and (why := _explained(name, left)):
             return f": {option} is of other programs. {why[:1].upper()}{as_options(why[1:])}"
     known = re.findall(r"--[a-z-]+", usage)
     return _asked([_option_meant(option, known) for option in options])

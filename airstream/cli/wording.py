@@ -11,7 +11,7 @@ OPTIONS = (
     "max_memory", "max_context", "max_batch_size", "layers_per_batch", "prefetch_batches", "page_cache", "dtype",
     "device", "attn_implementation", "gguf_file", "subfolder", "variant", "revision", "token", "cache_dir",
     "local_files_only", "trust_remote_code", "prompt_tokens", "shard_size", "layers", "gpu", "ram", "disk_gbps",
-    "compression", "codec",
+    "compression", "codec", "kernels",
     "prefill_chunk_size", "max_new_tokens",
 )  # fmt: skip
 """Arguments that are options of some command under the same name, with hyphens."""

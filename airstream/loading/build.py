@@ -5,7 +5,6 @@ It knows whose fault it is that no model can be built. It refuses to know sizes 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from airstream.checkpoint.config_file import read_config_file
+from airstream.checkpoint.config_file import read_model_config
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.stored import CheckpointIndex
 from airstream.compat.blame import Consequences, blamed_on
@@ -28,7 +27,7 @@ from airstream.compat.quantizers import find_quantizer
 from airstream.compat.remote import check_trust
 from airstream.compat.suspects import advice, names_a_field
 from airstream.compat.traits import CacheSize, measure_cache
-from airstream.errors import ArgumentError, CheckpointError, CheckpointNotFoundError, UnsupportedError
+from airstream.errors import ArgumentError, CheckpointError, UnsupportedError
 from airstream.footprint.activations import measure_passes
 from airstream.footprint.growth import PassGrowth
 from airstream.layout.imagined_checkpoint import Imagined
@@ -183,13 +182,7 @@ _READING: Consequences = (((OSError, ValueError, KeyError, ImportError), Unsuppo
 
 
 def _read_config(folder: Path, options: LoadOptions) -> dict[str, Any]:
-    file = folder / "config.json"
-    if (folder / "adapter_config.json").is_file() and not file.is_file():
-        raise CheckpointNotFoundError(
-            f"{folder} is an adapter, not a model: load the model that it was trained with, and then "
-            f"model.load_adapter({os.fspath(folder)!r})"
-        )
-    values = read_config_file(file)
+    values = read_model_config(folder)
     check_trust(values, folder, options.trust_remote_code)
     return values
 

@@ -18,7 +18,7 @@ from airstream.compat.packed_linear import PackedLinear, packed_formats
 from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention
 from airstream.footprint.lm_head import Way, copies_weights, way_of
 from airstream.footprint.of_config import footprint
-from airstream.layout.parts import Kind, Parts
+from airstream.layout.parts import Kind, Parts, has_head
 from airstream.layout.slab import distinct, pack, stored_specs
 from airstream.layout.tensors import TensorSpec
 from airstream.loading.build import Built
@@ -61,17 +61,17 @@ def gather_facts(
     head = batch_facts((parts.head.name,), parts.head.specs, packing, {}) if parts.head else None
     head_bytes = {spec.identity for spec in parts.specs_of(Kind.HEAD)}
     batchings = {count: tuple(_batches(parts, count, packing)) for count in _counts(parts, layers_per_batch)}
-    copied_bytes = head.slab_bytes[0] if head and device.type == "cpu" else 0
+    copied_bytes = head.slab_bytes[0] if head and device.type == "cpu" and not _is_packed(model, head) else 0
     way = way_of(model.dtype) if copied_bytes else Way.TOGETHER
     copied_for_each = way is Way.TOGETHER and copied_bytes > 0 and copies_weights(model.dtype)
-    everything = list(parts.specs.values())
-    packed = measure_packed(parts.specs_of(Kind.LAYER, Kind.HEAD))
-    expanding = expanding_seconds(built.quantizer, parts.specs_of(Kind.LAYER, Kind.HEAD))
+    everything, moved = list(parts.specs.values()), parts.specs_of(Kind.LAYER, Kind.HEAD)
+    packed, expanding = measure_packed(moved), expanding_seconds(built.quantizer, moved)
     return ModelFacts(
         name=name,
         dtype=str(model.dtype).removeprefix("torch."),
         batchings=batchings,
         head=head,
+        has_fixed_head=head is None and has_head(model),
         resident_bytes=resident.nbytes + buffers,
         tables={spec.name: Group((spec.name,), pack((spec,), packing).nbytes, None) for spec in _tables(parts)},
         tables_of_head=frozenset(spec.name for spec in _tables(parts) if spec.identity in head_bytes),
@@ -96,6 +96,11 @@ def gather_facts(
         position_limit=position_limit(model),
         rotary_limit=rotary_limit(model),
     )
+
+
+def _is_packed(model: PreTrainedModel, head: BatchFacts) -> bool:
+    """Whether the lm_head multiplies with packed rows, so that nobody copies it."""
+    return f"{head.units[0]}.packed" in packed_formats(model)
 
 
 def _tables(parts: Parts) -> list[TensorSpec]:

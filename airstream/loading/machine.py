@@ -149,13 +149,14 @@ def request_for(question: Question, facts: ModelFacts) -> Request:
     driver_bytes = machine.driver_bytes(device)  # first of all: whatever asks the device for anything brings it up
     memory = machine.memory(device, given)
     budgets = {name: int(AUTO_SHARE * nbytes) for name, (nbytes, _) in memory.items()} | given
-    shares = {name: f"{AUTO_SHARE:.0%} of {words}, the rest is head-room" for name, (_, words) in memory.items()}
+    shares = {name: _share_of(nbytes, words) for name, (nbytes, words) in memory.items()}
     notes = shares | {name: _given(nbytes, *memory.get(name, (nbytes, ""))) for name, nbytes in given.items()}
     total = memory[HOST][0]
     return Request(
         device=str(device),
         budgets=budgets,
         budget_notes=notes,
+        given=frozenset(given),
         described={name: words for name, words in machine.described(device).items() if name not in given},
         prefetch_batches=None if options.prefetch_batches == "auto" else options.prefetch_batches,
         max_context=options.max_context,
@@ -183,6 +184,11 @@ def _direct_io(facts: ModelFacts, left_over: int, options: LoadOptions) -> bool:
     if options.page_cache == "auto":
         return facts.checkpoint_bytes > PAGE_CACHE_SHARE * left_over
     return not options.page_cache
+
+
+def _share_of(there: int, words: str) -> str:
+    """What is said of a budget that nobody gave, and of what is set aside: the system and other programs live there."""
+    return f"{AUTO_SHARE:.0%} of {words}, {format_bytes(there - int(AUTO_SHARE * there))} left to others"
 
 
 def _given(budget: int, there: int, words: str) -> str:

@@ -46,6 +46,7 @@ from airstream.reporting.stats import MeasuredLink
 from airstream.streaming.measure import measure_link
 from airstream.streaming.store import Store
 from airstream.system.heap import giving_back
+from airstream.system.in_use import hold
 from airstream.system.kernels import KernelLimit
 from airstream.transfer.machinery import Machinery
 
@@ -77,6 +78,7 @@ class Engine:
         self.machinery = machinery
         self._parts, self._facts = prepared.parts, prepared.facts  # no more of it: the model is not to be kept alive
         self._executor: Executor | None = None
+        self.gate.closing.callback(hold(prepared.folder))
         self.gate.closing.callback(dismiss)
         self.gate.closing.callback(machinery.close)
         try:

@@ -6,7 +6,8 @@ There are numbers and names here, and no tensors.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
 
 from airstream.footprint.formulas import Footprint
 
@@ -53,22 +54,32 @@ class BatchFacts:
     groups: tuple[Group, ...]
     slab_bytes: tuple[int, ...]
     read_bytes: tuple[int, ...]
+    _sums: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _host_sums: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _packed_sums: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    _made_sums: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Add up groups once: a plan is found by asking thousands of times."""
+        sizes = [(group.nbytes, group.host_bytes or 0, group.kept_bytes, group.made_bytes) for group in self.groups]
+        for number, name in enumerate(("_sums", "_host_sums", "_packed_sums", "_made_sums")):
+            object.__setattr__(self, name, tuple(accumulate((size[number] for size in sizes), initial=0)))
 
     def resident_bytes(self, count: int) -> int:
         """The bytes of the first `count` groups on the device that computes."""
-        return sum(group.nbytes for group in self.groups[:count])
+        return self._sums[count]
 
     def packed_bytes(self, start: int, stop: int) -> int:
         """The bytes of groups `start` to `stop` on the device that computes, if they stay packed."""
-        return sum(group.kept_bytes for group in self.groups[start:stop])
+        return self._packed_sums[stop] - self._packed_sums[start]
 
     def made_bytes(self, start: int, stop: int) -> int:
         """The room that passes make groups `start` to `stop` in, if they stay packed."""
-        return sum(group.made_bytes for group in self.groups[start:stop])
+        return self._made_sums[stop] - self._made_sums[start]
 
     def host_bytes(self, start: int, stop: int) -> int:
         """Host memory of groups `start` to `stop`."""
-        return sum(group.host_bytes or 0 for group in self.groups[start:stop])
+        return self._host_sums[stop] - self._host_sums[start]
 
     def names(self, start: int, stop: int) -> tuple[str, ...]:
         """The tensors of groups `start` to `stop`."""
@@ -119,6 +130,7 @@ class ModelFacts:
     Attributes:
         batchings: for every number of layers per batch that may be chosen, best first, the batches it gives.
         head: the lm_head as a batch of its own if it can be streamed, else None.
+        has_fixed_head: there is an lm_head that cannot, and is among the weights that always stay.
         resident_bytes: weights and buffers that always stay in memory.
         tables: the embedding tables, by parameter name. Only the rows needed are read, unless there is room for all.
         tables_of_head: those among them that are in memory anyway once the head is, because they are tied to it.
@@ -153,6 +165,7 @@ class ModelFacts:
     position_limit: int | None = None
     rotary_limit: int | None = None
     num_tensors: int = 0
+    has_fixed_head: bool = False
     kernels: str = "exact"
 
     @property

@@ -15,7 +15,7 @@ from airstream.plan.predict import Prediction
 from airstream.plan.request import HOST
 from airstream.reporting.units import counted, format_bytes, format_seconds
 
-KV_CACHE, ACTIVATIONS = "KV cache", "activations"
+RESIDENT, KV_CACHE, ACTIVATIONS = "resident weights", "KV cache", "activations"
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,8 +218,13 @@ def _resident(plan: Plan) -> str:
     parts = [
         f"{whole} of {counted(len(plan.batches), 'batch')}" if whole else "",
         f"parts of {partial}" if partial else "",
+        "embeddings" if plan.tables else "",
     ]
-    return f"{format_bytes(plan.resident_bytes)}: {', '.join(filter(None, parts)) or 'nothing'}"
+    nbytes = plan.tiers[plan.computes_on].items[RESIDENT]
+    always = nbytes - plan.resident_bytes
+    chosen = f"{format_bytes(plan.resident_bytes)} as it fits ({', '.join(filter(None, parts))})"
+    kinds = [f"{format_bytes(always)} always" if always else "", chosen if plan.resident_bytes else "nothing else fits"]
+    return f"{format_bytes(nbytes)}: {', '.join(filter(None, kinds))}"
 
 
 def _streamed(plan: Plan) -> str:

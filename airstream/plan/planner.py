@@ -11,15 +11,16 @@ groups were formed (`groups`), and in which order they become resident (`spread`
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 from airstream.errors import BudgetError
 from airstream.layout.ring import ring_bytes
 from airstream.plan.facts import BatchFacts, ModelFacts
 from airstream.plan.placing import Placing, Placings
-from airstream.plan.plan import Batch, Plan
+from airstream.plan.plan import Batch, Plan, Tier
 from airstream.plan.policy import AHEAD_BYTES, CONTEXTS, MAX_AHEAD, MIN_OVERLAPPED_CONTEXT, WORTH_A_STEP
 from airstream.plan.refusal import most
 from airstream.plan.request import HOST, Request
@@ -46,6 +47,15 @@ class _Frame:
     steps_down: int
 
 
+class _Sizes(NamedTuple):
+    """How many batches are read ahead, which tables stay, and what takes the memories."""
+
+    depth: int
+    tables: Mapping[str, int]
+    weights: Weights
+    tiers: Mapping[str, Tier]
+
+
 def make_plan(facts: ModelFacts, request: Request) -> Plan:
     """The best plan that fits the budgets.
 
@@ -57,7 +67,7 @@ def make_plan(facts: ModelFacts, request: Request) -> Plan:
         BudgetError: not even the smallest plan fits; the message has the smallest budgets that would do.
     """
     for _, frames in itertools.groupby(_frames(facts, request), key=lambda frame: (frame.is_overlapped, frame.context)):
-        fitting = [frame for frame in frames if _fits(_bare_plan(facts, request, frame))]
+        fitting = [frame for frame in frames if _fits(_bare_plan(facts, request, frame).tiers)]
         plans = [(_fill(facts, request, frame), frame.steps_down) for frame in fitting]
         if plans:
             best, _ = min(plans, key=lambda each: _cost(facts, request, *each))
@@ -97,7 +107,7 @@ def _shorter(facts: ModelFacts, request: Request) -> int:
 
     def holds(context: int) -> bool:
         shorter = replace(request, max_context=context)
-        return any(_fits(_bare_plan(facts, shorter, frame)) for frame in _frames(facts, shorter))
+        return any(_fits(_bare_plan(facts, shorter, frame).tiers) for frame in _frames(facts, shorter))
 
     return most(holds, (request.max_context or 1) - 1) if request.workload is None else 0
 
@@ -150,7 +160,7 @@ def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
     placings = _placings(facts, request, frame)
 
     def fits(placing: Placing, without_ring: bool = False) -> bool:
-        return _fits(_plan(facts, request, frame, placing), without_ring)
+        return _fits(_sizes(facts, request, frame, placing).tiers, without_ring)
 
     def most_of(place: Callable[[int], Placing], limit: int) -> int:
         # The ring shrinks where all of its batches have given something, so that more may fit where less does not.
@@ -186,40 +196,58 @@ def _placings(facts: ModelFacts, request: Request, frame: _Frame) -> Placings:
     return Placings(layers, facts.head, is_head_resident=frame.head_resident, is_on_device=request.tier != HOST)
 
 
+def _head(facts: ModelFacts, frame: _Frame) -> str:
+    """Where the lm_head is, in a word."""
+    if facts.head is None:
+        return "resident" if facts.has_fixed_head else "none"
+    return "resident" if frame.head_resident else "streamed"
+
+
 def _batches(facts: ModelFacts, frame: _Frame) -> tuple[BatchFacts, ...]:
     return facts.batchings[frame.layers] + ((facts.head,) if facts.head is not None else ())
 
 
-def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: Placing) -> Plan:
-    """The plan in which everything has been decided; it may not fit."""
-    batches = tuple(map(_place, _batches(facts, frame), placing.resident, placing.packed, placing.hosted))
-    sizes = tuple(batch.nbytes for batch in batches if batch.nbytes)
-    depth = frame.prefetch if frame.prefetch is not None else enough_ahead([batch.streamed_bytes for batch in batches])
+def _sizes(facts: ModelFacts, request: Request, frame: _Frame, placing: Placing) -> _Sizes:
+    """What decides whether a plan fits, without the names of what lies where."""
     tables = {name: group.nbytes for name, group in facts.tables.items() if name not in facts.tables_of_head}
     tables = tables if placing.with_tables else {}
-    in_memory = tables.keys() | (facts.tables_of_head if frame.head_resident else frozenset())
-    ring = _cached_ring_bytes(sizes, depth + 1)
-    resident = sum(batch.resident_bytes + batch.packed_bytes for batch in batches)
-    resident += facts.resident_bytes + sum(tables.values())
-    hosted = sum(batch.hosted_bytes for batch in batches)
+    resident = facts.resident_bytes + sum(tables.values())
+    hosted, streamed, slabs = 0, [], []
+    counts = zip(placing.resident, placing.packed, placing.hosted, strict=True)
+    for batch, (dense, packed, waiting) in zip(_batches(facts, frame), counts, strict=True):
+        kept = dense + packed
+        resident += batch.resident_bytes(dense) + batch.packed_bytes(dense, kept)
+        hosted += batch.host_bytes(kept, kept + waiting)
+        streamed.append(batch.slab_bytes[kept])
+        slabs.append(streamed[-1] + batch.made_bytes(dense, kept))
+    depth = frame.prefetch if frame.prefetch is not None else enough_ahead(streamed)
+    ring = _cached_ring_bytes(tuple(filter(None, slabs)), depth + 1)
+    weights = Weights(ring, resident, placing.rounding_bytes, hosted)
+    return _Sizes(depth, tables, weights, tiers_of(facts, request, frame.context, weights))
+
+
+def _plan(facts: ModelFacts, request: Request, frame: _Frame, placing: Placing) -> Plan:
+    """The plan in which everything has been decided; it may not fit."""
+    sizes = _sizes(facts, request, frame, placing)
+    in_memory = sizes.tables.keys() | (facts.tables_of_head if frame.head_resident else frozenset())
     return Plan(
         model=facts.name,
         dtype=facts.dtype,
         kernels=facts.kernels,
         device=request.device,
         computes_on=request.tier,
-        batches=batches,
+        batches=tuple(map(_place, _batches(facts, frame), placing.resident, placing.packed, placing.hosted)),
         layers_per_batch=frame.layers,
-        prefetch_batches=depth,
-        ring_bytes=ring,
-        head="none" if facts.head is None else "resident" if frame.head_resident else "streamed",
-        tables=tables,
+        prefetch_batches=sizes.depth,
+        ring_bytes=sizes.weights.ring,
+        head=_head(facts, frame),
+        tables=sizes.tables,
         rows_from_disk={name: group.nbytes for name, group in facts.tables.items() if name not in in_memory},
         checkpoint_bytes=facts.checkpoint_bytes,
         direct_io=request.direct_io,
         max_context=frame.context,
         max_batch_size=request.max_batch_size,
-        tiers=tiers_of(facts, request, frame.context, Weights(ring, resident, placing.rounding_bytes, hosted)),
+        tiers=sizes.tiers,
     )
 
 
@@ -249,8 +277,8 @@ def enough_ahead(sizes: Sequence[int]) -> int:
     return min(-(-AHEAD_BYTES // average), MAX_AHEAD, max(len(sizes) - 1, 1))
 
 
-def _fits(plan: Plan, without_ring: bool = False) -> bool:
+def _fits(tiers: Mapping[str, Tier], without_ring: bool = False) -> bool:
     return all(
         tier.peak_bytes - (tier.items.get("ring", 0) if without_ring else 0) <= tier.budget_bytes
-        for tier in plan.tiers.values()
+        for tier in tiers.values()
     )

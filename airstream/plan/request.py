@@ -81,6 +81,7 @@ class Request:
     Attributes:
         budgets: bytes per tier: "cpu", and the index of the accelerator if one is used.
         budget_notes: per tier, where the budget comes from.
+        given: the tiers whose budget is what the user said; of the others it is a share.
         described: per tier that is a share of a described machine's memory, the argument that describes it.
         driver_bytes: the bytes of host memory that an accelerator's driver and libraries take.
         decoding_bytes: the bytes that decoding packed weights takes where the model computes.
@@ -102,6 +103,7 @@ class Request:
     workload: Workload | None = None
     hardware: HardwareFacts | None = None
     described: Mapping[str, str] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
 
     @property
     def tier(self) -> str:

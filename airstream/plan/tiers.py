@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from airstream.plan.facts import ModelFacts
-from airstream.plan.plan import ACTIVATIONS, KV_CACHE, Tier
+from airstream.plan.plan import ACTIVATIONS, KV_CACHE, RESIDENT, Tier
 from airstream.plan.request import HOST, Request, Workload
 from airstream.reporting.units import MIB
 
@@ -44,7 +44,7 @@ def tiers_of(facts: ModelFacts, request: Request, context: int, weights: Weights
     )
     work = {
         "ring": weights.ring,
-        "resident weights": weights.resident,
+        RESIDENT: weights.resident,
         "adapters": facts.adapter_bytes,
         KV_CACHE: workload.kv_bytes(need),
         ACTIVATIONS: workload.activation_bytes(need),

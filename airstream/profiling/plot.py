@@ -35,7 +35,9 @@ HATCHES = {ROWS: "....", SCHEDULING: "xxxx"}
 
 EDGE = "#333333"
 
-WAITS = "hatched or dotted: computation waits, for the link of that colour if it has one"
+WAITS = (
+    "hatched or dotted: computation waits, for the link of that colour if it has one; white between: nothing is done"
+)
 
 MIN_SHARE = 0.002
 """Of a bar: what is smaller cannot be seen, and is left out of the legend."""

@@ -172,6 +172,22 @@ class Activity:
         return f"{' '.join(parts)}{f', {seconds} s' if seconds else ' ...'}"
 
 
+class Share:
+    """What is being done, and how much of it is: `"planning tiny [#####...............] 25%"`. Nothing at first."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._share = 0.0
+
+    def reach(self, share: float) -> None:
+        """So much is done by now."""
+        self._share = share
+
+    def text(self) -> str:
+        """What the line says by now."""
+        return f"{self._what} {bar(self._share)} {self._share:.0%}" if self._share else f"{self._what} ..."
+
+
 @contextmanager
 def status(what: str, is_wanted: bool = True, is_timed: bool = True) -> Iterator[None]:
     """Show what is being done for as long as this lasts, on a terminal or in a notebook; elsewhere, nothing."""

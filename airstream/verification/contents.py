@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from airstream.checkpoint.formats import weight_files
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.names import PICKLE_FILE, PICKLE_INDEX, SHARD_INDEX, SINGLE_FILE, file_name
 from airstream.checkpoint.pickles.tensors import read_pickle
 from airstream.checkpoint.safetensors import read_header
 from airstream.checkpoint.shard_index import read_weight_map
 from airstream.checkpoint.stored import CheckpointIndex, StoredTensor
+from airstream.checkpoint.weight_files import weight_files
 from airstream.errors import CheckpointError
 
 

@@ -287,6 +287,27 @@ def test_the_mark_is_the_plan_of_the_machine(configs: dict[str, Path], found: La
     assert found.here_bytes == pytest.approx((12 * GIB, 8 * GIB))
 
 
+@pytest.mark.parametrize("gpu", ["3060 12GB", None])
+def test_budgets_that_were_given_are_where_the_mark_is(configs: dict[str, Path], gpu: str | None) -> None:
+    machine = replace(CARD, gpu=gpu)
+    options: dict[str, Any] = {"max_memory": {"cpu": "8GiB"}, "device": "cpu", "max_context": 1024}
+    if gpu:
+        options = {"max_memory": {0: "4GiB", "cpu": "8GiB"}, "max_context": 1024}
+    asked = prepare_for_planning(configs["llama-8b"], options, machine)
+    told: list[float] = []
+    found = survey(asked.facts, asked.request, told.append)
+    assert found.here_bytes == ((4 * GIB, 8 * GIB) if gpu else (8 * GIB,))
+    plan = AutoModel.plan(configs["llama-8b"], machine=machine, **options)
+    assert plan.prediction is not None
+    assert found.here is not None
+    assert found.here.seconds == pytest.approx(plan.prediction.decode_seconds, rel=0.001)
+    assert told == sorted(told)  # so much of it is done by and by
+    assert (len(told) > 50, told[-1]) == (True, 1.0)
+    axes = plot_plan(configs["llama-8b"], machine=machine, **options).axes[0]
+    assert any(text.get_text().startswith("4 GiB + 8 GiB: " if gpu else "8 GiB: ") for text in axes.texts)
+    assert "all of which is used" in axes.get_xlabel()
+
+
 @pytest.mark.parametrize("device", ["map", "curve"])
 def test_a_picture_is_written_and_no_text_is_over_another(
     configs: dict[str, Path], tmp_path: Path, device: str

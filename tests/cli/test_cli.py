@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -31,7 +32,7 @@ from airstream.cli.reading import prompt_of, typed
 from airstream.cli.sampling import Choice, choose
 from airstream.cli.stopping import Holding
 from airstream.cli.values import DTYPES, parse_memory
-from airstream.cli.wording import as_options
+from airstream.cli.wording import OPTIONS, as_options
 from airstream.loading.options import LoadOptions
 from tests.conftest import WriteTiny, least_memory, stream
 from tests.stand_ins.tiny_models import tiny_tokenizer
@@ -210,6 +211,15 @@ def test_the_dtypes_named_are_those_that_models_compute_in() -> None:
     } == {"bfloat16", "float16", "float32", "float64"}
 
 
+def test_errors_know_every_option_that_python_has_as_an_argument() -> None:
+    """By its name in Python; else a message of the command line would tell users what they cannot type."""
+    parser = build_parser("0")
+    (commands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    named = {action.dest for command in commands.choices.values() for action in command._actions}
+    arguments = {option.name for option in dataclasses.fields(LoadOptions)}
+    assert (named & arguments) <= set(OPTIONS)
+
+
 def test_every_loading_argument_reaches_from_pretrained() -> None:
     words = "generate m p --max-memory 1GiB --dtype float16 --max-context 7 --max-batch-size 2 --layers-per-batch 3"
     words += " --prefetch-batches auto --no-page-cache --attn-implementation eager --revision r --token t"
@@ -315,6 +325,13 @@ MISTAKES = [
         "--quantization nf4",
         "--quantization is of other programs. Name how the weights are to be packed, --c",
     ),
+    *(
+        (
+            f"{option} 4",
+            f"{option} is of other programs. Torch's threads compute, one for each core: set OMP_NUM_THREADS=",
+        )
+        for option in ("--threads", "--n-threads", "-t", "--num-threads", "--threads-batch")
+    ),
     ("--low-cpu-mem-usage", "Leave it out: weights are never in memory all at once"),
     ("--gpu-memory-utilization 0.9", "Name the memory that may be used, --max-memory 4GiB or --max-memory 0=4GiB cpu="),
     ("--dtype int8", "'int8' is not a type that models compute in"),
@@ -345,7 +362,7 @@ from airstream.cli import main
 told = []
 for words in json.load(sys.stdin):
     err = io.StringIO()
-    with contextlib.redirect_stderr(err):
+    with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
             status = main(words)
         except SystemExit as exit:
@@ -410,16 +427,42 @@ AT_ONCE = [
     ("repack m out --shard-size 4KiB", 2, "name 1.0 MiB at least"),
     (f"repack {'x' * 300}/y/z ../{'x' * 300}", 1, "x"),
     ("repack m out --shard-size big", 2, "'big' is not a size"),
+    *((f"{words} {{empty}}", 1, "has no checkpoint: expected model.safetensors, ") for words in ("chat", "verify")),
+    ("generate {empty} p", 1, "has no checkpoint: expected model.safetensors, "),
+    ("generate {empty} p --variant fp16", 1, "has no checkpoint of --variant fp16: expected model.fp16.safetensors, "),
+    ("repack {empty} out", 1, "has no checkpoint: expected model.safetensors, "),
+    ("plan {empty}", 1, "has no config.json: it is not the folder of a transformers model"),
+    ("plan --table {config} {empty}", 1, "has no config.json"),
+    ("plan {empty} --subfolder x", 1, "has no folder 'x', which --subfolder names"),
+    ("generate {config} p", 1, "has no checkpoint: expected model.safetensors, "),
+    ("generate {weights} p", 1, "has no config.json"),
+    ("repack {weights} out", 1, "has no config.json"),
+    ("chat {adapter}", 1, "has no checkpoint"),
+    ("plan {adapter}", 1, "is an adapter, not a model"),
+    ("chat {file}", 1, "is a file: name the folder of a checkpoint"),
+    ("generate {empty} p --gguf-file x.gguf", 1, "has no file 'x.gguf'"),
+    ("hardware {file}", 1, "is a file: name a folder on the disk to measure"),
+    ("hardware {empty}/x", 1, "is not a folder: name one on the disk that is to be measured"),
+    ("cache --json --clear", 1, "leave one of them out"),
     ("demo --max-memory lots", 2, "'lots' is not a size"),
     ("demo --max-memory 200", 2, 'did you mean "200GiB"?'),
 ]
-"""What the command line alone shows to be wrong."""
+"""What the command line alone shows to be wrong, or what lies under the names in it."""
+
+LACKING = {"empty": "", "config": "config.json", "weights": "model.safetensors", "adapter": "adapter_config.json"}
+"""Folders that are no models, and what is in them."""
 
 
-def test_mistakes_are_told_before_torch_is_imported() -> None:
+def test_mistakes_are_told_before_torch_is_imported(tmp_path: Path) -> None:
+    for name, file in LACKING.items():
+        (tmp_path / name).mkdir()
+        if file:
+            (tmp_path / name / file).write_text("{}")
+    (tmp_path / "file").touch()
+    here = {name: str(tmp_path / name) for name in (*LACKING, "file")}
     told = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH],
-        input=json.dumps([words.split() for words, _, _ in AT_ONCE]),
+        input=json.dumps([words.format(**here).split() for words, _, _ in AT_ONCE]),
         capture_output=True,
         text=True,
         check=True,
@@ -428,6 +471,25 @@ def test_mistakes_are_told_before_torch_is_imported() -> None:
         assert said in err, words
         assert got == status, words
         assert err.count("\n") == 1, words
+
+
+@pytest.mark.parametrize("words", [[], ["--traceback"]])
+def test_who_names_no_command_is_shown_all_of_them(
+    words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    listed = capsys.readouterr().out.splitlines()
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    helped = capsys.readouterr().out
+    known = re.findall(r"^    (\w+)  ", helped, re.MULTILINE)
+    assert len(known) >= 7
+    for name in known:
+        (line,) = (line for line in listed if line.split()[:1] == [name])
+        assert len(line) <= 80
+        assert line.split(maxsplit=1)[1] in helped  # whole, on one line there as well
 
 
 @pytest.mark.parametrize(
@@ -716,6 +778,7 @@ def test_a_prompt_without_quotes_is_told_to_have_some(capsys: pytest.CaptureFixt
         ),
         ('say "dtype=float16 or', 'say "--dtype float16 or'),
         ("/data/max_memory/x", "/data/max_memory/x"),
+        ('With kernels="fast" it would', "With --kernels fast it would"),
     ],
 )
 def test_errors_are_in_the_words_of_the_command_line(message: str, said: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from airstream.reporting.status import Share
 from tests.cli.test_chat import with_template
 from tests.conftest import WriteTiny
 from tests.stand_ins.terminal import screen
@@ -293,3 +294,10 @@ def test_a_pipe_that_closes_early_is_no_error(folder: Path) -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as child:
         child.stdout.close()
         assert b"Traceback" not in child.stderr.read()
+
+
+def test_a_share_is_told_once_there_is_one() -> None:
+    share = Share("planning m")
+    assert share.text() == "planning m ..."
+    share.reach(0.25)
+    assert share.text() == "planning m [#####...............] 25%"

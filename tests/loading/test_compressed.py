@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -111,6 +112,28 @@ def test_lossless_is_planned_as_trained_weights_pack(wide: WideModel, tmp_path: 
         assert real.stored_bytes <= 1.02 * guessed.stored_bytes
         for count, batches in real.batchings.items():
             assert [names_of(batch) for batch in batches] == [names_of(b) for b in guessed.batchings[count]]
+
+
+@pytest.mark.parametrize("codec", ["nf4", "4bit", "int8", "int4"])
+def test_a_package_that_a_plan_needs_is_named_with_the_extra_that_has_it(
+    wide: WideModel,  # noqa: F811 - a fixture
+    tmp_path: Path,
+    codec: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config_alone = bare(wide("llama", BF16), tmp_path / "bare")
+    missing = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "compressed_tensors": "compressed-tensors"}
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name in missing else find_spec(name, *more)
+    )
+    with pytest.raises(UnsupportedError, match='extra "quant" has it') as refusal:
+        planned(config_alone, compression=codec)
+    message = str(refusal.value)
+    assert f"compression={codec!r}" in message
+    assert any(f"pip install {package} " in message for package in missing.values())
+    for other in ("lossless", "fp8"):
+        assert planned(config_alone, compression=other)
 
 
 def test_what_cannot_be_made_is_not_planned(wide: WideModel, tmp_path: Path) -> None:  # noqa: F811

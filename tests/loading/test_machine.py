@@ -14,7 +14,7 @@ import torch
 
 from airstream import ArgumentError, AutoModel, Machine
 from airstream.cli import main
-from airstream.reporting.units import GIB
+from airstream.reporting.units import GIB, MIB
 from tests.conftest import WriteTiny
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -189,3 +189,15 @@ def test_a_budget_larger_than_the_machine_is_told(configs: dict[str, Path], budg
     machine = Machine(ram="64GiB")
     plan = AutoModel.plan(configs["llama-3-8b"], machine=machine, max_memory=budget, device="cpu", max_context=128)
     assert plan.tiers["cpu"].budget_note == note
+
+
+@pytest.mark.parametrize("given", [{"ram": "4GiB"}, {"gpu": "RTX 3090", "ram": "64GiB"}, {}])
+def test_what_a_plan_does_not_use_of_a_memory_is_said(configs: dict[str, Path], given: dict[str, str]) -> None:
+    device = {} if "gpu" in given else {"device": "cpu"}
+    plan = AutoModel.plan(configs["llama-3-8b"], machine=Machine(**given), max_context=128, **device)
+    for tier in plan.tiers.values():
+        whole, left = re.findall(r"([\d.]+) ([MG])iB", tier.budget_note)
+        nbytes = [float(size) * (GIB if unit == "G" else MIB) for size, unit in (whole, left)]
+        assert tier.budget_bytes + nbytes[1] == pytest.approx(nbytes[0], rel=0.01)
+        assert f"{tier.budget_note})" in str(plan)
+        assert tier.budget_note.endswith(" left to others")

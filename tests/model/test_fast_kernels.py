@@ -19,14 +19,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from airstream import ArgumentError, AutoModel, CheckpointError, Plan, UnsupportedError
+from airstream import ArgumentError, AutoModel, BudgetError, CheckpointError, Plan, UnsupportedError
 from airstream.checkpoint.formats import open_checkpoint
+from airstream.cli import main
 from airstream.codecs import library, share
 from airstream.codecs.product_rates import product_seconds
 from airstream.codecs.products import StoredRows, make_dense
 from airstream.compat.packed_linear import NF4_LEVELS, PackedLinear
 from airstream.repacking.repack import repack
-from tests.conftest import smallest_budget, stream
+from airstream.reporting.units import MIB
+from tests.conftest import least_memory, smallest_budget, stream
 from tests.model.test_lifecycle import MEASURE
 from tests.stand_ins.comparing import BF16, FP32, greedy, logits, prompts
 from tests.stand_ins.interrupts import Interrupts
@@ -167,6 +169,41 @@ def test_the_plan_names_it_and_counts_packed_bytes(packed: Packed) -> None:
     assert Plan.from_json(fast.to_json()) == fast
     assert fast.resident_bytes < exact.resident_bytes / 2
     assert fast.prediction is None or fast.prediction.decode_seconds > 0
+
+
+@pytest.mark.parametrize("codec", ["nf4", "int4"])
+def test_a_refusal_names_fast_kernels_where_they_would_fit(
+    large: Packed, codec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AIRSTREAM_CACHE", str(tmp_path))
+    known = {"max_context": 64, "device": "cpu"}
+    (exact,), (fast,) = (least_memory(large(codec), **(known | more)).values() for more in ({}, FAST))
+    assert fast < exact
+    for folder, asked in ((large(codec), {}), (large("plain"), {"compression": codec})):
+        for ask in (AutoModel.from_pretrained, AutoModel.plan):
+            for budget, is_named in ((exact - 1, True), (fast - MIB, False)):
+                with pytest.raises(BudgetError) as refusal:
+                    ask(folder, **known, **asked, max_memory=budget)
+                assert ('With kernels="fast" it would fit' in str(refusal.value)) is is_named
+    words = ["plan", str(large(codec)), "--max-context", "64", "--device", "cpu", "--max-memory", str(exact - 1)]
+    assert main(words) == 1
+    assert "With --kernels fast it would fit" in capsys.readouterr().err
+    assert main([*words, "--kernels", "fast"]) == 0
+    assert not any(tmp_path.rglob("*.safetensors"))  # nothing has been packed
+
+
+@pytest.mark.parametrize("codec", ["plain", "lossless"])
+def test_a_packed_lm_head_is_streamed_like_a_dense_one(packed: Packed, codec: str) -> None:
+    with stream(packed(codec), **FAST) as model:
+        assert model.plan.head == "streamed"
+        assert model.plan.batches[-1].units == ("lm_head",)
+        head = model.get_submodule("lm_head")
+        assert (head.row_format is not None) is (codec == "lossless")
+        inputs = prompts(2, 12)
+        streamed = logits(model, inputs)
+    with stream(packed(codec), **FAST, max_memory="1GiB") as model:
+        assert model.plan.head == "resident"
+        assert torch.equal(logits(model, inputs), streamed)
 
 
 def test_a_packed_weight_has_a_shape_and_no_values(packed: Packed) -> None:

@@ -45,7 +45,7 @@ from airstream.plan.request import Request
 from airstream.plan.text import change_of
 from airstream.plan.whatif import quantised, with_advice
 from airstream.rates.facts import assumed
-from airstream.reporting.units import GIB, MIB, parse_bytes
+from airstream.reporting.units import GIB, MIB, format_bytes, parse_bytes
 from airstream.transfer.files import PAGE_BYTES
 from tests.conftest import cache_of
 
@@ -586,6 +586,24 @@ def test_a_printed_plan_fits_the_screen_and_says_everything(where: Request) -> N
     for line in labelled:  # one column of labels, one of what they stand for
         assert re.match(r"[a-z_]+( [a-z0-9]+)* +$", line[:13]), line
         assert line[13] != " ", line
+
+
+@pytest.mark.parametrize("where", [on_cpu(200 * GIB), on_cpu(1 * GIB), on_cuda(24 * GIB, 200 * GIB)], ids=str)
+@pytest.mark.parametrize("always", [0, 70 * MIB])
+def test_what_is_called_resident_is_the_same_wherever_it_is_printed(where: Request, always: int) -> None:
+    plan = make_plan(replace(facts_of(), resident_bytes=always), replace(where, max_context=128))
+    (first,) = re.findall(r"^  resident +(.*)$", str(plan), re.MULTILINE)
+    found = dict(re.findall(r"^    (.+?)  +(.*)$", str(plan).partition(" peak ")[2], re.MULTILINE))
+    total, _, parts = first.partition(": ")
+    assert total == found.get("resident weights", "0 B")
+    assert ("always" in parts) is bool(always)
+    assert (f"{format_bytes(plan.resident_bytes)} as it fits (" in parts) is bool(plan.resident_bytes)
+
+
+def test_an_lm_head_that_cannot_be_streamed_is_resident() -> None:
+    facts = replace(facts_of(), head=None)
+    assert make_plan(facts, on_cpu(GIB)).head == "none"
+    assert make_plan(replace(facts, has_fixed_head=True), on_cpu(GIB)).head == "resident"
 
 
 def test_a_resident_head_is_worth_more_than_larger_batches() -> None:

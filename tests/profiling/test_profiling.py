@@ -521,6 +521,11 @@ def test_a_picture_is_drawn(shown: Profile, tmp_path: Path) -> None:
     lanes, seconds = figure.axes
     assert {"compute", "Python"} <= {label.get_text() for label in lanes.get_yticklabels()}
     assert [label.get_text() for label in seconds.get_yticklabels()] == ["a decode pass", "a prefill pass"]
+    title = seconds.get_legend().get_title()
+    assert "white between: nothing is done" in title.get_text()
+    figure.canvas.draw()
+    place = title.get_window_extent()
+    assert 0 <= place.x0 < place.x1 <= figure.bbox.width  # all of it can be read
     with pytest.raises(ArgumentError, match="no kind of picture"):
         shown.plot(tmp_path / "run.txt")
 
