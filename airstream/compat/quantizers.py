@@ -22,9 +22,12 @@ from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers
 from airstream.compat.plain_formats import groups_of, kernel_for
 from airstream.compat.quantizer import DEQUANTIZED, DEQUANTIZED_ON_CPU, Headers, Quantizer
 from airstream.compat.quiet import quiet_transformers
+from airstream.compat.schemes import choose_schemes, name_formats
 from airstream.compat.stated import check_stated_numbers
 from airstream.errors import UnsupportedError
 from airstream.reporting.first_line import first_line
+
+COMPRESSED = "compressed-tensors"
 
 PACKAGES: Mapping[str, str] = {
     "bitsandbytes": "bitsandbytes",
@@ -100,7 +103,10 @@ class _OfTransformers(Quantizer):
             self._inner.postprocess_model(model)
 
     def mapping(self, model: PreTrainedModel) -> list[Any]:
-        return get_model_conversion_mapping(model, None, self._inner)
+        found: list[Any] = get_model_conversion_mapping(model, None, self._inner)
+        if self.method == COMPRESSED:
+            choose_schemes(found, self._inner)
+        return found
 
     def scratch_bytes(self, elements: int) -> int:
         return 0 if self.kernel else super().scratch_bytes(elements)
@@ -177,6 +183,8 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device, has_fp8: bool
         ) from error
     if method in DEQUANTIZED_ON_CPU and has_fp8:
         inner.quantization_config.dequantize = False  # whatever is here
+    if method == COMPRESSED:
+        name_formats(inner)
     _refuse_what_changes_weights(inner, method)
     return _OfTransformers(inner, method, settings, device)
 
@@ -213,7 +221,7 @@ def _layout(settings: Mapping[str, Any], method: str, model_type: str) -> Layout
 
 def _refuse_quantised_activations(settings: Mapping[str, Any], method: str) -> None:
     """Refuse what would be computed in another way if its weights were dequantised: activations are rounded, too."""
-    if method == "compressed-tensors" and any(group.get("input_activations") for group in groups_of(settings)):
+    if method == COMPRESSED and any(group.get("input_activations") for group in groups_of(settings)):
         raise UnsupportedError(
             "a compressed-tensors checkpoint with quantised activations (W8A8, FP8 dynamic) cannot be streamed: its "
             f"modules change their own weights on first use. Weight-only ones (W4A16, W8A16) can. {INSTEAD}"
