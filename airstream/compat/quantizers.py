@@ -18,7 +18,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig, get_hf_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
+from airstream.compat.packed_sets import check_said_sets
 from airstream.compat.plain_formats import groups_of, kernel_for
 from airstream.compat.quantizer import DEQUANTIZED, DEQUANTIZED_ON_CPU, Headers, Quantizer
 from airstream.compat.quiet import quiet_transformers
@@ -96,6 +98,10 @@ class _OfTransformers(Quantizer):
                 use_kernels=False,
             )
         model.eval()
+
+    def settle(self, model: PreTrainedModel, index: Mapping[str, StoredTensor]) -> None:
+        super().settle(model, index)
+        check_said_sets(getattr(self._inner, "metadata", None) or {}, index)
 
     def finish(self, model: PreTrainedModel) -> None:
         model.hf_quantizer = self._inner
