@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 PACKED_FOLDER = "packed"
 """In the cache folder."""
 
+WEIGHTS = ".safetensors"
+"""What the names of its files of weights end with."""
+
 MAX_NAME = 40
 """Letters of a checkpoint's name that stand in that of its copy."""
 
@@ -91,13 +94,24 @@ def packed_copy(
 
 
 def _is_made(target: Path) -> bool:
-    """A repack takes its name when it is whole. Its files may have been damaged, or removed, since: sizes tell."""
+    """A repack takes its name when it is whole. Its files may have been damaged, or removed, since: sizes tell, the
+    headers of weights, and the checksums of what is small. Weights are not read: `airstream verify` does that.
+    """
     try:
         manifest = read_manifest(target)
     except CheckpointError:
         return False
-    sizes = {name: entry["bytes"] for name, entry in (manifest or {}).get("files", {}).items()}
-    return bool(sizes) and sizes.items() <= file_sizes(target).items()
+    files = (manifest or {}).get("files", {})
+    sizes = {name: entry["bytes"] for name, entry in files.items()}
+    if not sizes or not sizes.items() <= file_sizes(target).items():
+        return False
+    small = [name for name in sizes if not name.endswith(WEIGHTS)]
+    try:
+        return all(sha256_of(target / name) == files[name]["sha256"] for name in small) and bool(
+            open_checkpoint(target)
+        )
+    except (CheckpointError, OSError):
+        return False
 
 
 def _refuse_foreign(work: Path) -> None:
