@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from airstream.checkpoint.stored import StoredTensor
-from airstream.compat.four_bit import settle_four_bits
 from airstream.compat.packed_sets import check_sets
 from airstream.compat.packed_shapes import check_packed_shapes
 from airstream.compat.plain_formats import LIBRARY_ITEM_BYTES
@@ -58,6 +57,7 @@ class Quantizer(ABC):
         check_packed_shapes(self.method, index)
         check_sets(self.method, index)
 
+    @abstractmethod
     def settle(self, model: PreTrainedModel, index: Mapping[str, StoredTensor]) -> None:
         """Refuse weights that the modules of `model`, which hold them by now, cannot compute with.
 
@@ -65,8 +65,6 @@ class Quantizer(ABC):
             CheckpointError: some of them do not belong to the model.
             UnsupportedError: a kernel is missing. The messages name the tensor.
         """
-        if self.is_on_cpu and self.method == "bitsandbytes":
-            settle_four_bits(model, index)
 
     @abstractmethod
     def dtype(self, dtype: torch.dtype) -> torch.dtype:

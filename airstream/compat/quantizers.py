@@ -19,6 +19,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizatio
 from transformers.quantizers.base import HfQuantizer
 
 from airstream.checkpoint.stored import StoredTensor
+from airstream.compat.four_bit import settle_four_bits
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
 from airstream.compat.packed_sets import check_said_sets
 from airstream.compat.plain_formats import groups_of, kernel_for
@@ -100,7 +101,8 @@ class _OfTransformers(Quantizer):
         model.eval()
 
     def settle(self, model: PreTrainedModel, index: Mapping[str, StoredTensor]) -> None:
-        super().settle(model, index)
+        if self.is_on_cpu and self.method == "bitsandbytes":
+            settle_four_bits(model, index)
         check_said_sets(getattr(self._inner, "metadata", None) or {}, index)
 
     def finish(self, model: PreTrainedModel) -> None:
@@ -132,6 +134,9 @@ class IntegerQuantizer(Quantizer):
         return dtype
 
     def preprocess(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, headers: Headers) -> None:
+        pass
+
+    def settle(self, model: PreTrainedModel, index: Mapping[str, StoredTensor]) -> None:
         pass
 
     def finish(self, model: PreTrainedModel) -> None:
