@@ -69,8 +69,11 @@ def _check_described(weight: str, names: list[str], data: Any, index: Index) -> 
         return
     if not all(type(size) is int and size > 0 for size in block):
         return
-    wanted = math.prod(-(-length // size) for length, size in zip(numbers.shape, block, strict=True))
-    if wanted != math.prod(scales.shape):
+    wanted, turned = (
+        math.prod(-(-length // size) for length, size in zip(shape, block, strict=True))
+        for shape in (numbers.shape, numbers.shape[::-1])
+    )
+    if math.prod(scales.shape) not in (wanted, turned):  # the model tells a turned one
         raise CheckpointError(_lengths(scales, wanted, numbers) + ": it is damaged. Download the checkpoint again")
 
 
@@ -105,7 +108,7 @@ def _eight_bits(scales: StoredTensor, name: str, index: Index) -> Iterator[str]:
     numbers = index.get(name)
     if numbers is None:
         yield _missing(scales, name)
-    elif numbers.shape and scales.shape != numbers.shape[:1]:
+    elif numbers.shape and scales.shape not in (numbers.shape[:1], numbers.shape[-1:]):  # the model tells a turned one
         yield _lengths(scales, numbers.shape[0], numbers)
     elif scales.dtype != "F32":
         yield f"{scales.file}: tensor {scales.name!r} has numbers of type {scales.dtype}, and not F32"
