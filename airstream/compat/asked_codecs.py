@@ -84,11 +84,15 @@ def _refuse(asked: AskedFormat, field: str, value: Any, instead: str, why: str =
 # ------------------------------------------------------------------------------------------------------- bitsandbytes
 
 
+_OF_ANY_SHAPE = replace(CODECS["nf4"], fits=lambda shape: len(shape) == 2, takes="any number of rows and columns")
+"""As transformers packs: which processors compute with it is found out when it is loaded."""
+
+
 def _bitsandbytes(asked: AskedFormat, settings: Mapping[str, Any]) -> QuantCodec:
     if settings["load_in_8bit"]:
         if settings["llm_int8_has_fp16_weight"]:
             _refuse(asked, "llm_int8_has_fp16_weight", True, "int8", "which packs nothing")
-        return replace(CODECS["nf4"], name="llm-int8", of_rows=_eight_bit_rows, of_weight=_eight_bit_weight)
+        return replace(_OF_ANY_SHAPE, name="llm-int8", of_rows=_eight_bit_rows, of_weight=_eight_bit_weight)
     if not settings["load_in_4bit"]:
         _refuse(asked, "load_in_4bit", False, "nf4", "and load_in_8bit=False, which asks for nothing")
     kind, storage = settings["bnb_4bit_quant_type"], settings["bnb_4bit_quant_storage"]
@@ -98,7 +102,7 @@ def _bitsandbytes(asked: AskedFormat, settings: Mapping[str, Any]) -> QuantCodec
     if settings["bnb_4bit_compute_dtype"] not in COMPUTE_DTYPES:
         _refuse(asked, "bnb_4bit_compute_dtype", settings["bnb_4bit_compute_dtype"], "nf4")
     return replace(
-        CODECS["nf4"],
+        _OF_ANY_SHAPE,
         name=kind,
         of_rows=partial(four_bit_rows, kind=kind, storage=getattr(torch, storage)),
         of_weight=_nothing if is_nested else partial(four_bit_weight, kind=kind),

@@ -8,6 +8,8 @@ It knows modules. It refuses to know where weights come from.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.autograd import forward_ad
@@ -57,6 +59,20 @@ class PackedLinear(nn.Linear):
             self.register_parameter("packed_scale", _on_meta(scales, dtype))
         self.row_format, self.stored_as = how, stored_as
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse another weight in the place of a packed one, which the next product would not look at.
+
+        Raises:
+            UnsupportedError: it is another one.
+        """
+        if name != "weight" or self.row_format is None:
+            super().__setattr__(name, value)
+        elif value is not self.__dict__.get("weight"):
+            raise UnsupportedError(
+                f'kernels="fast" multiplies with {self.stored_as} as it is stored, and is given another weight '
+                f"{_shape_of(value)} in its place: leave kernels= out"
+            )
+
     @property
     def hidden_numbers(self) -> int:
         """How many more numbers the weight has than its parameters."""
@@ -68,6 +84,8 @@ class PackedLinear(nn.Linear):
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002 - as nn.Linear has it
         """`input` (..., columns) times the transposed weight, and the bias: (..., rows), in the dtype of `input`."""
         _refuse_what_kernels_cannot(self, input)
+        if self.row_format is None and self.weight.shape != (self.out_features, self.in_features):
+            return super().forward(input)  # torch.func.functional_call puts others in its place: torch judges them
         if torch.is_autocast_enabled("cpu"):
             input = input.to(torch.get_autocast_dtype("cpu"))  # noqa: A001 - as above
         vectors = input.reshape(-1, self.in_features)
@@ -100,12 +118,25 @@ def _refuse_what_kernels_cannot(module: PackedLinear, vectors: torch.Tensor) -> 
             'kernels="fast" computes without gradients, and one is asked for: leave it out, or compute under '
             "torch.no_grad()"
         )
+    elif module.row_format is not None and _width(vectors) != module.in_features:
+        raise UnsupportedError(
+            f"vectors of {_width(vectors)} numbers cannot be multiplied with {module.stored_as}, a weight "
+            f"[{module.out_features}, {module.in_features}]: their last dimension has to be {module.in_features}"
+        )
     elif module.row_format is not None and module._parameters.get("weight") is not None:
         asked = "another weight in the place of one that stays packed"
     if asked is not None:
         raise UnsupportedError(
             f'kernels="fast" multiplies with weights as they are stored, and is asked for {asked}: leave kernels= out'
         )
+
+
+def _width(vectors: torch.Tensor) -> int:
+    return vectors.shape[-1] if vectors.dim() else 0
+
+
+def _shape_of(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, torch.Tensor) else f"({type(value).__name__})"
 
 
 def _on_meta(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:

@@ -19,14 +19,12 @@ import torch
 from torch import nn
 
 from airstream.codecs.names import codec_named
+from airstream.compat.four_bit import NF4_BLOCK, ROWS_PACKED_ANEW
 from airstream.compat.quant_codec import SCALES, QuantCodec, Tensors, check_package
 from airstream.reporting.extras import install
 
 ROW_STEP = 128
 """A weight may be cut behind any multiple of so many rows: no format shares anything among more of them."""
-
-NF4_BLOCK = 64
-"""Numbers that share a scale, one behind the other, whichever rows they are in."""
 
 FP8_BLOCK = 128
 """Rows and columns that share a scale, as in DeepSeek-V3."""
@@ -81,6 +79,11 @@ def _four_bit(numbers: torch.Tensor, kind: str, storage: torch.dtype = torch.uin
     return quantize_4bit(
         numbers, blocksize=NF4_BLOCK, quant_type=kind, compress_statistics=False, quant_storage=storage
     )
+
+
+def _fits_four_bits(shape: tuple[int, ...]) -> bool:
+    """Whether bitsandbytes computes with a weight of `shape` on every processor."""
+    return len(shape) == 2 and not shape[0] % ROWS_PACKED_ANEW and not shape[1] % NF4_BLOCK
 
 
 # ------------------------------------------------------------------------------------------------------- torchao: int8
@@ -198,6 +201,8 @@ _ROWS = (
         _nf4_settings,
         four_bit_rows,
         four_bit_weight,
+        fits=_fits_four_bits,
+        takes=f"a multiple of {ROWS_PACKED_ANEW} rows and of {NF4_BLOCK} columns",
     ),
     QuantCodec(
         "int8",

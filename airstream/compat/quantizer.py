@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from airstream.checkpoint.stored import StoredTensor
+from airstream.compat.packed_sets import check_sets
 from airstream.compat.packed_shapes import check_packed_shapes
 from airstream.compat.plain_formats import LIBRARY_ITEM_BYTES
 from airstream.compat.stated import check_stated
@@ -54,6 +55,16 @@ class Quantizer(ABC):
         """
         check_stated(self.settings, self.method, index)
         check_packed_shapes(self.method, index)
+        check_sets(self.method, index)
+
+    @abstractmethod
+    def settle(self, model: PreTrainedModel, index: Mapping[str, StoredTensor]) -> None:
+        """Refuse weights that the modules of `model`, which hold them by now, cannot compute with.
+
+        Raises:
+            CheckpointError: some of them do not belong to the model.
+            UnsupportedError: a kernel is missing. The messages name the tensor.
+        """
 
     @abstractmethod
     def dtype(self, dtype: torch.dtype) -> torch.dtype:

@@ -18,13 +18,19 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig, get_hf_quantizer
 from transformers.quantizers.base import HfQuantizer
 
+from airstream.checkpoint.stored import StoredTensor
+from airstream.compat.four_bit import settle_four_bits
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
+from airstream.compat.packed_sets import check_said_sets
 from airstream.compat.plain_formats import groups_of, kernel_for
 from airstream.compat.quantizer import DEQUANTIZED, DEQUANTIZED_ON_CPU, Headers, Quantizer
 from airstream.compat.quiet import quiet_transformers
+from airstream.compat.schemes import choose_schemes, name_formats
 from airstream.compat.stated import check_stated_numbers
 from airstream.errors import UnsupportedError
 from airstream.reporting.first_line import first_line
+
+COMPRESSED = "compressed-tensors"
 
 PACKAGES: Mapping[str, str] = {
     "bitsandbytes": "bitsandbytes",
@@ -94,13 +100,21 @@ class _OfTransformers(Quantizer):
             )
         model.eval()
 
+    def settle(self, model: PreTrainedModel, index: Mapping[str, StoredTensor]) -> None:
+        if self.is_on_cpu and self.method == "bitsandbytes":
+            settle_four_bits(model, index)
+        check_said_sets(getattr(self._inner, "metadata", None) or {}, index)
+
     def finish(self, model: PreTrainedModel) -> None:
         model.hf_quantizer = self._inner
         with quiet_transformers():
             self._inner.postprocess_model(model)
 
     def mapping(self, model: PreTrainedModel) -> list[Any]:
-        return get_model_conversion_mapping(model, None, self._inner)
+        found: list[Any] = get_model_conversion_mapping(model, None, self._inner)
+        if self.method == COMPRESSED:
+            choose_schemes(found, self._inner)
+        return found
 
     def scratch_bytes(self, elements: int) -> int:
         return 0 if self.kernel else super().scratch_bytes(elements)
@@ -120,6 +134,9 @@ class IntegerQuantizer(Quantizer):
         return dtype
 
     def preprocess(self, model: PreTrainedModel, dtype: torch.dtype, device: torch.device, headers: Headers) -> None:
+        pass
+
+    def settle(self, model: PreTrainedModel, index: Mapping[str, StoredTensor]) -> None:
         pass
 
     def finish(self, model: PreTrainedModel) -> None:
@@ -177,6 +194,8 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device, has_fp8: bool
         ) from error
     if method in DEQUANTIZED_ON_CPU and has_fp8:
         inner.quantization_config.dequantize = False  # whatever is here
+    if method == COMPRESSED:
+        name_formats(inner)
     _refuse_what_changes_weights(inner, method)
     return _OfTransformers(inner, method, settings, device)
 
@@ -213,7 +232,7 @@ def _layout(settings: Mapping[str, Any], method: str, model_type: str) -> Layout
 
 def _refuse_quantised_activations(settings: Mapping[str, Any], method: str) -> None:
     """Refuse what would be computed in another way if its weights were dequantised: activations are rounded, too."""
-    if method == "compressed-tensors" and any(group.get("input_activations") for group in groups_of(settings)):
+    if method == COMPRESSED and any(group.get("input_activations") for group in groups_of(settings)):
         raise UnsupportedError(
             "a compressed-tensors checkpoint with quantised activations (W8A8, FP8 dynamic) cannot be streamed: its "
             f"modules change their own weights on first use. Weight-only ones (W4A16, W8A16) can. {INSTEAD}"

@@ -130,5 +130,5 @@ def try_convert(
     given = [(*source, tensor) for source, tensor in zip(sources, tensors, strict=True)]
     try:
         return conversion.convert(name, given, into)
-    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError):
+    except (RuntimeError, ValueError, IndexError, KeyError, TypeError, AssertionError, ArithmeticError):
         return None  # it needs real shapes or values, or a source is missing: the caller finds out which

@@ -165,6 +165,8 @@ def hold_stored_rows(
         tensors[f"{name}packed"] = replace(numbers, dtype="U8", shape=(module.out_features, how.row_bytes))
         tensors[f"{name}packed_scale"] = scales
         held[module] = how, numbers, scales
+    if layout.numbers != ".weight" and any(key.endswith(layout.numbers) for key in tensors):
+        return None  # its scales are missing, which whoever puts it together says
     for module, (how, numbers, scales) in held.items():
         stored_as = f"{numbers.file}: tensor {numbers.name!r}"
         module.hold(how, stored_as, scales.shape, TORCH_DTYPES[scales.dtype])

@@ -139,6 +139,7 @@ def _build(
         files = index.files if index is not None else ()
         take_packed_linears_out(model)  # it puts modules of its own in the place of plain ones
         quantizer.preprocess(model, dtype, device, files if imagined is None else imagined.headers)
+        quantizer.settle(model, index or {})
         if options.kernels == FAST:
             put_packed_linears(model)
     return Built(model, dtype, quantizer, index, cache, passes)

@@ -102,16 +102,16 @@ class Absent(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
         return self.stored.read().numpy(force=force)
 
     def tolist(self) -> NoReturn:
-        refuse_absent(self.stored.name, "tolist()", writes=False)
+        _refuse(self.stored, "tolist()", writes=False)
 
     def untyped_storage(self) -> NoReturn:
-        refuse_storage(self.stored.name)
+        _refuse_storage(self.stored)
 
     def storage(self) -> NoReturn:
-        refuse_storage(self.stored.name)
+        _refuse_storage(self.stored)
 
     def data_ptr(self) -> NoReturn:
-        refuse_storage(self.stored.name)
+        _refuse_storage(self.stored)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -128,7 +128,22 @@ class Absent(Freezable, torch.Tensor):  # type: ignore[misc]  # torch has grad a
             return Excerpt(_pick(absent.stored.rows, numbers), absent.stored.name)
         if func is ATEN.copy_.default and args[0] is absent and (args[1] is absent or absent.stored.has(args[1])):
             return absent  # adapters bring along the embeddings that they were trained with: they are here already
-        return refuse_absent(absent.stored.name, str(func), writes=func._schema.is_mutable)
+        return _refuse(absent.stored, str(func), writes=func._schema.is_mutable)
+
+
+def _refuse(stored: Stored, operation: str, *, writes: bool) -> NoReturn:
+    """Raise because `operation` needs the values of `stored`, and say what gives them."""
+    if stored.is_packed and writes:
+        refuse_change(stored.name)
+    if stored.is_packed:
+        stored.read()
+    refuse_absent(stored.name, operation, writes=writes)
+
+
+def _refuse_storage(stored: Stored) -> NoReturn:
+    if stored.is_packed:
+        stored.read()
+    refuse_storage(stored.name)
 
 
 class Excerpt(torch.Tensor):

@@ -17,17 +17,27 @@ from airstream.errors import UnsupportedError
 from airstream.model.absent import Absent
 from airstream.model.stored import Stored
 
+OBJECTS = ("nf4", "int8")
+"""Kinds of rows that another package's object holds where kernels are exact, which cannot be copied either."""
+
 
 class InPackedRows(Stored):
-    """The values of a weight `name`, of which there are only packed ones."""
+    """The values of a weight `name`, of which there are only packed ones, as `module` has them."""
 
-    def __init__(self, name: str) -> None:
+    is_packed = True
+
+    def __init__(self, name: str, module: PackedLinear) -> None:
         self.name = name
+        self._stored_as = module.stored_as
+        self._is_object = module.row_format is not None and module.row_format.kind in OBJECTS
 
     def read(self) -> NoReturn:
+        remedy = "load the model without kernels=: there weight.clone() reads them"
+        if self._is_object:
+            remedy = f"safetensors.safe_open reads the packed ones ({self._stored_as})"
         raise UnsupportedError(
-            f'{self.name!r} stays packed in memory (kernels="fast"), and its module multiplies with it so: it cannot '
-            "be copied. Load the model without kernels= for its values"
+            f'{self.name!r} stays packed in memory (kernels="fast"): its module multiplies with it so, and it has no '
+            f"values that could be read or copied. Call the module for a product. For the values, {remedy}"
         )
 
     def rows(self, numbers: Sequence[int]) -> NoReturn:  # noqa: ARG002 - whichever they are
@@ -41,7 +51,7 @@ def stand_in_for_packed(model: nn.Module, device: torch.device) -> None:
     """Let the `weight` of modules whose weights are packed say what it is, and refuse what takes its values."""
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear) and module.row_format is not None:
-            stored = InPackedRows(f"{name}.weight")
+            stored = InPackedRows(f"{name}.weight", module)
             module.__dict__["weight"] = Absent.in_place_of(module.weight, stored, device, is_parameter=True)
 
 

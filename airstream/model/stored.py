@@ -18,10 +18,12 @@ class Stored(ABC):
     """The checkpoint's values of a weight. Names that are tied share one.
 
     Attributes:
+        is_packed: it has no values but through its module, so that a copy cannot be read.
         is_frozen: somebody has said that it needs no gradient, which torch looks at when it computes.
     """
 
     name: str
+    is_packed: bool = False
     is_frozen = False
 
     @abstractmethod

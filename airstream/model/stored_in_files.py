@@ -40,10 +40,11 @@ class StoredInFiles(Stored):
         self._reader = reader
         self._convert = convert
         self._device = device
+        self.is_packed = spec.made_by is not None and spec.made_by.is_object
 
     def read(self) -> torch.Tensor:
         spec = self._spec
-        if spec.made_by is not None and spec.made_by.is_object:
+        if self.is_packed:
             refuse_copy_of_packed(spec.name)
         slab = pack((spec,), HOST_PACKING)
         free = available_host_bytes()

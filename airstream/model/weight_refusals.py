@@ -34,8 +34,8 @@ def refuse_copy_of_packed(name: str) -> NoReturn:
     if _is_in("peft."):
         refuse_dora(name)
     raise UnsupportedError(
-        f"{name!r} is packed, and has values only while its layer computes: a streamed model cannot copy it. Read the "
-        "checkpoint's files with safetensors.safe_open instead"
+        f"{name!r} is packed, and has values only while its layer computes: a streamed model cannot read or copy it. "
+        "Read the checkpoint's files with safetensors.safe_open instead"
     )
 
 

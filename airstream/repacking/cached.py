@@ -18,18 +18,21 @@ from airstream.checkpoint.formats import open_checkpoint
 from airstream.checkpoint.locate import locate
 from airstream.codecs.names import LOSSLESS_CODEC
 from airstream.compat.asked_formats import AskedFormat
-from airstream.errors import AirstreamError, DiskSpaceError, UnsupportedError
+from airstream.errors import AirstreamError, CheckpointError, DiskSpaceError, UnsupportedError
 from airstream.layout.packable import may_pack
 from airstream.loading.asked import codec_name, reworded
 from airstream.loading.options import LoadOptions
 from airstream.repacking.kept import is_made
-from airstream.repacking.manifest import digest_of, fingerprint
+from airstream.repacking.manifest import digest_of, fingerprint, read_manifest
 from airstream.repacking.repack import copied_files, repack_and_report
 from airstream.repacking.unfinished import what_is_in_the_way
 from airstream.repacking.write import sha256_of
 from airstream.system.in_use import lock_of, packed_folder
 
 logger = logging.getLogger(__name__)
+
+WEIGHTS = ".safetensors"
+"""What the names of its files of weights end with."""
 
 MAX_NAME = 40
 """Letters of a checkpoint's name that stand in that of its copy."""
@@ -68,13 +71,13 @@ def packed_copy(
         facts |= {"settings": compression.settings, "dtype": str(compression.dtype)}
     made_of = digest_of(facts)
     target = packed_folder() / f"{folder.name[:MAX_NAME]}-{codec}-{made_of[:12]}"
-    if is_made(target):
+    if _is_made(target):
         return target
     check()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with reworded(compression), FileLock(lock_of(target)):
-            if not is_made(target):  # else another process made it while this one waited for the lock
+            if not _is_made(target):  # else another process made it while this one waited for the lock
                 _refuse_foreign(target.with_name(f".{target.name}-repacking"))
                 _remove(target)
                 _make(folder, target, compression, options)
@@ -86,6 +89,21 @@ def packed_copy(
             "AIRSTREAM_CACHE to a folder that can be"
         ) from error
     return target
+
+
+def _is_made(target: Path) -> bool:
+    """A repack takes its name when it is whole. Its files may have been damaged, or removed, since: sizes tell, the
+    headers of weights, and the checksums of what is small. Weights are not read: `airstream verify` does that.
+    """
+    if not is_made(target):
+        return False
+    try:
+        files = (read_manifest(target) or {})["files"]
+        small = [name for name in files if not name.endswith(WEIGHTS)]
+        is_sound = all(sha256_of(target / name) == files[name]["sha256"] for name in small)
+        return is_sound and bool(open_checkpoint(target))
+    except (CheckpointError, OSError):
+        return False
 
 
 def _refuse_foreign(work: Path) -> None:

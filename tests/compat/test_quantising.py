@@ -57,7 +57,9 @@ def test_strips_are_the_whole_and_headers_come_first(name: str, dtype: torch.dty
 @pytest.mark.parametrize(
     ("name", "shape", "fits"),
     [
-        ("nf4", (3, 5), True),
+        ("nf4", (32, 64), True),
+        ("nf4", (32, 96), False),
+        ("nf4", (48, 64), False),
         ("int8", (3, 5), True),
         ("int8", (3, 5, 2), False),
         ("int4", (3, 256), True),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -423,6 +424,79 @@ def test_another_weight_is_not_ignored(packed: Packed) -> None:
         with pytest.raises(UnsupportedError, match=r"another weight|cannot be"):  # noqa: PT012 - either may notice
             module.weight = torch.nn.Parameter(torch.zeros(384, 256, dtype=BF16))
             model(**prompts(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(384, 256), (3, 256), (384, 255), (3,)], ids=str)
+def test_another_weight_for_one_call_is_refused_and_leaves_the_module_as_it_was(
+    packed: Packed, shape: tuple[int, ...]
+) -> None:
+    """Silently ignored, as it was, it left a module that refused every later call."""
+    with stream(packed("int8"), **FAST, max_memory="1GiB") as model:
+        expected = logits(model, prompts(1, 2))
+        module = model.model.layers[1].mlp.up_proj
+        other = {"weight": torch.ones(shape, dtype=BF16)}
+        with pytest.raises(UnsupportedError, match=rf"up_proj.*another weight {re.escape(str(list(shape)))}.*kernels="):
+            torch.func.functional_call(module, other, (torch.ones(1, 256, dtype=BF16),))
+        assert torch.equal(logits(model, prompts(1, 2)), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 256), (384, 256), (384, 64), (3,)], ids=str)
+def test_another_dense_weight_for_one_call_is_what_torch_takes_it_for(shape: tuple[int, ...]) -> None:
+    module, given = PackedLinear(256, 384, bias=False, dtype=BF16), torch.ones(1, 256, dtype=BF16)
+    other = {"weight": torch.ones(shape, dtype=BF16)}
+
+    def call(called: torch.nn.Module) -> torch.Tensor | str:
+        try:
+            with torch.no_grad():
+                return torch.func.functional_call(called, other, (given,))
+        except RuntimeError as error:
+            return str(error)
+
+    found, expected = call(module), call(torch.nn.Linear(256, 384, bias=False, dtype=BF16))
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        assert isinstance(found, torch.Tensor)
+        assert close(found, expected)
+
+
+def test_vectors_of_another_width_are_refused(packed: Packed) -> None:
+    with stream(packed("int8"), **FAST, max_memory="1GiB") as model:
+        model(**prompts(1, 2))
+        for shape in ((1, 255), (2, 128), ()):
+            with pytest.raises(UnsupportedError, match=r"cannot be multiplied with .*up_proj.* \[384, 256\].* be 256"):
+                model.model.layers[1].mlp.up_proj(torch.ones(shape, dtype=BF16))
+
+
+READS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "a slice": lambda weight: weight[:2],
+    "a copy": lambda weight: weight.clone(),
+    "in another dtype": lambda weight: weight.float(),
+    "a product": lambda weight: weight * 2,
+    "a list": lambda weight: weight.tolist(),
+    "its memory": lambda weight: weight.untyped_storage(),
+}
+
+
+@pytest.mark.parametrize("codec", ["lossless", "int4", "int8", "nf4"])
+@pytest.mark.parametrize("name", READS)
+def test_what_gives_the_values_of_a_packed_weight_is_said(packed: Packed, codec: str, name: str) -> None:
+    """It is what does give them: a copy without `kernels=`, but where that is refused, too."""
+    key = "model.layers.0.mlp.up_proj.weight"
+    with stream(packed(codec), **FAST) as model, pytest.raises(UnsupportedError) as raised:
+        READS[name](model.get_submodule(key.removesuffix(".weight")).weight)
+    is_object = codec in ("int8", "nf4")
+    assert ("safetensors.safe_open reads the packed ones" in str(raised.value)) is is_object
+    assert ("without kernels=: there weight.clone() reads" in str(raised.value)) is not is_object
+    with stream(packed(codec), max_context=64) as model:
+        weight = model.get_submodule(key.removesuffix(".weight")).weight
+        if not is_object:
+            assert weight.clone().shape == (384, 256)
+            return
+        with pytest.raises(UnsupportedError) as raised:
+            READS[name](weight)
+        assert "clone()" not in str(raised.value), "which is refused as well"
+        assert "safe_open" in str(raised.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, BF16])

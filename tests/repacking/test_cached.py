@@ -93,9 +93,22 @@ def test_two_processes_share_one(tiny: WriteTiny, cache: Path) -> None:
     assert len(list((cache / "packed").glob("[!.]*-lossless-*"))) == 1
 
 
+def overwrite(file: Path, offset: int, data: bytes) -> None:
+    with file.open("r+b") as opened:
+        opened.seek(offset)
+        opened.write(data)
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut short": lambda made: os.truncate(made / "model.safetensors", 100),
     "no weights": lambda made: (made / "model.safetensors").unlink(),
+    "a header that is none": lambda made: overwrite(made / "model.safetensors", 5, b"\xff"),
+    "a header of zeros": lambda made: overwrite(made / "model.safetensors", 0, bytes(4096)),
+    "a byte of the header": lambda made: overwrite(made / "model.safetensors", 20, b"\xff"),
+    "zeros for a config": lambda made: overwrite(made / "config.json", 0, bytes(100)),
+    "another number in the config": lambda made: overwrite(
+        made / "config.json", (made / "config.json").read_bytes().index(b'"hidden_size": ') + 15, b"9"
+    ),
     "no config": lambda made: (made / "config.json").unlink(),
     "no manifest": lambda made: (made / MANIFEST).unlink(),
     "another manifest": lambda made: (made / MANIFEST).write_text("[]"),

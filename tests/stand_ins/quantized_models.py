@@ -16,9 +16,11 @@ from tests.stand_ins.tiny_models import LLAMA, TINY, UNTIED, TinyModel, tiny_tok
 __all__ = [
     "BITSANDBYTES",
     "FP8_MODELS",
+    "compressed_weights",
     "write_bitnet",
     "write_bitsandbytes",
     "write_compressed",
+    "write_compressed_groups",
     "write_fp8",
     "write_integers",
     "write_mxfp4",
@@ -89,19 +91,29 @@ def write_torchao(folder: Path, settings: str) -> None:
 
 def write_compressed(folder: Path, num_bits: int) -> None:
     """A tiny llama with packed integers, as compressed-tensors lays them out: in groups of a row, or by whole rows."""
+    write_compressed_groups(folder, {"group_0": {"targets": ["Linear"], "weights": compressed_weights(num_bits)}})
+
+
+def compressed_weights(num_bits: int) -> dict[str, Any]:
+    """What a scheme of compressed-tensors says of symmetric integers: 4 bits share scales in groups, others by rows."""
+    shared = {"strategy": "group", "group_size": GROUP_SIZE} if num_bits == 4 else {"strategy": "channel"}
+    return {"num_bits": num_bits, "type": "int", "symmetric": True, **shared}
+
+
+def write_compressed_groups(folder: Path, groups: Mapping[str, Any]) -> None:
+    """A tiny llama with packed integers, by schemes of compressed-tensors."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
     write_model(TINY["llama"], folder, torch.bfloat16)
-    shared = {"strategy": "group", "group_size": GROUP_SIZE} if num_bits == 4 else {"strategy": "channel"}
-    group = {"targets": ["Linear"], "weights": {"num_bits": num_bits, "type": "int", "symmetric": True, **shared}}
-    settings = {"config_groups": {"group_0": group}, "ignore": ["lm_head"], "format": "pack-quantized"}
+    settings = {"config_groups": groups, "ignore": ["lm_head"], "format": "pack-quantized"}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     apply_quantization_config(model, QuantizationConfig(**settings, quantization_status="frozen"))
     for module in model.modules():
         if hasattr(module, "weight_scale"):
             rows = module.weight.shape[0], module.weight_scale.shape[1], -1
             largest = module.weight.float().view(rows).abs().amax(-1)
+            num_bits = module.quantization_scheme.weights.num_bits
             module.weight_scale.data = (largest / (2 ** (num_bits - 1) - 1)).to(module.weight_scale.dtype)
     config = QuantizationConfig(**settings, quantization_status="compressed")
     ModelCompressor(quantization_config=config).compress_model(model)

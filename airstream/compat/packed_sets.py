@@ -1,0 +1,151 @@
+"""This says which tensors a packed weight consists of, and how many numbers each of them has for the others.
+
+Whoever computes with them finds a missing one by an assertion, a wrong one in the middle of a pass, and reads beyond
+the end of one that is too short. What a header says of them is enough to know. It knows the names that formats give.
+It refuses to know dimensions (`packed_shapes`), and what a config says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from airstream.checkpoint.stored import StoredTensor
+from airstream.errors import CheckpointError
+
+__all__ = ["check_said_sets", "check_sets"]
+
+Index = Mapping[str, StoredTensor]
+
+STATE = ".quant_state.bitsandbytes__"
+NESTED = (".nested_absmax", ".nested_quant_map")
+ENDS = (".absmax", ".quant_map", *NESTED)
+"""Of bitsandbytes' 4 bits, behind the name of the weight."""
+
+BLOCKS = tuple(1 << power for power in range(5, 13))
+"""How many numbers may share a scale there."""
+
+
+def check_sets(method: str, index: Index) -> None:
+    """Refuse a checkpoint quantised by `method` if a tensor of a packed weight is missing, or has another length.
+
+    Raises:
+        CheckpointError: the message names the file and the tensor.
+    """
+    fault = next(_bitsandbytes(index) if method == "bitsandbytes" else _integers(index), None)
+    if fault is not None:
+        raise CheckpointError(f"{fault}: it is damaged. Download the checkpoint again")
+
+
+def check_said_sets(said: Mapping[str, Any], index: Index) -> None:
+    """Refuse a checkpoint of torchao that lacks a part of a weight which the headers of its files, `said`, describe.
+
+    Raises:
+        CheckpointError: the message names the file and the tensor.
+    """
+    for weight, text in said.items():
+        try:
+            described = json.loads(text)
+        except (TypeError, ValueError):
+            continue
+        if isinstance(described, Mapping) and (names := described.get("_tensor_data_names")):
+            _check_described(weight, [str(name) for name in names], described.get("_data"), index)
+
+
+def _check_described(weight: str, names: list[str], data: Any, index: Index) -> None:
+    module, _, leaf = weight.rpartition(".")
+    keys = {name: f"{module}._{leaf}_{name}" for name in names}
+    parts = {name: index[key] for name, key in keys.items() if key in index}
+    if not parts:
+        return  # of another part of the checkpoint, or under another name
+    for name, key in keys.items():
+        if name not in parts:
+            raise CheckpointError(_missing(next(iter(parts.values())), key) + ": download the checkpoint again")
+    block = data.get("block_size") if isinstance(data, Mapping) else None
+    numbers, scales = parts.get("qdata"), parts.get("scale")
+    if numbers is None or scales is None or not isinstance(block, list) or len(block) != len(numbers.shape):
+        return
+    if not all(type(size) is int and size > 0 for size in block):
+        return
+    wanted, turned = (
+        math.prod(-(-length // size) for length, size in zip(shape, block, strict=True))
+        for shape in (numbers.shape, numbers.shape[::-1])
+    )
+    if math.prod(scales.shape) not in (wanted, turned):  # the model tells a turned one
+        raise CheckpointError(_lengths(scales, wanted, numbers) + ": it is damaged. Download the checkpoint again")
+
+
+def _missing(present: StoredTensor, name: str) -> str:
+    return f"{present.file}: tensor {name!r}, of the same packed weight as {present.name!r}, is missing"
+
+
+def _lengths(stored: StoredTensor, wanted: int | str, other: StoredTensor) -> str:
+    return (
+        f"{stored.file}: tensor {stored.name!r} {stored.dtype} {list(stored.shape)} should have {wanted} numbers for "
+        f"{other.name!r} {list(other.shape)}"
+    )
+
+
+def _bitsandbytes(index: Index) -> Iterator[str]:
+    weights: dict[str, dict[str, StoredTensor]] = {}
+    for key, stored in index.items():
+        stem, found, _ = key.partition(STATE)
+        end = STATE if found else next((end for end in ENDS if key.endswith(end)), None)
+        if end is not None:
+            weights.setdefault(stem if found else key.removesuffix(end), {})[end] = stored
+        elif key.endswith(".SCB"):
+            yield from _eight_bits(stored, key.removesuffix("SCB") + "weight", index)
+        elif stored.dtype == "I8" and key.endswith(".weight") and f"{key}.absmax" not in index:
+            name = key.removesuffix("weight") + "SCB"
+            yield from () if name in index else [_missing(stored, name)]
+    for weight, parts in weights.items():
+        yield from _four_bits(weight, parts, index.get(weight))
+
+
+def _eight_bits(scales: StoredTensor, name: str, index: Index) -> Iterator[str]:
+    numbers = index.get(name)
+    if numbers is None:
+        yield _missing(scales, name)
+    elif numbers.shape and scales.shape not in (numbers.shape[:1], numbers.shape[-1:]):  # the model tells a turned one
+        yield _lengths(scales, numbers.shape[0], numbers)
+    elif scales.dtype != "F32":
+        yield f"{scales.file}: tensor {scales.name!r} has numbers of type {scales.dtype}, and not F32"
+
+
+def _four_bits(weight: str, parts: Mapping[str, StoredTensor], numbers: StoredTensor | None) -> Iterator[str]:
+    present = numbers if numbers is not None else next(iter(parts.values()))
+    scales = parts.get(".absmax")
+    is_nested = any(end in parts for end in NESTED) or (scales is not None and scales.dtype == "U8")
+    needed = (".absmax", ".quant_map", STATE, *(NESTED if is_nested else ()))
+    lost = [""] if numbers is None else []
+    lost += [end for end in needed if end not in parts]
+    if lost or numbers is None or scales is None:
+        yield from (_missing(present, f"{weight}{'.quant_state' if end == STATE else end}") for end in lost)
+        return
+    if is_nested and scales.dtype != "U8":
+        yield f"{scales.file}: tensor {scales.name!r} has numbers of type {scales.dtype}, and not U8"
+    if not _may_share(2 * numbers.nbytes, scales):
+        yield _lengths(scales, "one of every 64", numbers)
+    if is_nested and not _may_share(math.prod(scales.shape), nested := parts[NESTED[0]]):
+        yield _lengths(nested, "one of every 256", scales)
+
+
+def _may_share(count: int, scales: StoredTensor) -> bool:
+    """Whether `count` numbers may have so many scales."""
+    return math.prod(scales.shape) in {-(-count // block) for block in BLOCKS}
+
+
+def _integers(index: Index) -> Iterator[str]:
+    """GPTQ: the group of each input."""
+    for key, stored in index.items():
+        qzeros = index.get(key.removesuffix("g_idx") + "qzeros") if key.endswith(".g_idx") else None
+        scales = index.get(key.removesuffix("g_idx") + "scales") if qzeros is not None else None
+        qweight = index.get(key.removesuffix("g_idx") + "qweight") if scales is not None else None
+        if qzeros is None or scales is None or qweight is None or len(qweight.shape) != 2 or len(qzeros.shape) != 2:
+            continue
+        bits = qzeros.shape[1] * 32 // max(math.prod(scales.shape[1:]), 1)
+        inputs = qweight.shape[0] * 32 // max(bits, 1)
+        if stored.shape != (inputs,):
+            yield _lengths(stored, inputs, qweight)

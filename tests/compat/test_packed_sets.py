@@ -1,0 +1,111 @@
+"""Tensors of a packed weight that are missing, empty or too short are named before a pass, and by `verify`."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from airstream import CheckpointError, verify
+from tests.conftest import stream
+from tests.stand_ins.comparing import logits, prompts
+from tests.stand_ins.quantized_models import write_bitsandbytes, write_fp8, write_integers, write_torchao
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # of the packages of formats
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+STEM = "model.layers.1.self_attn.k_proj."
+WRITERS: Mapping[str, tuple[str | None, Callable[[Path], None]]] = {
+    "torchao": ("torchao", lambda folder: write_torchao(folder, "Int8WeightOnlyConfig")),
+    "fp8": (None, lambda folder: write_fp8("llama", folder)),
+    "nf4": ("bitsandbytes", lambda folder: write_bitsandbytes("llama", folder, "nf4")),
+    "nf4-double": ("bitsandbytes", lambda folder: write_bitsandbytes("llama", folder, "nf4-double")),
+    "int8": ("bitsandbytes", lambda folder: write_bitsandbytes("llama", folder, "int8")),
+    "gptq": (None, lambda folder: write_integers(folder, "gptq 4-bit")),
+}
+"""By format: the package that it takes, and what writes a checkpoint."""
+
+Change = Callable[[torch.Tensor], torch.Tensor] | None
+CHANGES: Mapping[str, Change] = {
+    "missing": None,
+    "empty": lambda it: it.new_empty(0),
+    "without rows": lambda it: it.new_empty(0, it.shape[-1]),
+    "without columns": lambda it: it.new_empty(it.shape[0], 0),
+    "half": lambda it: it[: len(it) // 2].contiguous(),
+    "wider": lambda it: it.double(),
+    "one": lambda it: it.flatten()[0].clone(),
+}
+CASES = [
+    *(("torchao", end, "missing") for end in ("_weight_qdata", "_weight_scale", "_weight_zero_point")),
+    *(("torchao", "_weight_scale", what) for what in ("empty", "without rows", "without columns", "half")),
+    *(("fp8", "weight_scale_inv", what) for what in ("empty", "without rows", "without columns")),
+    *(("nf4", end, "missing") for end in ("weight", "weight.absmax", "weight.quant_map")),
+    *(("nf4", "weight", what) for what in ("empty", "without rows", "half", "wider")),
+    *(("nf4", "weight.absmax", what) for what in ("empty", "one")),
+    ("nf4-double", "weight.nested_absmax", "missing"),
+    ("nf4-double", "weight.nested_absmax", "empty"),
+    ("nf4-double", "weight.nested_quant_map", "missing"),
+    ("nf4-double", "weight.absmax", "wider"),
+    *(("int8", "SCB", what) for what in ("missing", "empty", "half", "wider")),
+    ("int8", "weight", "missing"),
+    *(("gptq", "g_idx", what) for what in ("empty", "one", "half")),
+]
+
+
+@functools.cache
+def _written(root: Path, name: str) -> Path:
+    WRITERS[name][1](root / name)
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("sets")
+
+    def folder_of(name: str) -> Path:
+        if (package := WRITERS[name][0]) is not None:
+            pytest.importorskip(package)
+        return _written(root, name)
+
+    return folder_of
+
+
+def spoiled(folder: Path, copy: Path, key: str, change: Change) -> None:
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("dense"))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    if change is None:
+        del tensors[key]
+    else:
+        tensors[key] = change(tensors[key])
+    save_file(tensors, copy / "model.safetensors", metadata=metadata)
+
+
+@pytest.mark.parametrize(("name", "end", "what"), CASES)
+def test_it_is_named_before_a_pass(
+    written: Callable[[str], Path], tmp_path: Path, name: str, end: str, what: str
+) -> None:
+    spoiled(written(name), tmp_path / "other", STEM + end, CHANGES[what])
+    said = rf"other/model\.safetensors: .*'{re.escape(STEM + end)}'"
+    for kernels in ("exact", "fast"):
+        with pytest.raises(CheckpointError, match=said) as raised:
+            stream(tmp_path / "other", kernels=kernels)
+        assert "Error:" not in str(raised.value), "no other package's words"
+    assert any(re.search(said, fault) for fault in verify(tmp_path / "other", progress=False).faults)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_sound_one_is_not_refused(written: Callable[[str], Path], name: str) -> None:
+    with stream(written(name)) as model:
+        assert logits(model, prompts(1, 2)).isfinite().all()
+    assert not verify(written(name), progress=False).faults
