@@ -60,8 +60,8 @@ def make_plan(facts: ModelFacts, request: Request) -> Plan:
     """The best plan that fits the budgets.
 
     Preferred, in this order: reading ahead, a longer context, less to read and to stream in a pass; of plans that
-    hardly differ in that, a resident lm_head, larger batches, more batches ahead. Where weights may stay packed, and
-    it is known what the machine can do, the seconds of a pass take the place of the bytes.
+    hardly differ in that, a resident lm_head, larger batches, more batches ahead. On a CPU, where weights may stay
+    packed and it is known what the machine can do, the seconds of a pass take the place of the bytes.
 
     Raises:
         BudgetError: not even the smallest plan fits; the message has the smallest budgets that would do.
@@ -83,19 +83,23 @@ def plan_or_none(facts: ModelFacts, request: Request) -> Plan | None:
         return None
 
 
-def cost(plan: Plan, steps_down: int = 0) -> tuple[float, float, float]:
+def cost(plan: Plan, steps_down: int = 0) -> tuple[float, ...]:
     """What a pass by `plan` moves, from disk and over the bus, and makes dense, and what that loses. Less is better.
 
     Every step down, to smaller batches or to fewer of them ahead, has to save `WORTH_A_STEP` to be worth it. What a
     step costs is the same for all contexts and budgets, so that more memory, or less to do in it, is never worse.
     """
     loss = WORTH_A_STEP**steps_down
-    return plan.read_bytes * loss, plan.streamed_bytes * loss, plan.made_bytes * loss
+    looked_up = sum(plan.rows_from_disk.values()) if plan.made_bytes else 0  # which may stay in the place of dense ones
+    return plan.read_bytes * loss, plan.streamed_bytes * loss, looked_up, plan.made_bytes * loss
 
 
 def _cost(facts: ModelFacts, request: Request, plan: Plan, steps_down: int) -> tuple[float, ...]:
-    """`cost`, behind the seconds of a pass where weights may stay packed: what is not moved has to be made dense."""
-    if request.hardware is None or not facts.may_stay_packed:
+    """`cost`, on a CPU behind the seconds of a pass where weights may stay packed: to make them takes its time, too.
+
+    An accelerator makes them at the rate of its memory: whatever moves takes longer.
+    """
+    if request.tier != HOST or request.hardware is None or not facts.may_stay_packed:
         return cost(plan, steps_down)
     expected = with_prediction(plan, facts, request).prediction
     assert expected is not None
@@ -178,7 +182,7 @@ def _fill(facts: ModelFacts, request: Request, frame: _Frame) -> Plan:
     dense = most_of(placings.dense, every + bool(facts.tables))
     chosen = [placings.dense(dense)]
     if dense < every and placings.has_packed:
-        chosen += [with_packed(least) for least in dict.fromkeys((0, dense // 2))]
+        chosen += [with_packed(least) for least in dict.fromkeys((0, dense // 2 if request.tier == HOST else 0))]
     if request.tier != HOST:
         chosen = [_most_hosted(placings, each, fits) for each in chosen]
     plans = (_plan(facts, request, frame, placing) for placing in chosen)
