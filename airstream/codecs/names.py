@@ -30,6 +30,7 @@ def codec_named(name: object, argument: str = "codec") -> str:
     """
     if isinstance(name, str) and (known := OTHER_NAMES.get(name, name)) in CODEC_NAMES:
         return known
-    meant = nearest(str(name), CODEC_NAMES)
+    names = (*CODEC_NAMES, *OTHER_NAMES)
+    meant = nearest(str(name), names)
     guess = f"did you mean {meant!r}? " if meant else ""
-    raise ArgumentError(f"{argument}={name!r}: {guess}There is {', '.join(map(repr, CODEC_NAMES))}")
+    raise ArgumentError(f"{argument}={name!r}: {guess}There is {', '.join(map(repr, names))}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from airstream.checkpoint.stored import StoredTensor
@@ -34,7 +34,7 @@ def check_sets(method: str, index: Index) -> None:
     Raises:
         CheckpointError: the message names the file and the tensor.
     """
-    fault = next(_bitsandbytes(index) if method == "bitsandbytes" else _integers(index), None)
+    fault = next(FAULTS.get(method, _integers)(index), None)
     if fault is not None:
         raise CheckpointError(f"{fault}: it is damaged. Download the checkpoint again")
 
@@ -149,3 +149,31 @@ def _integers(index: Index) -> Iterator[str]:
         inputs = qweight.shape[0] * 32 // max(bits, 1)
         if stored.shape != (inputs,):
             yield _lengths(stored, inputs, qweight)
+
+
+def _eights(index: Index) -> Iterator[str]:
+    """FP8: transformers would take scales that are not there for ones."""
+    for key, stored in index.items():
+        if stored.dtype.startswith("F8_") and key.endswith(".weight"):
+            scale = f"{key}_scale_inv"
+            yield from () if scale in index or f"{key}_scale" in index else [_missing(stored, scale)]
+        elif key.endswith(".weight_scale_inv") and (weight := key.removesuffix("_scale_inv")) not in index:
+            yield _missing(stored, weight)
+
+
+def _compressed(index: Index) -> Iterator[str]:
+    """Integers, in words of 32 bits."""
+    for key, stored in index.items():
+        if stored.dtype == "I32" and key.endswith(".weight_packed"):
+            others = (key.removesuffix("packed") + end for end in ("scale", "shape"))
+            yield from (_missing(stored, other) for other in others if other not in index)
+        elif key.endswith(".weight_shape") and (packed := key.removesuffix("shape") + "packed") not in index:
+            yield _missing(stored, packed)
+
+
+FAULTS: Mapping[str, Callable[[Index], Iterator[str]]] = {
+    "bitsandbytes": _bitsandbytes,
+    "fp8": _eights,
+    "compressed-tensors": _compressed,
+}
+"""By format, what is wrong with the packed weights of a checkpoint."""

@@ -59,9 +59,15 @@ def _alternatives(facts: ModelFacts, request: Request, is_packed: bool) -> Itera
     hardware = request.hardware
     if hardware is not None and hardware.disk.per_second < FAST_DISK.per_second:
         yield "a 7 GB/s disk", facts, replace(request, hardware=replace(hardware, disk=FAST_DISK))
-    dense_bytes = facts.arithmetic.num_weights * facts.footprint.item_bytes
-    if not is_packed and facts.checkpoint_bytes > FEW_BYTES * dense_bytes:
+    if not is_packed and _stored_share(facts) > FEW_BYTES:
         yield "4-bit weights", quantised(facts, FOUR_BIT), request
+
+
+def _stored_share(facts: ModelFacts) -> float:
+    """What the layers take on disk, as a share of what they would take as dense weights."""
+    sums, item_bytes = facts.arithmetic, facts.footprint.item_bytes
+    stored = sum(batch.read_bytes[0] for batch in next(iter(facts.batchings.values())))
+    return stored / max(sums.num_weights * item_bytes - sums.head_bytes, 1)
 
 
 def quantised(facts: ModelFacts, bits: float) -> ModelFacts:

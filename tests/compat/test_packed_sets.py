@@ -16,7 +16,13 @@ from safetensors.torch import save_file
 from airstream import CheckpointError, verify
 from tests.conftest import stream
 from tests.stand_ins.comparing import logits, prompts
-from tests.stand_ins.quantized_models import write_bitsandbytes, write_fp8, write_integers, write_torchao
+from tests.stand_ins.quantized_models import (
+    write_bitsandbytes,
+    write_compressed,
+    write_fp8,
+    write_integers,
+    write_torchao,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),  # of the packages of formats
@@ -31,6 +37,7 @@ WRITERS: Mapping[str, tuple[str | None, Callable[[Path], None]]] = {
     "nf4": ("bitsandbytes", lambda folder: write_bitsandbytes("llama", folder, "nf4")),
     "nf4-double": ("bitsandbytes", lambda folder: write_bitsandbytes("llama", folder, "nf4-double")),
     "int8": ("bitsandbytes", lambda folder: write_bitsandbytes("llama", folder, "int8")),
+    "int4": ("compressed_tensors", lambda folder: write_compressed(folder, 4)),
     "gptq": (None, lambda folder: write_integers(folder, "gptq 4-bit")),
 }
 """By format: the package that it takes, and what writes a checkpoint."""
@@ -48,7 +55,9 @@ CHANGES: Mapping[str, Change] = {
 CASES = [
     *(("torchao", end, "missing") for end in ("_weight_qdata", "_weight_scale", "_weight_zero_point")),
     *(("torchao", "_weight_scale", what) for what in ("empty", "without rows", "without columns", "half")),
-    *(("fp8", "weight_scale_inv", what) for what in ("empty", "without rows", "without columns")),
+    ("fp8", "weight", "missing"),
+    *(("int4", end, "missing") for end in ("weight_packed", "weight_scale", "weight_shape")),
+    *(("fp8", "weight_scale_inv", what) for what in ("missing", "empty", "without rows", "without columns")),
     *(("nf4", end, "missing") for end in ("weight", "weight.absmax", "weight.quant_map")),
     *(("nf4", "weight", what) for what in ("empty", "without rows", "half", "wider")),
     *(("nf4", "weight.absmax", what) for what in ("empty", "one")),
