@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import DynamicCache
 
 from airstream import AutoModel
+from airstream.compat.traits import cache_keyword
 from airstream.layout.parts import Kind
 from airstream.loading.options import LoadOptions
 from airstream.loading.prepare import prepare
@@ -79,11 +81,9 @@ def read(form: Form, task: Task) -> Reading:
 
 def _logits(model: Any, window: torch.Tensor, is_fast: bool) -> torch.Tensor:
     """Of all positions. Fast kernels get few tokens at a time, as when text is generated: more are not theirs."""
-    cache, parts = None, []
+    cache, parts = DynamicCache(config=model.config), []
     for ids in torch.split(window, FEW if is_fast else len(window)):
-        out = model(ids[None], past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        parts.append(out.logits[0])
+        parts.append(model(ids[None], **{cache_keyword(model): cache}).logits[0])
     return torch.cat(parts)
 
 
