@@ -81,10 +81,9 @@ def read(form: Form, task: Task) -> Reading:
 
 def _logits(model: Any, window: torch.Tensor, is_fast: bool) -> torch.Tensor:
     """Of all positions. Fast kernels get few tokens at a time, as when text is generated: more are not theirs."""
-    cache, parts = DynamicCache(config=model.config), []
-    for ids in torch.split(window, FEW if is_fast else len(window)):
-        parts.append(model(ids[None], **{cache_keyword(model): cache}).logits[0])
-    return torch.cat(parts)
+    cache, name = DynamicCache(config=model.config), cache_keyword(model)
+    few = torch.split(window, FEW if is_fast else len(window))
+    return torch.cat([model(ids[None], **{name: cache}).logits[0] for ids in few])
 
 
 def _answers(model: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
