@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prose = text.read(args.text or [text.ROOT / name for name in text.DOCUMENTS])
     tokenizer = AutoTokenizer.from_pretrained(source)
     windows = text.windows(tokenizer, prose, args.windows, args.context)
-    task = measure.Task(windows, text.prompts(tokenizer, args.answers), args.new_tokens, args.max_memory)
+    task = measure.Task(
+        windows, text.prompts(tokenizer, args.answers), args.new_tokens, args.fast_windows, args.max_memory
+    )
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "model": source.name,
@@ -78,6 +80,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "files": [file.name for file in args.text] if args.text else list(text.DOCUMENTS),
             "sha256": text.digest(prose),
             "windows": args.windows,
+            "fast_windows": args.fast_windows,
             "context": args.context,
         },
         "answers": len(task.prompts),
@@ -108,10 +111,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--gguf", type=lambda names: names.split(",") if names else [], default=[], help="types of blocks: Q8_0,Q4_0")
     add("--no-widen", dest="widen", action="store_false", help="take the checkpoint as it is")
     add("--text", type=Path, nargs="+", help="files to read instead of the project's documents")
-    add("--windows", type=int, default=10)
-    add("--context", type=int, default=512, help="tokens of a window")
+    add("--windows", type=int, default=12)
+    add("--fast-windows", type=int, default=3, help="those that are read with fast kernels, too")
+    add("--context", type=int, default=256, help="tokens of a window")
     add("--answers", type=int, default=len(text.QUESTIONS))
-    add("--new-tokens", type=int, default=32, help="of an answer")
+    add("--new-tokens", type=int, default=16, help="of an answer")
     add("--max-memory", help="for the model; most of what is free by default")
     add("--out", type=Path, help="write this with .json, .md and .png behind it")
     return parser.parse_args(argv)

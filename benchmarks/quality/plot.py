@@ -13,10 +13,13 @@ from benchmarks.charts import BLUE, GREY, INK, check_matplotlib
 from benchmarks.quality.report import REFERENCE, caption, summarise
 
 PANELS = {
-    "divergence": "KL divergence from bf16 (nats a token)",
-    "rise": "perplexity above bf16's (%)",
+    "divergence": "KL divergence from bf16, nats a token",
+    "rise": "perplexity above bf16's, %",
 }
-SMALL: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
+TICKS = {"divergence": (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1), "rise": (-1, 0, 1, 2, 5, 10, 20, 50, 100)}
+"""The first one above 0 is where the scale becomes linear, so that 0 has a place on it."""
+SMALL: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9.5}
+DASHED = {"color": GREY, "linewidth": 1.1, "linestyle": (0, (5, 3))}
 
 
 def draw(results: Mapping[str, Any], out: Path) -> None:
@@ -42,30 +45,47 @@ def draw(results: Mapping[str, Any], out: Path) -> None:
 
 
 def _draw_panel(axes: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
-    factor = 100 if key == "rise" else 1
-    exact = [row for row in rows if row["kernels"] == "exact" and row["name"] != REFERENCE]
     axes.axhline(0, color=GREY, linewidth=1.0)
-    for row in exact:
-        middle, error = (factor * number for number in row[key])
-        is_peer = row["name"].startswith("GGUF")
-        face, edge = ("white", GREY) if is_peer else (BLUE, BLUE)
-        style = {"color": edge, "markerfacecolor": face, "markersize": 8, "capsize": 3, "elinewidth": 1.2}
-        axes.errorbar(row["share"], middle, yerr=error, marker="s" if is_peer else "o", zorder=3, **style)
-        _label(axes, row, middle, GREY if is_peer else INK, is_peer)
-    axes.set_xlabel("bytes of the layers, of bf16's", fontsize=9.5)
-    axes.set_xlim(0.18, 0.86)
-    axes.margins(y=0.12)
+    for row in rows:
+        if row["kernels"] == "exact" and row["name"] != REFERENCE:
+            _draw_form(axes, row, key)
+        elif row["name"] == REFERENCE and row["kernels"] == "fast" and key == "divergence":
+            axes.axhline(row[key][0], **DASHED)
+            place = (1, row[key][0])
+            axes.annotate("bf16, rounded otherwise", place, xytext=(0, 4), ha="right", color=GREY, **SMALL)
+    _scale(axes, key)
+    axes.set_xlabel("bytes of the layers, as a share of bf16's", fontsize=9.5)
+    axes.set_xlim(0.15, 1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
 
 
-def _label(axes: Any, row: Mapping[str, Any], middle: float, colour: str, is_peer: bool) -> None:
-    """The name beside the point: of peers on the right, of the others where that is free."""
-    place, side = ((8, -3), "left") if is_peer else ((-8, -3), "right")
-    if row["name"] == "lossless":
+def _draw_form(axes: Any, row: Mapping[str, Any], key: str) -> None:
+    """A point, with its error; the name stands on the right of peers, on the left of the others."""
+    middle, error = (number * (100 if key == "rise" else 1) for number in row[key])
+    is_peer = row["name"].startswith("GGUF")
+    colour, face, marker = (GREY, "white", "s") if is_peer else (BLUE, BLUE, "o")
+    style = {"color": colour, "markerfacecolor": face, "markersize": 7.5, "capsize": 3, "elinewidth": 1.2}
+    axes.errorbar(row["share"], middle, yerr=error or None, marker=marker, zorder=3, **style)
+    place, side = ((9, -4), "left") if is_peer else ((-9, -4), "right")
+    if not error:
         place, side = (0, 9), "center"
-    axes.annotate(row["name"], (row["share"], middle), xytext=place, ha=side, color=colour, **SMALL)
+    ink = GREY if is_peer else INK
+    axes.annotate(row["name"], (row["share"], middle), xytext=place, ha=side, color=ink, **SMALL)
+
+
+def _scale(axes: Any, key: str) -> None:
+    """Logarithmic, but linear around 0, in figures that people read."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    low, high = axes.get_ylim()
+    linear = next(tick for tick in TICKS[key] if tick > 0)
+    axes.set_yscale("symlog", linthresh=linear, linscale=0.6)
+    axes.yaxis.set_major_locator(FixedLocator(TICKS[key]))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylim(min(low, -0.25 * linear) if key == "rise" else -0.25 * linear, 1.3 * high)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
+from airstream.reporting.units import counted
+
 REFERENCE = "bf16"
 COLUMNS = (
     "form",
@@ -35,7 +37,7 @@ def summarise(forms: Sequence[Measured]) -> list[dict[str, Any]]:
     reference = next(form for form in forms if form["name"] == REFERENCE and form["kernels"] == "exact")
     rows = []
     for form in forms:
-        pairs = zip(form["cross_entropy"], reference["cross_entropy"], strict=True)
+        pairs = zip(form["cross_entropy"], reference["cross_entropy"], strict=False)
         difference, error = with_error([own - its for own, its in pairs])
         rows.append(
             {
@@ -44,7 +46,7 @@ def summarise(forms: Sequence[Measured]) -> list[dict[str, Any]]:
                 "share": form["layer_bytes"] / reference["layer_bytes"],
                 "perplexity": math.exp(mean(form["cross_entropy"])),
                 "rise": (math.expm1(difference), math.exp(difference) * error),
-                **{key: with_error(form[key]) for key in ("divergence", "agreement", "equal_tokens")},
+                **{key: with_error(form[key]) for key in ("divergence", "agreement", "equal_tokens") if form[key]},
             }
         )
     return rows
@@ -84,7 +86,8 @@ def caption(results: Measured) -> str:
     text, machine = results["text"], results["machine"]
     tokens = text["windows"] * text["context"]
     return (
-        f"{results['model']}, {tokens:,} tokens of English in windows of {text['context']}; {results['answers']} "
-        f"answers of {results['new_tokens']} tokens; errors are standard errors of means over windows. "
+        f"{results['model']}, {tokens:,} tokens of English in windows of {text['context']} (with fast kernels the first "
+        f"{counted(text['fast_windows'], 'window')}, eight tokens at a time); {counted(results['answers'], 'answer')} of "
+        f"{counted(results['new_tokens'], 'token')}; errors are standard errors of means over windows. "
         f"{machine['cpu']}, torch {results['versions']['torch']}, bfloat16."
     )
