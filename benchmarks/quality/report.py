@@ -84,10 +84,10 @@ def _divergence(row: Measured) -> str:
 def caption(results: Measured) -> str:
     """What was measured, and where, in a line."""
     text, machine = results["text"], results["machine"]
-    tokens = text["windows"] * text["context"]
+    tokens, few = text["windows"] * text["context"], counted(text["fast_windows"], "window")
+    answers = f"{counted(results['answers'], 'answer')} of {counted(results['new_tokens'], 'token')}"
     return (
-        f"{results['model']}, {tokens:,} tokens of English in windows of {text['context']} (with fast kernels the first "
-        f"{counted(text['fast_windows'], 'window')}, eight tokens at a time); {counted(results['answers'], 'answer')} of "
-        f"{counted(results['new_tokens'], 'token')}; errors are standard errors of means over windows. "
+        f"{results['model']}, {tokens:,} tokens of English in windows of {text['context']} (with fast kernels the "
+        f"first {few}, eight tokens at a time); {answers}; errors are standard errors of means over windows. "
         f"{machine['cpu']}, torch {results['versions']['torch']}, bfloat16."
     )
