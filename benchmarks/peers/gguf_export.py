@@ -1,4 +1,4 @@
-"""Write a Llama checkpoint of bf16 safetensors as a bf16 GGUF with the same weights, for llama.cpp.
+"""Write a Llama checkpoint of bf16 safetensors as a GGUF for llama.cpp: in bf16, or its layers in blocks of some type.
 
 Knows plain Llama only (no rope scaling, no biases) and refuses the rest. Reads the safetensors files itself, so it
 needs numpy and `gguf` but no torch. The vocabulary is a stand-in: llama.cpp will not load a model without one, and the
@@ -37,12 +37,15 @@ _LAYER_NAMES = {
 }
 
 
-def write_gguf(checkpoint: Path, out: Path) -> None:
+def write_gguf(checkpoint: Path, out: Path, kind: str = "BF16") -> None:
     """Convert the checkpoint in the folder `checkpoint` to the file `out`, which appears only when complete. Blocks.
+
+    `kind` is the type of the matrices of layers; the token embedding and the head stay in bf16.
 
     Raises:
         ValueError: the checkpoint is not plain Llama in bf16.
     """
+    layers_type = gguf.GGMLQuantizationType[kind]
     config = _read_config(checkpoint)
     tensors = {gguf_name(name): (name, data) for name, data in read_tensors(checkpoint)}
     partial = out.with_name(f"{out.name}.partial")
@@ -50,16 +53,18 @@ def write_gguf(checkpoint: Path, out: Path) -> None:
     _add_config(writer, config)
     _add_vocabulary(writer, config["vocab_size"])
     for new_name, (_, data) in tensors.items():
-        # A norm becomes f32, which llama.cpp wants; everything else stays the two bytes it is.
-        is_norm = data.ndim == 1
-        stored = gguf.GGMLQuantizationType.F32 if is_norm else gguf.GGMLQuantizationType.BF16
-        dtype = np.dtype(np.float32 if is_norm else np.uint16)
-        writer.add_tensor_info(new_name, data.shape, dtype, data.size * dtype.itemsize, raw_dtype=stored)
+        stored = _type(new_name, data, layers_type)
+        elements, nbytes = gguf.GGML_QUANT_SIZES[stored]
+        if stored == gguf.GGMLQuantizationType.F32 or nbytes == 2:
+            dtype, shape = np.dtype(np.float32 if data.ndim == 1 else np.uint16), data.shape
+        else:  # the writer wants the bytes of a row
+            dtype, shape = np.dtype(np.uint8), (len(data), data.shape[1] // elements * nbytes)
+        writer.add_tensor_info(new_name, shape, dtype, data.size // elements * nbytes, raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, data in tensors.values():
-        writer.write_tensor_data(_converted(name, data, config))
+    for new_name, (name, data) in tensors.items():
+        writer.write_tensor_data(_packed(_converted(name, data, config), _type(new_name, data, layers_type)))
     writer.close()
     partial.rename(out)
 
@@ -150,10 +155,28 @@ def _add_vocabulary(writer: Any, size: int) -> None:
     writer.add_eos_token_id(2)
 
 
+def _type(new_name: str, data: Array, layers_type: gguf.GGMLQuantizationType) -> gguf.GGMLQuantizationType:
+    """How a tensor is stored. A norm becomes f32, which llama.cpp wants."""
+    if data.ndim == 1:
+        return gguf.GGMLQuantizationType.F32
+    return layers_type if new_name.startswith("blk.") else gguf.GGMLQuantizationType.BF16
+
+
+def _packed(data: Array, stored: gguf.GGMLQuantizationType) -> Array:
+    """bf16 bits as blocks of the type `stored`, rounded as llama.cpp rounds; what is plain, as it is."""
+    if stored in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.BF16):
+        return data
+    return gguf.quants.quantize(_as_floats(data), stored)
+
+
+def _as_floats(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32)  # bf16 is the upper half of f32
+
+
 def _converted(name: str, data: Array, config: Config) -> Array:
     """The values to write for the tensor `name`: bf16 bits, or f32 for a norm."""
     if data.ndim == 1:
-        return (data.astype(np.uint32) << 16).view(np.float32)  # bf16 is the upper half of f32
+        return _as_floats(data)
     if name.endswith("q_proj.weight"):
         return permute(data, config["num_attention_heads"])
     if name.endswith("k_proj.weight"):

@@ -754,7 +754,7 @@ def test_streaming_from_its_command_line(tmp_path, capsys):
 
 # --- the folders
 
-FAMILIES = {"law", "stream", "suite"}
+FAMILIES = {"law", "quality", "stream", "suite"}
 FILES = sorted((ROOT / "benchmarks").rglob("*.py"))
 
 
