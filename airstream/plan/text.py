@@ -13,8 +13,11 @@ NOTHING: Mapping[str, str] = {}
 
 def change_of(before: Plan, after: Plan) -> str:
     """What becomes of weights when one plan follows another, in words; nothing if all stay where they are."""
-    less = before.resident_bytes - after.resident_bytes
-    parts = [f"{format_bytes(less)} of resident weights are streamed from now on"] if less > 0 else []
+    less, is_more = before.resident_bytes - after.resident_bytes, after.streamed_bytes > before.streamed_bytes
+    parts = [f"{format_bytes(less)} of resident weights are streamed from now on"] if less > 0 and is_more else []
+    made = after.made_bytes - before.made_bytes
+    if made > 0:
+        parts.append(f"{format_bytes(made)} of weights stay packed from now on, and are made dense in every pass")
     hosted = before.hosted_bytes - after.hosted_bytes
     if after.read_bytes > before.read_bytes and hosted > 0:
         parts.append(f"{format_bytes(hosted)} of what waited in host memory come from disk")

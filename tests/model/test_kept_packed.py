@@ -18,6 +18,7 @@ from airstream.loading.prepare import prepare
 from airstream.plan.plan import Plan
 from airstream.plan.planner import make_plan
 from airstream.plan.request import HOST
+from airstream.plan.text import change_of
 from airstream.plan.tiers import DEVICE_RUNTIME_BYTES
 from airstream.rates.facts import Rate
 from airstream.repacking.repack import repack
@@ -145,6 +146,18 @@ def test_more_memory_never_means_more_seconds(folders: dict[str, Path], codec: s
             assert expected is not None
             seconds.append(expected.decode_seconds)
     assert all(later <= 1.02 * sooner for sooner, later in pairwise(seconds))
+
+
+def test_a_change_of_plan_says_what_becomes_of_weights(folders: dict[str, Path]) -> None:
+    with simulated_accelerator():
+        plans = [plan_for(folders["fp8"], "sim:0", more, SLOW_DISK) for more in range(0, 40_000_000, 500_000)]
+    whole = [plan for plan in plans if not plan.streamed_bytes]
+    packed, dense = whole[0], whole[-1]
+    assert packed.packed_bytes > 0 == dense.packed_bytes
+    assert "made dense in every pass" in change_of(dense, packed)
+    assert "streamed" not in change_of(dense, packed)
+    assert not change_of(packed, dense)
+    assert "of resident weights are streamed" in change_of(packed, plans[0])
 
 
 def test_a_plan_says_so(folders: dict[str, Path]) -> None:
