@@ -70,7 +70,7 @@ def _draw_form(axes: Any, row: Mapping[str, Any], key: str) -> None:
     axes.errorbar(row["share"], middle, yerr=error or None, marker=marker, zorder=3, **style)
     place, side = ((9, -4), "left") if is_peer else ((-9, -4), "right")
     if not error:
-        place, side = (0, 9), "center"
+        place, side = (7, 6), "left"  # above the line at 0, and off its neighbours
     ink = GREY if is_peer else INK
     axes.annotate(row["name"], (row["share"], middle), xytext=place, ha=side, color=ink, **SMALL)
 
