@@ -98,7 +98,7 @@ def _sized(specs: Sequence[TensorSpec], packing: Packing) -> Group:
         return Group((), nbytes, host_bytes)
     kept = kept_specs(specs, packing)
     packed_bytes = pack(kept, packing).nbytes + growth_bytes(kept)
-    most_between = packing.alignment + CACHE_LINE_BYTES  # of two of them
+    most_between = max(packing.alignment, CACHE_LINE_BYTES) + CACHE_LINE_BYTES  # of two: to a line, and within it
     made_bytes = sum(spec.nbytes + most_between for spec in made)
     return Group((), nbytes, host_bytes, packed_bytes, round_up(made_bytes, PAGE_BYTES))
 

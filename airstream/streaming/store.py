@@ -91,6 +91,7 @@ class Store:
         made = [spec for spec in self._named(batch.packed) if is_made_in_passes(spec, self._backend.packing)]
         beside = {spec.name for spec in stored_specs(made)}
         slab = pack([*rest, *made], self._backend.packing, elsewhere, beside)  # the rest as if it were all: as planned
+        assert slab.nbytes <= batch.nbytes, "what follows in the ring would be written over"
         return Fill(slab, batch.nbytes, resident + sources, hosted, _tensors_in(sources, beside))
 
     def _kept(self, names: Names) -> Names:
