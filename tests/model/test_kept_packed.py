@@ -20,6 +20,7 @@ from airstream.plan.planner import make_plan
 from airstream.plan.request import HOST
 from airstream.plan.text import change_of
 from airstream.plan.tiers import DEVICE_RUNTIME_BYTES
+from airstream.plan.whatif import with_advice
 from airstream.rates.facts import Rate
 from airstream.repacking.repack import repack
 from tests.conftest import STREAMING, least_memory, simulated_accelerator, stream
@@ -158,6 +159,18 @@ def test_a_change_of_plan_says_what_becomes_of_weights(folders: dict[str, Path])
     assert "streamed" not in change_of(dense, packed)
     assert not change_of(packed, dense)
     assert "of resident weights are streamed" in change_of(packed, plans[0])
+
+
+@pytest.mark.parametrize(("form", "is_advised"), [("plain", True), ("int4", False), ("fp8", False)])
+def test_fewer_bytes_are_advised_where_layers_have_many(folders: dict[str, Path], form: str, is_advised: bool) -> None:
+    folder = folders["int4"].with_name(form)
+    prepared = prepare(folder, LoadOptions(device="cpu", **STREAMING, max_memory=memory(folder, "cpu", 0)))
+    assert prepared.request.hardware is not None
+    request = replace(
+        prepared.request, hardware=replace(prepared.request.hardware, disk=SLOW_DISK, host_copy=SLOW_DISK)
+    )
+    advised = with_advice(make_plan(prepared.facts, request), prepared.facts, request).would_help
+    assert ("4-bit weights" in advised) is is_advised
 
 
 def test_a_plan_says_so(folders: dict[str, Path]) -> None:
