@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import pairwise
@@ -24,7 +27,9 @@ from airstream.plan.whatif import with_advice
 from airstream.rates.facts import Rate
 from airstream.repacking.repack import repack
 from tests.conftest import STREAMING, least_memory, simulated_accelerator, stream
+from tests.model.test_lifecycle import MEASURE
 from tests.stand_ins.comparing import BF16, greedy, logits, prompts
+from tests.stand_ins.quantized_models import LARGE
 from tests.stand_ins.tiny_models import TINY, TinyModel, write_model
 
 pytestmark = [
@@ -159,6 +164,38 @@ def test_a_change_of_plan_says_what_becomes_of_weights(folders: dict[str, Path])
     assert "streamed" not in change_of(dense, packed)
     assert not change_of(packed, dense)
     assert "of resident weights are streamed" in change_of(packed, plans[0])
+
+
+ON_A_SLOW_DISK = """
+from dataclasses import replace
+from airstream.loading.machine import Machine
+from airstream.rates.facts import Rate
+measured = Machine.rates
+slow = Rate(1e6, "of a test")
+Machine.rates = lambda self, *given: replace(measured(self, *given), disk=slow, host_copy=slow)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
+@BY_CODEC
+def test_the_peak_stays_within_the_plan(tmp_path: Path, codec: str) -> None:
+    write_model(LARGE, tmp_path / "plain", BF16)
+    folder = repack(tmp_path / "plain", tmp_path / codec, codec=codec, progress=False)
+    options: dict[str, Any] = {"layers_per_batch": 1, "max_context": 128, "page_cache": False}
+    budget = sum(least_memory(folder, **(STREAMING | options)).values()) + 40_000_000
+    assert plan_with(folder, budget, options).packed_bytes > 20_000_000
+    code = ON_A_SLOW_DISK + MEASURE.replace("tokens=28", "tokens=4")
+    call = [sys.executable, "-c", code, str(folder), str(budget), "exact"]
+    result = subprocess.run(call, capture_output=True, text=True, check=True)
+    measured = json.loads(result.stdout.splitlines()[-1])
+    assert measured["ring"] < measured["rise"] <= measured["planned"]
+
+
+def plan_with(folder: Path, budget: int, options: dict[str, Any]) -> Plan:
+    prepared = prepare(folder, LoadOptions(device="cpu", **options, max_memory={"cpu": budget}))
+    assert prepared.request.hardware is not None
+    hardware = replace(prepared.request.hardware, disk=SLOW_DISK, host_copy=SLOW_DISK)
+    return make_plan(prepared.facts, replace(prepared.request, hardware=hardware))
 
 
 @pytest.mark.parametrize(("form", "is_advised"), [("plain", True), ("int4", False), ("fp8", False)])
