@@ -60,9 +60,10 @@ BLOCKS = Extension(
 
 PRODUCTS = Extension(
     "airstream.codecs._products",
-    ["airstream/codecs/products.c"],
+    ["airstream/codecs/products.c", "airstream/codecs/team.c"],
     depends=["airstream/codecs/widths.h"],
-    extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-psabi"],
+    extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-psabi", "-pthread"],
+    extra_link_args=["-pthread"],
     optional=True,  # without them kernels="fast" is refused
 )
 

@@ -49,10 +49,10 @@ def _measure(folder: Path, device: torch.device) -> HardwareFacts:
 
 def _decoding() -> str:
     """How fast packed weights become numbers: measured each time, in milliseconds."""
-    from airstream.codecs.decode import decoding_seconds
+    from airstream.codecs.rates import decoding_seconds
 
     rates = (f"{name} {2 / decoding_seconds(block) / 1e9:.1f}" for name, block in TYPICAL_BLOCKS.items())
-    return f"  {'unpacking, one core':<27s}{', '.join(rates)} GB/s of bfloat16"
+    return f"  {'unpacking, each core':<27s}{', '.join(rates)} GB/s of bfloat16"
 
 
 def _save(folder: Path, device: torch.device, facts: HardwareFacts) -> str:

@@ -5,9 +5,6 @@ It knows how much is decoded at a time, and what memory that takes. It refuses t
 
 from __future__ import annotations
 
-import functools
-import math
-import time
 from collections.abc import Callable, Mapping
 
 import torch
@@ -16,7 +13,6 @@ from airstream.codecs.block_types import BlockType
 from airstream.codecs.grids import by_gguf
 from airstream.codecs.lossless import decode_lossless
 from airstream.codecs.lossless_blocks import LOSSLESS
-from airstream.codecs.lossless_pack import choose_block, encode
 from airstream.codecs.native import DTYPES, kernel
 from airstream.codecs.simple import iq4_nl, mxfp4, q4_0, q4_1, q5_0, q5_1, q8_0
 from airstream.codecs.super_blocks import iq4_xs, q2_k, q3_k, q4_k, q5_k, q6_k
@@ -37,10 +33,6 @@ DECODE_SCRATCH_BYTES = 8 * DEVICE_SLICE_ELEMENTS
 
 HOST_SCRATCH_BYTES = 8 * HOST_SLICE_ELEMENTS
 """Memory that decoding takes in each thread that decodes on a CPU."""
-
-MEASURED_ELEMENTS = 2 << 20
-"""Numbers that are decoded to know the rate: more than a core's own cache holds, as what is decoded later will be."""
-
 
 UNPACK: Mapping[str, Callable[[torch.Tensor], Unpacked]] = {
     "Q4_0": q4_0,
@@ -109,34 +101,6 @@ def decode_with_torch(target: torch.Tensor, raw: torch.Tensor, block: BlockType)
             some, scale, shift = (None if part is None else part[step] for part in unpacked)
             assert some is not None
             _compute(numbers[start + first : start + first + len(some)], Unpacked(some, scale, shift))
-
-
-@functools.cache
-def decoding_seconds(block: BlockType) -> float:
-    """What one number of type `block` takes one core of this machine. Measured by the first call, in milliseconds."""
-    block, raw = _typical(block)
-    target = torch.empty(raw.numel() // block.nbytes * block.elements, dtype=getattr(torch, block.dtype), device="cpu")
-    best = math.inf
-    for _ in range(3):  # the first one warms up
-        start = time.thread_time()
-        decode_into(target, raw, block)
-        best = min(best, time.thread_time() - start)
-    return best / target.numel()
-
-
-def _typical(block: BlockType) -> tuple[BlockType, torch.Tensor]:
-    """Blocks as trained weights have them, where their values decide what decoding takes, and their type."""
-    count = MEASURED_ELEMENTS // block.elements
-    if block.name not in LOSSLESS:
-        return block, torch.zeros(count * block.nbytes, dtype=torch.uint8, device="cpu")
-    generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn(count * block.elements, generator=generator, dtype=torch.float32, device="cpu").to(
-        torch.bfloat16
-    )
-    fitting = choose_block(numbers, block.elements, (block.name,))
-    if fitting is None:  # so small that they win nothing
-        return block, torch.zeros(count * block.nbytes, dtype=torch.uint8, device="cpu")
-    return fitting, encode(numbers, fitting)
 
 
 def _slice_elements(raw: torch.Tensor) -> int:

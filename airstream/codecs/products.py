@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,6 @@ from airstream.codecs.block_types import BlockType
 from airstream.codecs.library import has_kernels
 from airstream.codecs.lossless_blocks import LOSSLESS
 from airstream.codecs.products_native import NativeRows, decoder_of
-from airstream.codecs.share import share
 from airstream.errors import CheckpointError
 
 __all__ = [
@@ -137,8 +135,7 @@ def multiply(weight: StoredRows, vectors: torch.Tensor, bias: torch.Tensor | Non
     wide = vectors.float().contiguous()
     out = torch.empty((len(wide), weight.rows), dtype=torch.float32, device=vectors.device)
     if not out.is_meta:
-        native = weight.native()
-        _each_row(weight, weight.rows, lambda first, end: native.multiply(first, end, wide, out))
+        _check_whole(weight, weight.native().multiply(weight.rows, wide, out), weight.rows)
     if bias is not None:
         out += bias
     return out.to(vectors.dtype)
@@ -155,8 +152,7 @@ def make_dense(weight: StoredRows, first: int, out: torch.Tensor) -> None:
     if out.is_meta:
         torch.empty((torch.get_num_threads(), 2 * weight.format.columns), device="meta", dtype=torch.float32)
         return
-    native = weight.native()
-    _each_row(weight, len(out), lambda begin, end: native.make_dense(first + begin, first + end, out[begin:end]))
+    _check_whole(weight, weight.native().make_dense(first, out), len(out), first)
 
 
 def _multiply_panels(weight: StoredRows, vectors: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -174,18 +170,12 @@ def _multiply_panels(weight: StoredRows, vectors: torch.Tensor, bias: torch.Tens
     return out
 
 
-def _each_row(weight: StoredRows, rows: int, work: Callable[[int, int], int]) -> None:
-    """`work` on all rows, in shares. It says how many rows come before a damaged one."""
-
-    def whole(first: int, end: int) -> None:
-        done = work(first, end)
-        if done < end - first:
-            raise CheckpointError(
-                f"a block of {weight.format.block.name if weight.format.block else weight.format.kind} in row "
-                f"{first + done:,} of {weight.name} is damaged. Get the file again, or pack it anew"
-            )
-
-    share(whole, rows, weight.format.columns)
+def _check_whole(weight: StoredRows, done: int, rows: int, first: int = 0) -> None:
+    if done < rows:
+        raise CheckpointError(
+            f"a block of {weight.format.block.name if weight.format.block else weight.format.kind} in row "
+            f"{first + done:,} of {weight.name} is damaged. Get the file again, or pack it anew"
+        )
 
 
 @functools.cache

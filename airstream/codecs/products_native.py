@@ -14,11 +14,12 @@ import torch
 
 from airstream.codecs.block_types import GRID_TYPES, BlockType
 from airstream.codecs.library import library
+from airstream.codecs.team import team_for
 
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 
-_PRODUCT = (_ADDRESS, _SIZE, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _ADDRESS)
-_ROWS = (_ADDRESS, _SIZE, _SIZE, _ADDRESS, ctypes.c_int, _ADDRESS)
+_PRODUCT = (_ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _SIZE)
+_ROWS = (_ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _ADDRESS, ctypes.c_int, _SIZE)
 
 SCALE_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 """Dtypes of scales that kernels read."""
@@ -58,23 +59,24 @@ class NativeRows:
             4 if scales is None else SCALE_BYTES[scales.dtype],
         )
 
-    def multiply(self, first: int, end: int, vectors: torch.Tensor, out: torch.Tensor) -> int:
-        """Write the products of rows `first` to `end` with `vectors` (count, columns), float32, to `out` (count, rows).
+    def multiply(self, rows: int, vectors: torch.Tensor, out: torch.Tensor) -> int:
+        """Write the products of `rows` rows, all, with `vectors` (count, columns), float32, to `out` (count, rows).
 
         Returns:
             How many rows come before one that cannot be unpacked.
         """
-        buffer = torch.empty(2 * self.columns, dtype=torch.float32, device="cpu")
-        targets = (out.data_ptr(), out.shape[1], buffer.data_ptr())
-        kernel = _kernel(f"product_{self._kind}", _PRODUCT)
-        return kernel(ctypes.byref(self._weight), first, end, vectors.data_ptr(), len(vectors), *targets)
+        team, share = team_for(rows, self.columns), _function("team_product", _PRODUCT)
+        given = (vectors.data_ptr(), len(vectors), out.data_ptr(), out.shape[1])
+        return share(ctypes.byref(team), self._kernel("product"), ctypes.byref(self._weight), rows, *given)
 
-    def make_dense(self, first: int, end: int, out: torch.Tensor) -> int:
-        """Write rows `first` to `end` to `out` (rows, columns), float32 or bfloat16. Returns as `multiply` does."""
-        buffer = torch.empty(2 * self.columns, dtype=torch.float32, device="cpu")
-        kernel = _kernel(f"rows_{self._kind}", _ROWS)
-        narrow = out.dtype == torch.bfloat16
-        return kernel(ctypes.byref(self._weight), first, end, out.data_ptr(), narrow, buffer.data_ptr())
+    def make_dense(self, first: int, out: torch.Tensor) -> int:
+        """Write the rows from `first` on to `out` (rows, columns), float32 or bfloat16. Returns as `multiply` does."""
+        team, share = team_for(len(out), self.columns), _function("team_rows", _ROWS)
+        given = (first, len(out), out.data_ptr(), out.dtype == torch.bfloat16, self.columns * out.itemsize)
+        return share(ctypes.byref(team), self._kernel("rows"), ctypes.byref(self._weight), *given)
+
+    def _kernel(self, what: str) -> Any:
+        return _address(f"{what}_{self._kind}")
 
 
 def decoder_of(block: BlockType) -> Any:
@@ -83,7 +85,12 @@ def decoder_of(block: BlockType) -> Any:
 
 
 @functools.cache
-def _kernel(name: str, types: tuple[Any, ...]) -> Callable[..., int]:
-    kernel = getattr(library("products"), name)
-    kernel.argtypes, kernel.restype = types, ctypes.c_size_t
-    return kernel
+def _function(name: str, types: tuple[Any, ...]) -> Callable[..., int]:
+    function = getattr(library("products"), name)
+    function.argtypes, function.restype = types, ctypes.c_size_t
+    return function
+
+
+@functools.cache
+def _address(name: str) -> Any:
+    return ctypes.cast(getattr(library("products"), name), _ADDRESS)

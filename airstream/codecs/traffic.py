@@ -1,7 +1,7 @@
 """This counts what decoding costs an accelerator: the bytes of its own memory that torch's operations read and write.
 
 Each operation takes its bytes over the bandwidth of that memory. They run here on the meta device: no accelerator is
-needed. It refuses to know bandwidths, and what the CPU takes: `decode.decoding_seconds` has that.
+needed. It refuses to know bandwidths, and what the CPU takes: `rates.decoding_seconds` has that.
 """
 
 from __future__ import annotations

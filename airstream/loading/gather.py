@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from airstream.codecs.product_rates import product_seconds
 from airstream.codecs.products import PANEL_BYTES, RowFormat
+from airstream.codecs.rates import product_seconds
 from airstream.compat.config_names import EXPERT_COUNTS, ROUTED_COUNTS, first_count, head_count, head_width
 from airstream.compat.packed_linear import PackedLinear, packed_formats
 from airstream.compat.traits import position_limit, rotary_limit, uses_eager_attention
@@ -127,7 +127,7 @@ def _arithmetic(model: PreTrainedModel, parts: Parts) -> Arithmetic:
         attention_width=head_count(text) * head_width(text),
         num_weights=sum(_numbers(spec, packed.get(spec.name)) for spec in multiplied),
         product_seconds=sum(
-            _numbers(spec, packed[spec.name]) * product_seconds(packed[spec.name])
+            _numbers(spec, packed[spec.name]) * product_seconds(packed[spec.name], spec.shape[0])
             for spec in multiplied
             if spec.name in packed
         ),

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from airstream.codecs.block_types import BlockType
-from airstream.codecs.decode import decoding_seconds
-from airstream.codecs.product_rates import dense_seconds
+from airstream.codecs.rates import decoding_seconds, dense_seconds
 from airstream.codecs.traffic import decoding_traffic
 from airstream.compat.quantizer import Quantizer
 from airstream.layout.tensors import TensorSpec

@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from transformers import PreTrainedModel
 
-from airstream.codecs.share import dismiss
 from airstream.compat.gguf import conversion_for
 from airstream.compat.key_conversion import KeyConversion
 from airstream.compat.traits import vocabulary_of
@@ -79,7 +78,6 @@ class Engine:
         self._parts, self._facts = prepared.parts, prepared.facts  # no more of it: the model is not to be kept alive
         self._executor: Executor | None = None
         self.gate.closing.callback(hold(prepared.folder))
-        self.gate.closing.callback(dismiss)
         self.gate.closing.callback(machinery.close)
         try:
             self.observer = Observer(machinery, prepared.request, host_bytes, lambda: self.plan)

@@ -12,6 +12,14 @@ typedef struct {
 
 typedef size_t Product(const Weight *, size_t, size_t, const float *, size_t, float *, size_t, float *);
 typedef size_t Rows(const Weight *, size_t, size_t, void *, int, float *);
+typedef struct {
+    void *parallel;
+    size_t threads, run, room;
+    float *buffers;
+} Team;
+
+size_t team_product(const Team *, Product *, const Weight *, size_t, const float *, size_t, float *, size_t);
+size_t team_rows(const Team *, Rows *, const Weight *, size_t, size_t, void *, int, size_t);
 typedef size_t Decode(const void *from, void *to, size_t count, size_t n, size_t slots);
 
 Decode decode_bf16x12, decode_bf16x11;
@@ -88,7 +96,7 @@ static size_t one(int kind) {
     void *numbers = some_bytes(rows * weight.row_bytes), *scales = some_bytes(num_scales * weight.scale_bytes);
     void *table = some_bytes(16 * sizeof(float));
     weight.numbers = numbers, weight.scales = scales, weight.table = kind == NF4 ? table : NULL;
-    float *vectors = some_bytes(count * weight.columns * sizeof(float)), *buffer = malloc(2 * weight.columns * sizeof(float));
+    float *vectors = some_bytes(count * weight.columns * sizeof(float)), *buffer = malloc(6 * weight.columns * sizeof(float));
     size_t first = any(rows), end = first + any(rows - first) + 1;
     float *out = malloc(count * rows * sizeof(float));
     size_t done = KINDS[kind].multiply(&weight, first, end, vectors, count, out, rows, buffer);
@@ -96,6 +104,12 @@ static size_t one(int kind) {
     void *dense = malloc((end - first) * weight.columns * (narrow ? 2 : 4));
     if (KINDS[kind].widen(&weight, first, end, dense, narrow, buffer) != done || done > end - first)
         exit(2);
+    Team team = {NULL, 1 + any(3), 1 + any(5), 2 * weight.columns, buffer};
+    if (team_rows(&team, KINDS[kind].widen, &weight, first, end - first, dense, narrow, weight.columns * (narrow ? 2 : 4))
+            != done
+        || (!first && end == rows
+            && team_product(&team, KINDS[kind].multiply, &weight, rows, vectors, count, out, rows) != done))
+        exit(3);
     free(numbers), free(scales), free(table), free(vectors), free(buffer), free(out), free(dense);
     return done < end - first;
 }

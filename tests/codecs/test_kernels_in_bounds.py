@@ -11,8 +11,8 @@ import pytest
 import airstream
 
 KERNELS = Path(airstream.__file__).parent / "codecs"
-SOURCES = ("blocks.c", "lossless.c", "products.c")
-SANITIZED = ("cc", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+SOURCES = ("blocks.c", "lossless.c", "products.c", "team.c")
+SANITIZED = ("cc", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread")
 
 
 @pytest.fixture(scope="module")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import os
-import threading
-import time
-import weakref
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from airstream.codecs import products, share
+from airstream.codecs import products, team
 from airstream.codecs.block_types import BLOCK_TYPES, GRID_TYPES, BlockType
 from airstream.codecs.decode import decode_with_torch
 from airstream.codecs.lossless_pack import choose_block, encode
@@ -24,14 +22,22 @@ from tests.stand_ins.tiny_gguf import random_blocks
 Weight = tuple[StoredRows, torch.Tensor]
 """A weight as it is stored, and its numbers in float32."""
 
+TORCH_THREADS = team.torch_threads
+
 ROWS = 37
 """Neither a multiple of threads nor of vectors."""
 
 
-@pytest.fixture(autouse=True)
-def several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small weights are shared, too."""
-    monkeypatch.setattr(share, "MIN_SHARE", 1)
+@pytest.fixture(autouse=True, params=["threads of torch", "threads of its own"])
+def several_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Small weights are shared, too, by either kind of threads."""
+    monkeypatch.setattr(team, "MIN_SHARE", 1)
+    if request.param == "threads of its own":
+        monkeypatch.setattr(team, "torch_threads", lambda: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
 
 
 def of_blocks(name: str) -> Weight:
@@ -146,13 +152,30 @@ def test_a_bias_is_added_before_rounding(count: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2, 3, 50])
 def test_the_number_of_threads_changes_no_bit(threads: int) -> None:
     weight, _ = of_bf16(333)
-    vectors = torch.randn(2, 333)
-    before, alone = torch.get_num_threads(), multiply(weight, vectors)
+    vectors, out = torch.randn(2, 333), torch.empty(2, ROWS, 333)
+    torch.set_num_threads(1)
+    alone = multiply(weight, vectors)
+    make_dense(weight, 0, out[0])
     torch.set_num_threads(threads)
-    try:
-        assert torch.equal(multiply(weight, vectors), alone)
-    finally:
-        torch.set_num_threads(before)
+    assert torch.equal(multiply(weight, vectors), alone)
+    make_dense(weight, 0, out[1])
+    assert torch.equal(out[0], out[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch has GNU's OpenMP on Linux")
+def test_torch_has_threads_to_compute_with() -> None:
+    assert TORCH_THREADS() is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of the process by /proc")
+def test_no_thread_stays_behind_that_torch_has_not() -> None:
+    weight, _ = of_bf16(333)
+    torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # which starts torch's
+    multiply(weight, torch.ones(1, 333))
+    before = len(list(Path("/proc/self/task").iterdir()))
+    for _ in range(20):
+        multiply(weight, torch.ones(1, 333))
+    assert len(list(Path("/proc/self/task").iterdir())) == before
 
 
 def test_fp8_that_is_no_number_stays_so() -> None:
@@ -170,9 +193,13 @@ def test_a_damaged_block_is_told() -> None:
     assert block is not None
     slots = block.nbytes - 8 - block.elements - block.elements // 2
     assert slots
-    raw.view(-1, block.nbytes)[30, -slots:] = 255  # of a number that is not there
-    with pytest.raises(CheckpointError, match=r"row 30 .* is damaged"):
-        multiply(StoredRows(weight.format, ROWS, raw), torch.ones(1, 192))
+    raw.view(-1, block.nbytes)[[30, 33, 36], -slots:] = 255  # of a number that is not there
+    damaged = StoredRows(weight.format, ROWS, raw)
+    for _ in range(20):  # whoever comes first
+        with pytest.raises(CheckpointError, match=r"row 30 .* is damaged"):
+            multiply(damaged, torch.ones(1, 192))
+    with pytest.raises(CheckpointError, match=r"row 33 .* is damaged"):
+        make_dense(damaged, 31, torch.empty(5, 192))
 
 
 def test_sizes_that_do_not_go_together_are_told() -> None:
@@ -196,112 +223,9 @@ def test_what_has_no_kernel_is_not_multiplied() -> None:
     assert format_of_blocks(BlockType("no such type", 32, 18), 32) is None
 
 
-def test_what_another_thread_raises_is_raised() -> None:
-    caller, has_failed = threading.get_ident(), threading.Event()
-
-    def fail(_: int, __: int) -> None:
-        if threading.get_ident() != caller:
-            has_failed.set()
-            raise KeyError("from beside")
-        assert has_failed.wait(60)
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(KeyError, match="from beside"):
-            share.share(fail, 10, 10)
-    finally:
-        torch.set_num_threads(before)
-
-
-def helpers() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name == "airstream-products"}
-
-
-def share_with_another(work: share.Work) -> None:
-    """`share`, with two threads, both of which have had a run when it is over."""
-    both, before = threading.Barrier(2), torch.get_num_threads()
-
-    def meet(first: int, end: int) -> None:
-        if first < 2:
-            both.wait(60)
-        work(first, end)
-
-    torch.set_num_threads(2)
-    try:
-        share.share(meet, 8, 10)
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_threads_end_when_there_is_nothing_to_do_and_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    share.dismiss()
-    monkeypatch.setattr(share, "IDLE_SECONDS", 0.01)
-    for _ in range(2):
-        share_with_another(lambda *_: None)
-        for thread in helpers():
-            thread.join(60)
-        assert not helpers()
-
-
-def test_whoever_is_interrupted_waits_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They write to memory that may be another's when the call is over."""
-    caller, is_begun, is_over = threading.get_ident(), threading.Event(), threading.Event()
-
-    def work(_: int, __: int) -> None:
-        if threading.get_ident() == caller:
-            assert is_begun.wait(60)
-            raise KeyboardInterrupt
-        is_begun.set()
-        time.sleep(0.2)
-        is_over.set()
-
-    def interrupted(task: share._Task) -> None:
-        work(*task._runs[next(task._numbers)])  # as between two steps of Python's, outside of what it catches
-
-    real, before = share._Task.do_some, torch.get_num_threads()
-    monkeypatch.setattr(
-        share._Task, "do_some", lambda task: (interrupted if threading.get_ident() == caller else real)(task)
-    )
-    torch.set_num_threads(2)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            share.share(work, 8, 10)
-        assert is_over.is_set()
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_threads_that_are_dismissed_end_and_nothing_that_they_worked_on_is_kept() -> None:
-    weight = torch.zeros(1)
-    kept = weakref.ref(weight)
-    share_with_another(lambda *_, weight=weight: weight.add_(1))
-    del weight
-    share.dismiss()
-    assert not helpers()
-    gc.collect()
-    assert kept() is None
-
-
-def test_who_ends_by_itself_leaves_no_word_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    share.dismiss()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(share, "IDLE_SECONDS", 0.01)
-        share_with_another(lambda *_: None)
-        for thread in helpers():
-            thread.join(60)
-    share.dismiss()
-    monkeypatch.setattr(share, "IDLE_SECONDS", 60.0)
-    share_with_another(lambda *_: None)
-    (helper,) = helpers()
-    share_with_another(lambda *_: None)
-    assert helpers() == {helper}
-    share.dismiss()
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of a fork of a process with threads
-def test_a_fork_starts_threads_of_its_own() -> None:
+def test_a_fork_does_not_wait_for_threads_of_the_parent() -> None:
     weight, _ = of_bf16(333)
     vectors = torch.randn(1, 333)
     before = multiply(weight, vectors)

@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,9 +22,9 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from airstream import ArgumentError, AutoModel, BudgetError, CheckpointError, Plan, UnsupportedError
 from airstream.checkpoint.formats import open_checkpoint
 from airstream.cli import main
-from airstream.codecs import library, share
-from airstream.codecs.product_rates import product_seconds
+from airstream.codecs import library, team
 from airstream.codecs.products import StoredRows, make_dense
+from airstream.codecs.rates import product_seconds
 from airstream.compat.packed_linear import NF4_LEVELS, PackedLinear
 from airstream.repacking.repack import repack
 from airstream.reporting.units import MIB
@@ -258,22 +257,6 @@ def test_it_is_refused_on_an_accelerator(packed: Packed) -> None:
         stream(packed("plain"), device="privateuseone", **FAST)
 
 
-def test_its_threads_end_with_it(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(share, "MIN_SHARE", 1)
-    share.dismiss()
-    monkeypatch.setattr(share, "IDLE_SECONDS", 60.0)  # not by themselves
-    before, threads = torch.get_num_threads(), set(threading.enumerate())
-    torch.set_num_threads(2)
-    try:
-        with stream(packed("int8"), **FAST) as model:
-            logits(model, prompts(1, 1))
-            assert any(thread.name == "airstream-products" for thread in threading.enumerate())
-    finally:
-        torch.set_num_threads(before)
-    left = set(threading.enumerate()) - threads
-    assert not [thread.name for thread in left if thread.name.startswith("airstream")]
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel for the peak")
 @pytest.mark.parametrize(
     ("codec", "kernels"), [("lossless", "fast"), ("int4", "fast"), ("int4", "exact"), ("fp8", "exact")]
@@ -387,7 +370,7 @@ def test_objects_that_no_kernel_takes_compute_themselves(tmp_path: Path, name: s
 @pytest.mark.parametrize("kernels", ["exact", "fast"])
 def test_a_model_works_on_after_an_interrupt(packed: Packed, kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the threads beside it were writing."""
-    monkeypatch.setattr(share, "MIN_SHARE", 1)
+    monkeypatch.setattr(team, "MIN_SHARE", 1)
     ids = prompts(1, 3)
     with torch.no_grad(), stream(packed("int4"), max_context=64, kernels=kernels) as model:
         expected = logits(model, ids)

@@ -761,7 +761,7 @@ def test_it_is_measured_once(tmp_path: Path, cache: Path, quick: list[int], caps
     ]
     assert str(store.stored(tmp_path, CPU)) in first.out
     assert f"kept in {cache / 'hardware.json'}" in first.out
-    assert re.search(r"unpacking, one core +bf16x12 \d+\.\d, .*MXFP4 \d+\.\d GB/s of bfloat16\n", first.out)
+    assert re.search(r"unpacking, each core +bf16x12 \d+\.\d, .*MXFP4 \d+\.\d GB/s of bfloat16\n", first.out)
     assert run(tmp_path) == 0
     again = capsys.readouterr()
     assert again.out == first.out
