@@ -55,6 +55,7 @@ class Setup:
             num_tokens=self.num_tokens,
             budget_bytes=self.budget_bytes,
             batch_size=self.batch_size,
+            form=system.form,
         )
 
 

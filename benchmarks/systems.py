@@ -13,6 +13,10 @@ from pathlib import Path
 
 # torch stays first: it is installed before the rest, so that nothing else decides which build of it comes.
 _TRANSFORMERS = ("torch==2.13.0", "transformers==5.23.0", "accelerate==1.15.0")
+_LLAMACPP = ("llama-cpp-python==0.3.36", "gguf==0.19.0")
+_BITSANDBYTES = "bitsandbytes==0.50.2"
+
+_AIRSTREAM_RUNNER = "benchmarks.peers.airstream_runner"
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class System:
     venv: str | None = None  # a folder name; None: the Python that runs the comparison
     requirements: tuple[str, ...] = ()
     needs_preparation: bool = False
+    form: str = ""  # what its runner makes of the weights; as they are, by default
 
     def python(self, venvs: Path) -> Path:
         """The interpreter that runs this system."""
@@ -37,7 +42,11 @@ class System:
 SYSTEMS = {
     system.name: system
     for system in (
-        System("airstream", "benchmarks.peers.airstream_runner"),
+        System("airstream", _AIRSTREAM_RUNNER),
+        *(
+            System(f"airstream-{codec}", _AIRSTREAM_RUNNER, needs_preparation=True, form=codec)
+            for codec in ("lossless", "int8", "int4")
+        ),
         System(
             "airllm",
             "benchmarks.peers.airllm_runner",
@@ -45,14 +54,33 @@ SYSTEMS = {
             (*_TRANSFORMERS, "airllm==4.0.0"),
             needs_preparation=True,
         ),
-        System("accelerate", "benchmarks.peers.accelerate_runner", "accelerate", _TRANSFORMERS),
-        System("accelerate-auto", "benchmarks.peers.accelerate_auto_runner", "accelerate", _TRANSFORMERS),
         System(
-            "llamacpp",
-            "benchmarks.peers.llamacpp_runner",
-            "llamacpp",
-            ("llama-cpp-python==0.3.36", "gguf==0.19.0"),
+            "airllm-4bit",
+            "benchmarks.peers.airllm_runner",
+            "airllm-4bit",
+            (*_TRANSFORMERS, "airllm==4.0.0", _BITSANDBYTES),
             needs_preparation=True,
+            form="4bit",
+        ),
+        System("accelerate", "benchmarks.peers.accelerate_runner", "accelerate", _TRANSFORMERS),
+        System(
+            "accelerate-4bit",
+            "benchmarks.peers.accelerate_runner",
+            "accelerate-4bit",
+            (*_TRANSFORMERS, _BITSANDBYTES),
+            form="4bit",
+        ),
+        System("accelerate-auto", "benchmarks.peers.accelerate_auto_runner", "accelerate", _TRANSFORMERS),
+        *(
+            System(
+                f"llamacpp-{form.lower()}" if form else "llamacpp",
+                "benchmarks.peers.llamacpp_runner",
+                "llamacpp",
+                _LLAMACPP,
+                needs_preparation=True,
+                form=form,
+            )
+            for form in ("", "Q8_0", "Q4_K_M")
         ),
         System("transformers", "benchmarks.peers.transformers_runner", "accelerate", _TRANSFORMERS),
     )

@@ -1,4 +1,7 @@
-"""AirLLM on the CPU, with its defaults. Needs its own copy of the model first, one file for each layer."""
+"""AirLLM on the CPU, with its defaults. Needs its own copy of the model first, one file for each layer.
+
+A form is what it calls compression.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,12 @@ class TokenizerFreeModel(AirLLMBaseModel):  # type: ignore[misc] # airllm is not
 
 def load(request: Request) -> Any:
     """The streamed model; makes its copy of the checkpoint under `work` where that is missing."""
-    return TokenizerFreeModel(str(request.checkpoint), device="cpu", layer_shards_saving_path=str(request.work))
+    return TokenizerFreeModel(
+        str(request.checkpoint),
+        device="cpu",
+        layer_shards_saving_path=str(request.work),
+        compression=request.form or None,
+    )
 
 
 def prepare(request: Request) -> None:

@@ -1,22 +1,31 @@
-"""airstream on the CPU, told the memory budget, or left to take what there is."""
+"""airstream on the CPU, told the memory budget, or left to take what there is.
+
+A form is a codec, whose packed weights are multiplied as they are: `kernels="fast"`.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from airstream import AutoModel
+from airstream import AutoModel, repack
 from benchmarks.peers.measure import AUTO, Request, Runner, generate_with_transformers, main
 
 
+def prepare(request: Request) -> None:
+    """Write the checkpoint anew in the form that is asked for."""
+    repack(request.checkpoint, request.work / request.form, codec=request.form)
+
+
 def load(request: Request) -> Any:
-    """The streamed model; it reads the checkpoint as it lies, so there is nothing to prepare."""
+    """The streamed model; a checkpoint is read as it lies."""
     return AutoModel.from_pretrained(
-        request.checkpoint,
+        request.work / request.form if request.form else request.checkpoint,
         dtype="auto",
         device="cpu",
         max_memory={"cpu": AUTO if request.budget_bytes is None else request.budget_bytes},
         max_context=len(request.prompt) + request.num_tokens,
         max_batch_size=request.batch_size,
+        kernels="fast" if request.form else "exact",
     )
 
 
@@ -33,4 +42,4 @@ def details(model: Any) -> dict[str, Any]:
 
 if __name__ == "__main__":
     packages = ("airstream", "transformers", "torch")
-    main(Runner("airstream", packages, load, generate_with_transformers, details=details))
+    main(Runner("airstream", packages, load, generate_with_transformers, prepare, details))

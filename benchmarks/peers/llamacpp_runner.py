@@ -1,4 +1,4 @@
-"""llama.cpp through its Python bindings: a bf16 GGUF mapped into memory."""
+"""llama.cpp through its Python bindings: a GGUF mapped into memory, in bf16 or as its own quantisation leaves it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from itertools import islice
 from typing import Any
 
+import llama_cpp
 from llama_cpp import Llama
 
 from benchmarks.peers.gguf_export import write_gguf
@@ -15,8 +16,22 @@ GGUF_NAME = "model.gguf"
 
 
 def prepare(request: Request) -> None:
-    """Convert the checkpoint to GGUF."""
-    write_gguf(request.checkpoint, request.work / GGUF_NAME)
+    """Convert the checkpoint to GGUF, and that to the form that is asked for.
+
+    Raises:
+        RuntimeError: llama.cpp cannot quantise it.
+    """
+    out = request.work / GGUF_NAME
+    if not request.form:
+        write_gguf(request.checkpoint, out)
+        return
+    plain = out.with_suffix(".bf16")
+    write_gguf(request.checkpoint, plain)
+    how = llama_cpp.llama_model_quantize_default_params()
+    how.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{request.form}")
+    if llama_cpp.llama_model_quantize(str(plain).encode(), str(out).encode(), how):
+        raise RuntimeError(f"llama.cpp has not made a {request.form} of {plain}")
+    plain.unlink()
 
 
 def load(request: Request) -> Any:

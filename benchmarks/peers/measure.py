@@ -34,6 +34,7 @@ class Request:
     num_tokens: int
     budget_bytes: int | None  # what a system that takes a memory budget is told; None: it chooses one itself
     batch_size: int = 1  # sequences at once; `prompts` has theirs
+    form: str = ""  # what the runner makes of the weights, where it can; as they are, by default
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -49,6 +50,7 @@ class Request:
             f"--tokens={self.num_tokens}",
             f"--budget-bytes={AUTO if self.budget_bytes is None else self.budget_bytes}",
             f"--batch={self.batch_size}",
+            f"--form={self.form}",
         ]
 
 
@@ -120,6 +122,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[str, Request]:
     parser.add_argument("--tokens", type=int, required=True, dest="num_tokens")
     parser.add_argument("--budget-bytes", type=parse_budget, required=True)
     parser.add_argument("--batch", type=int, default=1, dest="batch_size")
+    parser.add_argument("--form", default="")
     fields = vars(parser.parse_args(argv))
     return fields.pop("action"), Request(**fields)
 

@@ -26,7 +26,7 @@ from benchmarks.law import child as law_child
 from benchmarks.law import plot as plot_law
 from benchmarks.law import report as law_report
 from benchmarks.law.report import Budget, Cliff, LawRun, Measured
-from benchmarks.peers import measure
+from benchmarks.peers import airstream_runner, measure
 from benchmarks.peers.measure import Record, Request, Runner, TokenClock
 from benchmarks.report import Reference, Run, Spread
 from benchmarks.settings import checkpoint_key, parse_mib, parse_settings
@@ -371,8 +371,9 @@ def fake_generate(model: Any, request: Request, clock: TokenClock) -> list[int]:
 
 
 @pytest.mark.parametrize("budget_bytes", [1 << 30, None])
-def test_request_survives_the_command_line(tmp_path, budget_bytes):
-    asked = replace(request(tmp_path), budget_bytes=budget_bytes)
+@pytest.mark.parametrize("form", ["", "int4"])
+def test_request_survives_the_command_line(tmp_path, budget_bytes, form):
+    asked = replace(request(tmp_path), budget_bytes=budget_bytes, form=form)
     assert measure.parse(["run", *asked.arguments()]) == ("run", asked)
 
 
@@ -612,6 +613,16 @@ def test_one_run_of_the_law(tiny_checkpoint, tmp_path):
     assert len(run.token_seconds) == 3
     assert run.is_direct
     assert str(tiny_checkpoint.parent) not in json.dumps(asdict(run))
+
+
+@needs_linux
+def test_airstream_runs_with_a_codec_that_was_prepared(tiny_checkpoint, tmp_path):
+    asked = Request(tiny_checkpoint, tmp_path, [10, 11], num_tokens=2, budget_bytes=200 << 20, form="lossless")
+    airstream_runner.prepare(asked)
+    assert (tmp_path / "lossless" / "config.json").is_file()
+    with airstream_runner.load(asked) as model:
+        assert "fast" in str(model.plan)
+        assert len(measure.generate_with_transformers(model, asked, TokenClock())) == 2
 
 
 def test_pass_clock_notes_the_bytes_of_every_tick():
