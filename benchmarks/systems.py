@@ -44,8 +44,8 @@ SYSTEMS = {
     for system in (
         System("airstream", _AIRSTREAM_RUNNER),
         *(
-            System(f"airstream-{codec}", _AIRSTREAM_RUNNER, needs_preparation=True, form=codec)
-            for codec in ("lossless", "int8", "int4")
+            System(f"airstream-{form}", _AIRSTREAM_RUNNER, needs_preparation=form != "fast", form=form)
+            for form in ("fast", "lossless", "int8", "int4")
         ),
         System(
             "airllm",

@@ -7,8 +7,8 @@ files (FICLONERANGE: xfs with reflinks, btrfs). To whoever reads it, it is an or
 around the page cache come from the disk each time; but the disk below may know that it has read them before, which a
 figure made so has to say.
 
-Both folders have to be on one such file system, and the tensors of a layer follow each other in the files of SMALL. What
-torchao wrote has more in its headers than tensors, and is not linked.
+Both folders have to be on one such file system, and the tensors of a layer follow each other in the files of SMALL.
+What torchao wrote has more in its headers than tensors, and is not linked.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """airstream on the CPU, told the memory budget, or left to take what there is.
 
-A form is a codec, whose packed weights are multiplied as they are: `kernels="fast"`.
+A form is a codec, whose packed weights are multiplied as they are, `kernels="fast"`; or "fast" for the weights as they
+are.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ def prepare(request: Request) -> None:
 
 def load(request: Request) -> Any:
     """The streamed model; a checkpoint is read as it lies."""
+    has_codec = request.form not in ("", "fast")
     return AutoModel.from_pretrained(
-        request.work / request.form if request.form else request.checkpoint,
+        request.work / request.form if has_codec else request.checkpoint,
         dtype="auto",
         device="cpu",
         max_memory={"cpu": AUTO if request.budget_bytes is None else request.budget_bytes},
