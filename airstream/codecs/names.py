@@ -32,5 +32,5 @@ def codec_named(name: object, argument: str = "codec") -> str:
         return known
     names = (*CODEC_NAMES, *OTHER_NAMES)
     meant = nearest(str(name), names)
-    guess = f"did you mean {meant!r}? " if meant else ""
-    raise ArgumentError(f"{argument}={name!r}: {guess}There is {', '.join(map(repr, names))}")
+    guess = f"did you mean {meant!r}? There" if meant else "there"
+    raise ArgumentError(f"{argument}={name!r} is not a codec: {guess} is {', '.join(map(repr, names))}")

@@ -57,7 +57,7 @@ def choose_modules(model: PreTrainedModel, units: Sequence[str], codec: QuantCod
     if experts and not codec.takes_experts:
         raise UnsupportedError(
             f"codec={codec.name!r} would leave the experts of {type(model).__name__}, most of it, as they are: "
-            'transformers loads quantised experts in one format only. Use codec="fp8"'
+            "transformers loads quantised experts in one format only, 'fp8'"
         )
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     settings = codec.settings(dtype)

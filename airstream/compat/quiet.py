@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,3 +22,17 @@ def quiet_transformers() -> Iterator[None]:
             yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+
+
+@contextmanager
+def quiet_converters() -> Iterator[None]:
+    """Without what compressed-tensors says, by a log of its own, of weights without values."""
+    name, loguru = "compressed_tensors", sys.modules.get("loguru")
+    if loguru is None or (f"{name}.", False) in loguru.logger._core.activation_list:  # by the user
+        yield
+        return
+    loguru.logger.disable(name)
+    try:
+        yield
+    finally:
+        loguru.logger.enable(name)

@@ -14,6 +14,7 @@ import torch
 
 from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.key_conversion import KeyConversion
+from airstream.compat.quiet import quiet_converters
 from airstream.footprint.allocations import Allocations, memory_of
 from airstream.layout.pieces import dtype_of
 from airstream.layout.tensors import CACHE_LINE_BYTES
@@ -95,7 +96,7 @@ def expand(
         torch.empty(tensor.shape, dtype=dtype, device="meta") for tensor, dtype in zip(stored, dtypes, strict=True)
     ]
     into = torch.empty(target[0], dtype=target[1], device="meta")
-    with Allocations([*shapes, into]) as allocations:
+    with quiet_converters(), Allocations([*shapes, into]) as allocations:
         outputs = try_convert(conversion, name, sources, shapes, into)
     if outputs is None:
         return None

@@ -187,6 +187,7 @@ class Observer:
         """Note in `profile` what memory is used by now, and what the plan says, which may be another one by now."""
         plan = self._plan()
         profile.predicted_seconds = plan.prediction.decode_seconds if plan.prediction else None
+        profile.is_predicted_by_guess = bool(plan.prediction and plan.prediction.assumed)
         profile.sizes.append((now(), "host memory", self.used_bytes()))
         if len(plan.tiers) > 1:
             profile.sizes.append((now(), "device memory", self._backend.used_bytes() - self._device_bytes))

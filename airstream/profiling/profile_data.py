@@ -89,6 +89,7 @@ class ProfileData:
         rates: what each link was measured to be capable of, by its name in `Costs.links`, where that is known.
         is_direct: the disk is read around the page cache; if not, what is "from disk" may come from memory.
         predicted_seconds: of a pass that decodes, by the plan.
+        is_predicted_by_guess: some of the rates that this is made from were not measured on this machine.
         prefill, decode: sums over all passes of each kind.
         passes: the first pass, and the latest `MAX_PASSES`.
         layers: by name.
@@ -106,6 +107,7 @@ class ProfileData:
     rates: Mapping[str, Rate] = field(default_factory=dict)
     is_direct: bool = True
     predicted_seconds: float | None = None
+    is_predicted_by_guess: bool = False
     prefill: Costs = field(default_factory=Costs)
     decode: Costs = field(default_factory=Costs)
     first_pass: PassProfile | None = None
@@ -174,6 +176,7 @@ class ProfileData:
             "ttft_seconds": list(self.ttft_seconds),
             "seconds_per_token": self.seconds_per_token,
             "predicted_seconds_per_token": self.predicted_seconds_per_token,
+            "is_predicted_by_guess": self.is_predicted_by_guess,
             "is_direct": self.is_direct,
             "rates": {link: _plain(rate) for link, rate in self.rates.items()},
             "memory": {tier: _plain(use) for tier, use in self.memory.items()},

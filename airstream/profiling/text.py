@@ -42,7 +42,8 @@ def _times(profile: ProfileData) -> Iterator[str]:
     if profile.seconds_per_token is not None:
         tokens.append(f"then {format_seconds(profile.seconds_per_token)} each")
         if profile.predicted_seconds_per_token is not None:
-            tokens.append(f"predicted {format_seconds(profile.predicted_seconds_per_token)}")
+            guessed = " by assumed rates (airstream hardware measures them)" if profile.is_predicted_by_guess else ""
+            tokens.append(f"predicted {format_seconds(profile.predicted_seconds_per_token)}{guessed}")
     yield from textwrap.wrap(", ".join(tokens), WIDTH, initial_indent="  ", subsequent_indent="  ")
     yield ""
     columns = [(name, costs) for name, costs in (("prefill", prefill), ("decode", decode)) if costs.passes]

@@ -678,3 +678,21 @@ def test_the_results_are_of_these_formats() -> None:
     results = json.loads(FORMAT_RESULTS.read_text(encoding="utf-8"))
     tested = {row["format"] for row in results["formats"] if row["verdict"] in (formats.TESTED, formats.TESTED_DENSE)}
     assert tested == FORMATS.keys()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="no compressed-tensors")
+def test_nothing_is_said_of_weights_that_have_no_values_yet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """compressed-tensors has a log of its own, which goes to the terminal."""
+    write_compressed(tmp_path, 8)
+    from compressed_tensors.logger import logger
+
+    heard: list[str] = []
+    sink = logger.add(heard.append)
+    try:
+        with stream(tmp_path, max_context=64) as model:
+            logits(model, prompts(1, 3))
+        logger.bind(name="compressed_tensors").warning("it speaks again")
+    finally:
+        logger.remove(sink)
+    assert [line for line in heard if "Cannot recover" in line] == []
+    assert len(heard) == 1

@@ -420,11 +420,15 @@ def test_the_table_of_large_numbers_fits_too() -> None:
         links = {link: LinkUse(9000.0, 1 << 43) for link in LINKS}
         costs = Costs(1, 9, 90_000.0, 9000.0, 42_000.0, 9000.0, 9000.0, stalls=dict(causes), links=links)
         profile.add(PassProfile(0, phase, 16, 0.0, True, costs))
-    profile.new_tokens, profile.predicted_seconds = 10**7, 7322.0
+    profile.new_tokens, profile.decoded_tokens, profile.predicted_seconds = 10**7, 10**7, 7322.0e7
     profile.ttft_seconds.append(7322.0)
     profile.layer("model.layers." * 9).waited(causes)
     profile.memory["cpu"] = MemoryUse(1 << 42, 1 << 42, 1 << 42)
     assert max(map(len, str(profile).splitlines())) <= 80
+    assert "assumed rates" not in str(profile)
+    profile.is_predicted_by_guess = True
+    assert max(map(len, str(profile).splitlines())) <= 80
+    assert "by assumed rates (airstream hardware measures them)" in " ".join(str(profile).split())
     assert "for disk " in str(profile)
     profile.is_direct = False
     assert max(map(len, str(profile).splitlines())) <= 80
