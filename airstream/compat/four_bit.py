@@ -13,7 +13,6 @@ from torch import nn
 
 from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.assembled import is_packed_alone
-from airstream.compat.packed_sets import check_sets
 from airstream.compat.packed_shapes import Index
 from airstream.errors import CheckpointError, UnsupportedError
 
@@ -32,7 +31,7 @@ def settle_four_bits(model: nn.Module, index: Index) -> None:
         index: the checkpoint that their weights are in.
 
     Raises:
-        CheckpointError: a weight has another number of numbers, or of scales.
+        CheckpointError: a weight has another number of numbers.
         UnsupportedError: a row is no whole blocks; the message names the tensor.
     """
     for name, module in model.named_modules():
@@ -49,7 +48,6 @@ def settle_four_bits(model: nn.Module, index: Index) -> None:
             )
         block = _block(rows * columns, scales)
         if columns % block:
-            check_sets("bitsandbytes", index)  # scales that are too few share as much
             where = f"{scales.file}: " if scales is not None else ""
             raise UnsupportedError(
                 f"{where}tensor '{name}.weight' [{rows}, {columns}] is packed in 4 bits by bitsandbytes, whose kernels "

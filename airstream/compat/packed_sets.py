@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from airstream.checkpoint.stored import StoredTensor
-from airstream.compat.packed_states import read_state
 from airstream.errors import CheckpointError
 
 __all__ = ["check_said_sets", "check_sets"]
@@ -25,6 +24,9 @@ STATE = ".quant_state.bitsandbytes__"
 NESTED = (".nested_absmax", ".nested_quant_map")
 ENDS = (".absmax", ".quant_map", *NESTED)
 """Of bitsandbytes' 4 bits, behind the name of the weight."""
+
+MAX_STATE_BYTES = 1 << 14
+"""Of what bitsandbytes says beside a weight. That has less than 300."""
 
 SCALES = ("BF16", "F16", "F32", "F64")
 """What scales of compressed-tensors' integers may be."""
@@ -147,7 +149,7 @@ def _unlike_state(state: StoredTensor, numbers: StoredTensor, scales: StoredTens
     """A fault if `state`, which is JSON, says that others than these are the `scales` of `numbers`."""
     where = f"{state.file}: tensor {state.name!r}"
     try:
-        said = read_state(state)
+        said = _said_beside(state)
     except ValueError as error:
         yield f"{where} {state.dtype} {list(state.shape)} describes no weight: {error}"
         return
@@ -158,6 +160,29 @@ def _unlike_state(state: StoredTensor, numbers: StoredTensor, scales: StoredTens
         yield f"{where} has blocksize={str(block)[:100]}, and none of {', '.join(map(str, BLOCKS))}"
     elif math.prod(scales.shape) != (wanted := -(-2 * numbers.nbytes // block)):
         yield f"{_lengths(scales, wanted, numbers)}, as {state.name!r} says blocksize={block}"
+
+
+def _said_beside(state: StoredTensor) -> Mapping[str, Any] | None:
+    """What `state` says; None if its file is not there, as where a plan is made from headers alone.
+
+    Raises:
+        ValueError: it is no object of JSON.
+    """
+    if state.dtype != "U8" or state.nbytes > MAX_STATE_BYTES:
+        raise ValueError(f"that has U8, and at most {MAX_STATE_BYTES:,} bytes")
+    try:
+        with state.file.open("rb") as file:
+            file.seek(state.offset)
+            raw = file.read(state.nbytes)
+    except OSError:
+        return None
+    try:
+        said = json.loads(raw)
+    except (RecursionError, UnicodeDecodeError):  # a text as small as this takes no memory
+        raise ValueError("it is no JSON") from None
+    if not isinstance(said, Mapping):
+        raise ValueError("it is no object of JSON")
+    return said
 
 
 def _may_share(count: int, scales: StoredTensor) -> bool:
