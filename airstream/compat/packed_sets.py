@@ -169,7 +169,7 @@ def _said_beside(state: StoredTensor) -> Mapping[str, Any] | None:
         ValueError: it is no object of JSON.
     """
     if state.dtype != "U8" or state.nbytes > MAX_STATE_BYTES:
-        raise ValueError(f"that has U8, and at most {MAX_STATE_BYTES:,} bytes")
+        raise ValueError("it is no short text in U8")
     try:
         with state.file.open("rb") as file:
             file.seek(state.offset)
