@@ -113,7 +113,7 @@ def _compressed(settings: Settings, index: Index) -> Iterator[Fault]:
         if scale is None or len(packed.shape) != 2 or len(scale.shape) != 2 or not scale.shape[1]:
             continue
         if scale.shape[0] != packed.shape[0]:
-            yield scale, f"scales of {scale.shape[0]} rows, of {packed.shape[0]} that are packed", "strategy=group"
+            yield scale, f"other rows than {packed.name!r} {list(packed.shape)}", "strategy=group"
         own = packed.shape[1] * WORD_BITS // scale.shape[1]
         if own not in stated:
             numbers = " or ".join(f"num_bits={each['num_bits']}, group_size={each['group_size']}" for each in said)
