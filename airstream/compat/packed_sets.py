@@ -1,8 +1,9 @@
 """This says which tensors a packed weight consists of, and how many numbers each of them has for the others.
 
 Whoever computes with them finds a missing one by an assertion, a wrong one in the middle of a pass, and reads beyond
-the end of one that is too short. What a header says of them is enough to know. It knows the names that formats give.
-It refuses to know dimensions (`packed_shapes`), and what a config says.
+the end of one that is too short. What a header says of them is enough to know, but for bitsandbytes, which says beside
+each weight how many numbers share a scale. It knows the names that formats give. It refuses to know dimensions
+(`packed_shapes`), and what a config says.
 """
 
 from __future__ import annotations
@@ -23,6 +24,12 @@ STATE = ".quant_state.bitsandbytes__"
 NESTED = (".nested_absmax", ".nested_quant_map")
 ENDS = (".absmax", ".quant_map", *NESTED)
 """Of bitsandbytes' 4 bits, behind the name of the weight."""
+
+MAX_STATE_BYTES = 1 << 14
+"""Of what bitsandbytes says beside a weight. That has less than 300."""
+
+SCALES = ("BF16", "F16", "F32", "F64")
+"""What scales of compressed-tensors' integers may be."""
 
 BLOCKS = tuple(1 << power for power in range(5, 13))
 """How many numbers may share a scale there."""
@@ -77,6 +84,10 @@ def _check_described(weight: str, names: list[str], data: Any, index: Index) -> 
         raise CheckpointError(_lengths(scales, wanted, numbers) + ": it is damaged. Download the checkpoint again")
 
 
+def _type(stored: StoredTensor, wanted: str) -> str:
+    return f"{stored.file}: tensor {stored.name!r} has numbers of type {stored.dtype}, and not {wanted}"
+
+
 def _missing(present: StoredTensor, name: str) -> str:
     return f"{present.file}: tensor {name!r}, of the same packed weight as {present.name!r}, is missing"
 
@@ -111,7 +122,7 @@ def _eight_bits(scales: StoredTensor, name: str, index: Index) -> Iterator[str]:
     elif numbers.shape and scales.shape not in (numbers.shape[:1], numbers.shape[-1:]):  # the model tells a turned one
         yield _lengths(scales, numbers.shape[0], numbers)
     elif scales.dtype != "F32":
-        yield f"{scales.file}: tensor {scales.name!r} has numbers of type {scales.dtype}, and not F32"
+        yield _type(scales, "F32")
 
 
 def _four_bits(weight: str, parts: Mapping[str, StoredTensor], numbers: StoredTensor | None) -> Iterator[str]:
@@ -125,11 +136,53 @@ def _four_bits(weight: str, parts: Mapping[str, StoredTensor], numbers: StoredTe
         yield from (_missing(present, f"{weight}{'.quant_state' if end == STATE else end}") for end in lost)
         return
     if is_nested and scales.dtype != "U8":
-        yield f"{scales.file}: tensor {scales.name!r} has numbers of type {scales.dtype}, and not U8"
+        yield _type(scales, "U8")
+    yield from (_type(parts[end], "F32") for end in NESTED if is_nested and parts[end].dtype != "F32")
     if not _may_share(2 * numbers.nbytes, scales):
         yield _lengths(scales, "one of every 64", numbers)
     if is_nested and not _may_share(math.prod(scales.shape), nested := parts[NESTED[0]]):
         yield _lengths(nested, "one of every 256", scales)
+    yield from _unlike_state(parts[STATE], numbers, scales)
+
+
+def _unlike_state(state: StoredTensor, numbers: StoredTensor, scales: StoredTensor) -> Iterator[str]:
+    """A fault if `state`, which is JSON, says that others than these are the `scales` of `numbers`."""
+    where = f"{state.file}: tensor {state.name!r}"
+    try:
+        said = _said_beside(state)
+    except ValueError as error:
+        yield f"{where} {state.dtype} {list(state.shape)} describes no weight: {error}"
+        return
+    if said is None:
+        return
+    block = said.get("blocksize")
+    if type(block) is not int or block not in BLOCKS:
+        yield f"{where} has blocksize={str(block)[:100]}, and none of {', '.join(map(str, BLOCKS))}"
+    elif math.prod(scales.shape) != (wanted := -(-2 * numbers.nbytes // block)):
+        yield f"{_lengths(scales, wanted, numbers)}, as {state.name!r} says blocksize={block}"
+
+
+def _said_beside(state: StoredTensor) -> Mapping[str, Any] | None:
+    """What `state` says; None if its file is not there, as where a plan is made from headers alone.
+
+    Raises:
+        ValueError: it is no object of JSON.
+    """
+    if state.dtype != "U8" or state.nbytes > MAX_STATE_BYTES:
+        raise ValueError("it is no short text in U8")
+    try:
+        with state.file.open("rb") as file:
+            file.seek(state.offset)
+            raw = file.read(state.nbytes)
+    except OSError:
+        return None
+    try:
+        said = json.loads(raw)
+    except (RecursionError, UnicodeDecodeError):  # a text as small as this takes no memory
+        raise ValueError("it is no JSON") from None
+    if not isinstance(said, Mapping):
+        raise ValueError("it is no object of JSON")
+    return said
 
 
 def _may_share(count: int, scales: StoredTensor) -> bool:
@@ -162,13 +215,20 @@ def _eights(index: Index) -> Iterator[str]:
 
 
 def _compressed(index: Index) -> Iterator[str]:
-    """Integers, in words of 32 bits."""
+    """Integers, in words of 32 bits: these alone have a shape."""
     for key, stored in index.items():
         if stored.dtype == "I32" and key.endswith(".weight_packed"):
             others = (key.removesuffix("packed") + end for end in ("scale", "shape"))
             yield from (_missing(stored, other) for other in others if other not in index)
-        elif key.endswith(".weight_shape") and (packed := key.removesuffix("shape") + "packed") not in index:
-            yield _missing(stored, packed)
+        elif key.endswith(".weight_shape"):
+            packed, scales = (index.get(key.removesuffix("shape") + end) for end in ("packed", "scale"))
+            yield from [_missing(stored, key.removesuffix("shape") + "packed")] if packed is None else ()
+            if packed is not None and packed.dtype != "I32":
+                yield _type(packed, "I32")
+            if packed is not None and stored.shape != (len(packed.shape),):
+                yield _lengths(stored, len(packed.shape), packed)
+            if scales is not None and scales.dtype not in SCALES:
+                yield _type(scales, " or ".join(SCALES))
 
 
 FAULTS: Mapping[str, Callable[[Index], Iterator[str]]] = {

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from airstream.checkpoint.stored import StoredTensor
 from airstream.compat.four_bit import settle_four_bits
 from airstream.compat.integers import AWQ, GPTQ, GPTQ_V2, Layout, UnpackIntegers, with_unpacking
-from airstream.compat.packed_sets import check_said_sets
+from airstream.compat.packed_sets import check_said_sets, check_sets
 from airstream.compat.plain_formats import groups_of, kernel_for
 from airstream.compat.quantizer import DEQUANTIZED, DEQUANTIZED_ON_CPU, Headers, Quantizer
 from airstream.compat.quiet import quiet_transformers
@@ -102,6 +102,7 @@ class _OfTransformers(Quantizer):
 
     def settle(self, model: PreTrainedModel, index: Mapping[str, StoredTensor]) -> None:
         if self.is_on_cpu and self.method == "bitsandbytes":
+            check_sets(self.method, index)  # scales that are too few look like those of larger blocks
             settle_four_bits(model, index)
         check_said_sets(getattr(self._inner, "metadata", None) or {}, index)
 

@@ -112,6 +112,8 @@ def _compressed(settings: Settings, index: Index) -> Iterator[Fault]:
         scale = index.get(stem + ".weight_scale")
         if scale is None or len(packed.shape) != 2 or len(scale.shape) != 2 or not scale.shape[1]:
             continue
+        if scale.shape[0] != packed.shape[0]:
+            yield scale, f"other rows than {packed.name!r} {list(packed.shape)}", "strategy=group"
         own = packed.shape[1] * WORD_BITS // scale.shape[1]
         if own not in stated:
             numbers = " or ".join(f"num_bits={each['num_bits']}, group_size={each['group_size']}" for each in said)

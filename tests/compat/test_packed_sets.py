@@ -30,6 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
 
+STATE = "weight.quant_state.bitsandbytes__nf4"
 STEM = "model.layers.1.self_attn.k_proj."
 WRITERS: Mapping[str, tuple[str | None, Callable[[Path], None]]] = {
     "torchao": ("torchao", lambda folder: write_torchao(folder, "Int8WeightOnlyConfig")),
@@ -51,6 +52,13 @@ CHANGES: Mapping[str, Change] = {
     "half": lambda it: it[: len(it) // 2].contiguous(),
     "wider": lambda it: it.double(),
     "one": lambda it: it.flatten()[0].clone(),
+    "twice": lambda it: torch.cat([it, it]),
+    "in half precision": torch.Tensor.half,
+    "as integers": torch.Tensor.long,
+    "as floats": torch.Tensor.float,
+    "of blocks of 128": lambda it: it.new_tensor(list(bytes(it).replace(b'"blocksize": 64', b'"blocksize": 128'))),
+    "of no blocks": lambda it: it.new_tensor(list(bytes(it).replace(b'"blocksize": 64', b'"blocksize": {}'))),
+    "a list": lambda it: it.new_tensor(list(b"[]")),
 }
 CASES = [
     *(("torchao", end, "missing") for end in ("_weight_qdata", "_weight_scale", "_weight_zero_point")),
@@ -65,6 +73,13 @@ CASES = [
     ("nf4-double", "weight.nested_absmax", "empty"),
     ("nf4-double", "weight.nested_quant_map", "missing"),
     ("nf4-double", "weight.absmax", "wider"),
+    *(("nf4", STATE, what) for what in ("empty", "half", "twice", "in half precision", "as floats", "a list")),
+    ("nf4", STATE, "of no blocks"),
+    *(("nf4", "weight.absmax", what) for what in ("half", "twice")),
+    *(("nf4-double", end, "in half precision") for end in ("weight.nested_absmax", "weight.nested_quant_map")),
+    *(("int4", "weight_packed", what) for what in ("wider", "as floats", "as integers", "in half precision")),
+    *(("int4", "weight_shape", what) for what in ("empty", "half", "twice", "one")),
+    *(("int4", "weight_scale", what) for what in ("as integers", "half", "twice")),
     *(("int8", "SCB", what) for what in ("missing", "empty", "half", "wider")),
     ("int8", "weight", "missing"),
     *(("gptq", "g_idx", what) for what in ("empty", "one", "half")),
@@ -111,6 +126,12 @@ def test_it_is_named_before_a_pass(
             stream(tmp_path / "other", kernels=kernels)
         assert "Error:" not in str(raised.value), "no other package's words"
     assert any(re.search(said, fault) for fault in verify(tmp_path / "other", progress=False).faults)
+
+
+def test_scales_are_as_many_as_a_weight_says(written: Callable[[str], Path], tmp_path: Path) -> None:
+    spoiled(written("nf4"), tmp_path / "other", STEM + STATE, CHANGES["of blocks of 128"])
+    with pytest.raises(CheckpointError, match=rf"'{re.escape(STEM)}weight.absmax'.* says blocksize=128"):
+        stream(tmp_path / "other")
 
 
 @pytest.mark.parametrize("name", WRITERS)
