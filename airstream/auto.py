@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from airstream.checkpoint.beside import check_small_files
+from airstream.checkpoint.beside import check_small_files, without_tokenizer
 from airstream.checkpoint.gguf import GgufIndex
 from airstream.checkpoint.hub import check_name
 from airstream.checkpoint.locate import locate
@@ -283,8 +283,11 @@ def load_beside(folder: Path, trust_remote_code: bool, what: Beside) -> Any:
     check_small_files(folder)
     load = partial(auto_class.from_pretrained, trust_remote_code=trust_remote_code)
     find = no_advice if trust_remote_code else partial(small_file_at_fault, folder, load)  # lest code is run once more
-    with blamed_on(f"{folder} has no {what} that transformers can load", _NOT_THERE, find):
-        return load(folder)
+    try:
+        with blamed_on(f"{folder} has no {what} that transformers can load", _NOT_THERE, find):
+            return load(folder)
+    except CheckpointNotFoundError as error:  # asked only now: some tokenizers are made of no file at all
+        raise (without_tokenizer(folder) if what == "tokenizer" else None) or error from error.__cause__
 
 
 _NOT_THERE: Consequences = (((ImportError,), UnsupportedError), ((OSError, ValueError), CheckpointNotFoundError))

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from airstream.checkpoint.config_file import check_types
-from airstream.errors import CheckpointError
+from airstream.errors import CheckpointError, CheckpointNotFoundError
 from airstream.reporting.units import counted
 from airstream.system.foreign_files import open_regular, read_regular
 from airstream.system.foreign_json import CONFIG, Kind, check_json, read_json
@@ -59,6 +59,16 @@ MAX_BYTES, MAX_TEMPLATE_BYTES = 64 << 20, 1 << 20
 def has_tokenizer(folder: Path) -> bool:
     """Whether there is anything in `folder` of which a tokenizer could be made."""
     return any(any(folder.glob(pattern)) for pattern in OF_TOKENIZERS)
+
+
+def without_tokenizer(folder: Path) -> CheckpointNotFoundError | None:
+    """What to say of a folder in which nothing is of a tokenizer; None if there is, and something else is wrong."""
+    if not folder.is_dir() or has_tokenizer(folder):
+        return None
+    return CheckpointNotFoundError(
+        f"{folder} has no tokenizer beside its weights: copy tokenizer.json and tokenizer_config.json into it from "
+        "where the model comes from, or save one with tokenizer.save_pretrained(...)"
+    )
 
 
 def check_small_files(folder: Path) -> None:

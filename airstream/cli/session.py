@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from airstream.auto import load_model
-from airstream.checkpoint.beside import has_tokenizer
 from airstream.cli.notes import note
 from airstream.cli.options import load_options
 from airstream.cli.screen import Printer
 from airstream.compat.config_names import num_positions
-from airstream.errors import CheckpointNotFoundError, UnsupportedError
+from airstream.errors import UnsupportedError
 from airstream.loading.options import LoadOptions
 from airstream.profiling.live import LiveLine
 from airstream.reporting.status import showing, status
@@ -29,9 +28,6 @@ def load(arguments: argparse.Namespace, **options: Any) -> Any:
     try:
         with status("loading the tokenizer"):
             model.tokenizer  # noqa: B018 - a checkpoint without one is refused before anybody has typed anything
-    except CheckpointNotFoundError as error:
-        model.close()
-        raise _without_tokenizer(Path(arguments.model)) or error from error
     except BaseException:
         model.close()
         raise
@@ -45,16 +41,6 @@ def _check_generates(name: str, model: Any) -> None:
             f"{name} is a {type(model).__name__}, which generates no text: from Python, "
             "AutoModel.from_pretrained(...)(**inputs) gives what it computes"
         )
-
-
-def _without_tokenizer(folder: Path) -> CheckpointNotFoundError | None:
-    """What to say of a folder in which nothing is of a tokenizer; None if there is, and something else is wrong."""
-    if not folder.is_dir() or has_tokenizer(folder):
-        return None
-    return CheckpointNotFoundError(
-        f"{folder} has no tokenizer beside its weights: copy tokenizer.json and tokenizer_config.json into it from "
-        "where the model comes from, or save one with tokenizer.save_pretrained(...)"
-    )
 
 
 def tell_beyond(model: Any, num_tokens: int) -> None:

@@ -22,7 +22,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, BertModel, GenerationConfig
 
-from airstream import ArgumentError, Plan
+from airstream import ArgumentError, AutoModel, CheckpointNotFoundError, Plan
 from airstream.cli import demo, main, reading
 from airstream.cli.mistakes import check_sampling
 from airstream.cli.options import load_options
@@ -727,6 +727,11 @@ def test_a_folder_without_tokenizer_says_what_to_copy(folder: Path, capsys: pyte
     err = capsys.readouterr().err
     assert f"{folder} has no tokenizer beside its weights: copy tokenizer.json" in err
     assert err.count("\n") == 1
+    with (
+        AutoModel.from_pretrained(folder) as model,
+        pytest.raises(CheckpointNotFoundError, match=r"has no tokenizer beside its weights: copy tokenizer\.json"),
+    ):
+        _ = model.tokenizer
 
 
 def test_python_dash_m_is_the_same_program() -> None:
