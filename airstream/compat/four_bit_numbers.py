@@ -10,9 +10,10 @@ from functools import cache
 
 import torch
 
-from airstream.compat.four_bit import NF4_BLOCK
-
 __all__ = ["nf4_numbers"]
+
+NF4_BLOCK = 64
+"""Numbers that share a scale: as `four_bit` says, which knows modules besides."""
 
 LEAST_SCALE = 1e-38
 """What bitsandbytes divides by at least: a block may be zeros."""
@@ -22,7 +23,8 @@ def nf4_numbers(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | No
     """`numbers`, packed, two in a byte, and a scale for each block; None if bitsandbytes has to be asked."""
     if numbers.device.type != "cpu" or numbers.numel() % NF4_BLOCK or not numbers.numel() or not _is_as_bitsandbytes():
         return None
-    return _packed(numbers)
+    packed, scales = _packed(numbers)
+    return None if scales.isnan().any() else (packed, scales)  # whose bits are another one's choice
 
 
 @cache
@@ -37,7 +39,7 @@ def _bounds() -> list[float]:
 def _packed(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     blocks = numbers.reshape(-1, NF4_BLOCK).float()
     scales = blocks.abs().amax(1)
-    scaled = (blocks * (1.0 / scales.clamp(min=LEAST_SCALE)).unsqueeze(1)).clamp_(-1, 1).view(-1)
+    scaled = (blocks * (1.0 / scales.clamp(min=LEAST_SCALE)).unsqueeze(1)).clamp_(-1, 1).reshape(-1)
     places = torch.full(scaled.shape, len(_bounds()), dtype=torch.uint8, device="cpu")
     for bound in _bounds():  # what is no number is at none of them, and comes last, as bitsandbytes has it
         places -= (scaled <= bound).view(torch.uint8)
@@ -48,13 +50,14 @@ def _packed(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _is_as_bitsandbytes() -> bool:
     from bitsandbytes.functional import quantize_4bit
 
-    some = torch.randn((32, 4 * NF4_BLOCK), generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    some *= torch.logspace(-44, 38, len(some), device="cpu").unsqueeze(1)
+    generator = torch.Generator("cpu").manual_seed(0)
+    some = torch.randn((32, 4 * NF4_BLOCK), dtype=torch.float32, generator=generator, device="cpu")
+    some *= torch.logspace(-44, 38, len(some), dtype=torch.float32, device="cpu").unsqueeze(1)
     some[3] = 0
     some[4, ::7] = torch.nan
     some[5, ::300] = torch.inf
     some[6:20, 1::NF4_BLOCK] = 1.0  # then numbers are what they are divided by their scale, and at bounds
-    some[6:20, 2 : 2 + len(_bounds())] = torch.tensor(_bounds(), device="cpu")
+    some[6:20, 2 : 2 + len(_bounds())] = torch.tensor(_bounds(), dtype=torch.float32, device="cpu")
     some[6:20] = some[6:20].clamp(-1, 1)
     for each in (some, some.bfloat16(), some.half()):
         packed, state = quantize_4bit(each, blocksize=NF4_BLOCK, quant_type="nf4", compress_statistics=False)

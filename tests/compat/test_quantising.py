@@ -41,12 +41,18 @@ def test_nf4_is_that_of_bitsandbytes_and_found_sooner(dtype: torch.dtype) -> Non
     from bitsandbytes.functional import quantize_4bit
 
     every = torch.arange(-0x8000, 0x8000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
-    for numbers in (weight_of(256, 192, dtype), every.to(dtype).view(-1, 256), every.to(dtype).view(512, -1).T):
+    every = every[~every.isnan()].repeat(32).to(dtype)
+    for numbers in (weight_of(256, 192, dtype), every.view(-1, 64), every.view(64, -1).T):
         packed, state = quantize_4bit(numbers, blocksize=64, quant_type="nf4", compress_statistics=False)
         made = nf4_numbers(numbers)
         assert made is not None
         assert torch.equal(made[0], packed)
         assert torch.equal(made[1].view(torch.int32), state.absmax.view(torch.int32))
+
+
+def test_scales_that_are_no_numbers_are_left_to_bitsandbytes() -> None:
+    packages("nf4")
+    assert nf4_numbers(torch.full((2, 64), torch.nan)) is None
 
 
 def test_another_bitsandbytes_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
