@@ -52,7 +52,7 @@ EXTRAS["all"] = sorted({package for name in ("demo", "gguf", "peft", "plot", "qu
 
 BLOCKS = Extension(
     "airstream.codecs._blocks",
-    ["airstream/codecs/blocks.c", "airstream/codecs/lossless.c"],
+    ["airstream/codecs/blocks.c", "airstream/codecs/lossless.c", "airstream/codecs/checksums.c"],
     depends=["airstream/codecs/widths.h"],
     extra_compile_args=["-O3", "-ffp-contract=off"],  # a fused multiply-add rounds once where the format rounds twice
     optional=True,  # without a C compiler torch does the same, more slowly

@@ -33,6 +33,7 @@ INLINE void put_long_word(uint8_t *at, uint64_t value) {
 
 /* Sixteen at a time, as vectors of gcc and clang: of the same loops a compiler makes vectors or not, by what is around. */
 typedef uint8_t Bytes __attribute__((vector_size(16)));
+typedef char SignedBytes __attribute__((vector_size(16)));
 typedef uint64_t Words __attribute__((vector_size(16)));
 typedef uint16_t Numbers __attribute__((vector_size(32)));
 
@@ -172,142 +173,164 @@ INLINE uint8_t exponent_of(uint16_t number) {
     return (uint8_t)(number >> 7);
 }
 
-INLINE Window window_of(const uint16_t *restrict numbers, size_t n, int width) {
+INLINE void count_exponents(const uint16_t *restrict numbers, size_t n, uint32_t *restrict total) {
     uint16_t counts[4][256] = {{0}}; /* four, so that one increment does not wait for the last; each has n / 4 at most */
-    uint32_t total[256];
-    for (size_t i = 0; i < n; i += 4)
+    for (size_t i = 0; i < n; i += 4) {
+        uint64_t four;
+        memcpy(&four, numbers + i, sizeof four);
         for (int lane = 0; lane < 4; lane++)
-            counts[lane][exponent_of(numbers[i + (size_t)lane])]++;
+            counts[lane][(uint8_t)(four >> (16 * lane + 7))]++;
+    }
     for (int e = 0; e < 256; e++)
         total[e] = (uint32_t)counts[0][e] + counts[1][e] + counts[2][e] + counts[3][e];
-    size_t wanted = n - total[0], held = 0;
-    for (int e = 1; e <= width; e++)
-        held += total[e];
+}
+
+INLINE Window window_of(const uint32_t *restrict total, size_t n, int width) {
+    size_t wanted = n - total[0], held = 0, most = 0;
     Window best = {1, 0};
-    size_t most = held;
-    for (int base = 2; base + width <= 256 && most < wanted; base++) {
-        held += total[base + width - 1];
-        held -= total[base - 1];
+    int low = 1, base = 1;
+    if (!wanted)
+        return best;
+    while (!total[low])
+        low++;
+    if (low > width) /* windows before hold nothing */
+        base = low - width + 1;
+    if (base + width > 256)
+        base = 256 - width;
+    for (int e = base; e < base + width; e++)
+        held += total[e];
+    for (;; base++) {
         if (held > most) {
             most = held;
             best.base = (uint8_t)base;
         }
+        if (most == wanted || base + width == 256)
+            break;
+        held += total[base + width];
+        held -= total[base];
     }
     best.outside = wanted - most;
     return best;
 }
 
-/* The most numbers without a code that one of `count` blocks of `n` numbers has. */
-EVERY_WIDTH size_t most_outside(const uint16_t *numbers, size_t count, size_t n, int width) {
-    size_t most = 0;
+/* Of `count` blocks of `n` numbers, for each of `kinds` widths: `most` numbers without a code that one of them has, and the
+ * window of each block, at `bases`: kind after kind. */
+EVERY_WIDTH void count_outside(const uint16_t *numbers, size_t count, size_t n, size_t kinds, const int32_t *widths,
+    size_t *most, uint8_t *bases) {
+    uint32_t total[256];
+    memset(most, 0, kinds * sizeof *most);
     for (size_t number = 0; number < count; number++) {
-        size_t outside = window_of(numbers + number * n, n, width).outside;
-        most = outside > most ? outside : most;
+        count_exponents(numbers + number * n, n, total);
+        for (size_t kind = 0; kind < kinds; kind++) {
+            Window best = window_of(total, n, widths[kind]);
+            most[kind] = best.outside > most[kind] ? best.outside : most[kind];
+            bases[kind * count + number] = best.base;
+        }
     }
-    return most;
 }
 
 /* ------------------------------------------------------------------------------------------------------------- encoding */
 
-/* Signs and mantissas of 64 numbers, their codes, `other` for what is outside of the window, and a byte for each that is. */
-INLINE void part(const uint16_t *restrict numbers, uint8_t base, uint8_t width, uint8_t other, uint8_t *restrict rest,
-    uint8_t *restrict codes, uint8_t *restrict outside) {
-    uint8_t exponents[RUN];
-    for (int i = 0; i < RUN; i++)
-        exponents[i] = exponent_of(numbers[i]);
-    for (int i = 0; i < RUN; i++)
-        rest[i] = (uint8_t)((numbers[i] >> 8 & 0x80) | (numbers[i] & 0x7F));
-    for (int i = 0; i < RUN; i++) {
-        uint8_t code = (uint8_t)(exponents[i] - base);
-        uint8_t is_outside = (code >= width) & (exponents[i] != 0);
-        outside[i] = is_outside;
-        codes[i] = is_outside ? other : code >= width ? 0 : (uint8_t)(code + 1);
-    }
+/* A bit for each of 16 bytes that are all ones or all zeros, the first one lowest. */
+INLINE uint64_t bits_of(Bytes flags) {
+#ifdef __SSE2__
+    return (uint64_t)(unsigned)__builtin_ia32_pmovmskb128((SignedBytes)flags);
+#else
+    Words ones = (Words)(flags & 1) * 0x0102040810204080u >> 56;
+    return ones[0] | ones[1] << 8;
+#endif
 }
 
-/* Eight bytes of 0 or 1 as eight bits, the first one lowest. */
-INLINE uint8_t gather(uint64_t bytes) {
-    return (uint8_t)((bytes & 0x0101010101010101u) * 0x0102040810204080u >> 56);
-}
-
-INLINE void put_x12(const uint8_t *restrict codes, uint8_t *restrict shared) {
-    for (int half = 0; half < RUN / 32; half++)
-        for (int i = 0; i < 16; i++)
-            shared[16 * half + i] = (uint8_t)(codes[32 * half + i] | codes[32 * half + 16 + i] << 4);
-}
-
-INLINE void put_x11(const uint8_t *restrict codes, size_t n, uint8_t *restrict planes) {
-    for (int plane = 0; plane < 3; plane++)
-        for (int byte = 0; byte < RUN / 8; byte++)
-            planes[(size_t)plane * (n / 8) + (size_t)byte] = gather(long_word(codes + 8 * byte) >> plane);
+/* Puts signs and mantissas of 16 numbers at `rest`. Returns their codes, `other` for what is outside of the window. */
+INLINE Bytes part(const uint16_t *restrict from, Bytes base, uint8_t width, uint8_t other, uint8_t *restrict rest,
+    Bytes *restrict outside) {
+    Numbers numbers;
+    memcpy(&numbers, from, sizeof numbers);
+    Bytes exponents = __builtin_convertvector(numbers >> 7 & 0xFF, Bytes);
+    Bytes plain = __builtin_convertvector((numbers >> 8 & 0x80) | (numbers & 0x7F), Bytes);
+    memcpy(rest, &plain, sizeof plain);
+    Bytes codes = exponents - base;
+    Bytes inside = (Bytes)(codes < width);
+    *outside = ~inside & (Bytes)(exponents != 0);
+    return ((codes + 1) & inside) | (*outside & other);
 }
 
 typedef struct {
     uint8_t *positions; /* NULL if the format has none */
     uint8_t *exponents;
-    size_t used;
+    size_t used, room;
 } Slots;
 
-INLINE void list(const uint8_t *restrict outside, const uint16_t *restrict numbers, size_t first, size_t count, Slots *slots) {
-    for (size_t at = 0; at < count; at += 8) {
-        uint8_t bits = gather(long_word(outside + at));
-        for (; bits; bits &= (uint8_t)(bits - 1)) {
-            size_t position = first + at + (size_t)__builtin_ctz(bits);
-            if (slots->positions) {
-                slots->positions[2 * slots->used] = (uint8_t)position;
-                slots->positions[2 * slots->used + 1] = (uint8_t)(position >> 8);
-            }
-            slots->exponents[slots->used++] = exponent_of(numbers[position]);
+/* Lists the exponents of those numbers from `first` on whose bits are set; 0 if there is no room. */
+INLINE int list(uint64_t bits, const uint16_t *restrict numbers, size_t first, Slots *slots) {
+    for (; bits; bits &= bits - 1) {
+        size_t position = first + (size_t)__builtin_ctzll(bits);
+        if (slots->used == slots->room)
+            return 0;
+        if (slots->positions) {
+            slots->positions[2 * slots->used] = (uint8_t)position;
+            slots->positions[2 * slots->used + 1] = (uint8_t)(position >> 8);
         }
+        slots->exponents[slots->used++] = exponent_of(numbers[position]);
     }
+    return 1;
 }
 
-INLINE void put_x12_block(const uint16_t *restrict numbers, uint8_t *restrict block, size_t n, size_t slots) {
-    uint8_t *codes_at = block + HEAD + n, *slots_at = codes_at + n / 2;
-    Slots listed = {slots_at, slots_at + 2 * slots, 0};
+INLINE int put_x12(const uint16_t *restrict numbers, uint8_t *restrict block, size_t n, size_t slots) {
+    uint8_t *rest = block + HEAD, *shared = rest + n, *slots_at = shared + n / 2;
+    Slots listed = {slots_at, slots_at + 2 * slots, 0, slots};
     memset(slots_at, 0, 2 * slots);
     memset(listed.exponents, exponent_of(numbers[0]), slots);
-    for (size_t first = 0; first < n; first += RUN) {
-        size_t count = n - first < RUN ? n - first : RUN;
-        uint16_t padded[RUN] = {0};
-        uint8_t rest[RUN], codes[RUN], outside[RUN], shared[RUN / 2];
-        memcpy(padded, numbers + first, count * sizeof *padded);
-        part(padded, block[0], WINDOW_X12, 0, rest, codes, outside);
-        put_x12(codes, shared);
-        memcpy(block + HEAD + first, rest, count);
-        memcpy(codes_at + first / 2, shared, count / 2);
-        list(outside, numbers, first, count, &listed);
+    Bytes base = block[0] - (Bytes){0}, outside[2];
+    for (size_t first = 0; first < n; first += 32) {
+        Bytes low = part(numbers + first, base, WINDOW_X12, 0, rest + first, outside);
+        Bytes high = part(numbers + first + 16, base, WINDOW_X12, 0, rest + first + 16, outside + 1);
+        Bytes pairs = low | high << 4;
+        memcpy(shared + first / 2, &pairs, sizeof pairs);
+        if (!list(bits_of(outside[0]) | bits_of(outside[1]) << 16, numbers, first, &listed))
+            return 0;
     }
+    return 1;
 }
 
-INLINE void put_x11_block(const uint16_t *restrict numbers, uint8_t *restrict block, size_t n, size_t slots) {
-    uint8_t *codes_at = block + HEAD + n;
-    Slots listed = {NULL, codes_at + 3 * (n / 8), 0};
+INLINE int put_x11(const uint16_t *restrict numbers, uint8_t *restrict block, size_t n, size_t slots) {
+    uint8_t *rest = block + HEAD, *planes = rest + n;
+    Slots listed = {NULL, planes + 3 * (n / 8), 0, slots};
     memset(listed.exponents, 0, slots);
+    Bytes base = block[0] - (Bytes){0}, outside;
     for (size_t first = 0; first < n; first += RUN) {
-        uint8_t codes[RUN], outside[RUN];
-        part(numbers + first, block[0], WINDOW_X11, LISTED, block + HEAD + first, codes, outside);
-        put_x11(codes, n, codes_at + first / 8);
-        list(outside, numbers, first, RUN, &listed);
+        uint64_t bits[3] = {0};
+        for (int part_of = 0; part_of < RUN; part_of += 16) {
+            Bytes codes = part(numbers + first + part_of, base, WINDOW_X11, LISTED, rest + first + part_of, &outside);
+            for (int plane = 0; plane < 3; plane++)
+                bits[plane] |= bits_of((Bytes)((codes & (uint8_t)(1 << plane)) != 0)) << part_of;
+        }
+        for (size_t plane = 0; plane < 3; plane++)
+            put_long_word(planes + plane * (n / 8) + first / 8, bits[plane]);
+        if (!list(bits[0] & bits[1] & bits[2], numbers, first, &listed))
+            return 0;
     }
+    return 1;
 }
 
-/* encode_TYPE(numbers, blocks, count, n, slots): all but the checksums; how many of `count` blocks come before one that has
- * more numbers without a code than slots. */
+/* encode_TYPE(numbers, blocks, count, n, slots, bases): all but the checksums; how many of `count` blocks come before one
+ * that has more numbers without a code than slots. With the windows that were counted, if `bases` has them. */
 #define ENCODER(type, window, code_bytes, put)                                                                    \
-    EVERY_WIDTH size_t encode_##type(const uint16_t *numbers, uint8_t *blocks, size_t count, size_t n, size_t slots) {  \
+    EVERY_WIDTH size_t encode_##type(                                                                             \
+        const uint16_t *numbers, uint8_t *blocks, size_t count, size_t n, size_t slots, const uint8_t *bases) {   \
         size_t nbytes = HEAD + n + (code_bytes);                                                                  \
+        uint32_t total[256];                                                                                      \
         for (size_t number = 0; number < count; number++) {                                                       \
             uint8_t *block = blocks + number * nbytes;                                                            \
-            Window best = window_of(numbers + number * n, n, window);                                             \
-            if (best.outside > slots)                                                                             \
-                return number;                                                                                    \
             memset(block, 0, HEAD);                                                                               \
-            block[0] = best.base;                                                                                 \
-            put(numbers + number * n, block, n, slots);                                                           \
+            if (!bases)                                                                                           \
+                count_exponents(numbers + number * n, n, total);                                                  \
+            block[0] = bases ? bases[number] : window_of(total, n, window).base;                                  \
+            if (!put(numbers + number * n, block, n, slots))                                                      \
+                return number;                                                                                    \
         }                                                                                                         \
         return count;                                                                                             \
     }
 
-ENCODER(bf16x12, WINDOW_X12, n / 2 + 3 * slots, put_x12_block)
-ENCODER(bf16x11, WINDOW_X11, 3 * (n / 8) + slots, put_x11_block)
+ENCODER(bf16x12, WINDOW_X12, n / 2 + 3 * slots, put_x12)
+ENCODER(bf16x11, WINDOW_X11, 3 * (n / 8) + slots, put_x11)

@@ -6,7 +6,6 @@ block is one error. It knows bytes and tensors. It refuses to know how numbers b
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +14,7 @@ import torch
 
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.lossless_blocks import HEAD_BYTES, LOSSLESS
-from airstream.codecs.lossless_native import Kernel, decoder
+from airstream.codecs.lossless_native import Kernel, checksums, decoder
 from airstream.codecs.words import bytes_of, nibbles, spread_bits, words_of
 from airstream.errors import CheckpointError
 
@@ -23,6 +22,9 @@ SIGN_AND_MANTISSA = 0x807F - 0x10000
 """The bits of a bfloat16 that are no exponent, as an int16."""
 
 EXPONENT_PLACE = 7
+
+STEP_ELEMENTS = 1 << 17
+"""Numbers that are proved at a time, unless a block has more."""
 
 
 class Exponents(NamedTuple):
@@ -61,19 +63,21 @@ def decode_lossless(target: torch.Tensor, raw: torch.Tensor, block: BlockType, m
 def bad_blocks(raw: torch.Tensor, block: BlockType) -> list[int]:
     """The numbers, from 0, of those blocks of `raw`, on a CPU, that do not give what they were made of.
 
-    It takes 2 bytes of memory for each number in `raw`.
+    It takes as much memory as a few numbers have, which stay in the cache of a processor, or one block.
     """
     decode = _kernel(block) or partial(decode_with_torch, block=block)
     blocks = raw.view(-1, block.nbytes)
-    numbers = torch.empty((len(blocks), block.elements), dtype=torch.int16, device="cpu")
-    sums = blocks[:, 4:HEAD_BYTES].contiguous().view(torch.int32).view(-1).tolist()
+    step = max(1, STEP_ELEMENTS // block.elements)
+    numbers = torch.empty((min(step, len(blocks)), block.elements), dtype=torch.int16, device="cpu")
+    sums = blocks[:, 4:HEAD_BYTES].contiguous().view(torch.int32).view(-1)
     bad, start = [], 0
     while start < len(blocks):
-        end = start + decode(numbers[start:], blocks[start:])
-        decoded = numbers[start:end].numpy()
-        wrong = (at for at, row in enumerate(decoded, start) if zlib.crc32(row) != sums[at] & 0xFFFFFFFF)
-        bad += [*wrong, *([end] if end < len(blocks) else [])]
-        start = end + 1
+        some = blocks[start : start + step]
+        whole = decode(numbers[: len(some)], some)
+        end = start + whole
+        wrong = checksums(numbers[:whole]).ne(sums[start:end]).nonzero().view(-1) + start
+        bad += [*wrong.tolist(), *([end] if whole < len(some) else [])]
+        start = end + (whole < len(some))
     return bad
 
 

@@ -6,8 +6,7 @@ and where the numbers of a tensor come from, some rows at a time.
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import numpy as np
@@ -23,12 +22,15 @@ from airstream.codecs.lossless_blocks import (
     lossless_block,
     max_slots,
 )
-from airstream.codecs.lossless_native import Kernel, encoder, most_outside
+from airstream.codecs.lossless_native import Kernel, checksums, count_outside, encoder
 from airstream.errors import CheckpointError
 from airstream.reporting.units import counted
 
 LEAST_GAIN = 0.01
 """Of the bytes: below it numbers stay plain, which everybody can read."""
+
+LEAST_KEPT = 256
+"""Numbers of a block from which on where its window begins is kept: that is little memory beside the numbers."""
 
 STEP_ELEMENTS = 1 << 17
 """Numbers that numpy works on at a time, unless a block has more."""
@@ -40,16 +42,24 @@ class Survey:
     def __init__(self, row_length: int, names: Iterable[str] = tuple(LOSSLESS)) -> None:
         self._sizes = {name: size for name in names if (size := block_elements(row_length, LOSSLESS[name]))}
         self._outside = dict.fromkeys(self._sizes, 0)
+        self._bases: dict[str, torch.Tensor | None] = {}
 
     def add(self, numbers: torch.Tensor) -> None:
         """Count `numbers`, bfloat16 or int16, contiguous, whole rows."""
-        for name, elements in self._sizes.items():
-            most = _most_outside(_rows(numbers, elements), LOSSLESS[name].window)
-            self._outside[name] = max(self._outside[name], most)
+        for elements in dict.fromkeys(self._sizes.values()):
+            names = [name for name in self._sizes if self._sizes[name] == elements]
+            most, bases = _count_outside(_rows(numbers, elements), [LOSSLESS[name].window for name in names])
+            for place, name in enumerate(names):
+                self._outside[name] = max(self._outside[name], most[place])
+                self._bases[name] = bases[place] if bases is not None and elements >= LEAST_KEPT else None
 
     def join(self, other: Survey) -> None:
         """Count what `other` has counted, of rows as long."""
         self._outside = {name: max(most, other._outside[name]) for name, most in self._outside.items()}
+
+    def bases(self, block: BlockType) -> torch.Tensor | None:
+        """What `encode` need not count again of the numbers that were added last, if that was kept."""
+        return self._bases.get(block.name)
 
     def block(self) -> BlockType | None:
         """The smallest block that fits all numbers that were added; None if plain numbers are as small."""
@@ -76,14 +86,19 @@ def block_elements(row_length: int, codec: Lossless) -> int | None:
     return next(fitting, None)
 
 
-def encode(numbers: torch.Tensor, block: BlockType) -> torch.Tensor:
+def encode(numbers: torch.Tensor, block: BlockType, bases: torch.Tensor | None = None) -> torch.Tensor:
     """`numbers`, bfloat16 or int16, contiguous, on a CPU, as blocks: uint8, flat.
+
+    Args:
+        bases: of the same numbers, as a `Survey` counted them; other ones make larger blocks, or none.
 
     Raises:
         CheckpointError: more exponents are outside of a block's window than it has slots.
         ValueError: the numbers are not those of whole blocks.
     """
-    kernel = encoder(block.name, block.elements, LOSSLESS[block.name].slots(block))
+    if bases is not None and len(bases) * block.elements != numbers.numel():
+        raise ValueError(f"{counted(len(bases), 'window')} cannot be those of {counted(numbers.numel(), 'value')}")
+    kernel = encoder(block.name, block.elements, LOSSLESS[block.name].slots(block), bases)
     return _encode(numbers, block, kernel or partial(_encode_with_numpy, block=block))
 
 
@@ -98,9 +113,7 @@ def _encode(numbers: torch.Tensor, block: BlockType, put: Kernel) -> torch.Tenso
     done = put(blocks, rows)
     if done < len(rows):
         raise CheckpointError(_no_room(block, done))
-    plain, size = rows.numpy().view(np.uint8).reshape(-1).data, 2 * block.elements
-    sums = np.array([zlib.crc32(plain[at : at + size]) for at in range(0, len(plain), size)], dtype="<u4")
-    blocks[:, HEAD_BYTES - 4 : HEAD_BYTES] = torch.from_numpy(sums.view(np.uint8)).view(-1, 4)
+    blocks[:, HEAD_BYTES - 4 : HEAD_BYTES] = checksums(rows).view(torch.uint8).view(-1, 4)
     return blocks.view(-1)
 
 
@@ -180,13 +193,14 @@ def _windows(exponents: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]
     return (bases + 1).astype(np.uint8), counts[:, 0] - held[np.arange(rows), bases]
 
 
-def _most_outside(rows: torch.Tensor, window: int) -> int:
-    kernel = most_outside()
+def _count_outside(rows: torch.Tensor, widths: Sequence[int]) -> tuple[list[int], torch.Tensor | None]:
+    """For each of `widths` the most that a row has outside of its window; where windows begin, if that was kept."""
+    kernel = count_outside()
     if kernel is not None:
-        return kernel(rows, window)
-    step, most = max(1, STEP_ELEMENTS // rows.shape[1]), 0
+        return kernel(rows, widths)
+    step, most = max(1, STEP_ELEMENTS // rows.shape[1]), [0] * len(widths)
     for start in range(0, len(rows), step):
-        some = rows[start : start + step].numpy()
-        _, outside = _windows((some.view(np.uint16) >> 7).astype(np.uint8), window)
-        most = max(most, int(outside.max(initial=0)))
-    return most
+        exponents = (rows[start : start + step].numpy().view(np.uint16) >> 7).astype(np.uint8)
+        each = [_windows(exponents, width)[1].max(initial=0) for width in widths]
+        most = [max(known, int(found)) for known, found in zip(most, each, strict=True)]
+    return most, None

@@ -20,6 +20,7 @@ from torch import nn
 
 from airstream.codecs.names import codec_named
 from airstream.compat.four_bit import NF4_BLOCK, ROWS_PACKED_ANEW
+from airstream.compat.four_bit_numbers import nf4_numbers
 from airstream.compat.quant_codec import SCALES, QuantCodec, Tensors, check_package
 from airstream.reporting.extras import install
 
@@ -56,6 +57,8 @@ def _nf4_settings(dtype: torch.dtype) -> dict[str, Any]:
 
 def four_bit_rows(rows: torch.Tensor, kind: str = "nf4", storage: torch.dtype = torch.uint8) -> Tensors:
     """Numbers of 4 bits, of the `kind` "nf4" or "fp4", and their scales. They are called numbers of type `storage`."""
+    if kind == "nf4" and storage == torch.uint8 and (made := nf4_numbers(rows)):
+        return {"weight": made[0], SCALES: made[1]}
     packed, state = _four_bit(rows, kind, storage)
     return {"weight": packed, SCALES: state.absmax}
 

@@ -36,16 +36,29 @@ class BlockCheck:
         start, end = max(self._tensor.offset, offset), min(self._tensor.end, offset + len(chunk))
         if start >= end:
             return
-        data = self._rest + chunk[start - offset : end - offset]
-        whole = len(data) - len(data) % block.nbytes  # a block may lie across two chunks
-        self._rest = data[whole:]
-        if not whole:
+        data = chunk[start - offset : end - offset]
+        if self._rest:  # a block that lies across two chunks
+            needed = block.nbytes - len(self._rest)
+            self._rest += data[:needed]
+            data = data[needed:]
+            if len(self._rest) == block.nbytes:
+                self._look_at(self._rest)
+                self._rest = bytearray()
+        whole = len(data) - len(data) % block.nbytes
+        self._look_at(data[:whole])
+        self._rest += data[whole:]
+
+    def _look_at(self, blocks: memoryview | bytearray) -> None:
+        """Count `blocks`, whole ones."""
+        block = self._tensor.block
+        assert block is not None
+        if not blocks:
             return
-        bad = bad_blocks(torch.frombuffer(data, dtype=torch.uint8, count=whole), block)
+        bad = bad_blocks(torch.frombuffer(blocks, dtype=torch.uint8), block)
         if bad and self._first_bad is None:
             self._first_bad = self._num_seen + bad[0]
         self._num_bad += len(bad)
-        self._num_seen += whole // block.nbytes
+        self._num_seen += len(blocks) // block.nbytes
 
     def fault(self) -> str | None:
         """What is wrong with the blocks so far, if anything is."""

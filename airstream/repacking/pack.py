@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from airstream.checkpoint.packed_tensors import header_room, packed_header
@@ -72,11 +73,12 @@ def _read_back(file: Path, tensors: Iterable[StoredTensor]) -> str:
     checks = [BlockCheck(tensor) for tensor in tensors if BlockCheck.can_check(tensor)]
     digest, offset = hashlib.sha256(), 0
     buffer = memoryview(bytearray(CHUNK_BYTES))
-    with file.open("rb", buffering=0) as stream:
+    with file.open("rb", buffering=0) as stream, ThreadPoolExecutor(1, "airstream-digest") as other:
         while count := stream.readinto(buffer):
-            digest.update(buffer[:count])
+            digested = other.submit(digest.update, buffer[:count])
             for check in checks:
                 check.feed(offset, buffer[:count])
+            digested.result()
             offset += count
     for check in checks:
         if fault := check.fault():

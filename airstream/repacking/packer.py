@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, BinaryIO, TypeVar
@@ -41,6 +42,9 @@ NUM_THREADS = min(os.cpu_count() or 1, 8)
 """Each has a buffer for what it reads, and makes what it packs."""
 
 T = TypeVar("T")
+
+Function = Callable[[Survey | None, torch.Tensor], T]
+"""Of what was counted of a chunk, if it was, and of its bytes."""
 
 
 class Packer:
@@ -70,30 +74,32 @@ class Packer:
         Raises:
             CheckpointError, ReadError: it cannot be read.
         """
-        block = None if self._to_plain else tensor.block or self._block_for(tensor)
+        block, counted = None if self._to_plain else tensor.block, list[Survey]()
+        if block is None and not self._to_plain and may_pack(tensor):
+            block, counted = self._surveyed(tensor)
         end = offset
-        for chunk in self._mapped(tensor, partial(_changed, tensor.block, block)):
+        for chunk in self._mapped(tensor, partial(_changed, tensor.block, block), counted):
             write_all(out, chunk.numpy().data)
             end += chunk.numel()
         line = None if self._to_plain else line_of(tensor)
         return replace(tensor, file=file, offset=offset, nbytes=end - offset, block=block, resident_offset=line)
 
-    def _block_for(self, tensor: StoredTensor) -> BlockType | None:
-        """The blocks that make plain `tensor` smallest; None if none of them makes it smaller."""
-        if not may_pack(tensor):
-            return None
-        survey = Survey(tensor.shape[-1])
-        for part in self._mapped(tensor, partial(_surveyed, tensor.shape[-1]), is_last=False):
+    def _surveyed(self, tensor: StoredTensor) -> tuple[BlockType | None, list[Survey]]:
+        """The blocks that make plain `tensor` smallest, None if none does; and what was counted of each chunk."""
+        survey, counted = Survey(tensor.shape[-1]), [Survey(tensor.shape[-1]) for _ in _chunks(tensor)]
+        for part in self._mapped(tensor, _survey, counted, is_last=False):
             survey.join(part)
-        return survey.block()
+        return survey.block(), counted
 
-    def _mapped(self, tensor: StoredTensor, function: Callable[[torch.Tensor], T], is_last: bool = True) -> Iterator[T]:
+    def _mapped(
+        self, tensor: StoredTensor, function: Function[T], counted: Sequence[Survey], is_last: bool = True
+    ) -> Iterator[T]:
         """`function` of the bytes of `tensor`, whole rows at a time, in order; some of them are under way ahead."""
         pending: deque[tuple[Future[T], int]] = deque()
-        for start, nbytes in _chunks(tensor):
+        for (start, nbytes), survey in zip_longest(_chunks(tensor), counted):
             if len(pending) == NUM_THREADS:
                 yield self._finished(pending, is_last)
-            pending.append((self._pool.submit(self._run, tensor, start, nbytes, function), nbytes))
+            pending.append((self._pool.submit(self._run, tensor, start, nbytes, partial(function, survey)), nbytes))
         while pending:
             yield self._finished(pending, is_last)
 
@@ -118,17 +124,17 @@ class Packer:
         return self._files[file]
 
 
-def _surveyed(row_length: int, data: torch.Tensor) -> Survey:
-    survey = Survey(row_length)
+def _survey(survey: Survey | None, data: torch.Tensor) -> Survey:
+    assert survey is not None
     survey.add(data.view(torch.bfloat16))
     return survey
 
 
-def _changed(old: BlockType | None, new: BlockType | None, data: torch.Tensor) -> torch.Tensor:
+def _changed(old: BlockType | None, new: BlockType | None, counted: Survey | None, data: torch.Tensor) -> torch.Tensor:
     if old == new:
         return data.clone()  # it is a buffer
     if new is not None:
-        return encode(data.view(torch.bfloat16), new)
+        return encode(data.view(torch.bfloat16), new, counted.bases(new) if counted else None)
     assert old is not None
     numbers = torch.empty(data.numel() // old.nbytes * old.elements, dtype=getattr(torch, old.dtype), device="cpu")
     decode_into(numbers, data, old)

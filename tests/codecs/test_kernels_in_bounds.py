@@ -11,7 +11,7 @@ import pytest
 import airstream
 
 KERNELS = Path(airstream.__file__).parent / "codecs"
-SOURCES = ("blocks.c", "lossless.c", "products.c", "team.c")
+SOURCES = ("blocks.c", "checksums.c", "lossless.c", "products.c", "team.c")
 SANITIZED = ("cc", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread")
 
 

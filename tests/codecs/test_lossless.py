@@ -7,6 +7,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from airstream.codecs.decode import (
 )
 from airstream.codecs.lossless import bad_blocks
 from airstream.codecs.lossless_blocks import HEAD_BYTES, LOSSLESS, lossless_block, max_slots
-from airstream.codecs.lossless_native import decoder, encoder, most_outside
+from airstream.codecs.lossless_native import checksums, count_outside, decoder, encoder
 from airstream.codecs.lossless_pack import Survey, choose_block, encode, encode_with_numpy
 from airstream.errors import CheckpointError
 from tests.stand_ins.sim import SimDevice
@@ -448,9 +449,59 @@ def test_numpy_counts_as_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = gaussian(64 * 3000, seed=8)
     numbers[::777] = 1e30
     chosen = [choose_block(numbers, length, [name]) for name in LOSSLESS for length in (64, 192, 3000 * 64)]
-    monkeypatch.setattr("airstream.codecs.lossless_pack.most_outside", lambda: None)
+    monkeypatch.setattr("airstream.codecs.lossless_pack.count_outside", lambda: None)
     assert chosen == [choose_block(numbers, length, [name]) for name in LOSSLESS for length in (64, 192, 3000 * 64)]
     assert None not in chosen[1:3]
+
+
+@EVERY_CODEC
+@settings(max_examples=30, deadline=None)
+@given(groups=st.integers(4, 40), count=st.integers(1, 9), seed=st.integers(0, 2**31), spread=st.floats(0.01, 6))
+def test_windows_that_were_counted_make_the_same_bytes(
+    name: str, groups: int, count: int, seed: int, spread: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    numbers = (torch.randn(count * groups * 64, generator=generator) * spread).exp2().bfloat16()
+    numbers[::97] = bits(0, 0x8000, 1, 0x7F80, 0xFFC1)[seed % 5]
+    survey = Survey(groups * 64)  # of both codecs at once
+    survey.add(numbers)
+    block = block_of(name, groups * 64, max_slots(groups * 64))
+    if most_outside_by_hand(numbers, block) <= LOSSLESS[name].slots(block):
+        assert torch.equal(encode(numbers, block, survey.bases(block)), encode_with_numpy(numbers, block))
+
+
+@EVERY_CODEC
+def test_every_number_there_is_packs_to_the_bytes_of_numpy(name: str) -> None:
+    """With as many neighbours around zero's exponent as it takes for them to have slots."""
+    every = torch.arange(-0x8000, 0x8000, dtype=torch.int32).to(torch.int16)
+    numbers = torch.zeros((len(every) // 64, 1024), dtype=torch.int16)
+    numbers[:, ::16] = every[torch.randperm(len(every), generator=torch.Generator().manual_seed(4))].view(-1, 64)
+    block = block_of(name, 1024, max_slots(1024))
+    survey = Survey(1024)
+    survey.add(numbers)
+    raw = encode(numbers, block, survey.bases(block))
+    assert torch.equal(raw, encode_with_numpy(numbers, block))
+    assert same_bits(decoded(decode_into, raw, block), numbers.view(torch.bfloat16).view(-1))
+
+
+@EVERY_CODEC
+def test_wrong_windows_make_the_same_numbers_or_none(name: str) -> None:
+    """Nothing is lost where a file has changed since it was looked at."""
+    numbers = gaussian(8 * 512, seed=9)
+    block = block_of(name, 512, max_slots(512))
+    for base in range(1, 256, 3):
+        with suppress(CheckpointError):
+            raw = encode(numbers, block, torch.full((8,), base, dtype=torch.uint8))
+            assert same_bits(decoded(decode_into, raw, block), numbers)
+    with pytest.raises(ValueError, match="7 windows cannot be those of"):
+        encode(numbers, block, torch.zeros(7, dtype=torch.uint8))
+
+
+def test_checksums_are_those_of_zlib() -> None:
+    data = torch.randint(0, 256, (3 * 700,), dtype=torch.uint8, generator=torch.Generator().manual_seed(5))
+    for size in range(1, 700):
+        rows = data[: 3 * size].view(3, size)
+        assert [each & 0xFFFFFFFF for each in checksums(rows).tolist()] == [zlib.crc32(row.numpy()) for row in rows]
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -459,7 +510,7 @@ def test_there_are_kernels_where_there_is_a_compiler(name: str) -> None:
     """Else the tests of kernels would test torch and numpy twice."""
     assert decoder(name, 64, 4)
     assert encoder(name, 64, 4)
-    assert most_outside()
+    assert count_outside()
 
 
 def test_what_is_asked_for_in_the_wrong_way_is_refused() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from airstream import ArgumentError, UnsupportedError
 from airstream.codecs.names import CODEC_NAMES, LOSSLESS_CODEC
-from airstream.compat import quantising
+from airstream.compat import four_bit_numbers, quantising
+from airstream.compat.four_bit_numbers import nf4_numbers
 from airstream.compat.quantising import CODECS, ROW_STEP, find_codec
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -32,6 +33,40 @@ def packages(name: str) -> None:
 def test_every_codec_has_a_name() -> None:
     assert {*CODECS, LOSSLESS_CODEC} == set(CODEC_NAMES)
     assert all(codec.name == name for name, codec in CODECS.items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nf4_is_that_of_bitsandbytes_and_found_sooner(dtype: torch.dtype) -> None:
+    packages("nf4")
+    from bitsandbytes.functional import quantize_4bit
+
+    every = torch.arange(-0x8000, 0x8000, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    every = every[~every.isnan()].repeat(32).to(dtype)
+    for numbers in (weight_of(256, 192, dtype), every.view(-1, 64), every.view(64, -1).T):
+        packed, state = quantize_4bit(numbers, blocksize=64, quant_type="nf4", compress_statistics=False)
+        made = nf4_numbers(numbers)
+        assert made is not None
+        assert torch.equal(made[0], packed)
+        assert torch.equal(made[1].view(torch.int32), state.absmax.view(torch.int32))
+
+
+def test_scales_that_are_no_numbers_are_left_to_bitsandbytes() -> None:
+    packages("nf4")
+    assert nf4_numbers(torch.full((2, 64), torch.nan)) is None
+
+
+def test_another_bitsandbytes_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    packages("nf4")
+    weight = weight_of(128, 128, torch.bfloat16)
+    expected = find_codec("nf4").of_rows(weight)
+    monkeypatch.setattr(four_bit_numbers, "_bounds", lambda: [0.0] * 15)
+    four_bit_numbers._is_as_bitsandbytes.cache_clear()
+    try:
+        assert nf4_numbers(weight) is None
+        made = find_codec("nf4").of_rows(weight)
+    finally:
+        four_bit_numbers._is_as_bitsandbytes.cache_clear()
+    assert all(torch.equal(made[end], expected[end]) for end in expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

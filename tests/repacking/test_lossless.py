@@ -222,8 +222,8 @@ def test_what_the_disk_gives_back_otherwise_is_found_at_once(
 
     real = packer.encode
 
-    def wrong(numbers: torch.Tensor, block: Any) -> torch.Tensor:
-        raw = real(numbers, block)
+    def wrong(numbers: torch.Tensor, block: Any, bases: Any) -> torch.Tensor:
+        raw = real(numbers, block, bases)
         raw[-1 - raw.numel() // 2] ^= 1
         return raw
 
