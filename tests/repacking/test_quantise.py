@@ -271,7 +271,7 @@ def test_a_codec_that_is_not_there(tiny: WriteTiny, tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit) as stopped:
         main(["repack", str(source), str(tmp_path / "out"), "--codec", "int-8"])
     assert stopped.value.code == 2
-    assert "--codec: 'int-8': did you mean 'int8'?" in capsys.readouterr().err
+    assert "--codec: 'int-8' is not a codec: did you mean 'int8'?" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
