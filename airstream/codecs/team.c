@@ -7,7 +7,7 @@
 #include <pthread.h>
 #endif
 
-enum { MAX_THREADS = 256 };
+enum { MAX_THREADS = 1024 };
 
 /* Calls `work(task)` in so many threads at once, the calling one among them: GOMP_parallel, as OpenMP has it. */
 typedef void Parallel(void (*work)(void *), void *task, unsigned threads, unsigned flags);

@@ -21,7 +21,7 @@ MIN_SHARE = 1 << 18
 RUNS_EACH = 8
 """Runs that there are for each thread: who is held up by other programs takes fewer of them."""
 
-MAX_THREADS = 256
+MAX_THREADS = 1024
 """As team.c has it."""
 
 _PROCESS = os.getpid()
@@ -45,8 +45,9 @@ class Team(ctypes.Structure):
 
 def team_for(rows: int, columns: int) -> Team:
     """Who computes so many rows; everyone has room for two."""
-    worth = max(1, rows * columns // MIN_SHARE)
-    threads = min(torch.get_num_threads(), worth, rows or 1, MAX_THREADS)
+    is_worth_it = rows * columns >= 2 * MIN_SHARE
+    # all of them or none: GNU's OpenMP ends those that a piece of work has no use for, and starts others for the next
+    threads = min(torch.get_num_threads(), MAX_THREADS) if is_worth_it else 1
     return Team(threads, max(1, rows // (threads * RUNS_EACH)), 2 * columns)
 
 

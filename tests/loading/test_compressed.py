@@ -145,7 +145,7 @@ def test_what_cannot_be_made_is_not_planned(wide: WideModel, tmp_path: Path) -> 
         planned(made, compression="8bit")
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(ArgumentError, match="is not a codec: .*There is 'lossless'"):
+    with pytest.raises(ArgumentError, match=r"is not a codec: .*There is 'lossless'"):
         planned(tmp_path, compression="int5")
 
 
