@@ -2,10 +2,10 @@
 
     python -m benchmarks.packed W6:exact W6-lossless:exact W6-lossless:fast W6-int4:fast --max-memory 3000MiB
 
-A form is a checkpoint, and the kernels that multiply with it. Each run is a process of its own, which reads around the
-page cache, and decodes after a prompt of 32 tokens and a pass that warms up. A turn is a run of each form; a run gives
-the median of its passes. What other programs take of the processors meanwhile is printed beside: a run beside busy ones
-says little.
+A form is a checkpoint, the kernels that multiply with it, and, behind an @, a budget of its own. Each run is a process
+of its own, which reads around the page cache, and decodes after a prompt of 32 tokens and a pass that warms up. A turn
+is a run of each form; a run gives the median of its passes. The link is what `benchmarks.disk` reads of the same files
+afterwards. What other programs take of the processors meanwhile is printed beside: a run beside busy ones says little.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from benchmarks.disk import read_rate
 
 PROMPT_TOKENS = 32
 
@@ -59,17 +61,20 @@ def measure(folder: str, kernels: str, max_memory: str, tokens: int) -> dict[str
         )
         others = busy_seconds() - began["all"] - (time.process_time() - began["own"])
         prediction = model.plan.prediction
+        shards = sorted(Path(folder).glob("*.safetensors"))
         return {
             "seconds": statistics.median(after - before for before, after in itertools.pairwise(seconds[1:])),
             "others": max(others, 0.0) / (time.perf_counter() - began["wall"]),
             "predicted": prediction.decode_seconds if prediction is not None else None,
             "read_bytes": model.plan.read_bytes,
+            "link": read_rate(shards) if model.plan.read_bytes else None,
         }
 
 
 def run(form: str, max_memory: str, tokens: int) -> dict[str, Any]:
     """One run, in a process of its own."""
-    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.packed", form, "--max-memory", max_memory]
+    form, _, own = form.partition("@")
+    words = [sys.executable, "-W", "ignore", "-m", "benchmarks.packed", form, "--max-memory", own or max_memory]
     done = subprocess.run([*words, "--tokens", str(tokens), "--here"], capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
@@ -78,7 +83,7 @@ def run(form: str, max_memory: str, tokens: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "forms", nargs="+", metavar="FORM", help="FOLDER:exact or FOLDER:fast; the first is compared with"
+        "forms", nargs="+", metavar="FORM", help="FOLDER:exact or FOLDER:fast, with @900MiB; the first is compared with"
     )
     parser.add_argument("--max-memory", default="3000MiB")
     parser.add_argument("--tokens", type=int, default=6, help="passes of a run")
@@ -96,14 +101,16 @@ def main() -> None:
             latest = runs[-1]
             print(f"{form}: {latest['seconds']:.3f} s, others {latest['others']:.2f} processors", flush=True)
     first = statistics.median(each["seconds"] for each in found[arguments.forms[0]])
-    print("\n| form | s/token, median (all turns) | of the first | predicted | read a token |\n|---|---|---|---|---|")
+    print("\n| form | s/token, median (all turns) | of the first | predicted | read a token | of the link |")
+    print("|---|---|---|---|---|---|")
     for form, runs in found.items():
         median = statistics.median(each["seconds"] for each in runs)
         every = ", ".join(f"{each['seconds']:.2f}" for each in runs)
         predicted, read = runs[-1]["predicted"], runs[-1]["read_bytes"] / 1e9
-        print(
-            f"| {Path(form).name} | {median:.2f} ({every}) | {median / first:.2f} | {predicted:.2f} | {read:.2f} GB |"
-        )
+        reached = [each["read_bytes"] / each["seconds"] / each["link"] for each in runs if each["link"]]
+        of_link = f"{statistics.median(reached):.2f}" if reached else ""
+        figures = f"{median:.2f} ({every}) | {median / first:.2f} | {predicted:.2f} | {read:.2f} GB | {of_link}"
+        print(f"| {Path(form).name} | {figures} |")
 
 
 if __name__ == "__main__":
