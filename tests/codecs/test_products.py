@@ -172,10 +172,10 @@ def test_no_thread_stays_behind_that_torch_has_not() -> None:
     weight, _ = of_bf16(333)
     torch.mm(torch.ones(512, 512), torch.ones(512, 512))  # which starts torch's
     multiply(weight, torch.ones(1, 333))
-    before = len(list(Path("/proc/self/task").iterdir()))
+    before = set(Path("/proc/self/task").iterdir())
     for _ in range(20):
         multiply(weight, torch.ones(1, 333))
-    assert len(list(Path("/proc/self/task").iterdir())) == before
+    assert set(Path("/proc/self/task").iterdir()) <= before
 
 
 def test_fp8_that_is_no_number_stays_so() -> None:
