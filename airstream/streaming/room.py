@@ -5,12 +5,12 @@ It knows threads and what they hold. It refuses to know what passes through the 
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Collection, Mapping
 
 from airstream.errors import BudgetError
 from airstream.reporting.units import format_bytes
+from airstream.system.frames import running
 from airstream.system.waiting import FOREVER, Waiting
 
 
@@ -33,7 +33,7 @@ class RoomChanged(Waiting):
         """
         thread = threading.get_ident()
         self._in_vain.add(thread)
-        if not self._in_vain.issuperset(sys._current_frames().keys() & holders):
+        if not self._in_vain.issuperset(running().keys() & holders):
             return False
         self._in_vain.discard(thread)
         return True

@@ -728,7 +728,7 @@ def test_a_folder_without_tokenizer_says_what_to_copy(folder: Path, capsys: pyte
     assert f"{folder} has no tokenizer beside its weights: copy tokenizer.json" in err
     assert err.count("\n") == 1
     with (
-        AutoModel.from_pretrained(folder) as model,
+        AutoModel.from_pretrained(folder, device="cpu") as model,
         pytest.raises(CheckpointNotFoundError, match=r"has no tokenizer beside its weights: copy tokenizer\.json"),
     ):
         _ = model.tokenizer
