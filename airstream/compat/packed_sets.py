@@ -119,10 +119,7 @@ def _eight_bits(scales: StoredTensor, name: str, index: Index) -> Iterator[str]:
     numbers = index.get(name)
     if numbers is None:
         yield _missing(scales, name)
-    elif numbers.shape and math.prod(scales.shape) not in (
-        numbers.shape[0],
-        numbers.shape[-1],
-    ):  # the model tells a turned one
+    elif numbers.shape and math.prod(scales.shape) not in (numbers.shape[0], numbers.shape[-1]):  # it may be turned
         yield _lengths(scales, numbers.shape[0], numbers)
     elif scales.dtype != "F32":
         yield _type(scales, "F32")
