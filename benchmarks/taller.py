@@ -84,6 +84,8 @@ def link_run(source: Path, offset: int, entries: Header, out: Path) -> None:
     length = len(header) + (offset - 8 - len(header)) % BLOCK_BYTES  # so that blocks fall on blocks
     head = min(-offset % BLOCK_BYTES, nbytes)
     whole = (nbytes - head) // BLOCK_BYTES * BLOCK_BYTES
+    if fcntl is None:
+        raise OSError("links between parts of files are asked for as Linux has them")
     with source.open("rb") as given, out.open("xb") as made:
         made.write(length.to_bytes(8, "little") + header.ljust(length))
         made.write(os.pread(given.fileno(), head, offset))
