@@ -61,7 +61,7 @@ BLOCKS = Extension(
 PRODUCTS = Extension(
     "airstream.codecs._products",
     ["airstream/codecs/products.c", "airstream/codecs/team.c"],
-    depends=["airstream/codecs/widths.h"],
+    depends=["airstream/codecs/decoders.h", "airstream/codecs/widths.h"],
     extra_compile_args=["-O3", "-ffp-contract=fast", "-Wno-psabi", "-pthread"],
     extra_link_args=["-pthread"],
     optional=True,  # without them kernels="fast" is refused

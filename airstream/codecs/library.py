@@ -25,4 +25,4 @@ def library(name: str = "blocks") -> ctypes.CDLL | None:
 def has_kernels() -> bool:
     """Whether those of products, which take all others, were compiled when this airstream was installed."""
     products = library("products")
-    return products is not None and library() is not None and hasattr(products, "team_rows")
+    return products is not None and library() is not None and hasattr(products, "team_unpack")

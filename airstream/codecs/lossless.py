@@ -55,7 +55,7 @@ def decode_lossless(target: torch.Tensor, raw: torch.Tensor, block: BlockType, m
         exact = wanted if in_place else torch.empty(wanted.shape, dtype=torch.bfloat16, device=target.device)
         whole = decode(exact.view(torch.int16), some)
         if whole < len(some):
-            raise CheckpointError(_damage(block, start + whole))
+            raise CheckpointError(damage(block, start + whole))
         if not in_place:
             wanted.copy_(exact)
 
@@ -157,7 +157,8 @@ def _bits_in(data: torch.Tensor) -> torch.Tensor:
     return (fours + (fours >> 4)).bitwise_and_(0x0F)
 
 
-def _damage(block: BlockType, number: int) -> str:
+def damage(block: BlockType, number: int) -> str:
+    """What is wrong with a block of type `block`, the `number`-th from 0, that cannot be unpacked."""
     if block.name == "bf16x12":
         what = f"it gives an exponent to a number beyond its {block.elements:,}"
     else:

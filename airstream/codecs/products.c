@@ -10,6 +10,7 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "decoders.h"
 #include "widths.h"
 
 enum { LANES = 8, PARTS = 4 };
@@ -18,10 +19,6 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(16)));
-
-/* decode_TYPE of blocks.c and of lossless.c. */
-typedef void DecodeBlocks(const uint8_t *blocks, void *out, size_t count, int to_bfloat16, const void *grid);
-typedef size_t DecodeLossless(const uint8_t *blocks, uint16_t *out, size_t count, size_t n, size_t slots);
 
 /* A weight of `columns` numbers a row. What a field is depends on how the numbers are stored. */
 typedef struct {

@@ -17,6 +17,7 @@ import torch
 
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import decode_into
+from airstream.codecs.in_place import may_unpack, unpack_in_place
 from airstream.codecs.lossless_blocks import LOSSLESS
 from airstream.codecs.lossless_pack import choose_block, encode
 from airstream.codecs.products import RowFormat, StoredRows, make_dense, multiply
@@ -67,8 +68,11 @@ def dense_seconds(kind: str) -> float:
 def decoding_seconds(block: BlockType) -> float:
     """What one number of type `block` takes a core to decode. Measured by the first call, in milliseconds."""
     block, raw = _typical(block)
-    blocks = raw.view(-1, block.nbytes)
-    target = torch.empty((len(blocks), block.elements), dtype=getattr(torch, block.dtype), device="cpu")
+    blocks, dtype = raw.view(-1, block.nbytes), getattr(torch, block.dtype)
+    if may_unpack(block, dtype):
+        numbers = torch.empty(len(blocks) * block.elements, dtype=dtype, device="cpu")
+        return _core_seconds(lambda: unpack_in_place(numbers, raw.view(-1), block)) / numbers.numel()
+    target = torch.empty((len(blocks), block.elements), dtype=dtype, device="cpu")
 
     def decode(part: torch.Tensor, numbers: torch.Tensor) -> None:
         decode_into(numbers.view(-1), part.view(-1), block)

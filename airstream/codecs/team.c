@@ -1,13 +1,25 @@
-/* Rows of a weight, shared among threads: each takes the next few until there are no more, so that one that other
- * programs hold up takes fewer of them. It knows neither Python nor torch nor how a row is computed. */
+/* Rows of a weight, or blocks, shared among threads: each takes the next few until there are no more, so that one that
+ * other programs hold up takes fewer of them. It knows neither Python nor torch nor how a row or a block is computed. */
 
 #include <stddef.h>
+#include <string.h>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#include "decoders.h"
 
 #if !defined(_WIN32)
 #include <pthread.h>
 #endif
 
-enum { MAX_THREADS = 1024 };
+enum {
+    MAX_THREADS = 1024,
+    LARGE = 4 << 20,
+    RUNS_EACH = 8,       /* as team.py has it */
+    ALONE_BELOW = 1 << 17, /* numbers: one thread has unpacked fewer before the others are awake */
+};
 
 /* Calls `work(task)` in so many threads at once, the calling one among them: GOMP_parallel, as OpenMP has it. */
 typedef void Parallel(void (*work)(void *), void *task, unsigned threads, unsigned flags);
@@ -126,4 +138,94 @@ size_t team_rows(const Team *team, Rows *kernel, const void *weight, size_t befo
     Dense job = {kernel, weight, before, row_bytes, out, narrow};
     Task task = {.team = team, .compute = some_rows, .job = &job, .end = rows};
     return work_out(&task);
+}
+
+/* Blocks of one type: `nbytes` each, of `elements` numbers that take `item_bytes` each unpacked. */
+typedef struct {
+    const void *decode; /* a DecodeLossless of `slots` if `is_lossless`, else a DecodeBlocks with `grid` */
+    const void *grid;
+    size_t nbytes, elements, item_bytes, slots, is_lossless;
+} Blocks;
+
+typedef struct {
+    const Blocks *blocks;
+    const uint8_t *packed;
+    char *out;
+    const Team *team;
+    int is_large;
+} Unpacking;
+
+static size_t decode(const Blocks *blocks, const uint8_t *packed, size_t count, void *out) {
+    if (blocks->is_lossless)
+        return ((DecodeLossless *)blocks->decode)(packed, out, count, blocks->elements, blocks->slots);
+    ((DecodeBlocks *)blocks->decode)(packed, out, count, blocks->item_bytes == 2, blocks->grid);
+    return count;
+}
+
+/* Copies past the caches, where the processor can: what is written is read again when all of it has been, from memory, and
+ * lines that are written whole need not be fetched before. */
+static void write_past_caches(char *restrict out, const char *restrict from, size_t nbytes) {
+#if defined(__SSE2__)
+    size_t head = (size_t)(-(uintptr_t)out % 16);
+    if (head > nbytes)
+        head = nbytes;
+    memcpy(out, from, head);
+    size_t at = head;
+    for (; at + 64 <= nbytes; at += 64)
+        for (size_t part = 0; part < 64; part += 16)
+            _mm_stream_si128((__m128i *)(out + at + part), _mm_loadu_si128((const __m128i *)(from + at + part)));
+    memcpy(out + at, from + at, nbytes - at);
+#else
+    memcpy(out, from, nbytes);
+#endif
+}
+
+static size_t some_blocks(const void *job, size_t first, size_t end, float *buffer) {
+    const Unpacking *some = job;
+    const Blocks *blocks = some->blocks;
+    size_t wide = blocks->elements * blocks->item_bytes, most = some->team->room * sizeof *buffer / wide;
+    const uint8_t *packed = some->packed;
+    if (!some->is_large)
+        return decode(blocks, packed + first * blocks->nbytes, end - first, some->out + first * wide);
+    for (size_t at = first; at < end; at += most) {
+        size_t count = end - at < most ? end - at : most;
+        size_t whole = decode(blocks, packed + at * blocks->nbytes, count, buffer);
+        if (whole < count)
+            return at + whole - first;
+        write_past_caches(some->out + at * wide, (const char *)buffer, count * wide);
+    }
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+    return end - first;
+}
+
+/* Unpacks `count` blocks at `packed`, which lie elsewhere, or at the end of the memory at `out` that their numbers fill, or
+ * reach beyond it: there in turns of as many as fill what has been read. How many come before a damaged one. */
+size_t team_unpack(const Team *team, const Blocks *blocks, const uint8_t *packed, size_t count, char *out) {
+    size_t wide = blocks->elements * blocks->item_bytes, done = 0;
+    uintptr_t from = (uintptr_t)packed, to = (uintptr_t)out;
+    int is_elsewhere = from >= to + count * wide || from + count * blocks->nbytes <= to;
+    while (done < count) {
+        Unpacking job = {blocks, packed + done * blocks->nbytes, out + done * wide, team, count * wide > LARGE};
+        size_t some = (size_t)(job.packed - (const uint8_t *)job.out) / wide;
+        Team turn = *team;
+        if (is_elsewhere || some > count - done)
+            some = count - done;
+        if (some == 0) { /* numbers of the last blocks would fall on themselves */
+            memcpy(team->buffers, job.packed, blocks->nbytes);
+            job.packed = (const uint8_t *)team->buffers;
+            job.is_large = 0;
+            some = 1;
+        }
+        if (some * blocks->elements < ALONE_BELOW)
+            turn.threads = 1;
+        turn.run = some / (turn.threads * RUNS_EACH) + 1;
+        Task task = {.team = &turn, .compute = some_blocks, .job = &job, .end = some};
+        size_t whole = work_out(&task);
+        done += whole;
+        if (whole < some)
+            break;
+    }
+    return done;
 }

@@ -5,15 +5,18 @@ It knows byte plans and what a backend wants of addresses. Nothing here is alloc
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from airstream.layout.tensors import CACHE_LINE_BYTES, Conversion, TensorSpec
+import torch
+
+from airstream.layout.tensors import CACHE_LINE_BYTES, RAW_PREFIX, Conversion, TensorSpec
 from airstream.reporting.units import round_up
 from airstream.transfer.files import PAGE_BYTES
 from airstream.transfer.packing import Packing
 from airstream.transfer.piece import Piece
+from airstream.transfer.unpacking import Unpacking, as_stored
 
 MAX_GAP_BYTES = 1 << 20
 """Bytes nobody needs that are read along when they lie between two tensors of a slab: cheaper than a second read."""
@@ -24,12 +27,16 @@ KERNEL_SHARE = 1 / 16
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """Tensors that travel together: one run of `nbytes` bytes, the reads that fill it, and where each tensor starts."""
+    """Tensors that travel together: one run of `nbytes` bytes, the reads that fill it, and where each tensor starts.
+
+    `unpackings` come after the reads, and then `conversions`.
+    """
 
     nbytes: int
     pieces: tuple[Piece, ...]
     offsets: Mapping[str, int]
     specs: tuple[TensorSpec, ...]
+    unpackings: tuple[Unpacking, ...] = ()
     conversions: tuple[Conversion, ...] = ()
 
     @property
@@ -54,19 +61,37 @@ def is_made_in_passes(spec: TensorSpec, packing: Packing) -> bool:
     On a CPU only by what takes next to no memory for that, which are kernels of ours: others take longer than a disk.
     """
     made_by = spec.made_by
-    if made_by is None or made_by.is_object:
+    if made_by is None:
+        return bool(packed_parts(spec, packing))
+    if made_by.is_object:
         return False
     return not packing.follows_file or made_by.scratch_bytes <= KERNEL_SHARE * spec.nbytes
 
 
+def packed_parts(spec: TensorSpec, packing: Packing) -> tuple[TensorSpec, ...]:
+    """The pieces of `spec` as tensors of bytes, if all of them can be unpacked by whoever computes."""
+    stored = [as_stored(piece) if packing.unpacks_there else None for piece in spec.pieces]
+    names = (f"{RAW_PREFIX}{spec.name}#{number}" for number in range(len(stored)))
+    parts = [
+        TensorSpec(name, torch.uint8, (piece.nbytes,), (replace(piece, target=0),))
+        for name, piece in zip(names, stored, strict=True)
+        if piece is not None
+    ]
+    return tuple(parts) if len(parts) == len(stored) else ()
+
+
+def _made_of(spec: TensorSpec, packing: Packing) -> tuple[TensorSpec, ...]:
+    return spec.stored if spec.made_by is not None else packed_parts(spec, packing)
+
+
 def kept_specs(specs: Iterable[TensorSpec], packing: Packing) -> list[TensorSpec]:
     """What stays in memory of `specs` that stay packed: the raw ones, where passes make the others of them."""
-    kept = (spec.stored if is_made_in_passes(spec, packing) else (spec,) for spec in specs)
+    kept = (_made_of(spec, packing) if is_made_in_passes(spec, packing) else (spec,) for spec in specs)
     return list({spec.name: spec for each in kept for spec in each}.values())
 
 
 def pack(
-    specs: Iterable[TensorSpec], packing: Packing, elsewhere: Collection[str] = (), beside: Collection[str] = ()
+    specs: Iterable[TensorSpec], packing: Packing, elsewhere: Collection[str] = (), beside: Set[str] = frozenset()
 ) -> Slab:
     """Lay `specs` out in one slab, neighbours in a file side by side, so that few large reads fill it.
 
@@ -76,14 +101,25 @@ def pack(
     """
     specs = tuple(specs)
     conversions = tuple(dict.fromkeys(spec.made_by for spec in specs if spec.made_by is not None))
-    stored = [spec for spec in stored_specs(specs) if spec.name not in beside]
+    parts = {spec.name: packed_parts(spec, packing) for spec in specs if beside and spec.made_by is None}
+    unpacked = {name: each for name, each in parts.items() if each and {part.name for part in each} <= beside}
+    stored = [spec for spec in stored_specs(specs) if spec.name not in beside and spec.name not in unpacked]
     builder = _SlabBuilder(packing)
     for spec in in_file_order(spec for spec in stored if spec.name not in elsewhere):
         builder.add(spec)
     made = [spec for spec in specs if spec.made_by is not None and not spec.made_by.is_object]
     for spec in [*(spec for spec in stored if spec.name in elsewhere), *made]:
         builder.reserve(spec)
-    return Slab(round_up(builder.end, PAGE_BYTES), tuple(builder.pieces), builder.offsets, specs, conversions)
+    for spec in (spec for spec in specs if spec.name in unpacked):
+        builder.unpack(spec, unpacked[spec.name])
+    return Slab(
+        nbytes=round_up(builder.end, PAGE_BYTES),
+        pieces=tuple(builder.pieces),
+        offsets=builder.offsets,
+        specs=specs,
+        unpackings=tuple(builder.unpackings),
+        conversions=conversions,
+    )
 
 
 def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
@@ -98,6 +134,7 @@ class _SlabBuilder:
         self.packing = packing
         self.end = 0
         self.pieces: list[Piece] = []
+        self.unpackings: list[Unpacking] = []
         self.offsets: dict[str, int] = {}
 
     def add(self, spec: TensorSpec) -> None:
@@ -105,9 +142,19 @@ class _SlabBuilder:
         if base is None:
             base = self._fresh(spec)
         self.offsets[spec.name] = base
-        for piece in spec.pieces:
-            self._append(Piece(piece.file, piece.offset, piece.nbytes, base + piece.target, piece.cast))
         self.end = max(self.end, base + spec.nbytes)
+        room = PAGE_BYTES if len(spec.pieces) == 1 else 0  # behind one of several the next one begins
+        for piece in spec.pieces:
+            self._append(self._landing(replace(piece, target=base + piece.target), room))
+
+    def _landing(self, piece: Piece, room: int) -> Piece:
+        """What is read for `piece`."""
+        landed = as_stored(piece, room) if self.packing.unpacks_there else None
+        if landed is None:
+            return piece
+        self.unpackings.append(Unpacking(piece, landed.target))
+        self.end = max(self.end, landed.target + landed.nbytes)
+        return landed
 
     def reserve(self, spec: TensorSpec) -> None:
         """Room for a tensor that is not read: it is computed, or comes from elsewhere."""
@@ -116,6 +163,13 @@ class _SlabBuilder:
             base += self._phase(spec) % CACHE_LINE_BYTES
         self.offsets[spec.name] = base
         self.end = base + spec.nbytes
+
+    def unpack(self, spec: TensorSpec, parts: Sequence[TensorSpec]) -> None:
+        """Room for a tensor that is unpacked of `parts`, which lie elsewhere."""
+        self.reserve(spec)
+        for piece, part in zip(spec.pieces, parts, strict=True):
+            placed = replace(piece, target=self.offsets[spec.name] + piece.target)
+            self.unpackings.append(Unpacking(placed, kept=part.name))
 
     def _alignment(self, spec: TensorSpec) -> int:
         return self.packing.alignment or spec.dtype.itemsize

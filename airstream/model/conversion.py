@@ -24,6 +24,7 @@ from airstream.layout.slab import Slab
 from airstream.layout.tensors import RAW_PREFIX, Conversion, TensorSpec, view_of
 from airstream.reporting.probe import CONVERT, Moment, Probe
 from airstream.transfer.shortage import shortage_in
+from airstream.transfer.unpacking import unpack
 
 Source = tuple[str, str, torch.Tensor]
 """A raw tensor as converters of transformers take it: checkpoint key, pattern, values."""
@@ -68,7 +69,10 @@ def convert_slab(
     memory: torch.Tensor,
     kept: Kept = NOTHING,
 ) -> None:
-    """Run the conversions of a freshly filled slab: raw tensors in, the model's tensors in `memory` out."""
+    """Unpack what has landed packed in a freshly filled slab, and run its conversions: raw tensors in, the model's
+    tensors in `memory` out.
+    """
+    unpack(slab.unpackings, memory, kept, probe, moment)
     specs = {spec.name: spec for spec in slab.specs}
     for conversion in slab.conversions:
         if conversion.is_object:

@@ -180,9 +180,9 @@ def predict(traffic: Traffic, hardware: HardwareFacts, batch_size: int, prompt_t
         batch_size=batch_size,
         prompt_tokens=prompt_tokens,
         context=context,
-        decode_seconds=_seconds(traffic, decode),
-        prefill_seconds=_seconds(traffic, prefill),
-        warm_prefill_seconds=_seconds(traffic, warm_prefill),
+        decode_seconds=_seconds(traffic, hardware, decode),
+        prefill_seconds=_seconds(traffic, hardware, prefill),
+        warm_prefill_seconds=_seconds(traffic, hardware, warm_prefill),
         bottleneck=_bottleneck(traffic, decode),
         prefill_bottleneck=_bottleneck(traffic, prefill),
         links=decode,
@@ -216,10 +216,16 @@ def _links(
     return seconds
 
 
-def _seconds(traffic: Traffic, links: Mapping[str, float]) -> float:
-    moving, working = _sides(traffic, links)
-    overlapped = max(moving.values()), sum(working.values())
-    return max(overlapped) if traffic.reads_ahead else sum(overlapped)
+def _seconds(traffic: Traffic, hardware: HardwareFacts, links: Mapping[str, float]) -> float:
+    moving, working = (dict(side) for side in _sides(traffic, links))
+    work = sum(working.values())
+    if not traffic.reads_ahead:
+        return max(moving.values()) + work
+    if not traffic.on_cpu:
+        return max(*moving.values(), work)
+    disk_share, computing_share = hardware.disk_share_while_computing, hardware.computing_share_while_reading
+    both = min(moving[DISK] / disk_share, work / computing_share)  # the time in which the CPU and the disk are busy
+    return both + (moving[DISK] - both * disk_share) + (work - both * computing_share)
 
 
 def _bottleneck(traffic: Traffic, links: Mapping[str, float]) -> str:

@@ -6,7 +6,7 @@ It knows torch, and a tiny Llama built from a config. It refuses to know checkpo
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 
 import torch
@@ -16,8 +16,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from airstream.rates.effort import Effort, fastest_call, seconds_per_call, timed
 from airstream.rates.facts import DTYPES
 from airstream.transfer.base import Backend
+from airstream.transfer.host_memory import HostBuffer
 
-__all__ = ["measure_flops", "measure_layer", "measure_weights"]
+__all__ = ["measure_flops", "measure_layer", "measure_weights", "products"]
 
 LONG_ENOUGH_SECONDS = 0.08
 """A matrix product that takes this long has left behind what small ones lose."""
@@ -35,16 +36,25 @@ def measure_weights(backend: Backend, memory: torch.Tensor, effort: Effort) -> d
 
     def rate(dtype: torch.dtype) -> float:
         weights = _weights(memory, dtype, effort)
-        tokens = {weight.shape[1]: _tokens(1, weight) for weight in weights[:2]}
-
-        def multiply() -> None:
-            for weight in weights:
-                linear(tokens[weight.shape[1]], weight)
-
         nbytes = sum(weight.nbytes for weight in weights)
-        return nbytes / seconds_per_call(multiply, backend.synchronize, effort.seconds)
+        return nbytes / seconds_per_call(_products(weights), backend.synchronize, effort.seconds)
 
     return _by_dtype(rate)
+
+
+def products(nbytes: int, effort: Effort) -> Callable[[], None]:
+    """What multiplies so many bytes of weights, in host memory that it keeps, with one vector, in float32."""
+    return _products(_weights(HostBuffer(nbytes).tensor, torch.float32, effort))
+
+
+def _products(weights: Sequence[torch.Tensor]) -> Callable[[], None]:
+    tokens = {weight.shape[1]: _tokens(1, weight) for weight in weights[:2]}
+
+    def multiply() -> None:
+        for weight in weights:
+            linear(tokens[weight.shape[1]], weight)
+
+    return multiply
 
 
 def measure_flops(backend: Backend, memory: torch.Tensor, effort: Effort) -> dict[str, float]:

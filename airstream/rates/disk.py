@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -26,7 +26,7 @@ from airstream.transfer.landing import HostLanding, Staging
 from airstream.transfer.piece import Piece
 from airstream.transfer.reader import CHUNK_BYTES, Reader
 
-__all__ = ["DiskSpeed", "measure_disk"]
+__all__ = ["DiskSpeed", "files_to_read", "measure_disk", "read_files"]
 
 SMALLEST_SHARE = 8
 """A test file may shrink to this part of what was wanted where the disk is nearly full."""
@@ -39,11 +39,13 @@ class DiskSpeed:
     Attributes:
         cpu_seconds_per_byte: of this process, in all of its threads.
         direct: whether reads went around the page cache to the end; some file systems refuse that.
+        calls_per_second: of what was done meanwhile.
     """
 
     bytes_per_second: float
     cpu_seconds_per_byte: float
     direct: bool
+    calls_per_second: float = 0.0
 
 
 def measure_disk(folder: Path, effort: Effort) -> DiskSpeed:
@@ -54,13 +56,26 @@ def measure_disk(folder: Path, effort: Effort) -> DiskSpeed:
         DiskSpaceError: there is no room for one.
         ReadError: the disk failed.
     """
-    with _files(folder, effort) as files, Reader(files, direct=True) as reader:
+    with files_to_read(folder, effort) as files:
+        return read_files(files, effort)
+
+
+def read_files(files: Sequence[Path], effort: Effort, meanwhile: Callable[[], object] | None = None) -> DiskSpeed:
+    """Read `files`. `meanwhile` is called over and over until the time is up. Raises ReadError: the disk failed."""
+    with Reader(files, direct=True) as reader:
         buffer = HostBuffer(effort.ring_bytes)
         buffer.tensor.zero_()  # touched before the clock runs, as the engine's ring is after its first pass
-        return _read(reader, _pieces(files, effort), HostLanding(buffer.tensor, Staging(CHUNK_BYTES)), effort)
+        landing = HostLanding(buffer.tensor, Staging(CHUNK_BYTES))
+        return _read(reader, _pieces(files, effort), landing, effort, meanwhile)
 
 
-def _read(reader: Reader, pieces: Sequence[Piece], landing: HostLanding, effort: Effort) -> DiskSpeed:
+def _read(
+    reader: Reader,
+    pieces: Sequence[Piece],
+    landing: HostLanding,
+    effort: Effort,
+    meanwhile: Callable[[], object] | None,
+) -> DiskSpeed:
     """Queue everything, as the engine does, so that the disk never drains; then give up what the time is too short for.
 
     What was under way at that point is waited for and counts, bytes and seconds.
@@ -68,13 +83,27 @@ def _read(reader: Reader, pieces: Sequence[Piece], landing: HostLanding, effort:
     outcome = Outcome()
     started, cpu_started = time.perf_counter(), time.process_time()
     job = reader.submit(pieces, landing, outcome)
+    calls, has_ended = 0, False
     with contextlib.suppress(ReadCancelled):
-        while not outcome.wait(effort.disk_seconds):
-            if reader.bytes_read:  # or else the disk is so slow that the time is not up before the first read
+        while not has_ended:
+            has_ended, more = _spend(outcome, effort.disk_seconds, meanwhile)
+            calls += more
+            if not has_ended and reader.bytes_read:  # or else so slow that the time is up before the first read
                 job.cancel()
                 outcome.wait()
     seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-    return DiskSpeed(reader.bytes_read / seconds, cpu_seconds / reader.bytes_read, reader.direct)
+    return DiskSpeed(reader.bytes_read / seconds, cpu_seconds / reader.bytes_read, reader.direct, calls / seconds)
+
+
+def _spend(outcome: Outcome, seconds: float, meanwhile: Callable[[], object] | None) -> tuple[bool, int]:
+    """Wait for `outcome`, or call `meanwhile`, for so long at most. Whether it has ended, and how many calls."""
+    if meanwhile is None:
+        return outcome.wait(seconds), 0
+    calls, end = 0, time.perf_counter() + seconds
+    while not (has_ended := outcome.wait(0)) and time.perf_counter() < end:
+        meanwhile()
+        calls += 1
+    return has_ended, calls
 
 
 def _pieces(files: Sequence[Path], effort: Effort) -> list[Piece]:
@@ -95,7 +124,7 @@ def _pieces(files: Sequence[Path], effort: Effort) -> list[Piece]:
 
 
 @contextlib.contextmanager
-def _files(folder: Path, effort: Effort) -> Iterator[list[Path]]:
+def files_to_read(folder: Path, effort: Effort) -> Iterator[list[Path]]:
     """The weights in `folder` if there are enough of them, else a test file that lasts as long as the context."""
     weights = sorted(folder.glob("*.safetensors"))
     if sum(file.stat().st_size for file in weights) >= effort.file_bytes:

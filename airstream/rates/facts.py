@@ -85,6 +85,8 @@ class HardwareFacts:
         weights: by dtype, bytes of weights per second that the device gets through in products with one vector.
         flops: by dtype, floating-point operations per second in large matrix products on the device.
         layer_seconds: what a layer of a decode step takes however small its weights are: Python, small kernels.
+        disk_share_while_computing: what is left of `disk` while the CPU computes: 1 if all of it is, or not known.
+        computing_share_while_reading: what is left of `weights` and `flops` meanwhile, if they are the CPU's.
 
     Raises:
         ArgumentError: no dtype has a rate, or a time is none that anybody waits for.
@@ -102,6 +104,8 @@ class HardwareFacts:
     weights: Mapping[str, Rate]
     flops: Mapping[str, Rate]
     layer_seconds: float
+    disk_share_while_computing: float = 1.0
+    computing_share_while_reading: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.machine, str) or type(self.num_cores) is not int or self.num_cores < 1:
@@ -111,6 +115,10 @@ class HardwareFacts:
         for name in ("layer_seconds", "disk_cpu_seconds_per_byte"):
             if not 0 <= getattr(self, name) < MAX_SECONDS:
                 raise ArgumentError(f"{name} is {getattr(self, name)!r}, not from 0 to {MAX_SECONDS:,} seconds")
+
+        for name in ("disk_share_while_computing", "computing_share_while_reading"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ArgumentError(f"{name} is {getattr(self, name)!r}, not a share")
 
     def weights_rate(self, dtype: str) -> Rate:
         """The rate in `weights` of `dtype`, "bfloat16" or "torch.bfloat16".
@@ -219,6 +227,9 @@ def _lines(facts: HardwareFacts) -> Iterator[str]:
         yield _row(f"weights, {dtype}", _bytes(rate), rate.source)
     for dtype, rate in facts.flops.items():
         yield _row(f"products, {dtype}", _flops(rate), rate.source)
+    if min(facts.disk_share_while_computing, facts.computing_share_while_reading) < 1:
+        yield _row("disk while computing", f"{facts.disk_share_while_computing:.0%}", "of its rate")
+        yield _row("computing while reading", f"{facts.computing_share_while_reading:.0%}", "of its rate")
     yield _row("every layer besides", f"{_three_digits(facts.layer_seconds * 1000)} ms", "")
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from airstream.errors import ArgumentError
-from airstream.rates.arithmetic import measure_flops, measure_layer, measure_weights
+from airstream.rates.arithmetic import measure_flops, measure_layer, measure_weights, products
 from airstream.rates.disk import measure_disk
 from airstream.rates.effort import Effort
 from airstream.rates.facts import HardwareFacts, Rate, measured_today
 from airstream.rates.identity import OtherLoad, machine_name, usable_cores
 from airstream.rates.links import measure_bus, measure_host_copy
+from airstream.rates.overlap import Shares, measure_shares
 from airstream.reporting.units import MIB
 from airstream.system.memory import available_host_bytes
 from airstream.transfer.backends import create_backend
@@ -73,6 +74,7 @@ def measure(
     host_copy = measure_host_copy(effort)
     progress(f"arithmetic on {device}")
     weights, flops, layer_seconds = _arithmetic(device, effort)
+    shares = Shares() if device.type != "cpu" else _shares(path, effort, progress)
     links = {} if device.type == "cpu" else _links(device, effort, progress)
     source = _source(others.cores())
     return HardwareFacts(
@@ -87,8 +89,15 @@ def measure(
         weights=_rates(weights, source),
         flops=_rates(flops, source),
         layer_seconds=layer_seconds,
+        disk_share_while_computing=shares.disk,
+        computing_share_while_reading=shares.computing,
         **_rates(links, source),
     )
+
+
+def _shares(folder: Path, effort: Effort, progress: Progress) -> Shares:
+    progress("the disk and the processor at once")
+    return measure_shares(folder, effort, products(effort.ring_bytes, effort))
 
 
 def _effort_for(device: torch.device) -> Effort:

@@ -34,8 +34,9 @@ class Store:
     """
 
     def __init__(self, specs: Mapping[str, TensorSpec], backend: Backend) -> None:
-        raw = {each.name: each for spec in specs.values() if spec.made_by is not None for each in spec.stored}
-        self._specs = {**specs, **raw}
+        raw = (each for spec in specs.values() if spec.made_by is not None for each in spec.stored)
+        kept = kept_specs(specs.values(), backend.packing)
+        self._specs = {**{each.name: each for each in (*raw, *kept)}, **specs}
         self._backend = backend
         self._resident: dict[Names, Resident] = {}
         self._shared: set[tuple[Names, ...]] = set()
@@ -89,7 +90,7 @@ class Store:
         rest = self._named(name for names in groups for name in names if name not in stays and name not in packed)
         elsewhere = {spec.name for spec in stored_specs(self._named(waits))}
         made = [spec for spec in self._named(batch.packed) if is_made_in_passes(spec, self._backend.packing)]
-        beside = {spec.name for spec in stored_specs(made)}
+        beside = {spec.name for spec in kept_specs(made, self._backend.packing)}
         slab = pack([*rest, *made], self._backend.packing, elsewhere, beside)  # the rest as if it were all: as planned
         assert slab.nbytes <= batch.nbytes, "what follows in the ring would be written over"
         return Fill(slab, batch.nbytes, resident + sources, hosted, _tensors_in(sources, beside))

@@ -10,13 +10,13 @@ from airstream.reporting.probe import Moment, Probe, now
 from airstream.transfer.base import Backend
 from airstream.transfer.host_memory import HostBuffer
 from airstream.transfer.landing import HostLanding, Staging
-from airstream.transfer.packing import HOST_PACKING
+from airstream.transfer.packing import CPU_PACKING
 
 
 class CpuBackend(Backend):
     """Reads land where the model computes; computation is done when it returns, so that no fence is needed."""
 
-    packing = HOST_PACKING
+    packing = CPU_PACKING
 
     def __init__(self, chunk_bytes: int, probe: Probe | None = None) -> None:
         self.device = torch.device("cpu")

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from airstream.errors import CLOSED, AirstreamError, CheckpointError, ClosedError, UnsupportedError
+from airstream.errors import CLOSED, AirstreamError, ClosedError, UnsupportedError
 from airstream.reporting.probe import DISK, PAGE_CACHE, Probe
 from airstream.reporting.units import counted
 from airstream.system.forks import Forks
@@ -24,6 +23,7 @@ from airstream.transfer.descriptors import MAX_OPEN_FILES, Descriptors
 from airstream.transfer.files import EdgePages, WeightFile, failure_of
 from airstream.transfer.jobs import Errand, Job, OnDone, Outcome, ReadCancelled
 from airstream.transfer.piece import Landing, Piece, split
+from airstream.transfer.unpacking import blamed_on
 
 CHUNK_BYTES = 8 << 20
 """The largest single read. 4-16 MiB on a few threads keep an NVMe drive busy; larger ones only drain unevenly."""
@@ -216,7 +216,7 @@ class Reader:
                     edges.read_direct(file, window, piece.offset, piece.nbytes)
                 else:
                     file.read_into(window, piece.offset, piece.nbytes)
-            with _blamed_on(piece):
+            with blamed_on(piece):
                 landing.landed(worker, piece, direct)
         except AirstreamError:
             raise
@@ -225,16 +225,6 @@ class Reader:
             raise failure_of(what, error) from error
         with self._idle.lock:
             self.bytes_read += piece.nbytes
-
-
-@contextmanager
-def _blamed_on(piece: Piece) -> Iterator[None]:
-    """Name the file in what is said of bytes that cannot be unpacked."""
-    try:
-        yield
-    except CheckpointError as error:
-        where = f"{piece.file}, of {counted(piece.nbytes, 'byte')} at {piece.offset:,}"
-        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _do(errand: Errand, worker: int, _: EdgePages) -> None:

@@ -80,11 +80,51 @@ static size_t lossless(int is_x12) {
     return whole < count;
 }
 
+/* `Team` and `Blocks` of team.c. */
+typedef struct {
+    void *parallel;
+    size_t threads, run, room;
+    float *buffers;
+} Team;
+
+typedef struct {
+    const void *decode, *grid;
+    size_t nbytes, elements, item_bytes, slots, is_lossless;
+} Packed;
+
+size_t team_unpack(const Team *, const Packed *, const uint8_t *packed, size_t count, char *out);
+
+/* Blocks at the end of memory that is as large as their numbers, or reaches beyond them: as they are decoded elsewhere. */
+static void in_place(void) {
+    size_t kind = any(sizeof KERNELS / sizeof *KERNELS + 1), count = 1 + any(any(20) ? 40 : 4000), beyond = any(3) * any(90);
+    int narrow = (int)any(2), is_lossless = kind == sizeof KERNELS / sizeof *KERNELS;
+    size_t elements = is_lossless ? 64 : KERNELS[kind].elements, slots = is_lossless ? 8 : 0;
+    size_t nbytes = is_lossless ? 8 + elements + 3 * elements / 8 + slots : KERNELS[kind].nbytes;
+    narrow |= is_lossless;
+    size_t wide = elements * (narrow ? 2 : 4), threads = 1 + any(3);
+    Packed how = {is_lossless ? (const void *)decode_bf16x11 : (const void *)KERNELS[kind].decode, NULL, nbytes, elements,
+        narrow ? 2 : 4, slots, is_lossless};
+    Team team = {NULL, threads, 1, 2 * elements, malloc(threads * 2 * elements * sizeof(float))};
+    uint8_t *packed = some_bytes(count * nbytes);
+    char *memory = malloc(count * wide + beyond), *expected = malloc(count * wide);
+    memcpy(memory + count * wide + beyond - count * nbytes, packed, count * nbytes);
+    size_t whole = count;
+    if (is_lossless)
+        whole = decode_bf16x11(packed, expected, count, elements, slots);
+    else
+        KERNELS[kind].decode(packed, expected, count, narrow, NULL);
+    if (team_unpack(&team, &how, (uint8_t *)memory + count * wide + beyond - count * nbytes, count, memory) != whole
+        || memcmp(memory, expected, whole * wide))
+        exit(4);
+    free(team.buffers), free(packed), free(memory), free(expected);
+}
+
 int main(int argc, char **argv) {
     int rounds = argc > 1 ? atoi(argv[1]) : 100;
     size_t damaged = 0;
     for (int round = 0; round < rounds; round++) {
         damaged += lossless(1) + lossless(0);
+        in_place();
         size_t kind = any(sizeof KERNELS / sizeof *KERNELS), count = any(40);
         int to_bfloat16 = (int)any(2);
         uint8_t *blocks = some_bytes(count * KERNELS[kind].nbytes);

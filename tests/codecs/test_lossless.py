@@ -23,6 +23,7 @@ from airstream.codecs.decode import (
     decode_into,
     decode_with_torch,
 )
+from airstream.codecs.in_place import may_unpack, unpack_in_place
 from airstream.codecs.lossless import bad_blocks
 from airstream.codecs.lossless_blocks import HEAD_BYTES, LOSSLESS, lossless_block, max_slots
 from airstream.codecs.lossless_native import checksums, count_outside, decoder, encoder
@@ -33,7 +34,21 @@ from tests.stand_ins.sim import SimDevice
 Decode = Callable[[torch.Tensor, torch.Tensor, BlockType], None]
 Encode = Callable[[torch.Tensor, BlockType], torch.Tensor]
 
-EVERY_WAY = pytest.mark.parametrize("decode", [decode_into, decode_with_torch], ids=["compiled", "torch"])
+
+def decode_in_place(numbers: torch.Tensor, raw: torch.Tensor, block: BlockType) -> None:
+    """By unpacking at the end of the memory that they fill; as it is done otherwise, where that is not for them."""
+    if not may_unpack(block, numbers.dtype):
+        decode_into(numbers, raw, block)
+        return
+    memory = torch.empty(numbers.nbytes, dtype=torch.uint8)
+    packed = memory[numbers.nbytes - raw.numel() :].copy_(raw)
+    unpack_in_place(memory.view(numbers.dtype), packed, block)
+    numbers.copy_(memory.view(numbers.dtype))
+
+
+EVERY_WAY = pytest.mark.parametrize(
+    "decode", [decode_into, decode_with_torch, decode_in_place], ids=["compiled", "torch", "in place"]
+)
 BOTH_ENCODERS = pytest.mark.parametrize("pack", [encode, encode_with_numpy], ids=["compiled", "numpy"])
 """Where there is no kernel, both are the same."""
 EVERY_CODEC = pytest.mark.parametrize("name", LOSSLESS)

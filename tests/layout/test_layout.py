@@ -29,6 +29,8 @@ from transformers.core_model_loading import Transpose, WeightConverter
 
 from airstream.checkpoint.safetensors import open_safetensors
 from airstream.checkpoint.stored import StoredTensor
+from airstream.codecs.block_types import BLOCK_TYPES
+from airstream.codecs.library import has_kernels
 from airstream.compat import mapped_conversion
 from airstream.compat.building import build_on_meta
 from airstream.compat.mapped_conversion import MappedConversion
@@ -36,15 +38,18 @@ from airstream.errors import CheckpointError
 from airstream.layout import slab as slab_module
 from airstream.layout.byte_plan import read_specs
 from airstream.layout.pieces import TORCH_DTYPES
-from airstream.layout.slab import MAX_GAP_BYTES, Slab, pack
+from airstream.layout.slab import MAX_GAP_BYTES, Slab, kept_specs, pack
 from airstream.layout.tensors import TensorSpec
 from airstream.layout.tracing import KnownConversions, trace
+from airstream.reporting.probe import Probe, now
 from airstream.transfer.accelerator import AcceleratorBackend
 from airstream.transfer.cpu import CpuBackend
 from airstream.transfer.files import PAGE_BYTES
-from airstream.transfer.packing import Packing
+from airstream.transfer.landing import HostLanding, Staging
+from airstream.transfer.packing import CPU_PACKING, HOST_PACKING, Packing
 from airstream.transfer.piece import Cast, Piece
 from airstream.transfer.reader import Reader
+from airstream.transfer.unpacking import unpack
 
 BOTH = [CpuBackend.packing, AcceleratorBackend.packing]
 BOTH_PACKINGS = pytest.mark.parametrize("packing", BOTH, ids=["in place", "aligned"])
@@ -378,6 +383,52 @@ def test_any_tensors_pack(files: list[Path], made: list[Any], packing: Packing, 
         assert all((slab.offsets[spec.name] - spec.pieces[0].offset) % PAGE_BYTES == 0 for spec in specs)
     needed = sum(piece.nbytes for spec in specs for piece in spec.pieces)
     assert needed <= slab.read_bytes <= needed + max_gap * sum(len(spec.pieces) for spec in specs)
+
+
+@pytest.mark.skipif(not has_kernels(), reason="no kernels were compiled")
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.lists(st.integers(1, 60), min_size=1, max_size=3), min_size=1, max_size=4),
+    gap=st.integers(0, 5000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    keeps=st.booleans(),
+)
+def test_blocks_land_at_the_end_of_their_numbers(
+    files: list[Path], counts: list[list[int]], gap: int, dtype: torch.dtype, keeps: bool
+) -> None:
+    """They are unpacked there, or, where others stay, of those: to the bits that are there where they are decoded."""
+    block, specs, offset = BLOCK_TYPES["Q8_0"], [], 0
+    cast = Cast(block, str(dtype).removeprefix("torch."), block.nbytes, block.elements * dtype.itemsize)
+    for number, several in enumerate(counts):
+        pieces, target = [], 0
+        for count in several:
+            pieces.append(Piece(files[0], offset := offset + gap, count * block.nbytes, target, cast))
+            target, offset = target + pieces[-1].target_bytes, offset + pieces[-1].nbytes
+        specs.append(TensorSpec(f"t{number}", dtype, (target // dtype.itemsize,), tuple(pieces)))
+    kept = kept_specs(specs[:1], CPU_PACKING) if keeps else []
+    slab = pack(specs, CPU_PACKING, beside={spec.name for spec in kept})
+    assert len(slab.unpackings) == sum(len(spec.pieces) for spec in specs)
+    assert_apart([(piece.target, piece.nbytes) for piece in slab.pieces], slab)
+    assert_apart([(slab.offsets[spec.name], spec.nbytes) for spec in specs], slab)
+    alone = {spec.pieces[0].offset for spec in specs if len(spec.pieces) == 1}
+    assert all(
+        (each.start - each.piece.offset) % PAGE_BYTES == 0
+        for each in slab.unpackings
+        if each.piece.offset in alone and not each.kept
+    )
+
+    memory, expected = torch.zeros(slab.nbytes, dtype=torch.uint8), pack(specs, HOST_PACKING)
+    decoded = torch.zeros(expected.nbytes, dtype=torch.uint8)
+    with Reader(files, direct=True, chunk_bytes=16384) as reader:
+        reader.read(slab.pieces, HostLanding(memory, Staging(16384)))
+        reader.read(expected.pieces, HostLanding(decoded, Staging(16384)))
+    raw = {
+        spec.name: torch.frombuffer(bytearray(bytes_of(spec.pieces, spec.nbytes)), dtype=torch.uint8) for spec in kept
+    }
+    unpack(slab.unpackings, memory, raw, Probe(), now)
+    for spec in specs:
+        ours, theirs = slab.offsets[spec.name], expected.offsets[spec.name]
+        assert torch.equal(memory[ours : ours + spec.nbytes], decoded[theirs : theirs + spec.nbytes])
 
 
 def is_plain(spec: TensorSpec) -> bool:

@@ -202,6 +202,8 @@ def machines(draw: st.DrawFn) -> HardwareFacts:
         num_cores=draw(st.integers(1, 64)),
         layer_seconds=draw(st.floats(0, 0.01)),
         disk_cpu_seconds_per_byte=draw(st.floats(0, 1e-9)),
+        disk_share_while_computing=draw(st.floats(0.5, 1)),
+        computing_share_while_reading=draw(st.floats(0.5, 1)),
     )
 
 
@@ -267,6 +269,9 @@ def test_the_links_add_up_and_the_bottleneck_is_the_busiest(
     working = sum(prediction.links[name] for name in busy)
     moving = max(prediction.links[name] for name in OVERLAPPING if name not in busy)
     expected = max(working, moving) if moved.reads_ahead else working + moving
+    if moved.reads_ahead and moved.on_cpu:
+        disk, computing = hardware.disk_share_while_computing, hardware.computing_share_while_reading
+        expected = max(moving + working * (1 - disk) / computing, working + moving * (1 - computing) / disk)
     assert prediction.decode_seconds == pytest.approx(expected)
     side = busy if working >= moving else set(OVERLAPPING) - busy
     assert prediction.bottleneck in side
@@ -280,6 +285,29 @@ def test_the_links_add_up_and_the_bottleneck_is_the_busiest(
 def test_a_prediction_survives_json(moved: Traffic, hardware: HardwareFacts, **work: int) -> None:
     prediction = predict(moved, hardware, **work)
     assert Prediction.from_dict(json.loads(json.dumps(asdict(prediction)))) == prediction
+
+
+@pytest.mark.parametrize(("disk_seconds", "expected"), [(0.0, 1.0), (0.5, 1.25), (1.0, 5 / 3), (2.0, 8 / 3)])
+def test_who_computes_and_reads_does_both_at_their_shares(disk_seconds: float, expected: float) -> None:
+    """A second of products takes 4/3 while the disk is read, of which half as much comes meanwhile."""
+    hardware = machine(
+        disk=1e9,
+        weights=1e9,
+        flops=ENDLESS,
+        layer_seconds=0.0,
+        disk_share_while_computing=0.5,
+        computing_share_while_reading=0.75,
+    )
+    moved = traffic(
+        on_cpu=True,
+        weight_bytes=10**9,
+        head_bytes=0,
+        kv_bytes_per_token=0,
+        disk_bytes=int(disk_seconds * 1e9),
+        h2d_bytes=0,
+        first_h2d_bytes=0,
+    )
+    assert predict(moved, hardware, 1, 1, 0).decode_seconds == pytest.approx(expected)
 
 
 # -------------------------------------------------------------------------------------------------------- one at a time

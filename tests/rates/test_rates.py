@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 
 from airstream import ArgumentError, BudgetError, DiskSpaceError, ReadError
 from airstream.cli import main
-from airstream.rates import arithmetic, disk, measure
+from airstream.rates import arithmetic, disk, measure, overlap
 from airstream.rates import identity as machine
 from airstream.rates import saved as store
 from airstream.rates.cards import PCIE_X16_GBPS, Card, all_cards, card_facts, find_card
@@ -103,6 +104,9 @@ def test_facts_without_arithmetic_are_refused() -> None:
         facts(weights={})
     with pytest.raises(ArgumentError, match=r"layer_seconds is -1\.0, not from 0 to"):
         facts(layer_seconds=-1.0)
+    for share in (0.0, 1.5, float("nan")):
+        with pytest.raises(ArgumentError, match="not a share"):
+            facts(disk_share_while_computing=share)
 
 
 def test_a_measured_rate_is_known_as_such() -> None:
@@ -148,7 +152,9 @@ def test_everything_is_measured_on_the_cpu(tmp_path: Path) -> None:
     assert found.h2d is found.h2d_pageable is found.d2h is found.d2h_pageable is None
     assert found.layer_seconds > 0
     assert found.machine == machine.machine_name(CPU)
-    assert told == ["the disk", "memory", "arithmetic on cpu"]
+    assert told == ["the disk", "memory", "arithmetic on cpu", "the disk and the processor at once"]
+    assert 0 < found.disk_share_while_computing <= 1
+    assert 0 < found.computing_share_while_reading <= 1
     assert list(tmp_path.iterdir()) == []
 
 
@@ -285,7 +291,7 @@ def test_the_load_of_others_is_a_number_of_cores() -> None:
 def test_a_checkpoint_is_read_and_nothing_written_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_weights(write_weights(tmp_path / "model", 70 * KIB, "a.safetensors"), 90 * KIB + 17, "b.safetensors")
     monkeypatch.setattr(disk, "_test_file", interrupt)
-    with disk._files(folder, TINY) as files:
+    with disk.files_to_read(folder, TINY) as files:
         assert [file.name for file in files] == ["a.safetensors", "b.safetensors"]
     speed = disk.measure_disk(folder, TINY)
     assert speed.bytes_per_second > 0
@@ -295,7 +301,7 @@ def test_a_checkpoint_is_read_and_nothing_written_beside_it(tmp_path: Path, monk
 
 def test_beside_a_small_checkpoint_the_test_file_lies_elsewhere(tmp_path: Path) -> None:
     folder = write_weights(tmp_path / "model", 10 * KIB)
-    with disk._files(folder, TINY) as (file,):
+    with disk.files_to_read(folder, TINY) as (file,):
         assert file.parent == tmp_path
         assert file.stat().st_size == TINY.file_bytes
         assert file.stat().st_dev == folder.stat().st_dev
@@ -321,6 +327,26 @@ def test_reading_ends_when_its_time_is_up(tmp_path: Path) -> None:
     effort = dataclasses.replace(TINY, disk_bytes=4 * GIB, disk_seconds=0.001, ring_bytes=MIB)
     folder = write_weights(tmp_path / "model", MIB)
     assert disk.measure_disk(folder, effort).bytes_per_second > 0
+
+
+def test_what_is_done_meanwhile_is_counted_and_ends_with_the_reads(tmp_path: Path) -> None:
+    folder, calls = write_weights(tmp_path / "model", MIB), []
+    effort = dataclasses.replace(TINY, disk_bytes=64 * MIB, ring_bytes=MIB)
+    speed = disk.read_files([folder / "model.safetensors"], effort, lambda: calls.append(time.sleep(0.001)))
+    assert speed.calls_per_second > 0
+    assert len(calls) <= speed.calls_per_second * 64 * MIB / speed.bytes_per_second + 1
+
+
+@pytest.mark.parametrize(("rates", "expected"), [((2.0, 1.0), 0.5), ((2.0, 3.0), 1.0)])
+def test_shares_are_of_both_at_once_over_each_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rates: tuple[float, float], expected: float
+) -> None:
+    """A disk that is faster beside other work, as it may seem to be, keeps all of its rate."""
+    quiet, both = (disk.DiskSpeed(rate, 0.0, True, rate) for rate in rates)
+    monkeypatch.setattr(overlap, "read_files", lambda _, __, meanwhile=None: both if meanwhile else quiet)
+    monkeypatch.setattr(overlap, "seconds_per_call", lambda *_: 1 / rates[0])
+    folder = write_weights(tmp_path / "model", 200 * KIB)
+    assert overlap.measure_shares(folder, TINY, lambda: None) == overlap.Shares(expected, expected)
 
 
 def interrupt(*_: Any, **__: Any) -> Any:
@@ -358,7 +384,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(tmp_path: Path, monke
 
 def test_a_disk_that_is_nearly_full_gets_a_smaller_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", usage(free=TINY.file_bytes))
-    with disk._files(tmp_path, TINY) as (file,):
+    with disk.files_to_read(tmp_path, TINY) as (file,):
         assert file.stat().st_size == TINY.file_bytes // 2
 
 
