@@ -53,7 +53,9 @@ SLOW_DISK, FAST_DISK = (Rate(per_second, "of a test") for per_second in (1e6, 1e
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("kept")
     write_model(TinyModel("llama", {**TINY["llama"].fields, **WIDE}), root / "plain", BF16)
-    return {codec: repack(root / "plain", root / codec, codec=codec, progress=False) for codec in CODECS}
+    write_model(TinyModel("llama", {**TINY["llama"].fields, **WIDE, "num_hidden_layers": 24}), root / "deep", BF16)
+    made_of = dict.fromkeys(CODECS, "plain") | {"lossless": "deep"}  # a quarter less is worth the ring among many layers
+    return {codec: repack(root / made_of[codec], root / codec, codec=codec, progress=False) for codec in CODECS}
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +97,8 @@ def test_logits_are_those_of_the_resident_model(
     folders: dict[str, Path], slow_disk: None, codec: str, device: str
 ) -> None:
     folder, inputs = folders[codec], [prompts(1, 1), prompts(2, 7)]
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
+    stands_for = folder.with_name("deep") if codec == "lossless" else folder  # transformers cannot load that
+    reference = AutoModelForCausalLM.from_pretrained(stands_for, dtype=BF16)
     expected = [logits(reference, each) for each in inputs]
     kinds = set()
     for more in (0, 400_000, 800_000, 1_500_000, 3_000_000, 6_000_000, 40_000_000):
@@ -183,7 +186,8 @@ def test_the_peak_stays_within_the_plan(tmp_path: Path, codec: str) -> None:
     write_model(LARGE, tmp_path / "plain", BF16)
     folder = repack(tmp_path / "plain", tmp_path / codec, codec=codec, progress=False)
     options: dict[str, Any] = {"layers_per_batch": 1, "max_context": 128, "page_cache": False}
-    budget = sum(least_memory(folder, **(STREAMING | options)).values()) + 40_000_000
+    more = 60_000_000 if codec == "lossless" else 40_000_000
+    budget = sum(least_memory(folder, **(STREAMING | options)).values()) + more
     assert plan_with(folder, budget, options).packed_bytes > 20_000_000
     code = ON_A_SLOW_DISK + MEASURE.replace("tokens=28", "tokens=4")
     call = [sys.executable, "-c", code, str(folder), str(budget), "exact"]

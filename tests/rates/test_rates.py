@@ -784,6 +784,7 @@ def test_it_is_measured_once(tmp_path: Path, cache: Path, quick: list[int], caps
         "measuring the disk ...",
         "measuring memory ...",
         "measuring arithmetic on cpu ...",
+        "measuring the disk and the processor at once ...",
     ]
     assert str(store.stored(tmp_path, CPU)) in first.out
     assert f"kept in {cache / 'hardware.json'}" in first.out
