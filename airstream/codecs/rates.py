@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from airstream.codecs.block_types import BlockType
 from airstream.codecs.decode import decode_into
 from airstream.codecs.in_place import may_unpack, unpack_in_place
-from airstream.codecs.lossless_blocks import LOSSLESS
+from airstream.codecs.lossless_blocks import LOSSLESS, SLOTS_MULTIPLE, lossless_block
 from airstream.codecs.lossless_pack import choose_block, encode
 from airstream.codecs.products import RowFormat, StoredRows, make_dense, multiply
 
@@ -34,24 +34,40 @@ RUNS = 4
 """The first one warms up, and the fastest of the others counts: whatever else the machine does can only add to it."""
 
 
-@functools.cache
 def product_seconds(how: RowFormat, rows: int) -> float:
     """What one number of a weight of `rows` and of one vector takes a core, with what a product takes however small it
     is. Measured by the first call, in milliseconds.
     """
-    if how.block is not None and how.block.name in LOSSLESS:  # of numbers at random none is like those of a model
-        dense = RowFormat("bf16", how.columns, 2 * how.columns)
-        return product_seconds(dense, rows) + decoding_seconds(how.block)
-    rows = max(1, min(rows, STORED_BYTES // how.row_bytes))
-    weights = _weights(how, rows, max(1, STORED_BYTES // (rows * how.row_bytes)))
-    vector = torch.zeros((1, how.columns), dtype=torch.float32, device="cpu")
+    if how.block is not None and how.block.name in LOSSLESS:
+        return _lossless_product_seconds(how.block.name, how.block.elements, how.columns)
+    return _product_seconds(how, max(1, min(rows, STORED_BYTES // how.row_bytes)))
+
+
+@functools.cache
+def _product_seconds(how: RowFormat, rows: int) -> float:
+    return _seconds_each(_weights(how, rows, max(1, STORED_BYTES // (rows * how.row_bytes))))
+
+
+@functools.cache
+def _lossless_product_seconds(name: str, elements: int, columns: int) -> float:
+    """Of rows of blocks like those of trained weights, whichever room each tensor's blocks have."""
+    block, raw = _typical(lossless_block(name, elements, LOSSLESS[name].nbytes(elements, SLOTS_MULTIPLE)))
+    how = RowFormat("lossless", columns, columns // elements * block.nbytes, elements, block)
+    rows = raw.numel() // how.row_bytes
+    return _seconds_each([StoredRows(how, rows, raw.view(-1)[: rows * how.row_bytes])])
+
+
+def _seconds_each(weights: Sequence[StoredRows]) -> float:
+    """What it takes a core to multiply one number of `weights`, one behind the other, with one of a vector."""
+    columns = weights[0].format.columns
+    vector = torch.zeros((1, columns), dtype=torch.float32, device="cpu")
     turns = itertools.cycle(weights)
 
     def work() -> None:
         for _ in weights:
             multiply(next(turns), vector)
 
-    return _core_seconds(work) / (len(weights) * rows * how.columns)
+    return _core_seconds(work) / sum(each.rows * columns for each in weights)
 
 
 @functools.cache

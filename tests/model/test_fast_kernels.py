@@ -24,7 +24,7 @@ from airstream.checkpoint.formats import open_checkpoint
 from airstream.cli import main
 from airstream.codecs import library, team
 from airstream.codecs.products import StoredRows, make_dense
-from airstream.codecs.rates import product_seconds
+from airstream.codecs.rates import _product_seconds
 from airstream.compat.packed_linear import NF4_LEVELS, PackedLinear
 from airstream.repacking.repack import repack
 from airstream.reporting.units import MIB
@@ -292,7 +292,7 @@ def test_what_torch_takes_for_granted_changes_nothing(
     packed: Packed, codec: str, kernels: str, dtype: torch.dtype, device: str
 ) -> None:
     few, many = prompts(1, 3), prompts(2, 12)
-    product_seconds.cache_clear()
+    _product_seconds.cache_clear()
     with stream(packed(codec), max_context=64, kernels=kernels) as model:
         expected = logits(model, few), logits(model, many)
         with defaults(dtype, device):
@@ -300,7 +300,7 @@ def test_what_torch_takes_for_granted_changes_nothing(
             if device == "cpu":  # transformers' own code makes tensors on the default device
                 assert torch.equal(logits(model, few), expected[0])
                 assert torch.equal(logits(model, many), expected[1])
-    product_seconds.cache_clear()
+    _product_seconds.cache_clear()
     with defaults(dtype, "cpu"), stream(packed(codec), max_context=64, kernels=kernels) as model:
         assert torch.equal(logits(model, few), expected[0])
 
