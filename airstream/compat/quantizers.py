@@ -184,9 +184,9 @@ def find_quantizer(config: PreTrainedConfig, device: torch.device, has_fp8: bool
         with quiet_transformers():
             inner, _, _ = get_hf_quantizer(config, None, {"": str(device)}, True, {})
     except ImportError as error:
-        package = PACKAGES.get(method, method)
+        packages = " ".join(dict.fromkeys((PACKAGES.get(method, method), "accelerate")))  # each is named once
         raise UnsupportedError(
-            f'the checkpoint is quantised with {method}: pip install "{package}" accelerate ({first_line(error)}; '
+            f"weights quantised with {method} need more packages: pip install {packages} ({first_line(error)}; "
             'airstream\'s extra "quant" has what most checkpoints need)'
         ) from error
     except (ValueError, RuntimeError, AttributeError, TypeError) as error:

@@ -15,6 +15,7 @@ from typing import Any
 
 from airstream.compat.asked_formats import ARGUMENT, QUANTISE, AskedFormat, read_asked
 from airstream.errors import ArgumentError
+from airstream.loading.options import check_flag
 
 __all__ = ["HARMLESS", "HONOURED", "REFUSED", "adopt"]
 
@@ -50,8 +51,16 @@ def _context_of(_: str, tokens: Any) -> Any:
     return DEFAULT if tokens is None or (isinstance(tokens, int) and tokens == 0) else tokens
 
 
-def _batches_ahead(_: str, prefetching: Any) -> Any:
-    return 0 if prefetching is False else DEFAULT
+def _asks(name: str, wanted: Any) -> bool | None:
+    """What a switch says, if it says anything: "no" is a text, which would be true."""
+    if wanted is None:
+        return None
+    check_flag(name, wanted)
+    return bool(wanted)
+
+
+def _batches_ahead(name: str, prefetching: Any) -> Any:
+    return 0 if _asks(name, prefetching) is False else DEFAULT
 
 
 SPREAD = frozenset({"auto", "balanced", "balanced_low_0", "sequential"})
@@ -67,8 +76,8 @@ HONOURED: Mapping[str, tuple[str, Callable[[str, Any], Any]]] = {
     "max_model_len": ("max_context", _same),
     "n_ctx": ("max_context", _context_of),
     "gpu_batch_size": ("max_batch_size", _same),
-    "load_in_4bit": ("compression", lambda _, wanted: "4bit" if wanted else DEFAULT),
-    "load_in_8bit": ("compression", lambda _, wanted: "8bit" if wanted else DEFAULT),
+    "load_in_4bit": ("compression", lambda name, wanted: "4bit" if _asks(name, wanted) else DEFAULT),
+    "load_in_8bit": ("compression", lambda name, wanted: "8bit" if _asks(name, wanted) else DEFAULT),
     ARGUMENT: ("compression", lambda _, wanted: read_asked(wanted) if wanted else DEFAULT),
 }
 """Arguments that mean what one of ours means: its name, and what gives its value."""
@@ -150,12 +159,15 @@ def adopt(foreign: Mapping[str, Any], given: Mapping[str, Any], defaults: Mappin
     Raises:
         ArgumentError: an argument is unknown, cannot be honoured, or contradicts one that is `given`.
     """
-    options, idle = dict(given), list[str]()
+    options, idle, typed = dict(given), list[str](), dict[str, str]()
     for name, value in foreign.items():
         if name in HONOURED:
             ours, translate = HONOURED[name]
             meant = translate(name, value)
-            _set(options, ours, meant, defaults, str(meant) if name == ARGUMENT else f"{name}={value!r}")
+            said = str(meant) if name == ARGUMENT else f"{name}={value!r}"
+            _set(options, ours, meant, defaults, said, typed.get(ours))
+            if meant is not DEFAULT:
+                typed.setdefault(ours, said)
         elif name in HARMLESS:
             idle.append(f"{name} ({HARMLESS[name]})")
         elif name not in REFUSED:
@@ -191,12 +203,15 @@ def refuse_unnamed(values: Sequence[Any]) -> None:
     raise ArgumentError(f"{value!r} has no name: behind the model's, every argument is named, as in {meant}")
 
 
-def _set(options: dict[str, Any], ours: str, value: Any, defaults: Mapping[str, Any], typed: str) -> None:
+def _set(
+    options: dict[str, Any], ours: str, value: Any, defaults: Mapping[str, Any], typed: str, before: str | None
+) -> None:
+    """Set one of ours, which `typed` asks for; `before` is how another name of its has asked for it, if one has."""
     if value is DEFAULT:
         return
     other = options.get(ours, defaults[ours])
     if other not in (defaults[ours], value):
-        theirs = str(other) if isinstance(other, AskedFormat) else f"{ours}={other!r}"
+        theirs = before or (str(other) if isinstance(other, AskedFormat) else f"{ours}={other!r}")
         raise ArgumentError(f"{typed} and {theirs} contradict each other: leave the first one out")
     options[ours] = value
 

@@ -85,7 +85,10 @@ def _links(profile: ProfileData) -> Iterator[str]:
         speed, limit, source = use.bytes_per_second, f"{'':16}", "" if profile.is_direct or link != DISK else PAGE_CACHE
         if rate is not None:
             limit, source = f"{rate.per_second / 1e9:>9.2f}{speed / rate.per_second:>7.0%}", rate.source
-        yield f"{link:<14}{figures}{speed / 1e9:>8.2f}{limit}  {source}".rstrip()[:WIDTH]
+        line = f"{link:<14}{figures}{speed / 1e9:>8.2f}{limit}  "
+        if len(line) + len(source) > WIDTH:
+            source = source.partition(":")[0]  # "assumed", and of what is told where there is room
+        yield (line + source).rstrip()[:WIDTH]
     yield f"{total.hidden:.0%} of the transfers hidden behind computation; bottleneck: {profile.bottleneck}"
 
 

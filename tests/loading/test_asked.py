@@ -247,7 +247,7 @@ def test_what_cannot_be_had(
         ),
         (
             {"load_in_8bit": True, "quantization_config": {"quant_method": "fp8"}},
-            r"quantization_config \(FineGrainedFP8Config\) and compression='8bit' contradict each other",
+            r"quantization_config \(FineGrainedFP8Config\) and load_in_8bit=True contradict each other",
         ),
         (
             {"compression": "nf4", "quantization_config": four()},

@@ -39,6 +39,8 @@ HONOURED_AS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"device_map": {"": "cpu"}}, {"device": "cpu"}),
     ({"prefetching": True}, {}),
     ({"prefetching": False}, {"prefetch_batches": 0}),
+    ({"prefetching": 0}, {"prefetch_batches": 0}),
+    ({"prefetching": None, "load_in_4bit": None}, {}),
     ({"max_seq_len": 512}, {"max_context": 512}),
     ({"max_model_len": 512}, {"max_context": 512}),
     ({"n_ctx": 512}, {"max_context": 512}),
@@ -71,7 +73,7 @@ def test_every_name_is_in_one_table_and_tried() -> None:
     [
         ({"torch_dtype": "float16"}, {"dtype": "bfloat16"}, "torch_dtype='float16' and dtype='bfloat16' contradict"),
         ({"device_map": "cuda"}, {"device": "cpu"}, "device_map='cuda' and device='cpu' contradict"),
-        ({"max_seq_len": 5, "n_ctx": 6}, {}, "n_ctx=6 and max_context=5 contradict"),
+        ({"max_seq_len": 5, "n_ctx": 6}, {}, "n_ctx=6 and max_seq_len=5 contradict"),
         (
             {"device_map": {"model.layers.0": 0, "lm_head": "cpu"}},
             {},
@@ -83,6 +85,18 @@ def test_every_name_is_in_one_table_and_tried() -> None:
 def test_contradictions_are_told(foreign: dict[str, Any], given: dict[str, Any], said: str) -> None:
     with pytest.raises(ArgumentError, match=said):
         adopt(foreign, given, DEFAULTS)
+
+
+@pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit", "prefetching"])
+@pytest.mark.parametrize("text", ["no", "False", 2, 0.5], ids=str)
+def test_a_switch_is_true_or_false(name: str, text: object) -> None:
+    with pytest.raises(ArgumentError, match=f"{name}={text!r}: use True or False"):
+        adopt({name: text}, {}, DEFAULTS)
+
+
+def test_two_switches_that_contradict_are_told_by_their_own_names() -> None:
+    with pytest.raises(ArgumentError, match="load_in_8bit=True and load_in_4bit=True contradict each other"):
+        adopt({"load_in_4bit": True, "load_in_8bit": True}, {}, DEFAULTS)
 
 
 def test_saying_the_same_twice_is_no_contradiction() -> None:

@@ -436,6 +436,14 @@ def test_the_table_of_large_numbers_fits_too() -> None:
     assert "for disk " not in str(profile)
 
 
+def test_where_a_rate_comes_from_is_told_in_whole_words() -> None:
+    profile = Profile("tiny", "cpu", "bfloat16", 0.0, {"disk": Rate(3.3e9, "assumed: NVMe on PCIe 3")})
+    costs = Costs(1, 1, 1.0, 0.5, 0.0, 0.0, 0.0, stalls={}, links={"disk": LinkUse(0.5, 1 << 30)})
+    profile.add(PassProfile(0, "decode", 1, 0.0, True, costs))
+    (line,) = [line for line in str(profile).splitlines() if line.startswith("disk ")]
+    assert line.endswith("%  assumed")
+
+
 def test_what_the_page_cache_gives_is_not_held_against_the_disk(folder: Path) -> None:
     with stream(folder, page_cache=True) as model, model.profile() as profile:
         model(IDS)
