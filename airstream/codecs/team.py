@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from pathlib import Path
 
 import torch
+
+from airstream.system.forks import is_forked
 
 __all__ = ["Team", "team_for"]
 
@@ -23,9 +24,6 @@ RUNS_EACH = 8
 
 MAX_THREADS = 1024
 """As team.c has it."""
-
-_PROCESS = os.getpid()
-"""A fork of it has none of torch's threads, and OpenMP would wait for them."""
 
 
 class Team(ctypes.Structure):
@@ -39,7 +37,7 @@ class Team(ctypes.Structure):
 
     def __init__(self, threads: int, run: int, room: int) -> None:
         self._memory = torch.empty(threads * room, dtype=torch.float32, device="cpu")
-        waiting = torch_threads() if os.getpid() == _PROCESS else None
+        waiting = None if is_forked() else torch_threads()  # a fork has none of them, and OpenMP would wait for them
         super().__init__(waiting, threads, run, room, self._memory.data_ptr())
 
 
