@@ -240,11 +240,12 @@ import os, signal, sys, torch, airstream
 assert not any(name.startswith("airstream.codecs") for name in sys.modules)
 torch.set_num_threads(3)
 torch.randn(1 << 20).exp()
+numbers, vectors = torch.ones(1024, 1024, dtype=torch.bfloat16), torch.ones(1, 1024)
 if (pid := os.fork()) == 0:
     signal.alarm(20)
     from airstream.codecs.products import RowFormat, StoredRows, multiply
-    weight = StoredRows(RowFormat("bf16", 1024, 2048), 1024, torch.ones(1024, 1024, dtype=torch.bfloat16))
-    os._exit(0 if multiply(weight, torch.ones(1, 1024)).eq(1024).all() else 1)
+    weight = StoredRows(RowFormat("bf16", 1024, 2048), 1024, numbers)
+    os._exit(0 if multiply(weight, vectors).eq(1024).all() else 1)
 sys.exit(os.waitpid(pid, 0)[1])
 """
 

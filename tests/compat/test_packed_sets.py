@@ -154,7 +154,5 @@ def test_a_weight_of_torchao_says_the_sizes_of_its_groups(
     said = json.loads(metadata[weight])
     said["_data"]["block_size"] = block_size
     save_file(tensors, file, metadata=metadata | {weight: json.dumps(said)})
-    with pytest.raises(
-        CheckpointError, match=rf"model\.safetensors: block_size of '{re.escape(weight)}' .* is damaged"
-    ):
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: block_size of '{re.escape(weight)}'"):
         stream(tmp_path / "other")
