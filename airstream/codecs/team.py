@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from pathlib import Path
 
 import torch
-
-from airstream.system.forks import is_forked
 
 __all__ = ["Team", "team_for"]
 
@@ -24,6 +23,9 @@ RUNS_EACH = 8
 
 MAX_THREADS = 1024
 """As team.c has it."""
+
+_PROCESS = os.getpid()
+"""A fork of it has none of torch's threads, and OpenMP would wait for them."""
 
 
 class Team(ctypes.Structure):
@@ -37,7 +39,7 @@ class Team(ctypes.Structure):
 
     def __init__(self, threads: int, run: int, room: int) -> None:
         self._memory = torch.empty(threads * room, dtype=torch.float32, device="cpu")
-        waiting = None if is_forked() else torch_threads()  # a fork has none of them, and OpenMP would wait for them
+        waiting = torch_threads() if os.getpid() == _PROCESS else None
         super().__init__(waiting, threads, run, room, self._memory.data_ptr())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -233,26 +232,6 @@ def test_a_fork_does_not_wait_for_threads_of_the_parent() -> None:
     if (pid := os.fork()) == 0:
         os._exit(0 if torch.equal(multiply(weight, vectors), before) else 1)
     assert os.waitpid(pid, 0)[1] == 0
-
-
-IN_A_FORK = """
-import os, signal, sys, torch, airstream
-assert not any(name.startswith("airstream.codecs") for name in sys.modules)
-torch.set_num_threads(3)
-torch.randn(1 << 20).exp()
-numbers, vectors = torch.ones(1024, 1024, dtype=torch.bfloat16), torch.ones(1, 1024)
-if (pid := os.fork()) == 0:
-    signal.alarm(20)
-    from airstream.codecs.products import RowFormat, StoredRows, multiply
-    weight = StoredRows(RowFormat("bf16", 1024, 2048), 1024, numbers)
-    os._exit(0 if multiply(weight, vectors).eq(1024).all() else 1)
-sys.exit(os.waitpid(pid, 0)[1])
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork_that_imports_more_than_its_parent_had_does_not_wait_for_threads_of_the_parent() -> None:
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", IN_A_FORK], check=False).returncode == 0
 
 
 def test_the_dtype_of_panels_is_one_that_kernels_write() -> None:
