@@ -26,6 +26,7 @@ from airstream.errors import (
     UnsupportedError,
 )
 from airstream.reporting.status import status as telling  # by that name it would hide its module
+from airstream.system.forks import BORN_AS  # noqa: F401 - from now on a fork is known as one, whatever it imports
 from airstream.system.importing import quiet_imports
 
 if TYPE_CHECKING:

@@ -82,7 +82,7 @@ def read_header(file: Path) -> list[StoredTensor]:
         _stored_tensor(file, name, entry, data_start) for name, entry in header.items() if name != "__metadata__"
     ]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.end))
-    tensors = unfold(file, tensors, header.get("__metadata__"))
+    tensors = unfold(file, tensors, _metadata(file, header))
     end, previous = data_start, "the header"
     for tensor in tensors:
         if tensor.offset < end:
@@ -116,6 +116,19 @@ def _load_header(file: Path) -> tuple[dict[str, Any], int, int]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{file}: the header is not a table of tensors")
     return header, 8 + header_bytes, file_bytes
+
+
+def _metadata(file: Path, header: Mapping[str, Any]) -> Mapping[str, str]:
+    """What the header says of the file, which safetensors itself reads too: texts."""
+    metadata = header.get("__metadata__") or {}
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file}: __metadata__ in the header is no table of texts. Download it again")
+    for key, value in metadata.items():
+        if not isinstance(value, str):
+            raise CheckpointError(
+                f"{file}: {key[:80]!r} in the header's __metadata__ is {str(value)[:40]}, not a text. Download it again"
+            )
+    return metadata
 
 
 def _check_head(file: Path, head: bytes, file_bytes: int) -> None:

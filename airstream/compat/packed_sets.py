@@ -72,10 +72,15 @@ def _check_described(weight: str, names: list[str], data: Any, index: Index) -> 
             raise CheckpointError(_missing(next(iter(parts.values())), key) + ": download the checkpoint again")
     block = data.get("block_size") if isinstance(data, Mapping) else None
     numbers, scales = parts.get("qdata"), parts.get("scale")
-    if numbers is None or scales is None or not isinstance(block, list) or len(block) != len(numbers.shape):
+    if numbers is None or scales is None or block is None:
         return
-    if not all(type(size) is int and size > 0 for size in block):
-        return
+    if not isinstance(block, list) or not all(type(size) is int and size > 0 for size in block):
+        raise CheckpointError(
+            f"{numbers.file}: block_size of {weight!r} in the header's __metadata__ is {str(block)[:40]}, which is no "
+            "list of sizes: it is damaged. Download the checkpoint again"
+        )
+    if len(block) != len(numbers.shape):
+        return  # numbers in the order of a kernel
     wanted, turned = (
         math.prod(-(-length // size) for length, size in zip(shape, block, strict=True))
         for shape in (numbers.shape, numbers.shape[::-1])

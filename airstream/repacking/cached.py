@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from airstream.layout.packable import may_pack
 from airstream.loading.asked import codec_name, reworded
 from airstream.loading.options import LoadOptions
 from airstream.repacking.kept import is_made
-from airstream.repacking.manifest import digest_of, fingerprint, read_manifest
-from airstream.repacking.repack import copied_files, repack_and_report
+from airstream.repacking.manifest import digest_of, read_manifest
+from airstream.repacking.repack import repack_and_report
+from airstream.repacking.source import Source, state_of
 from airstream.repacking.unfinished import what_is_in_the_way
 from airstream.repacking.write import sha256_of
 from airstream.system.in_use import lock_of, packed_folder
@@ -65,8 +66,8 @@ def packed_copy(
     if codec == LOSSLESS_CODEC and not any(may_pack(tensor) for tensor in index.values()):
         logger.warning("%s has no weights in bfloat16 that are not packed: it is streamed as it is", folder)
         return folder
-    small = {file.name: sha256_of(file) for file in copied_files(folder)}  # which are copied: a config may be changed
-    facts = {"folder": str(folder), "source": fingerprint(index.files), "small": small, "codec": codec}
+    source = state_of(folder, index.files)
+    facts = {"folder": str(folder), "source": source.weights, "small": source.small, "codec": codec}
     if isinstance(compression, AskedFormat):
         facts |= {"settings": compression.settings, "dtype": str(compression.dtype)}
     made_of = digest_of(facts)
@@ -80,7 +81,7 @@ def packed_copy(
             if not _is_made(target):  # else another process made it while this one waited for the lock
                 _refuse_foreign(target.with_name(f".{target.name}-repacking"))
                 _remove(target)
-                _make(folder, target, compression, options)
+                _make(source, index.files, target, compression, options)
     except AirstreamError:
         raise
     except OSError as error:
@@ -121,10 +122,14 @@ def _remove(target: Path) -> None:
         shutil.rmtree(target)
 
 
-def _make(folder: Path, target: Path, codec: str | AskedFormat, options: LoadOptions) -> None:
+def _make(source: Source, files: Iterable[Path], target: Path, codec: str | AskedFormat, options: LoadOptions) -> None:
     def begins() -> None:
-        logger.warning("packing %s with codec %s, once, into %s", folder, codec_name(codec), target)
+        source.check_weights(files)  # the copy is called by what it was
+        source.check_small()
+        logger.warning("packing %s with codec %s, once, into %s", source.folder, codec_name(codec), target)
 
     known: dict[str, Any] = {"variant": options.variant, "trust_remote_code": options.trust_remote_code}
-    report = repack_and_report(folder, target, codec=codec, progress=bool(options.progress), begins=begins, **known)
+    report = repack_and_report(
+        source.folder, target, codec=codec, progress=bool(options.progress), begins=begins, **known
+    )
     logger.warning("packed it: %s", report)

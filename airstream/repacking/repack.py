@@ -10,7 +10,6 @@ written (`write`).
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +31,10 @@ from airstream.loading.arguments import refuse_others
 from airstream.loading.asked import codec_name
 from airstream.loading.options import SOURCE_OPTIONS, LoadOptions, check_flag
 from airstream.loading.prepare import prepare
-from airstream.loading.prepared import Prepared
 from airstream.repacking.files import check_storable, plan_files
-from airstream.repacking.manifest import FORMAT, JOURNAL, digest_of, fingerprint, read_journal, write_json
+from airstream.repacking.manifest import FORMAT, JOURNAL, digest_of, read_journal, write_json
 from airstream.repacking.report import RepackReport
+from airstream.repacking.source import Source, copied_files, state_of
 from airstream.repacking.target import beside, check_target, is_done, target_of
 from airstream.repacking.unfinished import begin_folder, what_is_in_the_way
 from airstream.repacking.way import Way
@@ -45,12 +44,6 @@ from airstream.reporting.status import status
 from airstream.reporting.units import parse_shard_size
 from airstream.system.cache import sync
 from airstream.system.disk_space import check_file_size, check_free_space, named_when_full
-
-NOT_COPIED = re.compile(
-    r"\..*|.*\.(safetensors|bin|pth|pt|gguf|h5|msgpack|onnx|ot|tflite|index\.json)|" + re.escape(MANIFEST)
-)
-"""Files of weights, which are rewritten, and copies of them in other formats; hidden files."""
-
 
 CONFIG = "config.json"
 
@@ -131,9 +124,10 @@ def repack_and_report(
     shards, chosen = plan_files(prepared, layers, shard_bytes, way)
     smaller = ", or name a smaller shard_size=... (a layer is never cut)"
     check_file_size(max(way.expected_bytes(shard) for shard in shards), "repacking", smaller)
-    facts = _facts(prepared, codec, shards, chosen)
+    source = state_of(prepared.folder, prepared.index.files)
+    facts = _facts(prepared.dtype, source, codec, shards, chosen)
     begins()
-    kept = _write(target, prepared.folder, shards, facts, way, progress)
+    kept = _write(target, source, shards, facts, way, progress)
     return RepackReport(
         target,
         num_files=len(shards),
@@ -146,24 +140,28 @@ def repack_and_report(
 
 
 def _facts(
-    prepared: Prepared, codec: str | AskedFormat | None, shards: Sequence[Shard], chosen: tuple[int, int] | None
+    dtype: torch.dtype,
+    source: Source,
+    codec: str | AskedFormat | None,
+    shards: Sequence[Shard],
+    chosen: tuple[int, int] | None,
 ) -> dict[str, Any]:
     """What tells the result from others; of which tensors lie in which file, only a digest."""
     recipe: dict[str, Any] = {
         "format": FORMAT,
-        "source": fingerprint(prepared.index.files),
+        "source": source.weights,
         "layers": None if chosen is None else list(chosen),
         "shards": {shard.file: [tensor.name for tensor in shard.tensors] for shard in shards},
     }
     if codec is not None:
         recipe["codec"] = codec_name(codec)
     if isinstance(codec, AskedFormat):
-        recipe["settings"] = codec.settings | {"dtype": str(prepared.dtype)}
+        recipe["settings"] = codec.settings | {"dtype": str(dtype)}
     return {"recipe": digest_of(recipe)} | {name: recipe[name] for name in recipe if name != "shards"}
 
 
 def _write(
-    target: Path, source: Path, shards: Sequence[Shard], facts: Mapping[str, Any], way: Way, progress: bool
+    target: Path, source: Source, shards: Sequence[Shard], facts: Mapping[str, Any], way: Way, progress: bool
 ) -> int | None:
     """Fill the folder beside `target` that takes its name when it is complete.
 
@@ -214,7 +212,7 @@ class _Repack:
     """One repack under way in the folder `work`."""
 
     def __init__(
-        self, work: Path, source: Path, shards: Sequence[Shard], facts: Mapping[str, Any], way: Way, progress: bool
+        self, work: Path, source: Source, shards: Sequence[Shard], facts: Mapping[str, Any], way: Way, progress: bool
     ) -> None:
         self._work = work
         self._source = source
@@ -234,7 +232,7 @@ class _Repack:
     def missing_bytes(self) -> int:
         """What is still to be written."""
         missing = [shard for shard in self._shards if shard.file not in self._done]
-        small = [file for file in copied_files(self._source) if file.name not in self._done]
+        small = [file for file in copied_files(self._source.folder) if file.name not in self._done]
         return sum(map(self._way.expected_bytes, missing)) + sum(file.stat().st_size for file in small)
 
     def fill(self) -> None:
@@ -249,14 +247,17 @@ class _Repack:
             check_free_space(self._work, self.missing_bytes(), f"repacking into {self._work.parent}", GOES_ON)
             for shard in self._shards:
                 if shard.file not in self._done:
-                    self._note(shard.file, self._way.write(self._work / shard.file, shard, bar.update))
-        for file in copied_files(self._source):
+                    checksum = self._way.write(self._work / shard.file, shard, bar.update)
+                    self._source.check_weights({tensor.file: None for tensor in shard.tensors})
+                    self._note(shard.file, checksum)
+        for file in copied_files(self._source.folder):
             if self._way.config is not None and file.name == CONFIG:
                 write_json(self._work / CONFIG, self._way.config(file))
             else:
                 copy_small(file, self._work / file.name)
             sync(self._work / file.name)
             self._note(file.name, sha256_of(self._work / file.name))
+        self._source.check_small()
         if len(self._shards) > 1:
             write_json(self._work / SHARD_INDEX, self._index())
             self._note(SHARD_INDEX, sha256_of(self._work / SHARD_INDEX))
@@ -288,8 +289,3 @@ class _Repack:
     def _index(self) -> dict[str, Any]:
         places = {tensor.name: shard.file for shard in self._shards for tensor in shard.tensors}
         return {"metadata": {"total_size": sum(shard.nbytes for shard in self._shards)}, "weight_map": places}
-
-
-def copied_files(folder: Path) -> list[Path]:
-    """The small files of a checkpoint, which belong to any copy of it: config, tokenizer, code."""
-    return [file for file in sorted(folder.iterdir()) if file.is_file() and not NOT_COPIED.fullmatch(file.name)]

@@ -449,3 +449,9 @@ def test_a_checkpoint_of_no_tensors_is_refused(tiny: WriteTiny, tmp_path: Path, 
     for use in (AutoModel.from_pretrained, AutoModel.plan):
         with pytest.raises(CheckpointError, match=rf"{re.escape(str(folder))}.* has no (weight_map of )?tensors"):
             use(folder, device="cpu")
+
+
+@pytest.mark.parametrize("metadata", [["a"], "a", 1, {"weight": 1}, {"weight": None}, {"weight": {}}], ids=str)
+def test_metadata_that_are_no_texts_are_refused_as_safetensors_does(file: Path, metadata: object) -> None:
+    """Who needs them (torchao) would ask safetensors for them, which names no file."""
+    refused(write(file, {"a": entry(), "__metadata__": metadata}, 8), "__metadata__.* text")

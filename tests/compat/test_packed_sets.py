@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -139,3 +140,19 @@ def test_a_sound_one_is_not_refused(written: Callable[[str], Path], name: str) -
     with stream(written(name)) as model:
         assert logits(model, prompts(1, 2)).isfinite().all()
     assert not verify(written(name), progress=False).faults
+
+
+@pytest.mark.parametrize("block_size", [-1, [1, -1], [1, "64"], {}, "64"], ids=str)
+def test_a_weight_of_torchao_says_the_sizes_of_its_groups(
+    written: Callable[[str], Path], tmp_path: Path, block_size: object
+) -> None:
+    """Else torchao would fail in the first pass, in words of its own."""
+    spoiled(written("torchao"), tmp_path / "other", STEM + "_weight_scale", lambda it: it)
+    file, weight = tmp_path / "other" / "model.safetensors", f"{STEM}weight"
+    with safe_open(file, "pt") as opened:
+        tensors, metadata = {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+    said = json.loads(metadata[weight])
+    said["_data"]["block_size"] = block_size
+    save_file(tensors, file, metadata=metadata | {weight: json.dumps(said)})
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: block_size of '{re.escape(weight)}'"):
+        stream(tmp_path / "other")

@@ -16,10 +16,11 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import airstream
-from airstream import ArgumentError, AutoModel, BudgetError, DiskSpaceError, UnsupportedError
+from airstream import ArgumentError, AutoModel, BudgetError, CheckpointError, DiskSpaceError, UnsupportedError
 from airstream.cli import main
 from airstream.loading.prepare import prepare_for_planning
 from airstream.repacking import cached
+from airstream.repacking import repack as repack_module
 from airstream.repacking.manifest import MANIFEST
 from tests.compat.test_quantising import packages
 from tests.conftest import Resident, WriteTiny, stream
@@ -254,3 +255,41 @@ def test_a_budget_that_is_too_small_is_refused_before_anything_is_packed(
     monkeypatch.setattr(cached, "repack_and_report", lambda *_, **__: pytest.fail("it was packed"))
     with pytest.raises(BudgetError, match=r"does not fit"):
         AutoModel.from_pretrained(tiny("llama", BF16), device="cpu", compression="int8", max_memory="20MiB")
+
+
+@pytest.mark.parametrize(
+    ("moment", "name"),
+    [
+        ((cached, "_make"), "model.safetensors"),  # after it got its name
+        ((repack_module, "begin_folder"), "model.safetensors"),
+        ((repack_module, "_facts"), "config.json"),
+    ],
+)
+def test_a_checkpoint_that_changes_while_it_is_packed_is_taken_for_neither(
+    tiny: WriteTiny,
+    resident: Resident,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: tuple[Any, str],
+    name: str,
+) -> None:
+    """Else the copy would be called by what the checkpoint was, have what it is now, and be found when that is back."""
+    folder = shutil.copytree(tiny("llama", BF16), tmp_path / "model")
+    file, old = folder / name, shutil.copy2(folder / name, tmp_path / "old")
+
+    do = getattr(*moment)
+
+    def changed(*arguments: Any) -> Any:
+        contents = file.read_bytes()
+        file.write_bytes(contents + b"\n" if name == "config.json" else contents[:-2] + bytes(2))
+        return do(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*moment, changed)
+        with pytest.raises(CheckpointError, match=rf"was changed while it was written anew \({name}\): do so again"):
+            AutoModel.from_pretrained(folder, device="cpu", **PACKED)
+    assert not list((cache / "packed").glob("[!.]*"))
+    shutil.copy2(old, file)
+    with stream(folder, max_memory="100MiB", **PACKED) as model:
+        assert_equal(model, resident("llama", BF16, BF16))

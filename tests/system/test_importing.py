@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 from contextlib import suppress
 
 import pytest
@@ -29,3 +32,18 @@ def test_a_level_that_the_user_has_set_is_kept(caplog: pytest.LogCaptureFixture)
             logging.getLogger(TALKATIVE[0]).info("wanted")
         assert logging.getLogger(TALKATIVE[0]).level == logging.INFO
     assert [record.message for record in caplog.records] == ["wanted"]
+
+
+IN_A_FORK = """
+import os, sys, airstream
+if (pid := os.fork()) == 0:
+    from airstream.system.forks import is_forked
+    os._exit(0 if is_forked() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_fork_that_is_the_first_to_use_the_package_is_known_as_one() -> None:
+    """Else it would load a model with several threads, and wait for those of its parent."""
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", IN_A_FORK], check=False).returncode == 0
