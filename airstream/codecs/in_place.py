@@ -17,8 +17,7 @@ import torch
 from airstream.codecs.block_types import GRID_TYPES, BlockType
 from airstream.codecs.grids import grid_of
 from airstream.codecs.library import has_kernels, library
-from airstream.codecs.lossless import damage
-from airstream.codecs.lossless_blocks import LOSSLESS
+from airstream.codecs.lossless_blocks import LOSSLESS, damage
 from airstream.codecs.native import DTYPES
 from airstream.codecs.team import team_for
 from airstream.errors import CheckpointError

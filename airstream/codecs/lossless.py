@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from airstream.codecs.block_types import BlockType
-from airstream.codecs.lossless_blocks import HEAD_BYTES, LOSSLESS
+from airstream.codecs.lossless_blocks import HEAD_BYTES, LOSSLESS, damage
 from airstream.codecs.lossless_native import Kernel, checksums, decoder
 from airstream.codecs.words import bytes_of, nibbles, spread_bits, words_of
 from airstream.errors import CheckpointError
@@ -155,15 +155,6 @@ def _bits_in(data: torch.Tensor) -> torch.Tensor:
     pairs = data - (data >> 1).bitwise_and_(0x55)
     fours = (pairs & 0x33).add_((pairs >> 2).bitwise_and_(0x33))
     return (fours + (fours >> 4)).bitwise_and_(0x0F)
-
-
-def damage(block: BlockType, number: int) -> str:
-    """What is wrong with a block of type `block`, the `number`-th from 0, that cannot be unpacked."""
-    if block.name == "bf16x12":
-        what = f"it gives an exponent to a number beyond its {block.elements:,}"
-    else:
-        what = "more exponents are outside of its window than it lists"
-    return f"block {number:,} of {block.name} is damaged: {what}. Get the file again, or pack it anew"
 
 
 EXPONENTS: Mapping[str, Callable[[torch.Tensor, BlockType], Exponents]] = {

@@ -81,3 +81,12 @@ def lossless_block(name: str, elements: int, nbytes: int) -> BlockType:
             f"{elements:,} numbers of {name} take from {least:,} to {most:,} B, by whole slots, not {nbytes:,}"
         )
     return BlockType(name, elements, nbytes, dtype="bfloat16")
+
+
+def damage(block: BlockType, number: int) -> str:
+    """What is wrong with a block of type `block`, the `number`-th from 0, that cannot be unpacked."""
+    if block.name == "bf16x12":
+        what = f"it gives an exponent to a number beyond its {block.elements:,}"
+    else:
+        what = "more exponents are outside of its window than it lists"
+    return f"block {number:,} of {block.name} is damaged: {what}. Get the file again, or pack it anew"

@@ -54,7 +54,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("kept")
     write_model(TinyModel("llama", {**TINY["llama"].fields, **WIDE}), root / "plain", BF16)
     write_model(TinyModel("llama", {**TINY["llama"].fields, **WIDE, "num_hidden_layers": 24}), root / "deep", BF16)
-    made_of = dict.fromkeys(CODECS, "plain") | {"lossless": "deep"}  # a quarter less is worth the ring among many layers
+    made_of = dict.fromkeys(CODECS, "plain") | {"lossless": "deep"}  # few layers would not be worth the ring
     return {codec: repack(root / made_of[codec], root / codec, codec=codec, progress=False) for codec in CODECS}
 
 
