@@ -18,11 +18,13 @@ from airstream.codecs.block_types import GRID_TYPES, BlockType
 from airstream.codecs.grids import grid_of
 from airstream.codecs.library import has_kernels, library
 from airstream.codecs.lossless_blocks import LOSSLESS, damage
-from airstream.codecs.native import DTYPES
 from airstream.codecs.team import team_for
 from airstream.errors import CheckpointError
 
 __all__ = ["may_unpack", "unpack_in_place"]
+
+WRITTEN = (torch.float32, torch.bfloat16)
+"""What kernels write; of lossless blocks, the latter."""
 
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 
@@ -42,7 +44,7 @@ def may_unpack(block: BlockType, dtype: torch.dtype) -> bool:
     """Whether there is a kernel that makes numbers in `dtype` of `block`, and these take more bytes than it does."""
     if not has_kernels() or _kernel(block.name) is None or block.nbytes >= block.elements * dtype.itemsize:
         return False
-    return dtype == torch.bfloat16 if block.name in LOSSLESS else dtype in DTYPES
+    return dtype == torch.bfloat16 if block.name in LOSSLESS else dtype in WRITTEN
 
 
 def unpack_in_place(numbers: torch.Tensor, packed: torch.Tensor, block: BlockType) -> None:

@@ -19,7 +19,7 @@ from airstream.codecs.team import team_for
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 
 _PRODUCT = (_ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS, _SIZE, _ADDRESS, _SIZE)
-_ROWS = (_ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _ADDRESS, ctypes.c_int, _SIZE)
+_ROWS = (_ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _SIZE, _ADDRESS, ctypes.c_int, _SIZE, _ADDRESS, _SIZE)
 
 SCALE_BYTES = {torch.float32: 4, torch.bfloat16: 2}
 """Dtypes of scales that kernels read."""
@@ -70,10 +70,21 @@ class NativeRows:
         return share(ctypes.byref(team), self._kernel("product"), ctypes.byref(self._weight), rows, *given)
 
     def make_dense(self, first: int, out: torch.Tensor) -> int:
-        """Write the rows from `first` on to `out` (rows, columns), float32 or bfloat16. Returns as `multiply` does."""
+        """Write the rows from `first` on to `out` (rows, columns), float32 or bfloat16. Returns as `multiply` does.
+
+        They may lie in the memory of `out`, if they end where it does, or behind.
+
+        Raises:
+            ValueError: they end before.
+        """
+        numbers, start = self._kept[0], out.data_ptr()
+        last = numbers.data_ptr() + numbers.nbytes
+        if numbers.data_ptr() < start + out.nbytes and start < last < start + out.nbytes:
+            raise ValueError(f"rows end {start + out.nbytes - last} B before the numbers in whose place they are")
         team, share = team_for(len(out), self.columns), _function("team_rows", _ROWS)
-        given = (first, len(out), out.data_ptr(), out.dtype == torch.bfloat16, self.columns * out.itemsize)
-        return share(ctypes.byref(team), self._kernel("rows"), ctypes.byref(self._weight), *given)
+        given = (first, len(out), start, out.dtype == torch.bfloat16, self.columns * out.itemsize)
+        stored = (numbers.data_ptr(), self._weight.row_bytes)
+        return share(ctypes.byref(team), self._kernel("rows"), ctypes.byref(self._weight), *given, *stored)
 
     def _kernel(self, what: str) -> Any:
         return _address(f"{what}_{self._kind}")

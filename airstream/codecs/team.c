@@ -132,12 +132,42 @@ static size_t some_rows(const void *job, size_t first, size_t end, float *buffer
         some->narrow, buffer);
 }
 
-/* `kernel`, a rows_TYPE, of `rows` rows after the first `before`, each of which takes `row_bytes` in `out`. As above. */
+/* How many of `count` things of `stored` bytes each at `packed` may be written at `out`, where each takes `wide`, before they
+ * fall on what has not been read: all, if they lie elsewhere. They lie so that they end where their numbers do, or behind. */
+static size_t free_of(const void *packed, size_t stored, size_t count, const void *out, size_t wide) {
+    uintptr_t from = (uintptr_t)packed, to = (uintptr_t)out;
+    size_t some = from > to ? (from - to) / wide : 0;
+    return from >= to + count * wide || from + count * stored <= to || some > count ? count : some;
+}
+
+/* As `team`, for so much less: a part of it, or who calls alone. */
+static Team for_some(const Team *team, size_t count, size_t numbers) {
+    Team turn = *team;
+    if (count * numbers < ALONE_BELOW)
+        turn.threads = 1;
+    turn.run = count / (turn.threads * RUNS_EACH) + 1;
+    return turn;
+}
+
+/* `kernel`, a rows_TYPE, of `rows` rows after the first `before`, each of which takes `row_bytes` in `out`, and `stored_bytes`
+ * from `numbers` on. These may lie at the end of `out`: then as many at once as fill what has been read. As above. */
 size_t team_rows(const Team *team, Rows *kernel, const void *weight, size_t before, size_t rows, void *out, int narrow,
-    size_t row_bytes) {
-    Dense job = {kernel, weight, before, row_bytes, out, narrow};
-    Task task = {.team = team, .compute = some_rows, .job = &job, .end = rows};
-    return work_out(&task);
+    size_t row_bytes, const char *numbers, size_t stored_bytes) {
+    size_t done = 0;
+    while (done < rows) {
+        char *to = (char *)out + done * row_bytes;
+        size_t some = free_of(numbers + (before + done) * stored_bytes, stored_bytes, rows - done, to, row_bytes);
+        if (some == 0)
+            some = 1; /* a row is read before it is written */
+        Dense job = {kernel, weight, before + done, row_bytes, to, narrow};
+        Team turn = some < rows ? for_some(team, some, row_bytes / (narrow ? 2 : 4)) : *team;
+        Task task = {.team = &turn, .compute = some_rows, .job = &job, .end = some};
+        size_t whole = work_out(&task);
+        done += whole;
+        if (whole < some)
+            break;
+    }
+    return done;
 }
 
 /* Blocks of one type: `nbytes` each, of `elements` numbers that take `item_bytes` each unpacked. */
@@ -204,23 +234,16 @@ static size_t some_blocks(const void *job, size_t first, size_t end, float *buff
  * reach beyond it: there in turns of as many as fill what has been read. How many come before a damaged one. */
 size_t team_unpack(const Team *team, const Blocks *blocks, const uint8_t *packed, size_t count, char *out) {
     size_t wide = blocks->elements * blocks->item_bytes, done = 0;
-    uintptr_t from = (uintptr_t)packed, to = (uintptr_t)out;
-    int is_elsewhere = from >= to + count * wide || from + count * blocks->nbytes <= to;
     while (done < count) {
         Unpacking job = {blocks, packed + done * blocks->nbytes, out + done * wide, team, count * wide > LARGE};
-        size_t some = (size_t)(job.packed - (const uint8_t *)job.out) / wide;
-        Team turn = *team;
-        if (is_elsewhere || some > count - done)
-            some = count - done;
+        size_t some = free_of(job.packed, blocks->nbytes, count - done, job.out, wide);
         if (some == 0) { /* numbers of the last blocks would fall on themselves */
             memcpy(team->buffers, job.packed, blocks->nbytes);
             job.packed = (const uint8_t *)team->buffers;
             job.is_large = 0;
             some = 1;
         }
-        if (some * blocks->elements < ALONE_BELOW)
-            turn.threads = 1;
-        turn.run = some / (turn.threads * RUNS_EACH) + 1;
+        Team turn = for_some(team, some, blocks->elements);
         Task task = {.team = &turn, .compute = some_blocks, .job = &job, .end = some};
         size_t whole = work_out(&task);
         done += whole;

@@ -80,6 +80,22 @@ def packed_parts(spec: TensorSpec, packing: Packing) -> tuple[TensorSpec, ...]:
     return tuple(parts) if len(parts) == len(stored) else ()
 
 
+def _written_over(spec: TensorSpec, packing: Packing) -> tuple[TensorSpec, ...]:
+    """What of the sources of `spec` may lie at the end of its place: what it is made of, row by row, by a kernel."""
+    made_by = spec.made_by
+    if (
+        made_by is None
+        or made_by.name != spec.name
+        or not packing.unpacks_there
+        or not is_made_in_passes(spec, packing)
+    ):
+        return ()
+    largest = max(made_by.sources, key=lambda raw: raw.nbytes)
+    is_plain = len(largest.pieces) == 1 and largest.pieces[0].cast is None and largest.nbytes < spec.nbytes
+    others = made_by.nbytes - largest.nbytes
+    return (largest,) if is_plain and others <= KERNEL_SHARE * spec.nbytes else ()
+
+
 def _made_of(spec: TensorSpec, packing: Packing) -> tuple[TensorSpec, ...]:
     return spec.stored if spec.made_by is not None else packed_parts(spec, packing)
 
@@ -104,11 +120,17 @@ def pack(
     parts = {spec.name: packed_parts(spec, packing) for spec in specs if beside and spec.made_by is None}
     unpacked = {name: each for name, each in parts.items() if each and {part.name for part in each} <= beside}
     stored = [spec for spec in stored_specs(specs) if spec.name not in beside and spec.name not in unpacked]
-    builder = _SlabBuilder(packing)
-    for spec in in_file_order(spec for spec in stored if spec.name not in elsewhere):
-        builder.add(spec)
     made = [spec for spec in specs if spec.made_by is not None and not spec.made_by.is_object]
-    for spec in [*(spec for spec in stored if spec.name in elsewhere), *made]:
+    under = {raw.name: spec for spec in made for raw in _written_over(spec, packing) if raw in stored}
+    builder = _SlabBuilder(packing)
+    for spec in in_file_order(spec for spec in stored if spec.name not in elsewhere and spec.name not in under):
+        builder.add(spec)
+    for spec in in_file_order(spec for spec in stored if spec.name in under):
+        builder.reserve(under[spec.name])
+        builder.land_in(under[spec.name], spec)
+    placed = {spec.name for spec in under.values()}
+    whole = [spec for spec in made if spec.name not in placed]
+    for spec in [*(spec for spec in stored if spec.name in elsewhere), *whole]:
         builder.reserve(spec)
     for spec in (spec for spec in specs if spec.name in unpacked):
         builder.unpack(spec, unpacked[spec.name])
@@ -163,6 +185,16 @@ class _SlabBuilder:
             base += self._phase(spec) % CACHE_LINE_BYTES
         self.offsets[spec.name] = base
         self.end = base + spec.nbytes
+
+    def land_in(self, spec: TensorSpec, raw: TensorSpec) -> None:
+        """Have `raw` land at the end of the place of `spec`, and a little behind, if it is read in place there."""
+        start, (piece,) = self.offsets[spec.name] + spec.nbytes - raw.nbytes, raw.pieces
+        shift = (piece.offset - start) % PAGE_BYTES
+        if (start + shift) % raw.dtype.itemsize:
+            shift = -start % raw.dtype.itemsize
+        self.offsets[raw.name] = start + shift
+        self._append(replace(piece, target=start + shift))
+        self.end = max(self.end, start + shift + raw.nbytes)
 
     def unpack(self, spec: TensorSpec, parts: Sequence[TensorSpec]) -> None:
         """Room for a tensor that is unpacked of `parts`, which lie elsewhere."""

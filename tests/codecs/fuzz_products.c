@@ -19,7 +19,7 @@ typedef struct {
 } Team;
 
 size_t team_product(const Team *, Product *, const Weight *, size_t, const float *, size_t, float *, size_t);
-size_t team_rows(const Team *, Rows *, const Weight *, size_t, size_t, void *, int, size_t);
+size_t team_rows(const Team *, Rows *, const Weight *, size_t, size_t, void *, int, size_t, const void *, size_t);
 typedef size_t Decode(const void *from, void *to, size_t count, size_t n, size_t slots);
 
 Decode decode_bf16x12, decode_bf16x11;
@@ -105,8 +105,8 @@ static size_t one(int kind) {
     if (KINDS[kind].widen(&weight, first, end, dense, narrow, buffer) != done || done > end - first)
         exit(2);
     Team team = {NULL, 1 + any(3), 1 + any(5), 2 * weight.columns, buffer};
-    if (team_rows(&team, KINDS[kind].widen, &weight, first, end - first, dense, narrow, weight.columns * (narrow ? 2 : 4))
-            != done
+    if (team_rows(&team, KINDS[kind].widen, &weight, first, end - first, dense, narrow, weight.columns * (narrow ? 2 : 4),
+            weight.numbers, weight.row_bytes) != done
         || (!first && end == rows
             && team_product(&team, KINDS[kind].multiply, &weight, rows, vectors, count, out, rows) != done))
         exit(3);

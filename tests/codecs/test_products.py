@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +116,41 @@ def test_rows_are_made_dense_to_the_bit(kind: str) -> None:
             out = torch.full((ROWS - first - 1, numbers.shape[1]), -7.0, dtype=dtype)
             make_dense(weight, first, out)
             assert torch.equal(out, numbers[first:-1].to(dtype))
+
+
+def at_the_end(weight: StoredRows, dtype: torch.dtype, beyond: int) -> tuple[StoredRows, torch.Tensor]:
+    """`weight`, whose rows lie in the memory of what they are to become, or reach beyond it, and that."""
+    nbytes = weight.rows * weight.format.columns * dtype.itemsize
+    stored = weight.numbers.view(torch.uint8).view(-1)
+    memory = torch.empty(nbytes + beyond, dtype=torch.uint8)
+    there = memory[nbytes + beyond - stored.numel() :].copy_(stored)
+    return replace(weight, numbers=there), memory[:nbytes].view(dtype).view(weight.rows, -1)
+
+
+@BY_WEIGHT
+@pytest.mark.parametrize("beyond", [0, 64, 4032])
+def test_rows_are_made_dense_where_they_lie(kind: str, beyond: int) -> None:
+    weight, numbers = WEIGHTS[kind]()
+    for dtype in (torch.float32, torch.bfloat16):
+        there, out = at_the_end(weight, dtype, beyond)
+        make_dense(there, 0, out)
+        assert torch.equal(out, numbers.to(dtype))
+
+
+def test_many_rows_are_made_dense_where_they_lie() -> None:
+    numbers = torch.randint(-128, 128, (3000, 512), dtype=torch.int8)
+    scales = torch.rand(3000)
+    there, out = at_the_end(StoredRows(RowFormat("int8", 512, 512, 512), 3000, numbers, scales), torch.bfloat16, 0)
+    make_dense(there, 0, out)
+    assert torch.equal(out, (numbers.float() * scales[:, None]).bfloat16())
+
+
+def test_rows_that_would_be_written_over_are_refused() -> None:
+    weight, numbers = of_fp8()
+    memory = torch.empty(numbers.numel() * 2, dtype=torch.uint8)
+    before = replace(weight, numbers=memory[: numbers.numel()])
+    with pytest.raises(ValueError, match="before the numbers in whose place they are"):
+        make_dense(before, 0, memory.view(torch.bfloat16).view(numbers.shape))
 
 
 @BY_WEIGHT

@@ -138,6 +138,14 @@ def test_what_stays_packed_is_read_once(folders: dict[str, Path], slow_disk: Non
 
 
 @BY_CODEC
+def test_what_is_dense_takes_no_room_for_what_it_is_made_of(folders: dict[str, Path], codec: str) -> None:
+    facts = prepare(folders[codec], LoadOptions(device="cpu", **STREAMING)).facts
+    taken = sum(group.nbytes for batch in facts.batchings[1] for group in batch.groups)
+    layers = facts.arithmetic.weight_bytes - facts.arithmetic.head_bytes
+    assert layers <= taken <= 1.15 * layers  # pages, and scales
+
+
+@BY_CODEC
 def test_a_fast_disk_leaves_the_processor_less_to_do(folders: dict[str, Path], codec: str) -> None:
     slow, fast = (plan_for(folders[codec], "cpu", 3_000_000, disk) for disk in (SLOW_DISK, FAST_DISK))
     assert slow.packed_bytes > 0 == fast.packed_bytes
