@@ -106,7 +106,8 @@ def main() -> None:
     for form, runs in found.items():
         median = statistics.median(each["seconds"] for each in runs)
         every = ", ".join(f"{each['seconds']:.2f}" for each in runs)
-        predicted, read = runs[-1]["predicted"], runs[-1]["read_bytes"] / 1e9
+        predicted = statistics.median(each["predicted"] for each in runs)
+        read = statistics.median(each["read_bytes"] for each in runs) / 1e9
         reached = [each["read_bytes"] / each["seconds"] / each["link"] for each in runs if each["link"]]
         of_link = f"{statistics.median(reached):.2f}" if reached else ""
         figures = f"{median:.2f} ({every}) | {median / first:.2f} | {predicted:.2f} | {read:.2f} GB | {of_link}"
