@@ -26,6 +26,9 @@ __all__ = ["may_unpack", "unpack_in_place"]
 WRITTEN = (torch.float32, torch.bfloat16)
 """What kernels write; of lossless blocks, the latter."""
 
+ROOM = 4096
+"""Numbers that a thread unpacks at a time, in its first cache, before they go to memory."""
+
 _ADDRESS, _SIZE = ctypes.c_void_p, ctypes.c_size_t
 
 _TYPES = (_ADDRESS, _ADDRESS, _ADDRESS, _SIZE, _ADDRESS)
@@ -65,7 +68,7 @@ def unpack_in_place(numbers: torch.Tensor, packed: torch.Tensor, block: BlockTyp
     first, last = packed.data_ptr(), packed.data_ptr() + packed.nbytes
     if first < end and last > start and last < end:
         raise ValueError(f"{packed.numel()} B of {block.name} end before their numbers, in whose place they are")
-    team, how = team_for(count, block.elements), _blocks(block, dtype)
+    team, how = team_for(count, block.elements, ROOM), _blocks(block, dtype)
     done = _unpack()(ctypes.byref(team), ctypes.byref(how), first, count, start)
     if done < count:
         raise CheckpointError(damage(block, done))

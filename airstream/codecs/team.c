@@ -16,9 +16,10 @@
 
 enum {
     MAX_THREADS = 1024,
-    LARGE = 4 << 20,
-    RUNS_EACH = 8,       /* as team.py has it */
-    ALONE_BELOW = 1 << 17, /* numbers: one thread has unpacked fewer before the others are awake */
+    LARGE = 4 << 20,         /* bytes that no core's own cache keeps until they are read */
+    RUNS_EACH = 8,           /* as team.py has it */
+    ALONE_BELOW = 1 << 17,   /* numbers: one thread has unpacked fewer before others are awake */
+    UNSTARTED_BELOW = 1 << 20, /* or before they have been started */
 };
 
 /* Calls `work(task)` in so many threads at once, the calling one among them: GOMP_parallel, as OpenMP has it. */
@@ -143,7 +144,7 @@ static size_t free_of(const void *packed, size_t stored, size_t count, const voi
 /* As `team`, for so much less: a part of it, or who calls alone. */
 static Team for_some(const Team *team, size_t count, size_t numbers) {
     Team turn = *team;
-    if (count * numbers < ALONE_BELOW)
+    if (count * numbers < (team->parallel ? ALONE_BELOW : UNSTARTED_BELOW))
         turn.threads = 1;
     turn.run = count / (turn.threads * RUNS_EACH) + 1;
     return turn;

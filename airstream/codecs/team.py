@@ -43,12 +43,12 @@ class Team(ctypes.Structure):
         super().__init__(waiting, threads, run, room, self._memory.data_ptr())
 
 
-def team_for(rows: int, columns: int) -> Team:
-    """Who computes so many rows; everyone has room for two."""
+def team_for(rows: int, columns: int, room: int = 0) -> Team:
+    """Who computes so many rows; everyone has room for two in float32, and for `room` such numbers."""
     is_worth_it = rows * columns >= 2 * MIN_SHARE
     # all of them or none: GNU's OpenMP ends those that a piece of work has no use for, and starts others for the next
     threads = min(torch.get_num_threads(), MAX_THREADS) if is_worth_it else 1
-    return Team(threads, max(1, rows // (threads * RUNS_EACH)), 2 * columns)
+    return Team(threads, max(1, rows // (threads * RUNS_EACH)), max(room, 2 * columns))
 
 
 @functools.cache

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from airstream.codecs import team
 from airstream.codecs.block_types import BLOCK_TYPES, GRID_TYPES, BlockType
 from airstream.codecs.decode import decode_into
 from airstream.codecs.in_place import may_unpack, unpack_in_place
@@ -24,11 +25,13 @@ LARGE = 3 << 20
 """Numbers that are written past the caches, and shared among threads."""
 
 
-@pytest.fixture(params=[1, 3])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+@pytest.fixture(params=["one thread", "threads of torch", "threads of its own"])
+def threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    if request.param == "threads of its own":
+        monkeypatch.setattr(team, "torch_threads", lambda: None)
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
+    torch.set_num_threads(1 if request.param == "one thread" else 3)
+    yield
     torch.set_num_threads(before)
 
 
@@ -80,12 +83,22 @@ def test_packed_bytes_may_reach_beyond_their_numbers(count: int, beyond: int, na
 
 @pytest.mark.parametrize("name", ["bf16x12", "bf16x11"])
 @pytest.mark.parametrize("beyond", [0, 4095])
-def test_large_weights_come_back_bit_for_bit(threads: int, name: str, beyond: int) -> None:
+def test_large_weights_come_back_bit_for_bit(threads: None, name: str, beyond: int) -> None:
     block, raw, numbers = lossless(LARGE, name)
     assert torch.equal(in_place(raw, block, torch.bfloat16, beyond).view(torch.int16), numbers.view(torch.int16))
 
 
-def test_packed_bytes_elsewhere_stay_as_they_are(threads: int) -> None:
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K"])
+@IN_TWO_DTYPES
+def test_large_weights_of_small_blocks(threads: None, name: str, dtype: torch.dtype) -> None:
+    block = BLOCK_TYPES[name]
+    raw = some_blocks(block, LARGE // block.elements + 1)
+    expected = torch.empty(raw.numel() // block.nbytes * block.elements, dtype=dtype)
+    decode_into(expected, raw, block)
+    assert torch.equal(in_place(raw, block, dtype).view(torch.int16), expected.view(torch.int16))
+
+
+def test_packed_bytes_elsewhere_stay_as_they_are(threads: None) -> None:
     block, raw, numbers = lossless(LARGE, "bf16x12")
     before, out = raw.clone(), torch.empty_like(numbers)
     unpack_in_place(out, raw, block)
@@ -94,7 +107,7 @@ def test_packed_bytes_elsewhere_stay_as_they_are(threads: int) -> None:
 
 
 @pytest.mark.parametrize("at", [0, 1000, LARGE // 2048 - 2, LARGE // 2048 - 1])
-def test_a_damaged_block_is_named(threads: int, at: int) -> None:
+def test_a_damaged_block_is_named(threads: None, at: int) -> None:
     block, raw, _ = lossless(LARGE, "bf16x12")
     places = at * block.nbytes + 8 + block.elements + block.elements // 2
     raw[places : places + 2] = 0xFF  # where the first number without a code is said to be
