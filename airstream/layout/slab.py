@@ -126,7 +126,6 @@ def pack(
     for spec in in_file_order(spec for spec in stored if spec.name not in elsewhere and spec.name not in under):
         builder.add(spec)
     for spec in in_file_order(spec for spec in stored if spec.name in under):
-        builder.reserve(under[spec.name])
         builder.land_in(under[spec.name], spec)
     placed = {spec.name for spec in under.values()}
     whole = [spec for spec in made if spec.name not in placed]
@@ -187,8 +186,10 @@ class _SlabBuilder:
         self.end = base + spec.nbytes
 
     def land_in(self, spec: TensorSpec, raw: TensorSpec) -> None:
-        """Have `raw` land at the end of the place of `spec`, and a little behind, if it is read in place there."""
-        start, (piece,) = self.offsets[spec.name] + spec.nbytes - raw.nbytes, raw.pieces
+        """Room for `spec`, at the end of which `raw` lands, and a little behind, so that it is read in place there."""
+        base = round_up(self.end, PAGE_BYTES) + self._phase(spec)  # it takes as much wherever that is
+        self.offsets[spec.name] = base
+        start, (piece,) = base + spec.nbytes - raw.nbytes, raw.pieces
         shift = (piece.offset - start) % PAGE_BYTES
         if (start + shift) % raw.dtype.itemsize:
             shift = -start % raw.dtype.itemsize

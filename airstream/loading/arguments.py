@@ -15,7 +15,6 @@ from typing import Any
 
 from airstream.compat.asked_formats import ARGUMENT, QUANTISE, AskedFormat, read_asked
 from airstream.errors import ArgumentError
-from airstream.loading.options import check_flag
 
 __all__ = ["HARMLESS", "HONOURED", "REFUSED", "adopt"]
 
@@ -53,6 +52,10 @@ def _context_of(_: str, tokens: Any) -> Any:
 
 def _asks(name: str, wanted: Any) -> bool | None:
     """What a switch says, if it says anything: "no" is a text, which would be true."""
+    from airstream.loading.options import (
+        check_flag,
+    )  # with torch, which mistakes on the command line need not wait for
+
     if wanted is None:
         return None
     check_flag(name, wanted)
