@@ -30,6 +30,7 @@ from tests.conftest import STREAMING, least_memory, simulated_accelerator, strea
 from tests.model.test_lifecycle import MEASURE
 from tests.stand_ins.comparing import BF16, greedy, logits, prompts
 from tests.stand_ins.quantized_models import LARGE
+from tests.stand_ins.tiny_gguf import TINY_GGUF, TinyGguf, write_tiny_gguf
 from tests.stand_ins.tiny_models import TINY, TinyModel, write_model
 
 pytestmark = [
@@ -228,3 +229,19 @@ def test_a_plan_says_so(folders: dict[str, Path]) -> None:
     assert "of that, made dense in every pass" in str(plan)
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.peak_bytes[HOST] <= plan.tiers[HOST].budget_bytes
+
+
+@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q6_K"])
+def test_blocks_of_gguf_stay_packed_too(
+    tmp_path: Path, slow_disk: None, monkeypatch: pytest.MonkeyPatch, quant: str
+) -> None:
+    monkeypatch.setitem(TINY_GGUF, "llama", TinyGguf({**TINY_GGUF["llama"].fields, "block_count": 12}))
+    file = write_tiny_gguf("llama", tmp_path / "model.gguf", quant)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    expected, kinds = logits(reference, prompts(2, 7)), set()
+    for more in (0, 1_000_000, 3_000_000, 6_000_000, 40_000_000):
+        with stream(file, max_memory=memory(file, "cpu", more)) as model:
+            assert torch.equal(logits(model, prompts(2, 7)), expected)
+            assert torch.equal(logits(model, prompts(2, 7)), expected)
+            kinds.add((model.plan.packed_bytes > 0, model.plan.streamed_bytes > 0))
+    assert {(False, True), (True, True), (False, False)} <= kinds
