@@ -169,7 +169,7 @@ def test_more_memory_never_means_more_seconds(folders: dict[str, Path], codec: s
 
 def test_a_change_of_plan_says_what_becomes_of_weights(folders: dict[str, Path]) -> None:
     with simulated_accelerator():
-        plans = [plan_for(folders["fp8"], "sim:0", more, SLOW_DISK) for more in range(0, 40_000_000, 500_000)]
+        plans = [plan_for(folders["fp8"], "sim:0", more, SLOW_DISK) for more in range(0, 40_000_000, 1_000_000)]
     whole = [plan for plan in plans if not plan.streamed_bytes]
     packed, dense = whole[0], whole[-1]
     assert packed.packed_bytes > 0 == dense.packed_bytes
@@ -231,7 +231,7 @@ def test_a_plan_says_so(folders: dict[str, Path]) -> None:
     assert plan.peak_bytes[HOST] <= plan.tiers[HOST].budget_bytes
 
 
-@pytest.mark.parametrize("quant", ["Q8_0", "Q4_0", "Q6_K"])
+@pytest.mark.parametrize("quant", ["Q4_0", "Q6_K"])
 def test_blocks_of_gguf_stay_packed_too(
     tmp_path: Path, slow_disk: None, monkeypatch: pytest.MonkeyPatch, quant: str
 ) -> None:
