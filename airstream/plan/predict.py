@@ -217,7 +217,7 @@ def _links(
 
 
 def _seconds(traffic: Traffic, hardware: HardwareFacts, links: Mapping[str, float]) -> float:
-    moving, working = (dict(side) for side in _sides(traffic, links))
+    moving, working = _sides(traffic, links)
     work = sum(working.values())
     if not traffic.reads_ahead:
         return max(moving.values()) + work
